@@ -1,0 +1,31 @@
+"""Randomness has an address: every draw comes from a generator named by what it is for, never from running state."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+
+
+def generator(seed: int, purpose: str, *address: int) -> torch.Generator:
+    """A CPU generator that depends on nothing but its address.
+
+    Args:
+        seed: the run's seed.
+        purpose: what is drawn, such as "order", "crop", "noise".
+        address: integers that place the draw, such as (epoch, index) or (step, position in the global batch).
+    """
+    name = "/".join([str(int(seed)), purpose, *(str(int(a)) for a in address)])
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def normal(seed: int, purpose: str, step: int, positions: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
+    """Standard normal draws [len(positions), *shape], each sample from its own address (step, position)."""
+    return torch.stack([torch.randn(*shape, generator=generator(seed, purpose, step, p)) for p in positions])
+
+
+def uniform(seed: int, purpose: str, step: int, positions: Sequence[int]) -> torch.Tensor:
+    """Draws from U[0, 1), shape [len(positions)], each sample from its own address (step, position in global batch)."""
+    return torch.cat([torch.rand(1, generator=generator(seed, purpose, step, p)) for p in positions])
