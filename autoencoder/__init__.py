@@ -1,0 +1,19 @@
+"""The first stage: images to latents and back, and what it is trained with."""
+
+from autoencoder.autoencoder import Autoencoder, Reconstruction
+from autoencoder.config import AutoencoderConfig
+from autoencoder.discriminator import DiscriminatorConfig, PatchDiscriminator
+from autoencoder.regularizer import Posterior
+from autoencoder.statistics import LatentStatistics, latent_rgb, preview
+
+__all__ = [
+    "Autoencoder",
+    "AutoencoderConfig",
+    "DiscriminatorConfig",
+    "LatentStatistics",
+    "PatchDiscriminator",
+    "Posterior",
+    "Reconstruction",
+    "latent_rgb",
+    "preview",
+]

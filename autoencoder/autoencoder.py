@@ -1,0 +1,184 @@
+"""The first stage: images to unit-scale latents and back, KL- or VQ-regularized (Rombach et al. 2022, section 3.1)."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from autoencoder import interop
+from autoencoder.config import AutoencoderConfig
+from autoencoder.networks import Decoder, Encoder
+from autoencoder.regularizer import Posterior, VectorQuantizer
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What training needs of a pass through the autoencoder. Latents are those of the networks, not unit-scale."""
+
+    images: Tensor  # [B, 3, H, W]
+    posterior: Posterior  # [B, c, h, w]; with a codebook a point: the encoder's output
+    codebook_loss: Tensor | None = None  # [], codebook + beta * commitment; None without a codebook
+    indices: Tensor | None = None  # [B, h, w], the codes used; None without a codebook
+
+
+class Autoencoder(nn.Module):
+    """E and D. Outside this class latents are unit-scale: (z - shift_factor) * scaling_factor of the networks' z.
+
+    Parameter names are those of diffusers' AutoencoderKL (`regularizer="kl"`) or VQModel (`"vq"`).
+    """
+
+    def __init__(self, config: AutoencoderConfig):
+        super().__init__()
+        self.config = config
+        self.scaling_factor = 1.0  # 1 / std of the networks' latents, measured
+        self.shift_factor = 0.0  # their mean; zero here (see set_scale), other programs' autoencoders may have one
+        self.latent_rgb: Tensor | None = None  # [c + 1, 3], colors of latents for previews, measured
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        c, d = config.latent_channels, config.code_channels
+        moments = 2 if config.regularizer == "kl" else 1
+        self.quant_conv = nn.Conv2d(moments * c, moments * d, 1)
+        self.post_quant_conv = nn.Conv2d(d, c, 1)
+        if config.regularizer == "vq":
+            self.quantize = VectorQuantizer(config.codebook_size, d, config.commitment)
+
+    @property
+    def downsampling(self) -> int:
+        """f: pixels per latent, along one side."""
+        return self.config.downsampling
+
+    @property
+    def latent_channels(self) -> int:
+        """c, channels of the latents that `encode` gives."""
+        return self.config.code_channels
+
+    @property
+    def last_layer(self) -> Tensor:
+        """The weight at which the adaptive weight of the adversarial loss compares gradients."""
+        return self.decoder.conv_out.weight
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether activations are recomputed in the backward pass instead of kept."""
+        return self.encoder.checkpointing
+
+    @checkpointing.setter
+    def checkpointing(self, value: bool) -> None:
+        self.encoder.checkpointing = self.decoder.checkpointing = value
+
+    def encode(self, images: Tensor) -> Posterior:
+        """Images [B, 3, H, W] in [-1, 1] to the posterior of unit-scale latents [B, c, H/f, W/f].
+
+        With a codebook the posterior is a point; `decode` quantizes it (CompVis' VQModelInterface).
+
+        Raises:
+            ValueError: a side is not divisible by f.
+        """
+        return self.posterior(images).affine(self.shift_factor, self.scaling_factor)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Unit-scale latents [B, c, h, w] to images [B, 3, f * h, f * w], about [-1, 1] but not clamped."""
+        latents = latents / self.scaling_factor + self.shift_factor
+        if self.config.regularizer == "vq":
+            latents = self.quantize(latents).latents
+        return self.decoder(self.post_quant_conv(latents))
+
+    def posterior(self, images: Tensor) -> Posterior:
+        """The posterior of the networks' own latents, before the scale; what `LatentStatistics` measures."""
+        self._check_size(images)
+        features = self.quant_conv(self.encoder(images))
+        if self.config.regularizer == "kl":
+            return Posterior.from_moments(features)
+        return Posterior(features, torch.full_like(features, -math.inf))
+
+    def forward(self, images: Tensor, noise: Tensor | None = None) -> Reconstruction:
+        """Encode and decode for training.
+
+        Args:
+            images: [B, 3, H, W] in [-1, 1].
+            noise: [B, c, h, w], samples the posterior; None takes its mode. A codebook ignores it.
+        """
+        posterior = self.posterior(images)
+        if self.config.regularizer == "vq":
+            quantized = self.quantize(posterior.mean)
+            images = self.decoder(self.post_quant_conv(quantized.latents))
+            return Reconstruction(images, posterior, quantized.loss, quantized.indices)
+        latents = posterior.mode() if noise is None else posterior.sample(noise)
+        return Reconstruction(self.decoder(self.post_quant_conv(latents)), posterior)
+
+    @torch.no_grad()
+    def set_scale(self, mean: Tensor | float, std: float) -> None:
+        """Make latents unit-scale, given the measured mean (one, or per channel [c]) and std of the networks' latents.
+
+        The mean goes into the 1x1 convolutions around the latents (and into the codes), which changes no
+        reconstruction: diffusers' StableDiffusionPipeline and VQModel know a scaling_factor but no shift. To be called
+        when training is over, on the weights that are saved.
+
+        Raises:
+            ValueError: std is not a positive number.
+        """
+        if not 0.0 < std < math.inf:
+            raise ValueError(f"latent std {std} is not a positive number; measure it on images that differ")
+        bias, weight = self.quant_conv.bias, self.post_quant_conv.weight
+        mean = torch.as_tensor(mean, dtype=torch.float64).to(bias.device).expand(self.latent_channels)
+        bias[: self.latent_channels] -= mean.to(bias)
+        self.post_quant_conv.bias += (weight[:, :, 0, 0].double() @ mean).to(bias)
+        if self.config.regularizer == "vq":
+            self.quantize.embedding.weight -= mean.to(bias)
+        self.scaling_factor, self.shift_factor = 1.0 / std, 0.0
+
+    def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write `vae/` (config.json, diffusion_pytorch_model.safetensors) into a model folder, for diffusers too."""
+        target = Path(folder) / "vae"
+        target.mkdir(parents=True, exist_ok=True)
+        options = interop.to_diffusers(self.config) | {"scaling_factor": self.scaling_factor}
+        if self.shift_factor:
+            options["shift_factor"] = self.shift_factor
+        if self.latent_rgb is not None:
+            options["_latent_rgb"] = self.latent_rgb.tolist()
+        (target / "config.json").write_text(json.dumps(options, indent=2, sort_keys=True) + "\n")
+        weights = {name: value.detach().to("cpu", dtype).contiguous() for name, value in self.state_dict().items()}
+        save_file(weights, target / WEIGHTS, metadata={"format": "pt"})
+
+    @classmethod
+    def load(cls, folder: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Autoencoder:
+        """Read a model folder, or the `vae` folder in it, as `save` or diffusers wrote it.
+
+        Raises:
+            FileNotFoundError: config.json or the weights are not there.
+            ValueError: an option is unknown here, or weights are missing, left over or of another shape.
+        """
+        source = Path(folder) / "vae" if (Path(folder) / "vae").is_dir() else Path(folder)
+        for name in ("config.json", WEIGHTS):
+            if not (source / name).is_file():
+                raise FileNotFoundError(f"no {name} in {source}; give a model folder with a vae folder in it")
+        options = json.loads((source / "config.json").read_text())
+        weights = interop.rename_old_attention(load_file(source / WEIGHTS))
+        with torch.device("meta"):
+            autoencoder = cls(interop.from_diffusers(options))
+        try:
+            autoencoder.load_state_dict(weights, strict=True, assign=True)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{source / WEIGHTS} does not fit its config.json: {reason}") from error
+        autoencoder.scaling_factor = options.get("scaling_factor", 0.18215)  # diffusers leaves its default out
+        autoencoder.shift_factor = options.get("shift_factor") or 0.0
+        if "_latent_rgb" in options:
+            autoencoder.latent_rgb = torch.tensor(options["_latent_rgb"])
+        return autoencoder.requires_grad_(True).to(device, dtype)
+
+    def _check_size(self, images: Tensor) -> None:
+        f = self.downsampling
+        for side in images.shape[-2:]:
+            if side % f:
+                low = side // f * f
+                sizes = f"{low} or {low + f}" if low else f"{f}"
+                raise ValueError(f"image size {side} is not divisible by {f} (autoencoder downsampling); use {sizes}")

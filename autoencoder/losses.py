@@ -1,0 +1,122 @@
+"""The two losses of the first stage, for the autoencoder and for its discriminator (Rombach et al. 2022, eq. 25).
+
+LDM sums the reconstruction error over a sample's pixels; here it is a mean over them, and the KL term is divided by
+their number likewise: the same optimum and balance of terms, at values that do not depend on the image size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from autoencoder.autoencoder import Reconstruction
+
+Perceptual = Callable[[Tensor, Tensor], Tensor]  # (images, reconstructions) -> [B]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Weights of the terms of `generator_loss`."""
+
+    pixel: float = 1.0  # of |images - reconstructions|, mean over pixels
+    perceptual: float = 1.0  # of the perceptual distance
+    kl: float = 1e-6  # of the KL divergence in nats per sample, relative to the pixel error summed over the sample
+    codebook: float = 1.0  # of the codebook and commitment loss
+    adversarial: float = 0.5  # of the discriminator's verdict, times the adaptive weight
+    feature_matching: float = 0.0  # of the distance of the discriminator's features
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What the discriminator says of the reconstructions, and how it sees the originals."""
+
+    logits: Tensor  # [B, 1, h, w] of the reconstructions
+    features: list[Tensor]  # of the reconstructions
+    image_features: list[Tensor] | None = None  # of the images, for feature matching
+
+
+@dataclass(frozen=True)
+class GeneratorLoss:
+    """The total, with gradient, and its unweighted parts, detached, for the log; None: there is no such part."""
+
+    total: Tensor
+    pixel: Tensor
+    perceptual: Tensor | None = None
+    kl: Tensor | None = None  # nats per sample
+    codebook: Tensor | None = None
+    adversarial: Tensor | None = None
+    adaptive_weight: Tensor | None = None
+    feature_matching: Tensor | None = None
+
+    def scalars(self) -> dict[str, Tensor]:
+        """The parts that there are, by name, detached."""
+        return {name: value.detach() for name, value in vars(self).items() if value is not None}
+
+
+def generator_loss(
+    images: Tensor,
+    reconstruction: Reconstruction,
+    config: LossConfig,
+    perceptual: Perceptual | None = None,
+    judgement: Judgement | None = None,
+    last_layer: Tensor | None = None,
+) -> GeneratorLoss:
+    """L1 + perceptual + regularizer (+ adversarial) of a batch of images [B, 3, H, W] in [-1, 1].
+
+    Args:
+        images: the originals.
+        reconstruction: `autoencoder(images, noise)`.
+        config: the weights.
+        perceptual: (images, reconstructions) -> [B]; None for none.
+        judgement: of the reconstructions by the discriminator; None before it starts: then it need not run.
+        last_layer: `autoencoder.last_layer`, for the adaptive weight; needed with a judgement.
+    """
+    pixel = (images - reconstruction.images).abs().mean()
+    nll = config.pixel * pixel
+    parts: dict[str, Tensor] = {}
+    if perceptual is not None:
+        parts["perceptual"] = perceptual(images, reconstruction.images).mean()
+        nll = nll + config.perceptual * parts["perceptual"]
+    total = nll
+    if reconstruction.codebook_loss is not None:
+        parts["codebook"] = reconstruction.codebook_loss
+        total = total + config.codebook * parts["codebook"]
+    else:
+        parts["kl"] = reconstruction.posterior.kl().mean()
+        total = total + config.kl / images[0].numel() * parts["kl"]
+    if judgement is not None:
+        parts["adversarial"] = -judgement.logits.mean()
+        parts["adaptive_weight"] = adaptive_weight(nll, parts["adversarial"], last_layer)
+        total = total + config.adversarial * parts["adaptive_weight"] * parts["adversarial"]
+        if judgement.image_features is not None:
+            parts["feature_matching"] = feature_matching(judgement.image_features, judgement.features)
+            total = total + config.feature_matching * parts["feature_matching"]
+    return GeneratorLoss(total, pixel.detach(), **{name: value.detach() for name, value in parts.items()})
+
+
+def adaptive_weight(nll: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
+    """|grad nll| / (|grad adversarial| + 1e-4) at the decoder's last layer, clamped to [0, 1e4], without gradient.
+
+    Source: Esser et al. 2021, eq. 7.
+    """
+    (nll_gradient,) = torch.autograd.grad(nll, last_layer, retain_graph=True)
+    (adversarial_gradient,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
+    return (nll_gradient.norm() / (adversarial_gradient.norm() + 1e-4)).clamp(0.0, 1e4).detach()
+
+
+def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """Hinge loss: logits of images above 1, of reconstructions (detached by the caller) below -1 (Lim & Ye 2017)."""
+    return 0.5 * (F.relu(1.0 - real_logits).mean() + F.relu(1.0 + fake_logits).mean())
+
+
+def feature_matching(image_features: list[Tensor], features: list[Tensor]) -> Tensor:
+    """Mean absolute difference of the discriminator's features, averaged over layers (Wang et al. 2018, eq. 4).
+
+    Gradients flow into the features of the reconstructions only.
+    """
+    distances = [F.l1_loss(ours, theirs.detach()) for ours, theirs in zip(features, image_features, strict=True)]
+    return torch.stack(distances).mean()

@@ -1,0 +1,144 @@
+"""What keeps latents in bounds: a Gaussian posterior (KL) or a codebook (VQ); Rombach et al. 2022, section 3.1."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CHUNK = 2**24  # distances held at once while looking for nearest codes: 64 MB
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """A diagonal Gaussian over latents, q(z | x). A log-variance of -inf is a point, as a codebook needs."""
+
+    mean: Tensor  # [B, c, h, w]
+    logvar: Tensor  # [B, c, h, w]
+
+    @classmethod
+    def from_moments(cls, moments: Tensor) -> Posterior:
+        """Split moments [B, 2c, h, w] in mean and log-variance, which is clamped to [-30, 20] unless it is -inf."""
+        mean, logvar = moments.chunk(2, dim=1)
+        return cls(mean, torch.where(logvar == -math.inf, logvar, logvar.clamp(-30.0, 20.0)))
+
+    @property
+    def moments(self) -> Tensor:
+        """Mean and log-variance, [B, 2c, h, w]."""
+        return torch.cat([self.mean, self.logvar], dim=1)
+
+    @property
+    def variance(self) -> Tensor:
+        return self.logvar.exp()
+
+    def mode(self) -> Tensor:
+        """The most probable latents, [B, c, h, w]."""
+        return self.mean
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """Latents mean + std * noise, for standard normal noise [B, c, h, w]."""
+        return self.mean + (0.5 * self.logvar).exp() * noise.to(self.mean)
+
+    def kl(self) -> Tensor:
+        """KL(q || N(0, 1)) in nats, summed over each sample's dimensions: [B] (Kingma & Welling 2014, app. B)."""
+        mean, logvar = self.mean.float(), self.logvar.float()
+        return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).sum(dim=(1, 2, 3))
+
+    def affine(self, shift: float, scale: float) -> Posterior:
+        """The posterior of (z - shift) * scale."""
+        return Posterior((self.mean - shift) * scale, self.logvar + 2.0 * math.log(scale))
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Latents replaced by their codes."""
+
+    latents: Tensor  # [B, d, h, w] codes; their gradient goes straight through to the input
+    indices: Tensor  # [B, h, w] which codes
+    loss: Tensor  # [] codebook loss + beta * commitment loss
+
+
+class VectorQuantizer(nn.Module):
+    """A codebook: latents become their nearest codes (van den Oord et al. 2017, eqs. 1-3).
+
+    The commitment weight is on |z_e - sg(z_q)|^2, as in the paper; CompVis' default has it on the other term.
+    """
+
+    def __init__(self, size: int, channels: int, commitment: float):
+        super().__init__()
+        self.commitment = commitment
+        self.embedding = nn.Embedding(size, channels)
+        nn.init.uniform_(self.embedding.weight, -1.0 / size, 1.0 / size)
+
+    def forward(self, latents: Tensor) -> Quantized:
+        """Quantize latents [B, d, h, w], with the straight-through gradient and the two losses, in float32."""
+        z_e = latents.float()
+        indices = self.nearest(z_e)
+        z_q = self.lookup(indices).float()
+        codebook_loss = F.mse_loss(z_q, z_e.detach())
+        commitment_loss = F.mse_loss(z_e, z_q.detach())
+        straight = z_e + (z_q - z_e).detach()
+        return Quantized(straight.to(latents.dtype), indices, codebook_loss + self.commitment * commitment_loss)
+
+    @torch.no_grad()
+    def nearest(self, latents: Tensor) -> Tensor:
+        """Indices [B, h, w] of the codes nearest to latents [B, d, h, w] in Euclidean distance."""
+        codes = self.embedding.weight.float()
+        vectors = flatten(latents).float()
+        offset = 0.5 * codes.square().sum(dim=1)  # argmin |z - e|^2 = argmin |e|^2 / 2 - z.e
+        with torch.autocast(latents.device.type, enabled=False):
+            parts = vectors.split(max(1, CHUNK // codes.shape[0]))
+            indices = torch.cat([torch.addmm(offset, part, codes.T, alpha=-1.0).argmin(dim=1) for part in parts])
+        b, _, height, width = latents.shape
+        return indices.reshape(b, height, width)
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """Codes [B, d, h, w] of indices [B, h, w]."""
+        return self.embedding(indices).permute(0, 3, 1, 2)  # [B, h, w, d] -> [B, d, h, w]
+
+    def counts(self, indices: Tensor) -> Tensor:
+        """How often each code occurs in indices of any shape: [codebook size], int64."""
+        return torch.bincount(indices.flatten(), minlength=self.embedding.num_embeddings)
+
+
+def flatten(latents: Tensor) -> Tensor:
+    """Latents [B, d, h, w] as a list of vectors [B * h * w, d]."""
+    return latents.permute(0, 2, 3, 1).reshape(-1, latents.shape[1])
+
+
+@torch.no_grad()
+def revive(codebook: Tensor, counts: Tensor, candidates: Tensor, generator: torch.Generator) -> int:
+    """Move the codes that were never used onto candidates, in place; returns how many were moved.
+
+    Deterministic in its arguments: processes that pass the same counts, candidates and generator stay in step.
+    Candidates are drawn without replacement; if there are fewer than dead codes, the first dead codes are served.
+
+    Args:
+        codebook: [K, d], such as `quantize.embedding.weight`.
+        counts: [K] uses since the last revival, summed over processes.
+        candidates: [N, d] recent encoder outputs (`flatten(posterior.mean)`), the same on every process.
+        generator: CPU generator that chooses among them.
+
+    Source: Dhariwal et al. 2020 (Jukebox), section 3.1, "random restart".
+    """
+    dead = (counts == 0).nonzero().flatten()[: candidates.shape[0]].to(codebook.device)
+    chosen = torch.randperm(candidates.shape[0], generator=generator)[: dead.numel()]
+    codebook[dead] = candidates[chosen.to(candidates.device)].to(codebook)
+    return dead.numel()
+
+
+def usage(counts: Tensor) -> float:
+    """The fraction of the codes that occur at all, from counts [K]."""
+    return (counts > 0).float().mean().item()
+
+
+def perplexity(counts: Tensor) -> float:
+    """exp(entropy) of the codes' frequencies, from counts [K]: K if all are used alike, 1 if only one; 0 for none."""
+    total = counts.sum()
+    if total == 0:
+        return 0.0
+    frequencies = counts.double() / total
+    return torch.special.entr(frequencies).sum().exp().item()

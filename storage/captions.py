@@ -1,0 +1,80 @@
+"""Captions from columns: clean text, and templates such as "{name}, {style} style" over a metadata row's columns."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import string
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+MAX_LENGTH = 10_000  # characters; longer ones are some other file's contents
+MAX_EXPANSIONS = 1_000  # captions from one template, when several columns are lists
+
+
+def clean(text: str) -> str:
+    """One line of NFC text: runs of whitespace become one space. ValueError if it is empty, too long, or not text."""
+    if len(text) > MAX_LENGTH:
+        raise ValueError(f"caption has {len(text)} characters, more than {MAX_LENGTH}")
+    text = " ".join(text.split()) if text.isascii() else " ".join(unicodedata.normalize("NFC", text).split())
+    if not text:
+        raise ValueError("empty caption")
+    if not text.isprintable():  # cheap: spaces and emoji with joiners need the closer look
+        for character in text:
+            if unicodedata.category(character) in ("Cc", "Cs"):
+                raise ValueError(f"caption holds the control character U+{ord(character):04X}")
+    return text
+
+
+def columns_of(template: str) -> tuple[str, ...]:
+    """The column names of a template; ValueError if the braces don't close or hold more than a name."""
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(f"caption template {template!r}: {error}; a column is {{name}}, a brace {{{{") from None
+    names = []
+    for _, name, form, conversion in parts:
+        if name is None:
+            continue
+        if not name or form or conversion:
+            raise ValueError(f"caption template {template!r} must hold plain column names, such as {{text}}")
+        names.append(name)
+    return tuple(dict.fromkeys(names))
+
+
+def expand(template: str, columns: Sequence[str], row: Mapping[str, Any]) -> tuple[str, ...]:
+    """The captions that a template makes of a row: one per element of a list-valued column, none if one is missing.
+
+    Args:
+        template: text with {column} fields.
+        columns: `columns_of(template)`.
+        row: a metadata row.
+
+    Raises ValueError with the reason if the text can't be used.
+    """
+    choices = [_elements(row.get(column)) for column in columns]
+    if not all(choices):
+        return ()
+    if math.prod(map(len, choices)) > MAX_EXPANSIONS:
+        raise ValueError(f"template {template!r} makes more than {MAX_EXPANSIONS} captions of one row")
+    captions = []
+    for values in itertools.product(*choices):
+        captions.append(clean(_fill(template, dict(zip(columns, values, strict=True)))))
+    return tuple(captions)
+
+
+def _fill(template: str, values: Mapping[str, str]) -> str:
+    parts = string.Formatter().parse(template)  # not str.format: a column named "a.b" is a column, never an attribute
+    return "".join(text + (values[name] if name is not None else "") for text, name, _, _ in parts)
+
+
+def _elements(value: Any) -> list[str]:
+    """A column's value as the texts it offers; blanks, null and mappings offer none."""
+    if isinstance(value, str):
+        return [value.strip()] if value and not value.isspace() else []
+    if isinstance(value, list):
+        return [text for item in value if not isinstance(item, list) for text in _elements(item)]
+    if value is None or isinstance(value, Mapping):
+        return []
+    return [str(value)]

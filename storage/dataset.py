@@ -1,0 +1,147 @@
+"""Captioned images for training: a sample is a function of (seed, epoch, index), whoever asks for it, and wherever."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import ImageColor
+from torch.utils.data import DataLoader, Dataset
+
+from storage.folder import DataConfig, Record, Records, Skip, fingerprint, scan, write_skipped
+from storage.images import UnusableImage, fit, load_image
+from storage.order import Address, Order
+from storage.randomness import generator
+
+__all__ = [
+    "Address", "Batch", "DataConfig", "ImageDataset", "Order", "Record", "Records", "Sample", "Skip", "collate",
+    "draw_caption", "draw_flip", "draw_nested", "fingerprint", "make_loader", "replacements", "scan", "write_skipped",
+]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One captioned image."""
+
+    image: torch.Tensor  # [3, S, S] in [-1, 1]
+    caption: str
+    index: int  # of the record that was asked for
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Captioned images of one micro-batch."""
+
+    images: torch.Tensor  # [B, 3, S, S] in [-1, 1]
+    captions: list[str]
+    indices: torch.Tensor  # [B] int64
+
+
+def draw_nested(nested: Sequence[Sequence[Any]], generator: torch.Generator) -> Any:
+    """First one of the inner sequences, then one of its elements, each uniformly."""
+    inner = nested[torch.randint(len(nested), (), generator=generator).item()]
+    return inner[torch.randint(len(inner), (), generator=generator).item()]
+
+
+def draw_caption(record: Record, generator: torch.Generator) -> str:
+    """A template first, then one of its expansions: a column with 20 keywords weighs no more than one with 2."""
+    return draw_nested(record.captions, generator)
+
+
+def draw_flip(seed: int, epoch: int, index: int) -> bool:
+    """Whether this sample is mirrored in this epoch, where mirroring is on."""
+    return torch.rand((), generator=generator(seed, "flip", epoch, index)).item() < 0.5
+
+
+def replacements(seed: int, epoch: int, index: int, size: int) -> Iterator[int]:
+    """The record itself, then 100 others that stand in for it, in turn, where it proves unusable."""
+    yield index
+    draws = generator(seed, "replacement", epoch, index)
+    for _ in range(100):
+        yield int(torch.randint(size, (), generator=draws))
+
+
+class ImageDataset(Dataset):
+    """Records decoded on demand: `dataset[epoch, index]` is a Sample.
+
+    A file that can't be decoded is replaced by another record, drawn by the same address; it is kept in `.skipped`
+    (once) and appended to the JSON-lines file `on_skip`, if that path is given. Raises ValueError when more than
+    `max_bad_fraction` fail.
+    """
+
+    def __init__(self, records: Sequence[Record], config: DataConfig, seed: int = 0, on_skip: str | None = None):
+        self.records, self.config, self.seed, self.on_skip = records, config, seed, on_skip
+        self.background = ImageColor.getrgb(config.background)[:3]
+        self.skipped: dict[int, Skip] = {}
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, address: tuple[int, int]) -> Sample:
+        epoch, index = address
+        flip = self.config.flip and draw_flip(self.seed, epoch, index)
+        for candidate in replacements(self.seed, epoch, index, len(self.records)):
+            crop = generator(self.seed, "crop", epoch, index) if self.config.crop == "random" else None
+            image = self.picture(candidate, flip, crop)
+            if image is not None:
+                caption = draw_caption(self.records[candidate], generator(self.seed, "caption", epoch, index))
+                return Sample(image, caption, index)
+        raise ValueError(f"101 records in turn can't be decoded; the last is {self.records[candidate].path}")
+
+    def picture(self, index: int, flip: bool = False, crop: torch.Generator | None = None) -> torch.Tensor | None:
+        """A record's image [3, S, S], or None if it can't be decoded; `crop` draws the place of a random crop."""
+        if index in self.skipped:
+            return None
+        try:
+            image = load_image(self.records[index].path, self.background)
+        except UnusableImage as error:
+            self._skip(index, str(error))
+            return None
+        return fit(image, self.config.image_size, "random" if crop is not None else "center", flip, crop)
+
+    def _skip(self, index: int, reason: str) -> None:
+        self.skipped[index] = Skip(self.records[index].name, reason)
+        if self.on_skip:
+            _append_once(self.on_skip, self.skipped[index])
+        if len(self.skipped) > self.config.max_bad_fraction * len(self.records):
+            raise ValueError(
+                f"{len(self.skipped)} of {len(self.records)} images can't be decoded, more than data.max_bad_fraction "
+                f"{self.config.max_bad_fraction}; the last is {self.records[index].path}: {reason}"
+            )
+
+
+def _append_once(path: str, skip: Skip) -> None:
+    """Append a skip unless another worker, process or earlier run has; one write, so that lines never mix."""
+    line = json.dumps(dataclasses.asdict(skip)) + "\n"
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            if line in file:
+                return
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(line)
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Samples as a Batch."""
+    images = torch.stack([sample.image for sample in samples])  # [B, 3, S, S]
+    return Batch(images, [sample.caption for sample in samples], torch.tensor([sample.index for sample in samples]))
+
+
+def make_loader(
+    dataset: Dataset, order: Order, workers: int = 0, collate: Callable[[Sequence[Any]], Any] = collate
+) -> DataLoader:
+    """A loader of one process's micro-batches; its workers draw nothing from the process's own random state."""
+    return DataLoader(
+        dataset,
+        batch_sampler=order,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # else each iterator takes a seed for its workers from the global generator
+        prefetch_factor=4 if workers else None,
+    )

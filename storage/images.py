@@ -1,0 +1,187 @@
+"""The door for images: files of any usual kind to float [3, H, W] in [-1, 1], and back.
+
+Nothing but this file decodes or encodes pixels. Color profiles are not applied: values are taken as sRGB.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import IO
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # nothing else is ever handed to a decoder
+MAX_PIXELS = 50_000_000  # own cap, checked on the header: Pillow only warns up to 179 Mpx
+ORIENTATION = 0x0112  # EXIF tag
+TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+CROPS = ("center", "random")
+
+
+class UnusableImage(ValueError):
+    """A file that can't be used as an image; the message is the reason."""
+
+
+def read_size(source: str | IO[bytes]) -> tuple[int, int]:
+    """Width and height from the header alone, as stored (before EXIF orientation); raises UnusableImage."""
+    with _open(source) as image:
+        return image.size
+
+
+def load_image(source: str | IO[bytes], background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
+    """Decode a file to an upright PIL RGB image: EXIF orientation applied, alpha over `background`, first frame only.
+
+    16-bit gray is scaled by 1/257, so that 65535 becomes 255. Raises UnusableImage with the reason.
+    """
+    with _open(source) as image:
+        try:
+            image.load()
+            transpose = TRANSPOSE.get(_orientation(image))
+            image = _to_rgb(image, background)
+        except UnusableImage:
+            raise
+        except Exception as error:  # decoders raise OSError, SyntaxError, IndexError, struct.error, ... on damaged data
+            raise UnusableImage(_reason(error)) from None
+    return image if transpose is None else image.transpose(transpose)
+
+
+def _open(source: str | IO[bytes]) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # bombs are refused below, by our own cap; the rest is noise about metadata
+            image = Image.open(source, formats=FORMATS)
+    except Exception as error:
+        raise UnusableImage(_reason(error)) from None
+    width, height = image.size
+    if not 0 < width * height <= MAX_PIXELS:
+        image.close()
+        raise UnusableImage(f"{width} x {height} pixels; usable are 1 to {MAX_PIXELS // 1_000_000} million")
+    return image
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if isinstance(error, IsADirectoryError):
+        return "a directory, not a file"
+    if isinstance(error, Image.UnidentifiedImageError):
+        return f"not an image of a known format ({', '.join(FORMATS)})"
+    return f"can't be decoded: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(ORIENTATION, 1)
+    except Exception:  # cameras and editors write broken EXIF around good pixels
+        return 1
+
+
+def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode == "F":
+        raise UnusableImage("floating-point pixels have no stated range")
+    if image.mode.startswith("I"):
+        image = _from_16_bit(image)
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        canvas = Image.new("RGB", image.size, background)
+        canvas.paste(image, mask=image.getchannel("A"))
+        return canvas
+    return image.convert("RGB")
+
+
+def _from_16_bit(image: Image.Image) -> Image.Image:
+    """Gray of 16 bits as 8-bit L or LA. Pillow's own conversion clips everything above 255 to white."""
+    values = np.asarray(image).astype(np.int64)
+    gray = Image.fromarray((np.clip(values, 0, 65535) / 257).round().astype(np.uint8))
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        gray.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+    return gray
+
+
+def image_to_tensor(image: Image.Image) -> torch.Tensor:
+    """A PIL RGB image as float32 [3, H, W] in [-1, 1]."""
+    pixels = torch.from_numpy(np.array(image))  # [H, W, 3]
+    return pixels.permute(2, 0, 1).contiguous().float().div_(127.5).sub_(1)  # [3, H, W]
+
+
+def tensor_to_image(image: torch.Tensor) -> Image.Image:
+    """Float [3, H, W] in [-1, 1] as a PIL RGB image: rounded, clamped; NaN becomes mid-gray."""
+    pixels = image.detach().float().nan_to_num(0.0, 1.0, -1.0).add(1).mul(127.5).round().clamp(0, 255)
+    return Image.fromarray(pixels.to(torch.uint8).permute(1, 2, 0).cpu().contiguous().numpy())
+
+
+def fit(
+    image: Image.Image, size: int, crop: str = "center", flip: bool = False, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """Resize the short side to `size` with antialiasing (bicubic), crop to a square, mirror if `flip`.
+
+    Args:
+        image: PIL RGB.
+        size: side of the result, in pixels.
+        crop: "center", or "random" along the long side, drawn from `generator`.
+        flip: mirror left to right; this is the decision, not a permission: who calls has drawn it.
+
+    Returns: float32 [3, size, size] in [-1, 1].
+    """
+    width, height = image.size
+    if (width, height) != (size, size):
+        side = min(width, height)
+        place = 0.5 if crop == "center" else float(torch.rand((), generator=generator))
+        left, top = (width - side) * place, (height - side) * place
+        if side == size:
+            image = image.crop((round(left), round(top), round(left) + size, round(top) + size))
+        else:  # the crop as the resize's source box: the same pixels, and a 1 x 50000 strip needs no huge intermediate
+            box = (left, top, left + side, top + side)
+            image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    if flip:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return image_to_tensor(image)
+
+
+def grid(images: Sequence[Image.Image], columns: int, captions: Sequence[str] | None = None) -> Image.Image:
+    """Images in rows of `columns`, 4 white pixels apart; a caption under each, wrapped to its width, when given."""
+    if not images or columns < 1:
+        raise ValueError(f"a grid needs at least one image and one column, not {len(images)} and {columns}")
+    gutter, line = 4, 12
+    width, height = max(i.width for i in images), max(i.height for i in images)
+    font = ImageFont.load_default(size=10) if captions else None
+    texts = [_wrap(caption, width, font) for caption in captions] if captions else [[]] * len(images)
+    strip = max(map(len, texts)) * line
+    rows = -(-len(images) // columns)
+    size = (gutter + columns * (width + gutter), gutter + rows * (height + strip + gutter))
+    canvas = Image.new("RGB", size, (255, 255, 255))
+    draw = ImageDraw.Draw(canvas)
+    for position, (image, text) in enumerate(zip(images, texts, strict=True)):
+        left = gutter + position % columns * (width + gutter)
+        top = gutter + position // columns * (height + strip + gutter)
+        canvas.paste(image, (left, top))
+        for row, words in enumerate(text):
+            draw.text((left, top + height + row * line), words, fill=(0, 0, 0), font=font)
+    return canvas
+
+
+def _wrap(caption: str, width: int, font: ImageFont.ImageFont, lines: int = 3) -> list[str]:
+    """At most `lines` lines of whole words, none wider than `width` pixels; a longer word or rest is cut."""
+    wrapped: list[str] = []
+    for word in caption[:200].split():
+        joined = f"{wrapped[-1]} {word}" if wrapped else word
+        if wrapped and font.getlength(joined) <= width:
+            wrapped[-1] = joined
+            continue
+        while len(word) > 1 and font.getlength(word) > width:
+            word = word[:-1]
+        wrapped.append(word)
+    return wrapped[:lines]
