@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from dataclasses import dataclass
@@ -89,12 +90,13 @@ class Autoencoder(nn.Module):
         latents = latents / self.scaling_factor + self.shift_factor
         if self.config.regularizer == "vq":
             latents = self.quantize(latents).latents
-        return self.decoder(self.post_quant_conv(latents))
+        return self._draw(latents)
 
     def posterior(self, images: Tensor) -> Posterior:
-        """The posterior of the networks' own latents, before the scale; what `LatentStatistics` measures."""
+        """The posterior of the networks' own latents, before the scale, in float32; for `LatentStatistics`."""
         self._check_size(images)
         features = self.quant_conv(self.encoder(images))
+        features = features.to(torch.promote_types(features.dtype, torch.float32))
         if self.config.regularizer == "kl":
             return Posterior.from_moments(features)
         return Posterior(features, torch.full_like(features, -math.inf))
@@ -109,10 +111,9 @@ class Autoencoder(nn.Module):
         posterior = self.posterior(images)
         if self.config.regularizer == "vq":
             quantized = self.quantize(posterior.mean)
-            images = self.decoder(self.post_quant_conv(quantized.latents))
-            return Reconstruction(images, posterior, quantized.loss, quantized.indices)
+            return Reconstruction(self._draw(quantized.latents), posterior, quantized.loss, quantized.indices)
         latents = posterior.mode() if noise is None else posterior.sample(noise)
-        return Reconstruction(self.decoder(self.post_quant_conv(latents)), posterior)
+        return Reconstruction(self._draw(latents), posterior)
 
     @torch.no_grad()
     def set_scale(self, mean: Tensor | float, std: float) -> None:
@@ -134,6 +135,14 @@ class Autoencoder(nn.Module):
         if self.config.regularizer == "vq":
             self.quantize.embedding.weight -= mean.to(bias)
         self.scaling_factor, self.shift_factor = 1.0 / std, 0.0
+
+    def fingerprint(self) -> str:
+        """SHA-256 over weights, options and scale: latents of another autoencoder are not to be mixed with ours."""
+        digest = hashlib.sha256(repr((self.config, self.scaling_factor, self.shift_factor)).encode())
+        for name, weight in sorted(self.state_dict().items()):
+            digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+            digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write `vae/` (config.json, diffusion_pytorch_model.safetensors) into a model folder, for diffusers too."""
@@ -174,6 +183,9 @@ class Autoencoder(nn.Module):
         if "_latent_rgb" in options:
             autoencoder.latent_rgb = torch.tensor(options["_latent_rgb"])
         return autoencoder.requires_grad_(True).to(device, dtype)
+
+    def _draw(self, latents: Tensor) -> Tensor:
+        return self.decoder(self.post_quant_conv(latents.to(self.post_quant_conv.weight.dtype)))
 
     def _check_size(self, images: Tensor) -> None:
         f = self.downsampling

@@ -28,7 +28,9 @@ class AutoencoderConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "block_out_channels", tuple(self.block_out_channels))
-        levels = tuple(bool(level) for level in self.attention_levels) or (False,) * len(self.block_out_channels)
+        levels = tuple(bool(level) for level in self.attention_levels)
+        if not any(levels):  # nowhere: whatever number of levels the default had
+            levels = (False,) * len(self.block_out_channels)
         object.__setattr__(self, "attention_levels", levels)
         if self.regularizer not in ("kl", "vq"):
             raise ValueError(f"regularizer {self.regularizer!r} is unknown; use 'kl' or 'vq'")

@@ -69,7 +69,8 @@ class MultiScaleSSIM(nn.Module):
     def _smooth(self, x: Tensor) -> Tensor:
         channels = x.shape[1]
         rows = self.window.view(1, 1, 1, -1).expand(channels, 1, 1, -1)
-        return F.conv2d(F.conv2d(x, rows, groups=channels), rows.transpose(2, 3), groups=channels)
+        with torch.autocast(x.device.type, enabled=False):  # a variance is a small difference of large numbers
+            return F.conv2d(F.conv2d(x, rows, groups=channels), rows.transpose(2, 3), groups=channels)
 
 
 class FocalFrequency(nn.Module):

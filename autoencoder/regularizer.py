@@ -77,7 +77,7 @@ class VectorQuantizer(nn.Module):
         """Quantize latents [B, d, h, w], with the straight-through gradient and the two losses, in float32."""
         z_e = latents.float()
         indices = self.nearest(z_e)
-        z_q = self.lookup(indices).float()
+        z_q = self.lookup(indices).float()  # [B, h, w] -> [B, d, h, w]
         codebook_loss = F.mse_loss(z_q, z_e.detach())
         commitment_loss = F.mse_loss(z_e, z_q.detach())
         straight = z_e + (z_q - z_e).detach()

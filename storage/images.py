@@ -113,14 +113,18 @@ def _from_16_bit(image: Image.Image) -> Image.Image:
 
 def image_to_tensor(image: Image.Image) -> torch.Tensor:
     """A PIL RGB image as float32 [3, H, W] in [-1, 1]."""
-    pixels = torch.from_numpy(np.array(image))  # [H, W, 3]
-    return pixels.permute(2, 0, 1).contiguous().float().div_(127.5).sub_(1)  # [3, H, W]
+    # numpy, because torch would split this over threads: on a machine with busy cores that took 47 ms, not 0.1
+    values = np.asarray(image).transpose(2, 0, 1).astype(np.float32, order="C")  # [3, H, W]
+    values /= 127.5
+    values -= 1
+    return torch.from_numpy(values)
 
 
 def tensor_to_image(image: torch.Tensor) -> Image.Image:
     """Float [3, H, W] in [-1, 1] as a PIL RGB image: rounded, clamped; NaN becomes mid-gray."""
-    pixels = image.detach().float().nan_to_num(0.0, 1.0, -1.0).add(1).mul(127.5).round().clamp(0, 255)
-    return Image.fromarray(pixels.to(torch.uint8).permute(1, 2, 0).cpu().contiguous().numpy())
+    values = np.nan_to_num(image.detach().float().cpu().numpy(), nan=0.0, posinf=1.0, neginf=-1.0)
+    pixels = np.rint((values + 1) * np.float32(127.5)).clip(0, 255).astype(np.uint8)  # [3, H, W]
+    return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
 
 
 def fit(

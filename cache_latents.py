@@ -1,0 +1,110 @@
+"""Encode images and captions once: posterior moments and text contexts in memory-mapped shards, split over processes.
+
+accelerate launch cache_latents.py --config configs/ldm/emoji.yaml data.folder=PATH cache=cache/emoji
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import torch
+from accelerate import PartialState
+from tqdm import tqdm
+
+from autoencoder import Autoencoder
+from conditioning.conditioner import Conditioner, build_conditioner
+from storage.config import load_config, one_line_errors
+from storage.dataset import ImageDataset, scan
+from storage.shards import ShardWriter
+from train_ldm import RunConfig, cache_key, check_shapes
+
+BATCH = 16  # images, or captions, encoded at a time
+
+
+@torch.no_grad()
+def cache_moments(writer: ShardWriter, dataset: ImageDataset, autoencoder: Autoencoder, state: PartialState) -> None:
+    """Encode this process's parts of the images, and their mirror images where the config has flips."""
+    flips = (False, True) if dataset.config.flip else (False,)
+    channels, side = autoencoder.latent_channels, dataset.config.image_size // autoencoder.downsampling
+    for part in tqdm(writer.missing("moments"), desc="images", disable=not state.is_main_process):
+        moments = torch.zeros(len(part), len(flips), 2 * channels, side, side)
+        unusable = []
+        for first in range(0, len(part), BATCH):
+            rows = range(first, min(first + BATCH, len(part)))
+            for column, flip in enumerate(flips):
+                pictures = {row: dataset.picture(part[row], flip) for row in rows}
+                usable = [row for row in rows if pictures[row] is not None]
+                if flip is flips[0]:
+                    unusable += [part[row] for row in rows if pictures[row] is None]
+                if usable:
+                    images = torch.stack([pictures[row] for row in usable]).to(state.device)
+                    moments[usable, column] = autoencoder.encode(images).moments.cpu()
+        writer.add_moments(part, moments, unusable)
+
+
+@torch.no_grad()
+def cache_contexts(writer: ShardWriter, conditioner: Conditioner, state: PartialState) -> None:
+    """Encode this process's parts of the captions."""
+    for part in tqdm(writer.missing("contexts"), desc="captions", disable=not state.is_main_process):
+        contexts: list[torch.Tensor] = []
+        for first in range(part.start, part.stop, BATCH):
+            captions = writer.captions[first : min(first + BATCH, part.stop)]
+            contexts += encode_captions(conditioner, captions, state.device)
+        writer.add_contexts(part, contexts)
+
+
+def encode_captions(conditioner: Conditioner, captions: list[str], device: torch.device) -> list[torch.Tensor]:
+    """The context [L, d] of each caption, without masked tokens; nothing for a text encoder that is trained along."""
+    if conditioner.trainable:
+        return [torch.zeros(1, 1)] * len(captions)
+    tokens = conditioner.tokenize(captions)
+    context = conditioner(tokens.ids.to(device), tokens.mask.to(device))
+    if context.mask is None:
+        return list(context.tokens)
+    return [each[mask] for each, mask in zip(context.tokens, context.mask, strict=True)]
+
+
+def cache(config: RunConfig, arguments: Sequence[str]) -> None:
+    """Fill `config.cache`; what is already there is not made again. `arguments` are shown for the next command."""
+    with one_line_errors():
+        if config.cache is None:
+            raise ValueError("there is no folder to write to; give cache=FOLDER")
+        state = PartialState()
+        records = scan(config.data)
+        if config.data.crop == "random":
+            raise ValueError("data.crop random cannot be cached; use data.crop=center, or train without a cache")
+        autoencoder = Autoencoder.load(config.autoencoder).eval().requires_grad_(False)
+        captions = (caption for record in records.train for group in record.captions for caption in group)
+        conditioner = build_conditioner(config.conditioner, captions, seed=config.seed)
+        check_shapes(config, autoencoder, conditioner)
+        key = cache_key(config, records.train, autoencoder, conditioner)
+        with state.main_process_first():  # the first one writes the key that the others check
+            writer = ShardWriter(config.cache, state.process_index, key, records.train, state.num_processes)
+    autoencoder.to(state.device, memory_format=torch.channels_last)
+    conditioner.to(state.device)
+    cache_moments(writer, ImageDataset(records.train, config.data, config.seed), autoencoder, state)
+    cache_contexts(writer, conditioner, state)
+    state.wait_for_everyone()
+    writer.close(encode_captions(conditioner, [""], state.device)[0])
+    state.wait_for_everyone()
+    if state.is_main_process:
+        print(f"{len(records.train)} images and {len(writer.captions)} captions are in {config.cache}; next:")
+        print("  accelerate launch train_ldm.py " + " ".join(arguments))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", help="the config of the stage-2 run, such as configs/ldm/emoji.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.folder=PATH cache=cache/emoji")
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = parser.parse_args(argv)
+    with one_line_errors():
+        config = load_config(RunConfig, arguments.config, arguments.overrides)
+    cache(config, argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""A context is all that a denoiser is told besides z_t and t: tokens, vector and latents, any of them absent.
+
+Cross-attention reads the tokens (Rombach et al. 2022, section 3.3); caption dropout is Ho & Salimans 2022, algorithm 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FIELDS = ("tokens", "mask", "vector", "latents")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What a batch of B denoisings is conditioned on; fields that are None are absent.
+
+    Raises:
+        ValueError: if the present fields disagree on B, or a mask does not fit the tokens.
+    """
+
+    tokens: Tensor | None = None  # [B, L, d] read by cross-attention
+    mask: Tensor | None = None  # [B, L] bool, True where the token counts; None: every token counts
+    vector: Tensor | None = None  # [B, v] added to the time embedding
+    latents: Tensor | None = None  # [B, c, h, w] concatenated to z_t
+
+    def __post_init__(self) -> None:
+        sizes = {name: len(getattr(self, name)) for name in FIELDS if getattr(self, name) is not None}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"the fields of a context must share their batch size, not {sizes}")
+        if self.mask is not None and (self.tokens is None or self.mask.shape != self.tokens.shape[:2]):
+            tokens = None if self.tokens is None else tuple(self.tokens.shape)
+            raise ValueError(f"mask {tuple(self.mask.shape)} does not fit tokens {tokens}; it must be [B, L]")
+
+    @property
+    def batch_size(self) -> int:
+        """B. Raises ValueError for a context with no field, which has no batch."""
+        for name in FIELDS:
+            if getattr(self, name) is not None:
+                return len(getattr(self, name))
+        raise ValueError("a context without tokens, vector and latents has no batch size")
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Context:
+        """The same on another device, or with its tokens, vector and latents in another dtype (the mask stays bool)."""
+        return self._each(lambda x: x.to(device=device, dtype=dtype if x.is_floating_point() else None))
+
+    def select(self, index: slice | int | Tensor) -> Context:
+        """The members that a slice, an integer (batch of 1) or an index tensor [K] names."""
+        if isinstance(index, int):
+            if not -self.batch_size <= index < self.batch_size:
+                raise IndexError(f"member {index} of a context of {self.batch_size}")
+            index = slice(index, index + 1 or None)
+        return self._each(lambda x: x[index])
+
+    def repeat(self, n: int) -> Context:
+        """A batch of 1 repeated to n (a view: no memory is copied); a context with no field stays as it is."""
+        sizes = {name: len(getattr(self, name)) for name in FIELDS if getattr(self, name) is not None}
+        if any(size != 1 for size in sizes.values()):
+            raise ValueError(f"only a context of batch size 1 can be repeated, not {sizes}")
+        return self._each(lambda x: x.expand(n, *x.shape[1:]))
+
+    def cat(self, other: Context) -> Context:
+        """Both, one after the other along the batch: [B1 + B2, ...].
+
+        The shorter tokens are padded with zeros that the mask, made where there was none, hides.
+
+        Raises:
+            ValueError: if a field is present in one and absent in the other.
+        """
+        return self._join(other, lambda a, b: torch.cat([a, b]))
+
+    def where(self, keep: Tensor, other: Context) -> Context:
+        """Per member: this context where keep [B] bool is True, the other (batch B or 1) where it is False."""
+
+        def choose(a: Tensor, b: Tensor) -> Tensor:
+            return torch.where(keep.reshape(-1, *[1] * (a.ndim - 1)), a, b)
+
+        if keep.dtype != torch.bool or keep.shape != (self.batch_size,):
+            raise ValueError(f"keep must be bool [{self.batch_size}], not {keep.dtype} {tuple(keep.shape)}")
+        return self._join(other, choose)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Context:
+        present = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Context(**{name: None if x is None else change(x) for name, x in present.items()})
+
+    def _join(self, other: Context, join: Callable[[Tensor, Tensor], Tensor]) -> Context:
+        for name in ("tokens", "vector", "latents"):
+            if (getattr(self, name) is None) != (getattr(other, name) is None):
+                raise ValueError(f"one context has {name} and the other has none; use one conditioner for both")
+        a, b = self, other
+        if a.tokens is not None and (a.tokens.shape[1] != b.tokens.shape[1] or (a.mask is None) != (b.mask is None)):
+            length = max(a.tokens.shape[1], b.tokens.shape[1])
+            a, b = _padded(a, length), _padded(b, length)
+        joined = {name: (getattr(a, name), getattr(b, name)) for name in FIELDS}
+        return Context(**{name: None if x is None else join(x, y) for name, (x, y) in joined.items()})
+
+
+def drop_context(context: Context, null: Context, drop: Tensor) -> Context:
+    """Replaces the context by the null context (batch 1) where drop [B] bool is True.
+
+    This is how one network learns the conditional and the unconditional score (Ho & Salimans 2022, algorithm 1).
+    """
+    return context.where(~drop, null)
+
+
+def _padded(context: Context, length: int) -> Context:
+    """Tokens padded with zeros to `length`, and a mask that says so."""
+    tokens, mask = context.tokens, context.mask
+    if mask is None:
+        mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+    extra = length - tokens.shape[1]
+    return Context(
+        tokens=F.pad(tokens, (0, 0, 0, extra)),  # [B, L, d] -> [B, length, d]
+        mask=F.pad(mask, (0, extra)),  # [B, L] -> [B, length]
+        vector=context.vector,
+        latents=context.latents,
+    )

@@ -1,0 +1,77 @@
+"""The denoiser: a network given meaning by a schedule and a prediction (Vincent et al. 2008; Karras et al. 2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.prediction import check_prediction, clean_coefficients, mix, per_image, target, to_clean
+from ldm.schedule import Schedule
+
+
+@dataclass(frozen=True, eq=False)
+class Denoiser:
+    """Maps noisy latents z_t to the estimate E[z_0 | z_t] of the clean ones.
+
+    Not a module: DDP, EMA and compile wrap the network, which is called as network(z_t, timestep [B], context).
+
+    Where the schedule asks for it (variance exploding, whose z_t has a standard deviation of up to sigma_max), z_t,
+    alpha and sigma are divided by sqrt(alpha^2 + sigma^2) before network and prediction meet them. z_t / that is again
+    a z_0 + b noise, now with a^2 + b^2 = 1: the network lives in variance-preserving coordinates, its input has unit
+    variance, and velocity prediction is Karras et al. 2022's preconditioning with sigma_data = 1 (up to sign).
+
+    Raises:
+        ValueError: unknown prediction, or noise prediction on a schedule that ends in pure noise.
+    """
+
+    network: Callable[[Tensor, Tensor, Any], Tensor]
+    schedule: Schedule
+    prediction: str
+
+    def __post_init__(self) -> None:
+        check_prediction(self.prediction)
+        if self.prediction == "noise" and self.schedule.ends_in_pure_noise:
+            raise ValueError(
+                f"noise prediction is undefined on schedule {self.schedule.config.name!r}, which has no signal left "
+                "at t = 1; use prediction velocity, flow or clean"
+            )
+
+    def __call__(self, z_t: Tensor, t: Tensor | float, context: Any = None) -> Tensor:
+        """z_0 [B, c, h, w] from z_t [B, c, h, w] at times t (one, or [B]; best on the CPU), told a context."""
+        alpha, sigma, scale = self.levels(t)
+        z_in = self._scaled(z_t, scale)
+        return to_clean(self.network(z_in, self._timestep(z_t, t), context), z_in, alpha, sigma, self.prediction)
+
+    def output(self, z_t: Tensor, t: Tensor | float, context: Any = None) -> Tensor:
+        """The bare network's output at z_t [B, ...] and times t (one, or [B])."""
+        return self.network(self._scaled(z_t, self.levels(t)[2]), self._timestep(z_t, t), context)
+
+    def target(self, z_0: Tensor, noise: Tensor, t: Tensor | float) -> Tensor:
+        """What `output` should be at alpha z_0 + sigma noise, [B, ...]."""
+        alpha, sigma, _ = self.levels(t)
+        return target(z_0, noise, alpha, sigma, self.prediction)
+
+    def add_noise(self, z_0: Tensor, noise: Tensor, t: Tensor | float) -> Tensor:
+        """z_t = alpha z_0 + sigma noise, [B, ...]."""
+        return mix(z_0, noise, *self.schedule(t, torch.float64))
+
+    def gain(self, t: Tensor | float) -> Tensor:
+        """(d z_0 / d output)^2 at times t, float64: how an error of the output weighs as an error of z_0."""
+        alpha, sigma, _ = self.levels(t)
+        return clean_coefficients(alpha, sigma, self.prediction)[1].square()
+
+    def levels(self, t: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
+        """alpha and sigma as network and prediction see them, and the scale that z_t is divided by; float64."""
+        alpha, sigma = self.schedule(t, torch.float64)
+        scale = torch.hypot(alpha, sigma) if self.schedule.unit_input else torch.ones_like(alpha)
+        return alpha / scale, sigma / scale, scale
+
+    def _scaled(self, z_t: Tensor, scale: Tensor) -> Tensor:
+        return z_t / per_image(scale, z_t) if self.schedule.unit_input else z_t
+
+    def _timestep(self, z_t: Tensor, t: Tensor | float) -> Tensor:
+        return self.schedule.timestep(t).to(z_t.device).expand(len(z_t))

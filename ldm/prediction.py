@@ -1,0 +1,78 @@
+"""What a network predicts: a z_0 + b noise, and the one formula that turns every such output into z_0.
+
+Noise: Ho et al. 2020. Velocity: Salimans & Ho 2022. Flow: Liu et al. 2022.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+PREDICTIONS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor | float, Tensor | float]]] = {
+    "noise": lambda alpha, sigma: (0.0, 1.0),
+    "clean": lambda alpha, sigma: (1.0, 0.0),
+    "velocity": lambda alpha, sigma: (-sigma, alpha),
+    "flow": lambda alpha, sigma: (-1.0, 1.0),
+}
+
+
+def check_prediction(prediction: str) -> None:
+    """Raise ValueError if there is no such prediction."""
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"unknown prediction {prediction!r}; use one of {', '.join(PREDICTIONS)}")
+
+
+def mix(z_0: Tensor, noise: Tensor, a: Tensor | float, b: Tensor | float) -> Tensor:
+    """a z_0 + b noise for images [B, ...] and numbers a, b that are one for all or one per image [B]."""
+    return per_image(a, z_0) * z_0 + per_image(b, z_0) * noise
+
+
+def target(z_0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor, prediction: str) -> Tensor:
+    """What the network should have output, [B, ...] like z_0 and noise; alpha and sigma are [B] or single."""
+    check_prediction(prediction)
+    return mix(z_0, noise, *PREDICTIONS[prediction](alpha, sigma))
+
+
+def to_clean(output: Tensor, z_t: Tensor, alpha: Tensor, sigma: Tensor, prediction: str) -> Tensor:
+    """z_0 [B, ...] meant by a network's output at z_t = alpha z_0 + sigma noise, in the dtype of z_t.
+
+    z_0 = (b z_t - sigma output) / (b alpha - a sigma); without noise z_0 = z_t / alpha, whatever the output.
+
+    Args:
+        output: the network's output [B, ...].
+        z_t: noisy latents [B, ...].
+        alpha, sigma: [B] or single, best in float64.
+        prediction: a key of PREDICTIONS.
+
+    Raises:
+        ValueError: unknown prediction, or the output says nothing about z_0 (noise, where no signal is left).
+    """
+    from_z_t, from_output = clean_coefficients(alpha, sigma, prediction)
+    return mix(z_t, output.to(z_t.dtype), from_z_t, from_output)
+
+
+def clean_coefficients(alpha: Tensor, sigma: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
+    """The numbers with z_0 = first * z_t + second * output; raises as `to_clean`."""
+    check_prediction(prediction)
+    alpha, sigma = torch.as_tensor(alpha), torch.as_tensor(sigma)
+    a, b = PREDICTIONS[prediction](alpha, sigma)
+    determinant = b * alpha - a * sigma
+    clean = sigma == 0
+    if ((determinant == 0) & ~clean).any():
+        raise ValueError(
+            f"{prediction} prediction says nothing about z_0 where alpha is 0 (zero signal-to-noise ratio); "
+            "train with velocity, flow or clean prediction"
+        )
+    determinant = torch.where(clean, 1.0, determinant)
+    return torch.where(clean, 1 / alpha, b / determinant), torch.where(clean, 0.0, -sigma / determinant)
+
+
+def per_image(value: Tensor | float, images: Tensor) -> Tensor | float:
+    """Numbers [B] -> [B, 1, 1, ...] in the dtype and on the device of images [B, ...]; one number serves them all."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.dim() == 0:
+        return value.to(images.device, images.dtype)
+    return value.to(images.device, images.dtype).view(-1, *[1] * (images.dim() - 1))

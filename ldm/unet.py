@@ -1,0 +1,214 @@
+"""The latent UNet that sees z_t, the timestep and the context (Rombach et al. 2022, sections 3.2, 3.3, appendix E.2.1).
+
+Parameter names and arithmetic are those of diffusers' `UNet2DConditionModel`. The output convolution, the second
+convolution of each residual block and the last projection of each spatial transformer are zero at construction, as in
+LDM: an untrained network returns 0 and all its residual branches are the identity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ldm.blocks import (
+    MASKED,
+    Downsample,
+    Embedding,
+    Level,
+    ResidualBlock,
+    Signal,
+    SpatialTransformer,
+    Upsample,
+    sinusoids,
+    zeroed,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetConfig:
+    """The shape of a UNet; the defaults are the paper's text-to-image model (872 M parameters).
+
+    Raises:
+        ValueError: if a tuple has not one entry per level, or channels can't be divided into groups or heads.
+    """
+
+    sample_size: int = 32  # height and width of the latents that it is trained on
+    in_channels: int = 4  # of z_t, plus those of context.latents
+    out_channels: int = 4  # of z_t
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)  # features per level, finest first
+    layers_per_block: int = 2  # residual blocks per level on the way down; one more on the way up
+    attention_levels: tuple[bool, ...] = (True, True, True, False)  # levels with transformers; the middle has one
+    attention_heads: tuple[int, ...] = (8,)  # number of heads: of each level, or one number for all
+    cross_attention_dim: int | None = 1280  # d of context.tokens; None: no tokens, twice self-attention
+    transformer_layers: int = 1  # transformer blocks per spatial transformer
+    use_linear_projection: bool = False  # store the transformers' projections as matrices (SD2), not 1x1 convolutions
+    vector_dim: int | None = None  # of context.vector, added to the time embedding; None: no vector
+    dropout: float = 0.0  # in residual blocks, before the second convolution
+    norm_num_groups: int = 32  # of every GroupNorm
+
+    def __post_init__(self):
+        heads = (self.attention_heads,) if isinstance(self.attention_heads, int) else tuple(self.attention_heads)
+        levels = len(self.block_out_channels)
+        object.__setattr__(self, "block_out_channels", tuple(self.block_out_channels))
+        object.__setattr__(self, "attention_levels", tuple(self.attention_levels))
+        object.__setattr__(self, "attention_heads", heads * levels if len(heads) == 1 else heads)
+        for name in ("attention_levels", "attention_heads"):
+            if len(getattr(self, name)) != levels:
+                raise ValueError(f"{name} {getattr(self, name)} needs one entry for each of the {levels} levels")
+        for level, (channels, count) in enumerate(zip(self.block_out_channels, self.attention_heads, strict=True)):
+            if channels % self.norm_num_groups:
+                raise ValueError(
+                    f"block_out_channels {channels} is not divisible by norm_num_groups {self.norm_num_groups}; "
+                    f"use {max(channels // self.norm_num_groups, 1) * self.norm_num_groups} channels or fewer groups"
+                )
+            if (self.attention_levels[level] or level == levels - 1) and channels % count:
+                raise ValueError(
+                    f"attention_heads {count} does not divide the {channels} channels of level {level}; "
+                    "give one number per level"
+                )
+
+
+class Told(Protocol):
+    """What the UNet reads of a context (`conditioning.Context`); each may be None."""
+
+    tokens: Tensor | None  # [B, L, d]
+    mask: Tensor | None  # [B, L], True for a token
+    vector: Tensor | None  # [B, v]
+    latents: Tensor | None  # [B, c, h, w]
+
+
+class UNet(nn.Module):
+    """The network of the diffusion model: what it predicts is the denoiser's business.
+
+    Attributes:
+        config: its shape.
+        checkpointing: recompute each layer's activations in the backward pass: less memory, a third more time.
+    """
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        self.config = config
+        self.checkpointing = False
+        channels = config.block_out_channels
+        self.embedding_dim = 4 * channels[0]
+        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+        self.time_embedding = Embedding(channels[0], self.embedding_dim)
+        if config.vector_dim is not None:
+            self.class_embedding = Embedding(config.vector_dim, self.embedding_dim)
+        self.down_blocks = nn.ModuleList(self._down_levels())
+        self.mid_block = self._level(len(channels) - 1, [channels[-1], channels[-1]], transformers=1)
+        self.up_blocks = nn.ModuleList(self._up_levels())
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[0], eps=1e-5)
+        self.conv_out = zeroed(nn.Conv2d(channels[0], config.out_channels, 3, padding=1))
+
+    def _level(self, level: int, inputs: list[int], transformers: int, **resampling: nn.Module | None) -> Level:
+        """Residual blocks from `inputs` channels each to those of `level`, the first `transformers` with attention."""
+        config, channels = self.config, self.config.block_out_channels[level]
+        resnets = [
+            ResidualBlock(dim, channels, self.embedding_dim, config.norm_num_groups, config.dropout) for dim in inputs
+        ]
+        attentions = [
+            SpatialTransformer(
+                channels,
+                heads=config.attention_heads[level],
+                depth=config.transformer_layers,
+                context_dim=config.cross_attention_dim,
+                linear=config.use_linear_projection,
+                groups=config.norm_num_groups,
+            )
+            for _ in range(transformers)
+        ]
+        return Level(resnets, attentions, **resampling)
+
+    def _down_levels(self) -> Iterator[Level]:
+        channels, layers = self.config.block_out_channels, self.config.layers_per_block
+        for level, dim in enumerate(channels):
+            inputs = [channels[max(level - 1, 0)], *[dim] * (layers - 1)]
+            downsampler = Downsample(dim) if level < len(channels) - 1 else None
+            transformers = layers if self.config.attention_levels[level] else 0
+            yield self._level(level, inputs, transformers, downsampler=downsampler)
+
+    def _up_levels(self) -> Iterator[Level]:
+        channels, layers = self.config.block_out_channels, self.config.layers_per_block + 1
+        for level, dim in reversed(list(enumerate(channels))):
+            below = channels[min(level + 1, len(channels) - 1)]  # what arrives from the coarser level
+            skips = [*[dim] * (layers - 1), channels[max(level - 1, 0)]]
+            inputs = [into + skip for into, skip in zip([below, *[dim] * (layers - 1)], skips, strict=True)]
+            upsampler = Upsample(dim) if level > 0 else None
+            transformers = layers if self.config.attention_levels[level] else 0
+            yield self._level(level, inputs, transformers, upsampler=upsampler)
+
+    def forward(self, z_t: Tensor, timestep: Tensor, context: Told | None = None) -> Tensor:
+        """Run the network.
+
+        Args:
+            z_t: [B, c, h, w].
+            timestep: [B], what is embedded: real numbers, 0 to about 1000.
+            context: tokens [B, L, d], mask [B, L], vector [B, v], latents [B, in_channels - c, h, w], as configured.
+        Returns: [B, out_channels, h, w].
+        Raises:
+            ValueError: if the context lacks what the network was built for, or has what it can't read.
+        """
+        signal = self._signal(z_t, timestep, context)
+        x = self.conv_in(self._input(z_t, context))  # [B, C0, h, w]
+        skips = [x]
+        for level in self.down_blocks:
+            for index in range(len(level.resnets)):
+                x = self._run(level.layer, index, x, signal)
+                skips.append(x)
+            for downsampler in level.downsamplers:
+                x = downsampler(x)  # [B, C, h / 2, w / 2]
+                skips.append(x)
+        for index in range(len(self.mid_block.resnets)):
+            x = self._run(self.mid_block.layer, index, x, signal)
+        for level in self.up_blocks:
+            for index in range(len(level.resnets)):
+                x = self._run(level.layer, index, x, signal, skips.pop())
+            for upsampler in level.upsamplers:
+                x = upsampler(x, skips[-1].shape[2:])  # [B, C, 2h, 2w]
+        return self.conv_out(F.silu(self.conv_norm_out(x)))  # [B, out_channels, h, w]
+
+    def _run(self, layer: Callable[..., Tensor], *arguments: object) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(layer, *arguments, use_reentrant=False)
+        return layer(*arguments)
+
+    def _input(self, z_t: Tensor, context: Told | None) -> Tensor:
+        """Concatenate context.latents to z_t: [B, in_channels, h, w]."""
+        latents = context.latents if context is not None else None
+        x = z_t if latents is None else torch.cat([z_t, latents], dim=1)
+        if x.shape[1] != self.config.in_channels:
+            raise ValueError(
+                f"z_t has {z_t.shape[1]} channels and context.latents {x.shape[1] - z_t.shape[1]}; "
+                f"this UNet takes in_channels = {self.config.in_channels} of both together"
+            )
+        return x
+
+    def _signal(self, z_t: Tensor, timestep: Tensor, context: Told | None) -> Signal:
+        """Embed the timestep and the vector, and turn the mask into a bias of attention scores."""
+        tokens, mask, vector = (context.tokens, context.mask, context.vector) if context is not None else (None,) * 3
+        _check_width("tokens", tokens, self.config.cross_attention_dim)
+        _check_width("vector", vector, self.config.vector_dim)
+        embedding = self.time_embedding(sinusoids(timestep, self.config.block_out_channels[0]).to(z_t.dtype))  # [B, E]
+        if vector is not None:
+            embedding = embedding + self.class_embedding(vector)
+        bias = None
+        if tokens is not None and mask is not None:
+            bias = (~mask.bool()).to(z_t.dtype)[:, None, None, :] * MASKED  # [B, 1, 1, L]
+        return Signal(F.silu(embedding), tokens, bias)
+
+
+def _check_width(name: str, value: Tensor | None, width: int | None) -> None:
+    """Raise a ValueError unless the context's `value` is as wide as the UNet was built for, or absent where it is."""
+    have = None if value is None else value.shape[-1]
+    if have != width:
+        raise ValueError(
+            f"context.{name} of width {have} does not fit this UNet, which was built for {width}; "
+            "use the conditioner that it was trained with"
+        )

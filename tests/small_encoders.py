@@ -1,0 +1,65 @@
+"""Small random text encoders of each kind, saved as their libraries save them; no download."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from conditioning import Conditioner, ConditionerConfig, TransformerConfig, build_conditioner
+
+COLORS, SHAPES = ("red", "green", "blue", "dark blue"), ("heart", "circle", "smiling face", "Café", "naïve cat")
+CAPTIONS = [f"a {size} {c} {s}, {s} again" for size in ("large", "small") for c in COLORS for s in SHAPES]
+SCRATCH = TransformerConfig(vocab_size=600, width=32, layers=2, heads=2, max_length=16)
+
+
+def save_bert(folder: Path, **changes) -> Path:
+    """A small random BERT with a WordPiece vocabulary, as transformers saves it."""
+    from transformers import BertConfig, BertModel, BertTokenizer
+
+    words = sorted({word.lower() for caption in CAPTIONS for word in caption.replace(",", " ,").split()})
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words, *"abcdefghij", "##s", "##a"]
+    BertTokenizer({piece: i for i, piece in enumerate(pieces)}, model_max_length=24).save_pretrained(folder)
+    settings = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4)
+    torch.manual_seed(0)
+    model = BertModel(BertConfig(vocab_size=len(pieces), max_position_embeddings=24, **{**settings, **changes}))
+    model.save_pretrained(folder)
+    return folder
+
+
+def save_t5(folder: Path) -> Path:
+    """A whole small T5 (encoder and decoder) with a Unigram tokenizer of the tokenizers library."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+
+    backend = Tokenizer(models.Unigram())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    special = ["<pad>", "</s>", "<unk>"]
+    trainer = trainers.UnigramTrainer(vocab_size=80, special_tokens=special, unk_token="<unk>", show_progress=False)
+    backend.train_from_iterator(CAPTIONS, trainer)
+    backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    names = dict(pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(folder)
+    torch.manual_seed(0)
+    T5ForConditionalGeneration(
+        T5Config(vocab_size=80, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    ).save_pretrained(folder)
+    return folder
+
+
+def save_open_clip(folder: Path) -> Path:
+    """A small open_clip model with random weights and open_clip's own tokenizer."""
+    import open_clip
+
+    text = {"context_length": 20, "vocab_size": 49408, "width": 32, "heads": 4, "layers": 3}
+    vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
+    config = {"model_cfg": {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    model = open_clip.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text)
+    torch.save(model.state_dict(), folder / "open_clip_pytorch_model.bin")
+    return folder
+
+
+def build_scratch() -> Conditioner:
+    """A transformer from scratch with the tokenizer learnt from CAPTIONS."""
+    return build_conditioner(ConditionerConfig(kind="scratch", scratch=SCRATCH), CAPTIONS, seed=3)

@@ -1,0 +1,104 @@
+"""Captioned images: a sample depends on its address alone, and a file that can't be decoded stops nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from storage.dataset import DataConfig, ImageDataset, Order, collate, make_loader, scan
+
+PICTURES = Path(__file__).parent / "pictures"
+
+
+def config(folder, **options) -> DataConfig:
+    return DataConfig(
+        **{"folder": str(folder), "image_size": 16, "validation": 0.0, "max_bad_fraction": 1.0, **options}
+    )
+
+
+def make_folder(folder: Path, rows: list, names: tuple[str, ...] = ("a.png", "b.png", "c.png")) -> Path:
+    """A folder with solid pictures and a metadata.jsonl; rows are dicts, or raw bytes of a line."""
+    for number, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (number * 20, 0, 0)).save(folder / name)
+    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+    (folder / "metadata.jsonl").write_bytes(b"\n".join(lines))
+    return folder
+
+
+def test_a_sample_depends_on_its_address_alone():
+    options = config(PICTURES, captions=["{text}", "{keywords}"], flip=True, crop="random")
+    records = scan(options).train
+    first = {address: ImageDataset(records, options, seed=3)[address] for address in ((0, 5), (1, 5), (9, 0))}
+    dataset = ImageDataset(records, options, seed=3)
+    torch.rand(7)
+    for address in reversed(first):
+        sample = dataset[address]
+        assert torch.equal(sample.image, first[address].image)
+        assert (sample.caption, sample.index) == (first[address].caption, address[1])
+
+
+def test_flips_and_captions_change_with_the_epoch():
+    options = config(PICTURES, captions=["{keywords}", "{text}"], flip=True)
+    dataset = ImageDataset(scan(options).train, options)
+    samples = [dataset[epoch, 0] for epoch in range(40)]
+    straight = dataset.picture(0)
+    flipped = sum(not torch.equal(sample.image, straight) for sample in samples)
+    assert 8 < flipped < 32
+    assert all(torch.equal(s.image, straight) or torch.equal(s.image, straight.flip(-1)) for s in samples)
+    assert len({sample.caption for sample in samples}) > 3
+
+
+def test_files_that_fail_to_decode_are_replaced_alike_everywhere_and_recorded_once(tmp_path):
+    names = tuple(f"{number}.png" for number in range(8))
+    make_folder(tmp_path, [{"file_name": name, "text": name} for name in names], names)
+    (tmp_path / "3.png").write_bytes((tmp_path / "3.png").read_bytes()[:40])
+    (tmp_path / "5.png").write_bytes(b"no image")
+    options = config(tmp_path)
+    records, log = scan(options).train, tmp_path / "skipped.jsonl"
+    dataset = ImageDataset(records, options, on_skip=str(log))
+    samples = [dataset[epoch, index] for epoch in range(3) for index in range(8)]
+    assert {skip.path for skip in dataset.skipped.values()} == {"3.png", "5.png"}
+    assert [sample.index for sample in samples] == list(range(8)) * 3
+    assert not {"3.png", "5.png"} & {sample.caption for sample in samples}
+    for sample in samples:  # caption and picture are of the same record
+        assert torch.equal(sample.image, dataset.picture(int(sample.caption[0])))
+    again = ImageDataset(records, options, on_skip=str(log))
+    assert again[2, 3].caption == dataset[2, 3].caption and again[1, 5].caption == dataset[1, 5].caption
+    assert [json.loads(line)["path"] for line in log.read_text().splitlines()] == ["3.png", "5.png"]
+
+
+def test_too_many_undecodable_files_stop_the_run(tmp_path):
+    make_folder(tmp_path, [{"file_name": name, "text": "x"} for name in ("a.png", "b.png", "c.png")])
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(b"no image")
+    options = config(tmp_path, max_bad_fraction=0.5)
+    dataset = ImageDataset(scan(options).train, options)
+    with pytest.raises(ValueError, match="2 of 3 images can't be decoded"):
+        for index in range(3):
+            dataset[0, index]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loaders_give_the_samples_of_the_order_and_leave_the_global_random_state_alone(workers):
+    options = config(PICTURES, captions=["{keywords}", "{text}"], flip=True)
+    dataset = ImageDataset(scan(options).train, options, seed=2)
+    order = Order(len(dataset), 8, 4, seed=2, steps=3)
+    state = torch.get_rng_state()
+    batches = list(make_loader(dataset, order, workers))
+    assert torch.equal(torch.get_rng_state(), state)
+    for batch, addresses in zip(batches, order, strict=True):
+        want = collate([dataset[address] for address in addresses])
+        assert torch.equal(batch.images, want.images) and batch.captions == want.captions
+        assert batch.indices.tolist() == [address.index for address in addresses]
+
+
+def test_an_endless_order_can_be_left_at_any_time():
+    options = config(PICTURES)
+    dataset = ImageDataset(scan(options).train, options)
+    loader = iter(make_loader(dataset, Order(len(dataset), 2, 2)))
+    assert next(loader).images.shape == (2, 3, 16, 16)

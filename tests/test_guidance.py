@@ -1,0 +1,168 @@
+"""ldm/guidance.py: the arithmetic of guidance, what it costs, and guided Gaussians in closed form."""
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from oracles import SCHEDULES
+
+from conditioning.context import Context
+from ldm.denoiser import Denoiser
+from ldm.guidance import classifier_free, extrapolate, in_interval, rescaled
+from ldm.prediction import PREDICTIONS
+from ldm.samplers import heun, initial_noise
+from ldm.schedule import times
+
+
+def means(values):
+    """A context whose vector is the mean of the data that it stands for."""
+    return Context(vector=torch.tensor(values, dtype=torch.float64)[:, None])
+
+
+@dataclass
+class Counting:
+    """The exact denoiser of normal data with the mean that the context tells and a common standard deviation."""
+
+    schedule: object
+    std: float = 0.5
+    sizes: list = None
+
+    def __post_init__(self):
+        self.sizes = []
+
+    def __call__(self, z_t, t, context):
+        self.sizes.append((len(z_t), context.vector[:, 0].tolist()))
+        alpha, sigma = (level.reshape(-1, 1) for level in self.schedule(t))
+        mean = context.vector
+        return mean + alpha * self.std**2 / (alpha**2 * self.std**2 + sigma**2) * (z_t - alpha * mean)
+
+
+@pytest.fixture
+def z_t():
+    return torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+CONTEXT, NULL = means([1.0, 2.0, 3.0]), means([0.5])
+
+
+def test_scale_1_is_the_conditional_denoiser_and_never_computes_the_unconditional_one(z_t):
+    denoiser = Counting(SCHEDULES["flow"])
+    guided = classifier_free(denoiser, CONTEXT, NULL, 1)(z_t, 0.4)
+    assert denoiser.sizes == [(3, [1, 2, 3])]
+    assert torch.equal(guided, denoiser(z_t, 0.4, CONTEXT))
+
+
+def test_scale_1_needs_no_null_context(z_t):
+    assert classifier_free(Counting(SCHEDULES["flow"]), CONTEXT, None, 1.0)(z_t, 0.4).shape == z_t.shape
+
+
+def test_scale_0_is_the_unconditional_denoiser_and_never_computes_the_conditional_one(z_t):
+    denoiser = Counting(SCHEDULES["flow"])
+    guided = classifier_free(denoiser, CONTEXT, NULL, 0)(z_t, 0.4)
+    assert denoiser.sizes == [(3, [0.5] * 3)]
+    assert torch.equal(guided, denoiser(z_t, 0.4, NULL.repeat(3)))
+
+
+@pytest.mark.parametrize("scale", [-2.0, -1.0, 0.5, 1.5, 7.5])
+def test_every_other_scale_extrapolates_from_one_call_of_both(z_t, scale):
+    denoiser = Counting(SCHEDULES["flow"])
+    guided = classifier_free(denoiser, CONTEXT, NULL, scale)(z_t, 0.4)
+    assert denoiser.sizes == [(6, [1, 2, 3, 0.5, 0.5, 0.5])]
+    conditional, unconditional = denoiser(z_t, 0.4, CONTEXT), denoiser(z_t, 0.4, NULL.repeat(3))
+    torch.testing.assert_close(guided, unconditional + scale * (conditional - unconditional))
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1 - 1e-9, 1 + 1e-9])
+def test_guidance_is_continuous_where_it_saves_a_pass(z_t, scale):
+    near, at = (classifier_free(Counting(SCHEDULES["flow"]), CONTEXT, NULL, s)(z_t, 0.4) for s in (scale, round(scale)))
+    torch.testing.assert_close(near, at, rtol=0, atol=1e-7)
+
+
+def test_times_may_differ_between_images(z_t):
+    guided = classifier_free(Counting(SCHEDULES["flow"]), CONTEXT, NULL, 3.0)
+    t = torch.tensor([0.2, 0.5, 1.0], dtype=torch.float64)
+    for i, together in enumerate(guided(z_t, t)):
+        one = classifier_free(Counting(SCHEDULES["flow"]), CONTEXT.select(i), NULL, 3.0)
+        torch.testing.assert_close(one(z_t[i : i + 1], t[i].item())[0], together)
+
+
+def test_one_context_serves_a_whole_batch_and_each_image_may_have_its_negative_prompt(z_t):
+    denoiser = Counting(SCHEDULES["flow"])
+    classifier_free(denoiser, means([2.0]), means([0.0, -1.0, -2.0]), 3.0)(z_t, 0.4)
+    assert denoiser.sizes == [(6, [2, 2, 2, 0, -1, -2])]
+
+
+def test_a_denoiser_that_is_told_nothing_is_guided_by_nothing(z_t):
+    assert torch.equal(classifier_free(lambda z, t, context: z, None, None, 1.0)(z_t, 0.4), z_t)
+
+
+@pytest.mark.parametrize("name", ["scaled_linear", "zero_terminal", "ve", "flow_shift"])
+@pytest.mark.parametrize("scale", [-1.0, 0.0, 1.0, 3.0])
+def test_guided_gaussians_have_the_mean_in_closed_form(name, scale):
+    """Two Gaussians that differ in their mean alone: guidance is the denoiser of the Gaussian whose mean is
+    m_null + scale (m - m_null). Its probability flow is exact from any beginning, so the mean is that of the result."""
+    schedule, std = SCHEDULES[name], 0.5
+    guided = classifier_free(Counting(schedule, std), means([1.5]), means([0.25]), scale)
+    mean = 0.25 + scale * 1.25
+    start = 0.9
+    alpha, sigma = (level.item() for level in schedule(start))
+    z = torch.linspace(-1, 1, 21, dtype=torch.float64)[None] * sigma + 0.2
+    walk = torch.linspace(start, 0.05, 401, dtype=torch.float64)
+    *_, last = heun(guided, z, walk, schedule, [])
+    end_alpha, end_sigma = (level.item() for level in schedule(0.05))
+    width = math.hypot(end_alpha * std, end_sigma) / math.hypot(alpha * std, sigma)
+    exact = end_alpha * mean + width * (z - alpha * mean)
+    torch.testing.assert_close(last.z, exact, rtol=0, atol=2e-3)
+    assert last.z.mean().item() == pytest.approx(end_alpha * mean + width * (0.2 - alpha * mean), abs=1e-3)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_guiding_z_0_is_guiding_the_output_for_every_prediction(z_t, prediction):
+    """Ho & Salimans 2022 guide the network's output (noise); the estimate of z_0 is affine in it."""
+    def network(z_in, timestep, context):
+        return torch.tanh(z_in * context.vector)
+
+    def guided_network(z_in, timestep, context):
+        a, b = network(z_in, timestep, context), network(z_in, timestep, NULL.repeat(3))
+        return extrapolate(a, b, 4.0)
+
+    schedule, told = SCHEDULES["scaled_linear"], CONTEXT
+    one = classifier_free(Denoiser(network, schedule, prediction), told, NULL, 4.0)(z_t, 0.6)
+    torch.testing.assert_close(one, Denoiser(guided_network, schedule, prediction)(z_t, 0.6, told))
+
+
+def test_rescaling_takes_back_the_contrast_of_each_image(z_t):
+    denoiser = lambda z, t, context: z * context.vector  # noqa: E731
+    conditional = denoiser(z_t, 0.4, CONTEXT)
+    full = classifier_free(denoiser, CONTEXT, NULL, 6.0, combine=rescaled(1.0))(z_t, 0.4)
+    torch.testing.assert_close(full.std(1), conditional.std(1))
+    plain = classifier_free(denoiser, CONTEXT, NULL, 6.0)(z_t, 0.4)
+    off = classifier_free(denoiser, CONTEXT, NULL, 6.0, combine=rescaled(0.0))(z_t, 0.4)
+    half = classifier_free(denoiser, CONTEXT, NULL, 6.0, combine=rescaled(0.5))(z_t, 0.4)
+    torch.testing.assert_close(off, plain)
+    torch.testing.assert_close(half, (plain + full) / 2)
+
+
+def test_guidance_in_an_interval_costs_nothing_outside():
+    schedule = SCHEDULES["flow"]
+    denoiser = Counting(schedule)
+    guided, plain = (classifier_free(denoiser, means([1.0]), means([0.0]), scale) for scale in (3.0, 1.0))
+    denoise = in_interval(guided, plain, start=0.8, stop=0.3)
+    z = initial_noise((1, 6), [torch.Generator().manual_seed(0)], schedule).double()
+    for t in times(schedule, 10)[:-1].tolist():
+        denoise(z, t)
+    assert [size for size, _ in denoiser.sizes] == [1, 1, 2, 2, 2, 2, 2, 2, 1, 1]
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf, -math.inf])
+def test_a_scale_that_is_no_number_says_so(scale):
+    with pytest.raises(ValueError, match=f"guidance scale {scale} must be a finite number"):
+        classifier_free(Counting(SCHEDULES["flow"]), CONTEXT, NULL, scale)
+
+
+def test_wrong_options_say_what_is_wrong():
+    with pytest.raises(ValueError, match="guidance rescale 1.2 must be between 0"):
+        rescaled(1.2)
+    with pytest.raises(ValueError, match="guidance interval from t = 0.2 to 0.6"):
+        in_interval(None, None, start=0.2, stop=0.6)

@@ -1,0 +1,105 @@
+"""The layering rule, enforced by reading imports: scripts -> {ldm, training} -> {autoencoder, conditioning, storage}.
+
+Inside ldm/ the mathematics knows neither networks nor files. tests/ and benchmarks/ may import what they like.
+"""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = {path.stem for path in ROOT.glob("*.py")}
+PACKAGES = {  # what each may import of ours
+    "autoencoder": set(),
+    "conditioning": set(),
+    "storage": set(),
+    "training": {"storage"},
+    "ldm": set(),  # but pipeline, below
+}
+PIPELINE = {"autoencoder", "conditioning", "storage"}
+INSIDE_LDM = {  # what each module of ldm may import of ldm
+    "schedule": set(),
+    "prediction": set(),
+    "guidance": set(),
+    "blocks": set(),
+    "denoiser": {"schedule", "prediction"},
+    "loss": {"denoiser"},
+    "samplers": {"schedule"},
+    "unet": {"blocks"},
+    "options": {"unet", "schedule", "prediction"},
+    "interop": {"unet", "options", "schedule", "prediction"},
+}
+MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+LDM_MODULES = sorted((ROOT / "ldm").glob("*.py"))
+OURS = set(PACKAGES) | SCRIPTS | {"tests", "benchmarks"}
+
+
+def imports(source: str) -> set[str]:
+    """Dotted names of all that a source text imports, also inside functions; a relative import comes as it is."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            found |= {f"{module}.{alias.name}" for alias in node.names} | {module}
+    return found
+
+
+def packages(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in imports(path.read_text())}
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name)
+def test_a_package_imports_only_the_layers_below_it(path):
+    package = path.relative_to(ROOT).parts[0]
+    allowed = PACKAGES[package] | {package} | (PIPELINE if path == ROOT / "ldm" / "pipeline.py" else set())
+    assert packages(path) & OURS <= allowed
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name)
+def test_a_package_reads_no_command_line(path):
+    assert "argparse" not in packages(path)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name)
+def test_imports_across_packages_are_absolute(path):
+    assert not [found for found in imports(path.read_text()) if found.startswith(".")]
+
+
+@pytest.mark.parametrize("path", LDM_MODULES, ids=name)
+def test_modules_of_ldm_import_only_what_they_build_on(path):
+    if path.stem in ("__init__", "pipeline"):
+        return  # names what is public; puts all together
+    found = {dotted.split(".")[1] for dotted in imports(path.read_text()) if dotted.startswith("ldm.")}
+    assert path.stem in INSIDE_LDM, f"say in INSIDE_LDM what {path.stem} may import"
+    assert found <= INSIDE_LDM[path.stem]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_importing_a_package_itself_imports_nothing_heavy(package):
+    """Names of `__init__.py` that need torch or transformers must be fetched when they are used."""
+    source = (ROOT / package / "__init__.py").read_text() if (ROOT / package / "__init__.py").exists() else ""
+    top = {alias.name for node in ast.parse(source).body if isinstance(node, ast.Import) for alias in node.names}
+    top |= {node.module for node in ast.parse(source).body if isinstance(node, ast.ImportFrom)}
+    assert not {found.split(".")[0] for found in top} & {"torch", "transformers", "open_clip", "diffusers", "numpy"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name)
+def test_heavy_text_encoders_are_imported_only_where_used(path):
+    """`txt2img.py --help` answers at once."""
+    heavy = {"transformers", "open_clip", "tokenizers", "diffusers"}
+    body = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    at_import = imports("\n".join(ast.unparse(node) for node in body))
+    assert not {found.split(".")[0] for found in at_import} & heavy
+
+
+def test_the_rule_would_notice_a_breach():
+    breach = "def f():\n    from autoencoder.networks import Encoder\n"
+    breach += "import argparse\nfrom . import x\nfrom ldm import unet\n"
+    assert {"autoencoder.networks", "argparse", ".", "ldm.unet"} <= imports(breach)

@@ -1,0 +1,224 @@
+"""ldm/schedule.py: alpha and sigma against the papers' numbers, and what holds for every schedule."""
+
+import numpy as np
+import pytest
+import torch
+from oracles import CONFIGS, SCHEDULES
+
+from ldm.schedule import SPACINGS, ScheduleConfig, make_schedule, times
+
+TABLES = [name for name in CONFIGS if not name.startswith("flow")]
+PRESERVING = [name for name in TABLES if not name.startswith("ve")]
+
+
+def grid(count: int = 1000) -> torch.Tensor:
+    return torch.arange(1, count + 1, dtype=torch.float64) / count
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_clean_data_is_at_time_zero_exactly(name):
+    alpha, sigma = SCHEDULES[name](0.0)
+    assert (alpha.item(), sigma.item()) == (1, 0)
+    assert SCHEDULES[name].snr(0.0) == torch.inf
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_noise_only_grows(name):
+    alpha, sigma = SCHEDULES[name](torch.linspace(0, 1, 5001, dtype=torch.float64))
+    assert (sigma.diff() >= 0).all() and (alpha.diff() <= 0).all()
+    assert (SCHEDULES[name].snr(torch.linspace(0.0003, 1, 3001, dtype=torch.float64)).diff() < 0).all()
+
+
+@pytest.mark.parametrize("name", PRESERVING)
+def test_variance_is_preserved(name):
+    alpha, sigma = SCHEDULES[name](torch.linspace(0, 1, 3001, dtype=torch.float64))
+    torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(alpha), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "index", "alpha_bar"),
+    [
+        ("scaled_linear", 0, 0.999150),
+        ("scaled_linear", 499, 0.277670),
+        ("scaled_linear", 999, 0.00466010),
+        ("scaled_linear_0195", 999, 1.4230e-4),
+        ("linear", 999, 4.0358e-5),
+    ],
+)
+def test_alpha_bar_has_the_known_value(name, index, alpha_bar):
+    alpha, _ = SCHEDULES[name]((index + 1) / 1000)
+    assert alpha.item() ** 2 == pytest.approx(alpha_bar, rel=5e-5)
+
+
+def test_scaled_linear_ratio_has_the_known_ends():
+    alpha, sigma = SCHEDULES["scaled_linear"](torch.tensor([0.001, 1.0]))
+    assert (sigma / alpha).tolist() == pytest.approx([0.029167, 14.614641], rel=2e-5)
+
+
+def test_cosine_follows_its_formula_until_the_clip():
+    t = grid()[:900]
+    f = torch.cos((t + 0.008) / 1.008 * torch.pi / 2) ** 2
+    start = torch.cos(torch.tensor(0.008 / 1.008 * torch.pi / 2, dtype=torch.float64)) ** 2
+    torch.testing.assert_close(SCHEDULES["cosine"](t)[0] ** 2, f / start, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", ["scaled_linear", "linear", "cosine"])
+def test_zero_terminal_snr_ends_at_zero_keeps_its_start_and_is_affine_in_alpha(name):
+    plain = make_schedule(ScheduleConfig(name=name))(grid())[0]
+    schedule = make_schedule(ScheduleConfig(name=name, zero_terminal_snr=True))
+    rescaled = schedule(grid())[0]
+    assert rescaled[-1] == 0 and schedule.ends_in_pure_noise and schedule.snr(1.0) == 0
+    assert rescaled[0].item() == pytest.approx(plain[0].item(), rel=1e-12)
+    slope = rescaled.diff() / plain.diff()
+    torch.testing.assert_close(slope, slope[:1].expand(999), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_log_ratio_is_linear_between_levels(name):
+    schedule, k = SCHEDULES[name], torch.arange(1, 999, dtype=torch.float64)
+
+    def log_ratio(position):
+        alpha, sigma = schedule(position / 1000)
+        return (sigma / alpha).log()
+
+    middle = (log_ratio(k) + log_ratio(k + 1)) / 2
+    torch.testing.assert_close(log_ratio(k + 0.5), middle, rtol=1e-9, atol=1e-9)
+    alpha, sigma = schedule(torch.tensor([0.0005, 0.001], dtype=torch.float64))
+    assert (sigma / alpha)[0].item() == pytest.approx((sigma / alpha)[1].item() / 2, rel=1e-12)
+
+
+def test_variance_explodes_geometrically_from_sigma_min_to_sigma_max():
+    alpha, sigma = SCHEDULES["ve"](grid())
+    assert (alpha == 1).all()
+    assert (sigma[0].item(), sigma[-1].item()) == pytest.approx((0.01, 50), rel=1e-12)
+    torch.testing.assert_close(sigma[1:] / sigma[:-1], torch.full((999,), 5000 ** (1 / 999), dtype=torch.float64))
+
+
+def test_flow_is_straight_and_shift_keeps_its_ends():
+    t = torch.linspace(0, 1, 101, dtype=torch.float64)
+    torch.testing.assert_close(SCHEDULES["flow"](t)[1], t)
+    alpha, sigma = SCHEDULES["flow_shift"](t)
+    torch.testing.assert_close(alpha + sigma, torch.ones_like(t))
+    assert (sigma[0].item(), sigma[-1].item()) == (0, 1)
+    ratio = sigma[1:-1] / alpha[1:-1]
+    torch.testing.assert_close(ratio, 3 * t[1:-1] / (1 - t[1:-1]))  # shift multiplies sigma / alpha
+
+
+@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_timestep_is_the_index_of_the_level(name, dtype):
+    assert SCHEDULES[name].timestep(grid().to(dtype)).tolist() == list(range(1000))
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_float32_times_mean_the_level_itself(name):
+    schedule = SCHEDULES[name]
+    for single, double in zip(schedule(grid().float(), torch.float64), schedule(grid()), strict=True):
+        assert torch.equal(single, double)
+
+
+def test_a_time_below_the_first_level_is_told_to_the_network_as_the_first():
+    assert SCHEDULES["scaled_linear"].timestep(torch.tensor([0.0, 0.0004])).tolist() == [0, 0]
+
+
+def test_flow_tells_the_network_sigma_whatever_the_shift():
+    t = torch.tensor([0.25, 0.5, 1.0], dtype=torch.float64)
+    assert SCHEDULES["flow"].timestep(t).tolist() == [250, 500, 1000]
+    torch.testing.assert_close(SCHEDULES["flow_shift"].timestep(t), (SCHEDULES["flow_shift"](t)[1] * 1000).float())
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_levels_come_in_the_dtype_of_the_time_or_the_one_asked_for(name):
+    schedule, t = SCHEDULES[name], torch.tensor([0.3, 0.7])
+    assert [level.dtype for level in schedule(t)] == [torch.float32] * 2
+    assert [level.dtype for level in schedule(t, torch.float64)] == [torch.float64] * 2
+    assert schedule(0.3)[0].dtype == torch.float64 and schedule(t.reshape(2, 1))[0].shape == (2, 1)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_quantize_draws_each_level_equally_often(name):
+    u = (torch.arange(5000) + 0.5) / 5000
+    drawn = SCHEDULES[name].timestep(SCHEDULES[name].quantize(u)).long()
+    assert (drawn.bincount(minlength=1000) == 5).all() and (drawn.diff() >= 0).all()
+    assert SCHEDULES[name].quantize(torch.tensor([0.0, 1 - 2**-24])).tolist() == pytest.approx([0.001, 1])
+
+
+def test_quantize_of_flow_covers_its_times():
+    drawn = SCHEDULES["flow"].quantize(torch.linspace(0, 1 - 2**-24, 101))
+    assert drawn[0].item() == pytest.approx(0.001) and drawn[-1].item() == pytest.approx(1)
+    assert (drawn.diff() > 0).all()
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 50, 600, 999, 1000])
+def test_times_fall_from_at_most_one_to_zero(name, spacing, steps):
+    walk = times(SCHEDULES[name], steps, spacing)
+    assert walk.shape == (steps + 1,) and walk.dtype == torch.float64 and walk[-1] == 0
+    assert (walk.diff() < 0).all() and walk[0] <= 1
+    if spacing != "leading" or steps == 1000:
+        assert walk[0] == 1
+
+
+def test_leading_times_are_those_of_ldm():
+    index = SCHEDULES["scaled_linear"].timestep(times(SCHEDULES["scaled_linear"], 50, "leading")[:-1])
+    assert index.tolist() == list(range(981, 0, -20))
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("steps", [2, 4, 8, 10, 25, 40, 50, 125, 200, 250, 500])
+def test_times_and_alphas_are_those_of_diffusers(spacing, steps):
+    """Steps that divide 1000. Otherwise, and for 1 step, leading and linspace differ: see test_samplers.py."""
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.DDIMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, timestep_spacing=spacing, steps_offset=1
+    )
+    theirs.set_timesteps(steps)
+    schedule = SCHEDULES["scaled_linear"]
+    walk = times(schedule, steps, spacing)[:-1]
+    assert schedule.timestep(walk).tolist() == theirs.timesteps.tolist()
+    alpha_bar = schedule(walk)[0].square().float()
+    torch.testing.assert_close(alpha_bar, theirs.alphas_cumprod[theirs.timesteps], rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize(("name", "theirs"), [("linear", "linear"), ("cosine", "squaredcos_cap_v2")])
+def test_tables_are_those_of_diffusers(name, theirs):
+    diffusers = pytest.importorskip("diffusers")
+    alpha_bar = diffusers.DDIMScheduler(beta_schedule=theirs).alphas_cumprod.double().numpy()
+    np.testing.assert_allclose(SCHEDULES[name](grid())[0].square().numpy(), alpha_bar, rtol=2e-4)  # theirs are float32
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (ScheduleConfig(name="karras"), "unknown schedule 'karras'; use one of linear"),
+        (ScheduleConfig(timesteps=1), "timesteps 1 must be at least 2"),
+        (ScheduleConfig(beta_start=0.1, beta_end=0.01), "beta_start 0.1 and beta_end 0.01"),
+        (ScheduleConfig(name="ve", sigma_min=0.0), "sigma_min 0.0"),
+        (ScheduleConfig(name="flow", shift=0.0), "shift 0.0"),
+        (ScheduleConfig(name="flow", zero_terminal_snr=True), "zero_terminal_snr is for"),
+    ],
+)
+def test_a_wrong_config_says_what_is_wrong(config, says):
+    with pytest.raises(ValueError, match=says):
+        make_schedule(config)
+
+
+def test_a_schedule_knows_the_betas_it_was_made_of():
+    assert make_schedule(ScheduleConfig(name="linear")).config.beta_end == 0.02
+    assert make_schedule(ScheduleConfig(beta_end=0.0155)).config.beta_start == 0.00085
+
+
+def test_wrong_times_say_what_is_wrong():
+    schedule = SCHEDULES["scaled_linear"]
+    with pytest.raises(ValueError, match="0 steps"):
+        times(schedule, 0)
+    with pytest.raises(ValueError, match="1001 steps"):
+        times(schedule, 1001)
+    with pytest.raises(ValueError, match="unknown spacing 'even'"):
+        times(schedule, 10, "even")
+    for outside in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="outside"):
+            schedule(outside)
+    with pytest.raises(ValueError, match="bfloat16"):
+        schedule(torch.tensor([0.5], dtype=torch.bfloat16))

@@ -1,0 +1,272 @@
+"""The latent UNet: what it computes does not depend on how it is run."""
+
+import copy
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ldm.blocks import sinusoids
+from ldm.unet import UNet, UNetConfig
+
+SMALL = UNetConfig(
+    sample_size=8,
+    in_channels=4,
+    out_channels=4,
+    block_out_channels=(32, 64),
+    layers_per_block=1,
+    attention_levels=(True, False),
+    attention_heads=(2, 4),
+    cross_attention_dim=12,
+    norm_num_groups=8,
+)
+
+
+def random_unet(config: UNetConfig, seed: int = 0) -> UNet:
+    """A UNet whose zero layers are random too, so that every parameter bears on the output."""
+    torch.manual_seed(seed)
+    unet = UNet(config)
+    for parameter in unet.parameters():
+        torch.nn.init.normal_(parameter, std=0.1 if parameter.ndim == 1 else parameter[0].numel() ** -0.5)
+    return unet
+
+
+def context(batch: int = 2, tokens: int = 5, width: int | None = 12, **parts) -> SimpleNamespace:
+    words = None if width is None else torch.randn(batch, tokens, width)
+    return SimpleNamespace(**({"tokens": words, "mask": None, "vector": None, "latents": None} | parts))
+
+
+def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> bool:
+    return bool((a - b).abs().max() <= tolerance * b.abs().max())
+
+
+def count(config: UNetConfig) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in UNet(config).parameters())
+
+
+THIRDS = {"block_out_channels": (192, 384, 576, 960), "attention_levels": (False, True, True, True)}
+
+
+@pytest.mark.parametrize(
+    ("config", "millions"),
+    [
+        (UNetConfig(), 872.300484),
+        (UNetConfig(cross_attention_dim=768), 859.520964),
+        (
+            UNetConfig(cross_attention_dim=1024, use_linear_projection=True, attention_heads=(5, 10, 20, 20)),
+            865.910724,
+        ),
+        (
+            UNetConfig(
+                block_out_channels=(256, 512, 1024),
+                attention_levels=(True, True, True),
+                attention_heads=(8, 16, 32),
+                cross_attention_dim=512,
+            ),
+            395.0,
+        ),
+        (UNetConfig(in_channels=3, out_channels=3, attention_heads=(1,), cross_attention_dim=512, **THIRDS), 400.9),
+        (
+            UNetConfig(
+                in_channels=3, out_channels=3, attention_heads=(6, 12, 18, 30), cross_attention_dim=640, **THIRDS
+            ),
+            403.6,
+        ),
+        (
+            UNetConfig(
+                in_channels=3,
+                out_channels=3,
+                block_out_channels=(128, 256, 384, 512),
+                attention_levels=(False, True, True, True),
+                cross_attention_dim=512,
+                transformer_layers=3,
+            ),
+            246.3,
+        ),
+        (
+            UNetConfig(
+                in_channels=16,
+                out_channels=16,
+                block_out_channels=(448, 896, 1344, 1792),
+                attention_heads=(14, 28, 42, 56),
+                cross_attention_dim=768,
+            ),
+            1335.0,
+        ),
+    ],
+    ids=["text-to-image", "SD1", "SD2", "cin256", "cin256-v2", "text2img256", "layout", "rdm768"],
+)
+def test_parameter_counts_are_those_of_the_papers_models(config, millions):
+    exact = round(millions, 1) != millions
+    assert count(config) == round(millions * 1e6) if exact else abs(count(config) / 1e6 - millions) < 0.5
+
+
+def test_an_untrained_network_returns_zero_and_every_parameter_learns_in_a_few_steps():
+    torch.manual_seed(0)
+    unet = UNet(SMALL)
+    z_t, timestep, words = torch.randn(2, 4, 8, 8), torch.tensor([3.0, 700.0]), context()
+    assert unet(z_t, timestep, words).abs().max() == 0
+    before = copy.deepcopy(unet.state_dict())
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3)
+    for _ in range(4):  # each step wakes what lies behind the next zero layer
+        (unet(z_t, timestep, words) - z_t).square().mean().backward()
+        optimizer.step()
+    still = [name for name, value in unet.state_dict().items() if torch.equal(value, before[name])]
+    assert still == []
+
+
+def test_construction_follows_the_global_generator():
+    def build(seed):
+        torch.manual_seed(seed)
+        return UNet(SMALL).state_dict()
+
+    same, again, other = build(1), build(1), build(2)
+    assert all(torch.equal(same[name], again[name]) for name in same)
+    assert not torch.equal(same["conv_in.weight"], other["conv_in.weight"])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_checkpointing_changes_no_bit_of_output_and_gradients(dropout):
+    unet = random_unet(replace(SMALL, dropout=dropout)).train()
+    z_t, timestep, words = torch.randn(2, 4, 8, 8), torch.tensor([3.0, 700.5]), context()
+
+    def run(checkpointing):
+        unet.checkpointing = checkpointing
+        unet.zero_grad()
+        leaf = z_t.clone().requires_grad_()
+        torch.manual_seed(5)
+        output = unet(leaf, timestep, words)
+        output.square().mean().backward()
+        return [output, leaf.grad, *(parameter.grad.clone() for parameter in unet.parameters())]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(False), run(True), strict=True))
+
+
+def test_checkpointing_keeps_fewer_activations():
+    unet = random_unet(SMALL)
+
+    def kept(checkpointing):
+        unet.checkpointing, sizes = checkpointing, []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+            unet(torch.randn(2, 4, 8, 8), torch.zeros(2), context())
+        return sum(sizes)
+
+    assert kept(True) < 0.3 * kept(False)
+
+
+def test_channels_last_gives_the_same_output_in_its_own_layout():
+    unet, words = random_unet(SMALL), context()
+    z_t, timestep = torch.randn(2, 4, 8, 8), torch.tensor([3.0, 700.0])
+    expected = unet(z_t, timestep, words)
+    output = unet.to(memory_format=torch.channels_last)(z_t.to(memory_format=torch.channels_last), timestep, words)
+    assert close(output, expected) and output.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_no_layer_copies_channels_last_features():
+    unet = random_unet(SMALL).to(memory_format=torch.channels_last)
+    layouts = []
+    for module in unet.modules():
+        if isinstance(module, torch.nn.Conv2d | torch.nn.GroupNorm) and module is not unet.conv_in:
+            module.register_forward_pre_hook(
+                lambda _, x: layouts.append(x[0].is_contiguous(memory_format=torch.channels_last))
+            )
+    unet(torch.randn(2, 4, 8, 8).to(memory_format=torch.channels_last), torch.zeros(2), context())
+    assert len(layouts) > 20 and all(layouts)
+
+
+def test_each_image_of_a_batch_is_alone():
+    unet, words = random_unet(SMALL), context(3)
+    z_t, timestep = torch.randn(3, 4, 8, 8), torch.tensor([0.0, 10.0, 999.0])
+    words.mask = torch.tensor([[1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1]], dtype=torch.bool)
+    whole = unet(z_t, timestep, words)
+    alone = context(1, tokens=5)
+    alone.tokens, alone.mask = words.tokens[1:2], words.mask[1:2]
+    assert close(unet(z_t[1:2], timestep[1:2], alone), whole[1:2])
+
+
+def test_masked_tokens_are_not_seen():
+    unet, words = random_unet(SMALL), context()
+    z_t, timestep = torch.randn(2, 4, 8, 8), torch.tensor([3.0, 700.0])
+    words.mask = torch.arange(5).expand(2, 5) < 3
+    masked = unet(z_t, timestep, words)
+    short = context()
+    short.tokens = words.tokens[:, :3]
+    words.tokens[:, 3:] = 100.0
+    assert close(masked, unet(z_t, timestep, short))
+    assert torch.equal(masked, unet(z_t, timestep, words))
+
+
+def test_a_wholly_masked_context_is_finite():
+    words = context()
+    words.mask = torch.zeros(2, 5, dtype=torch.bool)
+    assert random_unet(SMALL)(torch.randn(2, 4, 8, 8), torch.zeros(2), words).isfinite().all()
+
+
+def test_the_whole_network_compiles_into_one_graph():
+    unet, words = random_unet(SMALL), context()
+    words.mask = torch.arange(5).expand(2, 5) < 3
+    z_t, timestep = torch.randn(2, 4, 8, 8), torch.tensor([3.0, 700.0])
+    compiled = torch.compile(unet, backend="eager", fullgraph=True)
+    assert close(compiled(z_t, timestep, words), unet(z_t, timestep, words))
+
+
+@pytest.mark.parametrize("size", [(7, 9), (5, 8), (8, 12)])
+def test_any_size_comes_back_at_its_size(size):
+    assert random_unet(SMALL)(torch.randn(2, 4, *size), torch.zeros(2), context()).shape == (2, 4, *size)
+
+
+def test_the_time_embedding_is_continuous_and_tells_near_timesteps_apart():
+    near = sinusoids(torch.tensor([500.0, 500.25, 501.0]), 64)
+    assert 0 < (near[1] - near[0]).norm() < (near[2] - near[0]).norm()
+    assert torch.equal(sinusoids(torch.zeros(1), 4), torch.tensor([[1.0, 1.0, 0.0, 0.0]]))  # cosines come first
+
+
+def test_latents_and_vector_of_the_context_reach_the_output():
+    unet = random_unet(replace(SMALL, in_channels=7, vector_dim=6))
+    told = context(vector=torch.randn(2, 6), latents=torch.randn(2, 3, 8, 8))
+    z_t, timestep = torch.randn(2, 4, 8, 8), torch.zeros(2)
+    told.vector.requires_grad_()
+    told.latents.requires_grad_()
+    told.tokens.requires_grad_()
+    unet(z_t, timestep, told).square().sum().backward()
+    assert all(
+        part.grad.abs().amin(dim=tuple(range(1, part.ndim))).isfinite().all()
+        for part in (told.vector, told.latents, told.tokens)
+    )
+    assert told.vector.grad.abs().sum() > 0 and told.latents.grad.abs().sum() > 0 and told.tokens.grad.abs().sum() > 0
+
+
+def test_without_cross_attention_no_context_is_needed():
+    unet = random_unet(replace(SMALL, cross_attention_dim=None))
+    assert unet(torch.randn(2, 4, 8, 8), torch.zeros(2)).shape == (2, 4, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        (None, "context.tokens of width None does not fit this UNet, which was built for 12"),
+        (context(width=16), "context.tokens of width 16"),
+        (context(vector=torch.zeros(2, 3)), "context.vector of width 3"),
+        (context(latents=torch.zeros(2, 1, 8, 8)), "context.latents 1"),
+    ],
+)
+def test_a_context_that_does_not_fit_is_named(told, message):
+    with pytest.raises(ValueError, match=message):
+        UNet(SMALL)(torch.zeros(2, 4, 8, 8), torch.zeros(2), told)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attention_levels": (True,)}, "attention_levels .* one entry for each of the 2 levels"),
+        ({"attention_heads": (1, 2, 3)}, "attention_heads .* one entry for each of the 2 levels"),
+        ({"attention_heads": (5, 4)}, "attention_heads 5 does not divide the 32 channels of level 0"),
+        ({"norm_num_groups": 24}, "block_out_channels 32 is not divisible by norm_num_groups 24"),
+    ],
+)
+def test_an_impossible_shape_is_refused_in_one_line(change, message):
+    with pytest.raises(ValueError, match=message) as error:
+        replace(SMALL, **change)
+    assert "\n" not in str(error.value)

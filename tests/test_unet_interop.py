@@ -1,0 +1,192 @@
+"""Our UNet and diffusers' UNet2DConditionModel are one network and one folder."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from test_unet import SMALL, close, context, random_unet
+
+from ldm.interop import load_unet, save_unet
+from ldm.options import unet_from_diffusers, unet_to_diffusers
+from ldm.unet import UNet, UNetConfig
+
+SHAPES = {
+    "LDM": SMALL,
+    "SD2": replace(SMALL, use_linear_projection=True),
+    "deep transformers": replace(SMALL, transformer_layers=3, layers_per_block=2),
+    "attention on coarse levels": replace(
+        SMALL, block_out_channels=(32, 64, 96), attention_levels=(False, True, True), attention_heads=(8,)
+    ),
+    "no attention but in the middle": replace(SMALL, attention_levels=(False, False)),
+    "no context": replace(SMALL, cross_attention_dim=None),
+    "one level": replace(SMALL, block_out_channels=(32,), attention_levels=(True,), attention_heads=(4,)),
+    "vector and latents": replace(SMALL, vector_dim=6, in_channels=7),
+}
+
+
+@pytest.fixture(params=SHAPES.values(), ids=SHAPES.keys())
+def config(request) -> UNetConfig:
+    return request.param
+
+
+def theirs_of(unet: UNet) -> UNet2DConditionModel:
+    theirs = UNet2DConditionModel(**unet_to_diffusers(unet.config))
+    theirs.load_state_dict(unet.state_dict(), strict=True)
+    return theirs.train()
+
+
+def told_for(config: UNetConfig, masked: bool):
+    told = context(width=config.cross_attention_dim)
+    if config.vector_dim:
+        told.vector = torch.randn(2, config.vector_dim)
+    if config.in_channels > 4:
+        told.latents = torch.randn(2, config.in_channels - 4, 8, 8)
+    if masked and told.tokens is not None:
+        told.mask = torch.tensor([[True] * 5, [True, True, False, False, False]])
+    return told
+
+
+def run_theirs(theirs, z_t, timestep, told):
+    sample = z_t if told.latents is None else torch.cat([z_t, told.latents], dim=1)
+    return theirs(sample, timestep, told.tokens, class_labels=told.vector, encoder_attention_mask=told.mask).sample
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all tokens", "masked"])
+def test_outputs_and_gradients_are_those_of_diffusers(config, masked):
+    ours = random_unet(config).train()
+    theirs = theirs_of(ours)
+    told, timestep = told_for(config, masked), torch.tensor([3.0, 700.25])
+    z_ours, z_theirs = (torch.linspace(-2, 2, 2 * 4 * 8 * 8).view(2, 4, 8, 8).sin().requires_grad_() for _ in "ab")
+    output, expected = ours(z_ours, timestep, told), run_theirs(theirs, z_theirs, timestep, told)
+    assert close(output, expected)
+    target = torch.randn_like(output)
+    (output - target).square().mean().backward()
+    (expected - target).square().mean().backward()
+    assert close(z_ours.grad, z_theirs.grad)
+    gradients = dict(theirs.named_parameters())
+    far = [name for name, value in ours.named_parameters() if not close(value.grad, gradients[name].grad)]
+    assert far == []
+
+
+@pytest.mark.parametrize("size", [(7, 9), (12, 8)])
+def test_odd_sizes_are_upsampled_as_diffusers_does(size):
+    ours = random_unet(SHAPES["attention on coarse levels"]).eval()
+    z_t, told = torch.randn(2, 4, *size), context()
+    with torch.no_grad():
+        assert close(ours(z_t, torch.zeros(2), told), run_theirs(theirs_of(ours).eval(), z_t, torch.zeros(2), told))
+
+
+def test_diffusers_opens_our_folder_and_we_open_theirs(config, tmp_path):
+    ours = random_unet(config).eval()
+    save_unet(ours, tmp_path / "ours")
+    theirs, report = UNet2DConditionModel.from_pretrained(tmp_path / "ours" / "unet", output_loading_info=True)
+    assert not any(report.values())
+    theirs.save_pretrained(tmp_path / "theirs" / "unet")
+    back = load_unet(tmp_path / "theirs")
+    assert back.config == config
+    assert list(back.state_dict()) == list(ours.state_dict())
+    assert all(torch.equal(value, back.state_dict()[name]) for name, value in ours.state_dict().items())
+    told, z_t = told_for(config, masked=False), torch.randn(2, 4, 8, 8)
+    with torch.no_grad():
+        expected = ours(z_t, torch.zeros(2), told)
+        assert torch.equal(back(z_t, torch.zeros(2), told), expected)
+        assert close(run_theirs(theirs, z_t, torch.zeros(2), told), expected)
+
+
+def test_configs_survive_the_round_trip_through_diffusers_options(config):
+    assert unet_from_diffusers(unet_to_diffusers(config)) == config
+    assert unet_from_diffusers(json.loads(json.dumps(unet_to_diffusers(config)))) == config
+
+
+def test_a_config_that_leaves_out_options_means_diffusers_defaults():
+    with torch.device("meta"):
+        theirs = UNet2DConditionModel()
+    assert unet_from_diffusers({}) == unet_from_diffusers(
+        {name: value for name, value in theirs.config.items() if not name.startswith("_")}
+    )
+
+
+def test_half_precision_is_stored_at_half_the_size_and_loaded_as_asked(tmp_path):
+    ours = random_unet(SMALL).to(memory_format=torch.channels_last)
+    save_unet(ours, tmp_path, torch.float16)
+    stored = load_file(tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {value.dtype for value in stored.values()} == {torch.float16}
+    assert ours.conv_in.weight.dtype == torch.float32
+    back = load_unet(tmp_path)
+    assert torch.equal(back.conv_in.weight, ours.conv_in.weight.half().float())
+    assert load_unet(tmp_path, torch.float16).conv_in.weight.dtype == torch.float16
+
+
+def test_a_loaded_network_can_be_trained(tmp_path):
+    save_unet(random_unet(SMALL), tmp_path)
+    unet = load_unet(tmp_path).train()
+    unet(torch.randn(2, 4, 8, 8), torch.zeros(2), context()).square().mean().backward()
+    torch.optim.SGD(unet.parameters(), lr=0.1).step()
+    assert not torch.equal(unet.conv_in.weight, load_unet(tmp_path).conv_in.weight)  # and the file is untouched
+    assert torch.equal(load_unet(tmp_path).conv_in.weight, random_unet(SMALL).conv_in.weight)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"act_fn": "gelu"},
+        {"addition_embed_type": "text_time"},
+        {"class_embed_type": "timestep"},
+        {"cross_attention_dim": [12, 16]},
+        {"down_block_types": ["AttnDownBlock2D", "DownBlock2D"]},
+        {"layers_per_block": [1, 2]},
+        {"mid_block_type": "UNetMidBlock2D"},
+        {"norm_eps": 1e-6},
+        {"norm_num_groups": None},
+        {"num_class_embeds": 1000},
+        {"only_cross_attention": [True, False]},
+        {"resnet_time_scale_shift": "scale_shift"},
+        {"time_cond_proj_dim": 256},
+        {"transformer_layers_per_block": [1, 2]},
+        {"up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"]},
+        {"an_option_of_tomorrow": 1},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_an_option_that_we_do_not_implement_is_named(change):
+    with pytest.raises(ValueError, match=f"unet option {next(iter(change))} ") as error:
+        unet_from_diffusers(unet_to_diffusers(SMALL) | change)
+    assert "\n" not in str(error.value)
+
+
+def test_weights_that_do_not_fit_are_named_at_most_five(tmp_path):
+    save_unet(random_unet(SMALL), tmp_path)
+    path = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    state = load_file(path)
+    del state["conv_in.weight"]
+    state["conv_out.bias"] = torch.zeros(9)
+    save_file({name: value.clone() for name, value in state.items()} | {"stray": torch.zeros(1)}, path)
+    with pytest.raises(
+        ValueError, match="conv_in.weight is missing; stray is not known; conv_out.bias is \\[9\\], not"
+    ):
+        load_unet(tmp_path)
+    save_file({"stray": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="; and [0-9]+ more$"):
+        load_unet(tmp_path)
+
+
+def test_missing_and_damaged_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="config.json does not exist"):
+        load_unet(tmp_path)
+    save_unet(random_unet(SMALL), tmp_path)
+    weights = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="is not a readable safetensors file"):
+        load_unet(tmp_path)
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match="safetensors does not exist"):
+        load_unet(tmp_path)
+    (tmp_path / "unet" / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="is not readable JSON"):
+        load_unet(tmp_path)
+    (tmp_path / "unet" / "config.json").write_text('{"_class_name": "UNet2DModel"}')
+    with pytest.raises(ValueError, match="describes a UNet2DModel"):
+        load_unet(tmp_path)

@@ -1,0 +1,279 @@
+"""Stage 2: train a latent UNet that reads captions (Rombach et al. 2022, sections 3.2 and 3.3).
+
+accelerate launch train_ldm.py --config configs/ldm/emoji.yaml data.folder=PATH autoencoder=runs/emoji-autoencoder/model
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from ldm.pipeline import TextToImage
+from torch import nn
+
+from autoencoder import Autoencoder, Posterior
+from conditioning.conditioner import Conditioner, ConditionerConfig, build_conditioner
+from conditioning.context import Context, drop_context
+from ldm.denoiser import Denoiser
+from ldm.loss import diffusion_loss
+from ldm.schedule import ScheduleConfig, make_schedule
+from ldm.unet import UNet, UNetConfig
+from storage.config import load_config, one_line_errors, save_config, to_dict
+from storage.dataset import Batch, DataConfig, ImageDataset, Order, Record, collate, make_loader, scan, write_skipped
+from storage.folder import fingerprint
+from storage.images import grid
+from storage.randomness import normal, uniform
+from storage.shards import CachedBatch, CachedLatents, cached_collate
+from training.ema import Ema, EmaConfig
+from training.optimizer import OptimizerConfig
+from training.trainer import Trainer, TrainerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionConfig:
+    """What is learned."""
+
+    prediction: str = "noise"  # what the network outputs: noise, clean, velocity or flow
+    weighting: str = "simple"  # of the squared error over noise levels: simple or min_snr
+    gamma: float = 5.0  # of min_snr
+    caption_dropout: float = 0.1  # share of captions replaced by the empty one, for classifier-free guidance
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplesConfig:
+    """The pictures drawn while training, and the settings that the finished model has by default."""
+
+    every: int = 1000  # optimizer steps; 0: never
+    prompts: list[str] = field(default_factory=list)  # fixed; empty: the captions of some held-out images
+    sampler: str = "ddim"
+    steps: int = 50
+    guidance_scale: float = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """The loss on held-out images, level by level."""
+
+    every: int = 1000  # optimizer steps; 0: never
+    images: int = 64  # held-out images, at most
+    levels: int = 10  # noise levels, evenly spaced in t
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A stage-2 run; cache_latents.py reads the same file."""
+
+    run: str = "runs/ldm"  # folder of everything this run writes
+    seed: int = 0  # of every draw
+    data: DataConfig
+    autoencoder: str  # model folder of stage 1, or any diffusers model folder
+    cache: str | None = None  # folder that cache_latents.py fills; null: encode images while training
+    conditioner: ConditionerConfig = field(default_factory=ConditionerConfig)
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    checkpointing: bool = False  # recompute activations in the backward pass: less memory, about 30 % more time
+    save_precision: str = "fp32"  # of the model folder: fp32 or fp16
+
+
+def cache_key(
+    config: RunConfig, records: list[Record], autoencoder: Autoencoder, conditioner: Conditioner
+) -> dict[str, Any]:
+    """What cached latents and contexts depend on."""
+    data = config.data
+    return {
+        "images": fingerprint(records),
+        "image_size": data.image_size,
+        "crop": data.crop,
+        "flip": data.flip,
+        "background": data.background,
+        "autoencoder": autoencoder.fingerprint(),
+        # a text encoder that is being trained has no contexts to keep
+        "text_encoder": "trained" if conditioner.trainable else conditioner.fingerprint(),
+    }
+
+
+def check_shapes(config: RunConfig, autoencoder: Autoencoder, conditioner: Conditioner) -> None:
+    """Raise ValueError where the UNet does not fit between autoencoder and text encoder."""
+    f, size, unet = autoencoder.downsampling, config.data.image_size, config.unet
+    if size % f:
+        raise ValueError(f"data.image_size {size} is not divisible by {f} (autoencoder downsampling)")
+    expected = {
+        "in_channels": autoencoder.latent_channels,
+        "out_channels": autoencoder.latent_channels,
+        "sample_size": size // f,
+        "cross_attention_dim": conditioner.context_dim,
+    }
+    for name, value in expected.items():
+        if getattr(unet, name) != value:
+            given = getattr(unet, name)
+            raise ValueError(f"unet.{name} {given} does not fit autoencoder, image size and text encoder; use {value}")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Batches, cached or of images, as latents and contexts."""
+
+    autoencoder: Autoencoder
+    conditioner: Conditioner
+    text_network: nn.Module  # the conditioner, wrapped for several processes where it is trained
+    cache: CachedLatents | None
+
+    @torch.no_grad()
+    def posterior(self, batch: Batch | CachedBatch, device: torch.device) -> Posterior:
+        """The posterior of the unit-scale latents [B, c, h, w]."""
+        if isinstance(batch, CachedBatch):
+            return Posterior.from_moments(batch.moments.to(device, non_blocking=True))
+        return self.autoencoder.encode(batch.images.to(device, non_blocking=True))
+
+    def contexts(self, batch: Batch | CachedBatch, device: torch.device) -> tuple[Context, Context]:
+        """The contexts of the captions (batch B), and of the empty caption (batch 1)."""
+        if isinstance(batch, CachedBatch) and not self.conditioner.trainable:
+            null = Context(tokens=self.cache.null_tokens[None], mask=self.cache.null_mask[None])
+            return Context(tokens=batch.tokens, mask=batch.mask).to(device), null.to(device)
+        tokens = self.conditioner.tokenize([*batch.captions, ""])
+        both = self.text_network(tokens.ids.to(device), tokens.mask.to(device))
+        return both.select(slice(0, -1)), both.select(-1)
+
+
+@torch.no_grad()
+def validate(
+    trainer: Trainer, denoiser: Denoiser, held_out: ImageDataset, inputs: Inputs, config: RunConfig
+) -> None:
+    """The loss on held-out images at evenly spaced noise levels, with the same noise each time; shared by processes."""
+    levels, count = config.validation.levels, min(config.validation.images, len(held_out))
+    sums = torch.zeros(levels + 1, dtype=torch.float64, device=trainer.device)
+    t = denoiser.schedule.quantize((torch.arange(levels) + 0.5) / levels)
+    for index in range(trainer.rank, count, trainer.world):
+        batch = collate([held_out[0, index]])
+        z_0 = inputs.posterior(batch, trainer.device).mode()
+        tokens = inputs.conditioner.tokenize(batch.captions)
+        context = inputs.conditioner(tokens.ids.to(trainer.device), tokens.mask.to(trainer.device)).repeat(levels)
+        noise = normal(config.seed, "validation noise", index, range(levels), z_0.shape[1:]).to(trainer.device)
+        loss = diffusion_loss(denoiser, z_0.expand(levels, -1, -1, -1), context, t, noise)
+        sums += torch.cat([loss, loss.new_ones(1)])
+    sums = trainer.sum(sums)
+    losses = (sums[:-1] / sums[-1]).tolist()
+    by_level = {f"validation_loss_t{level:.2f}": loss for level, loss in zip(t.tolist(), losses, strict=True)}
+    trainer.record(validation_loss=sum(losses) / levels, **by_level)
+    trainer.print(f"step {trainer.step + 1}: validation loss {sum(losses) / levels:.4f}")
+
+
+def draw_samples(trainer: Trainer, model: TextToImage, prompts: list[str], config: RunConfig) -> None:
+    """A captioned grid of the fixed prompts, on the main process."""
+    pictures = model(prompts, seed=config.seed)
+    path = Path(config.run) / "samples" / f"step-{trainer.step + 1:07d}.png"
+    path.parent.mkdir(exist_ok=True)
+    grid(pictures, min(8, len(pictures)), prompts).save(path)
+
+
+def train(config: RunConfig) -> None:
+    """Train, and leave the model in `run/model`."""
+    with one_line_errors():
+        records = scan(config.data)
+        trainer = Trainer(config.trainer, config.run, to_dict(config))
+        device, seed = trainer.device, config.seed
+        if trainer.is_main:
+            save_config(config, f"{config.run}/config.yaml")
+            write_skipped(records.skipped, f"{config.run}/skipped.jsonl")
+        counts = len(records.train), len(records.validation), len(records.skipped)
+        trainer.print("{} images, {} held out, {} skipped".format(*counts))
+        autoencoder = Autoencoder.load(config.autoencoder).eval().requires_grad_(False)
+        captions = (caption for record in records.train for group in record.captions for caption in group)
+        conditioner = build_conditioner(config.conditioner, captions, seed=seed)
+        check_shapes(config, autoencoder, conditioner)
+        cache = None
+        if config.cache is not None:
+            cache = CachedLatents(config.cache, cache_key(config, records.train, autoencoder, conditioner), seed)
+        dataset = cache or ImageDataset(records.train, config.data, seed, on_skip=f"{config.run}/skipped.jsonl")
+        held_out = ImageDataset(records.validation, dataclasses.replace(config.data, crop="center", flip=False), seed)
+        schedule = make_schedule(config.diffusion.schedule)
+        torch.manual_seed(seed)
+        unet = UNet(config.unet).to(memory_format=torch.channels_last)
+        unet.checkpointing = config.checkpointing
+        Denoiser(unet, schedule, config.diffusion.prediction)  # refuses what is not defined, before anything is written
+
+    autoencoder.to(device)
+    network = trainer.network("unet", unet)
+    trained, text_network = [unet], conditioner.to(device)
+    if conditioner.trainable:
+        trained.append(conditioner)
+        text_network = trainer.network("conditioner", conditioner)
+    averages = [Ema(module, config.ema) for module in trained]
+    optimizer = trainer.optimizer("optimizer", trained, config.optimizer, averages)
+    trainer.resume()
+
+    denoiser = Denoiser(network, schedule, config.diffusion.prediction)
+    inputs = Inputs(autoencoder, conditioner, text_network, cache)
+    samples = config.samples
+    defaults = {"sampler": samples.sampler, "steps": samples.steps, "guidance_scale": samples.guidance_scale}
+    model = TextToImage(autoencoder, unet, conditioner, schedule, config.diffusion.prediction, defaults)
+    prompts = samples.prompts or [record.captions[0][0] for record in records.validation[:8]]
+
+    def averaged() -> ExitStack:
+        stack = ExitStack()
+        for average in averages:
+            stack.enter_context(average.applied())
+        return stack
+
+    def save_model(folder: Path) -> None:
+        with averaged():
+            model.save(folder, {"fp32": None, "fp16": torch.float16}[config.save_precision])
+
+    order = Order(
+        len(dataset), config.trainer.batch_size, trainer.micro_batch_size, trainer.rank, trainer.world,
+        seed, trainer.step, config.trainer.steps,
+    )  # fmt: skip
+    loader = make_loader(dataset, order, config.trainer.workers, cached_collate if cache else collate)
+    diffusion = config.diffusion
+    for batch in trainer.steps(loader, save_model):
+        step, positions = trainer.step, trainer.positions()
+        posterior = inputs.posterior(batch, device)
+        shape = posterior.mean.shape[1:]
+        z_0 = posterior.sample(normal(seed, "posterior", step, positions, shape).to(device))
+        z_0 = z_0.to(memory_format=torch.channels_last)
+        noise = normal(seed, "noise", step, positions, shape).to(device, memory_format=torch.channels_last)
+        t = schedule.quantize(uniform(seed, "t", step, positions))
+        drop = uniform(seed, "caption dropout", step, positions) < diffusion.caption_dropout
+        context = drop_context(*inputs.contexts(batch, device), drop.to(device))
+        loss = diffusion_loss(denoiser, z_0, context, t, noise, diffusion.weighting, diffusion.gamma).mean()
+        trainer.update(loss, optimizer)
+        trainer.log(loss=loss)
+        if trainer.due(config.validation.every) and len(held_out):
+            with averaged():
+                validate(trainer, Denoiser(unet, schedule, diffusion.prediction), held_out, inputs, config)
+        if trainer.due(samples.every) and trainer.is_main:
+            with averaged():
+                draw_samples(trainer, model, prompts, config)
+    command = f'python txt2img.py "{prompts[0]}" --checkpoint {config.run}/model'
+    trainer.print(f"the model is in {config.run}/model; next:\n  {command}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", help="a YAML file such as configs/ldm/emoji.yaml")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the networks (trainer.compile=true)")
+    parser.add_argument("--no-resume", action="store_true", help="begin anew in the run folder (trainer.resume=false)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as trainer.steps=1000 data.folder=PATH")
+    arguments = parser.parse_args(argv)
+    overrides = list(arguments.overrides)
+    overrides += ["trainer.compile=true"] * arguments.compile + ["trainer.resume=false"] * arguments.no_resume
+    with one_line_errors():
+        config = load_config(RunConfig, arguments.config, overrides)
+    train(config)
+
+
+if __name__ == "__main__":
+    main()
