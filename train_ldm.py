@@ -23,6 +23,7 @@ from conditioning.context import Context, drop_context
 from ldm.denoiser import Denoiser
 from ldm.loss import diffusion_loss
 from ldm.schedule import ScheduleConfig, make_schedule
+from ldm.settings import Settings
 from ldm.unet import UNet, UNetConfig
 from storage.config import load_config, one_line_errors, save_config, to_dict
 from storage.dataset import Batch, DataConfig, ImageDataset, Order, Record, collate, make_loader, scan, write_skipped
@@ -93,7 +94,7 @@ def cache_key(
     """What cached latents and contexts depend on."""
     data = config.data
     return {
-        "images": fingerprint(records),
+        "records": fingerprint(records),
         "image_size": data.image_size,
         "crop": data.crop,
         "flip": data.flip,
@@ -198,6 +199,8 @@ def train(config: RunConfig) -> None:
             cache = CachedLatents(config.cache, cache_key(config, records.train, autoencoder, conditioner), seed)
         dataset = cache or ImageDataset(records.train, config.data, seed, on_skip=f"{config.run}/skipped.jsonl")
         held_out = ImageDataset(records.validation, dataclasses.replace(config.data, crop="center", flip=False), seed)
+        samples = config.samples
+        defaults = Settings(sampler=samples.sampler, steps=samples.steps, guidance_scale=samples.guidance_scale)
         schedule = make_schedule(config.diffusion.schedule)
         torch.manual_seed(seed)
         unet = UNet(config.unet).to(memory_format=torch.channels_last)
@@ -216,8 +219,6 @@ def train(config: RunConfig) -> None:
 
     denoiser = Denoiser(network, schedule, config.diffusion.prediction)
     inputs = Inputs(autoencoder, conditioner, text_network, cache)
-    samples = config.samples
-    defaults = {"sampler": samples.sampler, "steps": samples.steps, "guidance_scale": samples.guidance_scale}
     model = TextToImage(autoencoder, unet, conditioner, schedule, config.diffusion.prediction, defaults)
     prompts = samples.prompts or [record.captions[0][0] for record in records.validation[:8]]
 

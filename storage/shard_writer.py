@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from storage.folder import Record
+from storage.folder import Record, fingerprint
 from storage.ragged import pack, save_array, save_json, save_ragged
 
 FORMAT = 1
 DTYPES = ("float32", "float16")
+OWN_KEYS = ("moments_dtype", "part_size", "records")  # what the writer adds to the key
 
 
 class ShardWriter:
@@ -32,7 +33,7 @@ class ShardWriter:
         dtype: of the moments, "float32" or "float16".
         part_size: records, or captions, per part.
 
-    Raises ValueError if the folder holds a cache with another key, dtype or part size.
+    Raises ValueError if the folder holds a cache with another key, dtype or part size, or of other records.
     """
 
     def __init__(
@@ -50,7 +51,8 @@ class ShardWriter:
         self.folder, self.rank, self.world, self.records = folder, rank, world, records
         self.dtype, self.part_size = dtype, part_size
         self.captions = sorted({text for record in records for texts in record.captions for text in texts})
-        self.key = {**as_json(key), "moments_dtype": dtype, "part_size": part_size}
+        own = {"moments_dtype": dtype, "part_size": part_size, "records": fingerprint(records)}
+        self.key = {**as_json(key), **own}
         os.makedirs(folder, exist_ok=True)
         path = os.path.join(folder, "key.json")
         if os.path.exists(path):

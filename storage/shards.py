@@ -30,7 +30,7 @@ from torch.utils.data import Dataset
 from storage.dataset import draw_flip, draw_nested, replacements
 from storage.ragged import map_array, map_ragged
 from storage.randomness import generator
-from storage.shard_writer import FORMAT, ShardWriter, as_json, check_key, part_path, parts, read_json
+from storage.shard_writer import FORMAT, OWN_KEYS, ShardWriter, as_json, check_key, part_path, parts, read_json
 
 __all__ = ["CachedBatch", "CachedLatents", "CachedSample", "ShardWriter", "cached_collate"]
 
@@ -78,8 +78,8 @@ class CachedLatents(Dataset):
             raise ValueError(f"latent cache {folder} has format {index['format']}, not {FORMAT}; make it again")
         self.part_size = self.key["part_size"]
         if expected_key is not None:
-            storage = {name: self.key[name] for name in ("moments_dtype", "part_size")}
-            check_key(folder, self.key, {**as_json(expected_key), **storage})
+            own = {name: self.key[name] for name in OWN_KEYS}
+            check_key(folder, self.key, {**own, **as_json(expected_key)})
         self.folder, self.seed, self.size = folder, seed, index["records"]
         self.unusable = frozenset(index["unusable"])
         self._moments = [map_array(f"{name}.npy") for name in self._paths("moments", self.size)]
@@ -134,7 +134,7 @@ class CachedLatents(Dataset):
 
 def cached_collate(samples: Sequence[CachedSample]) -> CachedBatch:
     """Cached samples as a CachedBatch."""
-    moments = torch.stack([sample.moments for sample in samples])  # [B, 2c, h, w]
+    moments = torch.from_numpy(np.stack([sample.moments.numpy() for sample in samples]))  # [B, 2c, h, w]
     tokens = pad_sequence([sample.tokens for sample in samples], batch_first=True)  # [B, L, d]
     mask = pad_sequence([sample.mask for sample in samples], batch_first=True)  # [B, L]
     indices = torch.tensor([sample.index for sample in samples])

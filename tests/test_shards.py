@@ -170,6 +170,10 @@ def test_a_cache_of_something_else_is_refused_by_what_changed(tmp_path):
         CachedLatents(folder, {name: value for name, value in KEY.items() if name != "flip"})
     with pytest.raises(ValueError, match="part_size was 16, is 1024"):
         ShardWriter(folder, 0, KEY, RECORDS)
+    with pytest.raises(ValueError, match="records was"):
+        ShardWriter(folder, 0, KEY, RECORDS[1:], part_size=16)
+    with pytest.raises(ValueError, match="records was"):
+        CachedLatents(folder, {**KEY, "records": "of another folder"})
     assert len(CachedLatents(folder)) == 42
 
 

@@ -33,7 +33,7 @@ class Metrics:
         self._steps += 1
         if step % self.log_every:
             return None
-        line = {name: total / count for name, (total, count) in self.window().items()}
+        line = {name: total / count for name, (total, count) in sorted(self.window().items())}
         line["seconds_per_step"] = (time.monotonic() - self._time) / self._steps
         self._sums, self._counts, self._steps, self._time = {}, {}, 0, time.monotonic()
         self.write(step, line)

@@ -1,0 +1,139 @@
+"""Colored shapes with captions: a generator of pictures, and an analysis that reads the objects back from pixels.
+
+A scene is one object, or two, the first above the second: "a large green circle above a small red square".
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+SIDE = 32  # pixels
+FINE = 8  # drawn this many times larger, then averaged: edges are antialiased
+COLORS = {  # on white; the darkest channel of each is (nearly) off, so that 255 - min(R, G, B) tells how much of a pixel is covered
+    "red": (220, 30, 30),
+    "green": (30, 160, 30),
+    "blue": (30, 60, 230),
+    "yellow": (245, 210, 30),
+    "purple": (160, 30, 200),
+    "cyan": (30, 200, 220),
+}
+FILLS = {"triangle": 0.5, "circle": np.pi / 4, "square": 1.0}  # share of the bounding box that is covered
+SIZES = {"small": (7.0, 9.0), "large": (12.0, 13.5)}  # width = height, in pixels, drawn uniformly
+LEAST_AREA = 8.0  # pixels; smaller specks are no objects. The smallest object, a small triangle, has 24
+
+
+@dataclass(frozen=True)
+class Object:
+    """One of the 36 things there are."""
+
+    size: str
+    color: str
+    shape: str
+
+    def __str__(self) -> str:
+        return f"a {self.size} {self.color} {self.shape}"
+
+
+Scene = tuple[Object, ...]  # from top to bottom
+
+OBJECTS = [Object(*words) for words in itertools.product(SIZES, COLORS, FILLS)]
+SINGLES: list[Scene] = [(each,) for each in OBJECTS]
+PAIRS: list[Scene] = list(itertools.permutations(OBJECTS, 2))
+
+
+def caption(scene: Scene) -> str:
+    """The scene in words."""
+    return " above ".join(map(str, scene))
+
+
+def draw(scene: Scene, draws: random.Random) -> Image.Image:
+    """A picture [32, 32] of one or two objects, at places and of exact sizes that are drawn."""
+    canvas = Image.new("RGB", (SIDE * FINE, SIDE * FINE), "white")
+    height = SIDE / len(scene)  # of the band that an object lies in
+    for row, each in enumerate(scene):
+        size = draws.uniform(*SIZES[each.size])
+        left, top = draws.uniform(1, SIDE - 1 - size), draws.uniform(row * height + 1, (row + 1) * height - 1 - size)
+        _draw_object(ImageDraw.Draw(canvas), each, left * FINE, top * FINE, size * FINE)
+    return canvas.resize((SIDE, SIDE), Image.Resampling.BOX)
+
+
+def _draw_object(pen: ImageDraw.ImageDraw, each: Object, left: float, top: float, size: float) -> None:
+    right, bottom, color = left + size, top + size, COLORS[each.color]
+    if each.shape == "circle":
+        pen.ellipse((left, top, right, bottom), fill=color)
+    elif each.shape == "square":
+        pen.rectangle((left, top, right, bottom), fill=color)
+    else:
+        pen.polygon([(left, bottom), (right, bottom), ((left + right) / 2, top)], fill=color)
+
+
+def read(image: Image.Image) -> Scene:
+    """The objects in a picture, from top to bottom, by color and by how much of its bounding box each fills."""
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
+    darkest = np.array([min(color) for color in COLORS.values()]).mean()
+    coverage = ((255 - pixels.min(axis=2)) / (255 - darkest)).clip(0, 1)  # [H, W], 0 on white
+    found = []
+    for region in _regions(coverage > 0.35):
+        around = _grown(region)
+        inside = np.where(around, coverage, 0.0)
+        if inside.sum() >= LEAST_AREA:
+            center = (np.arange(SIDE)[:, None] * inside).sum() / inside.sum()
+            found.append((center, _classify(pixels, inside)))
+    return tuple(each for _, each in sorted(found, key=lambda pair: pair[0]))
+
+
+def _classify(pixels: np.ndarray, inside: np.ndarray) -> Object:
+    width, height = inside.sum(axis=1).max(), inside.sum(axis=0).max()  # in pixels, to fractions of one
+    fill = inside.sum() / (width * height)
+    core = inside >= min(0.9, inside.max())
+    mean = pixels[core].mean(axis=0)
+    return Object(
+        size=min(SIZES, key=lambda name: abs(np.mean(SIZES[name]) - max(width, height))),
+        color=min(COLORS, key=lambda name: np.abs(mean - COLORS[name]).sum()),
+        shape=min(FILLS, key=lambda name: abs(FILLS[name] - fill)),
+    )
+
+
+def _regions(mask: np.ndarray) -> list[np.ndarray]:
+    """The connected parts of a mask (neighbors share a side)."""
+    left, regions = mask.copy(), []
+    while left.any():
+        region = np.zeros_like(mask)
+        region.flat[left.argmax()] = True
+        while (larger := _grown(region) & mask).sum() > region.sum():
+            region = larger
+        regions.append(region)
+        left &= ~region
+    return regions
+
+
+def _grown(mask: np.ndarray) -> np.ndarray:
+    """A mask and its neighbors."""
+    grown = np.pad(mask, 1)
+    around = grown[:-2, 1:-1] | grown[2:, 1:-1] | grown[1:-1, :-2] | grown[1:-1, 2:]
+    return mask | around
+
+
+def same(seen: Scene, told: Scene) -> bool:
+    """Whether there are the same colors and shapes in the same order, and nothing else; sizes apart."""
+    return [(each.color, each.shape) for each in seen] == [(each.color, each.shape) for each in told]
+
+
+def make_set(folder: Path, count: int, unseen: set[Scene], seed: int) -> None:
+    """A captioned image folder: a quarter of single objects, the rest pairs, none of them in `unseen`."""
+    draws = random.Random(seed)
+    singles, pairs = ([scene for scene in scenes if scene not in unseen] for scenes in (SINGLES, PAIRS))
+    folder.mkdir(parents=True)
+    with (folder / "metadata.jsonl").open("w") as rows:
+        for index in range(count):
+            scene = draws.choice(singles if draws.random() < 0.25 else pairs)
+            name = f"{index:05d}.png"
+            draw(scene, draws).save(folder / name)
+            rows.write(json.dumps({"file_name": name, "text": caption(scene)}) + "\n")
