@@ -179,7 +179,7 @@ def validate(trainer: Trainer, autoencoder: Autoencoder, dataset: ImageDataset, 
 def train(config: RunConfig) -> None:
     """Train, measure, and leave the model in `run/model`."""
     with one_line_errors():
-        records = scan(config.data)
+        records = scan(config.data, captioned=False)
         trainer = Trainer(config.trainer, config.run, to_dict(config))
         device, seed = trainer.device, config.seed
         if trainer.is_main:

@@ -25,6 +25,7 @@ from storage.captions import columns_of, expand
 from storage.images import CROPS, UnusableImage, read_size
 from storage.metadata import METADATA, read_rows, read_sidecar
 
+NO_CAPTION = "no caption: neither a metadata row nor a .txt file beside it"
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
@@ -83,8 +84,10 @@ class Records:
     skipped: list[Skip]
 
 
-def scan(config: DataConfig) -> Records:
+def scan(config: DataConfig, captioned: bool = True) -> Records:
     """The records of `config.folder`, read from metadata and listings only.
+
+    With `captioned` false, as for an autoencoder, captions are not looked at and an image without one is used too.
 
     Raises FileNotFoundError if there is no such folder; ValueError if nothing is usable, if more than
     `max_bad_fraction` is not, or if a template or `where` names a column that no row has.
@@ -94,6 +97,11 @@ def scan(config: DataConfig) -> Records:
         raise FileNotFoundError(f"data folder {config.folder} does not exist; data.folder is the folder of your images")
     files = dict(_walk(root, ""))
     rows, skipped = _gather_rows(root, files)
+    if not captioned:
+        config = dataclasses.replace(config, captions=[""])
+        bare = {skip.path for skip in skipped if skip.reason == NO_CAPTION}
+        skipped = [skip for skip in skipped if skip.path not in bare]
+        rows |= {name: {} for name in bare}
     _check_columns(config, rows)
     kept = {name: row for name, row in rows.items() if _wanted(row, config.where)}
     records = []
@@ -165,7 +173,7 @@ def _gather_rows(root: str, files: Mapping[str, int]) -> tuple[dict[str, dict[st
             elif name not in rows:
                 skipped.append(Skip(sidecar, text))
         elif name not in rows:
-            skipped.append(Skip(name, "no caption: neither a metadata row nor a .txt file beside it"))
+            skipped.append(Skip(name, NO_CAPTION))
     return rows, skipped
 
 

@@ -16,7 +16,8 @@ from PIL import Image, ImageDraw
 
 SIDE = 32  # pixels
 FINE = 8  # drawn this many times larger, then averaged: edges are antialiased
-COLORS = {  # on white; the darkest channel of each is (nearly) off, so that 255 - min(R, G, B) tells how much of a pixel is covered
+DARKEST = 30  # the least of R, G, B of every color: it tells how much of a pixel is covered, the rest being white
+COLORS = {
     "red": (220, 30, 30),
     "green": (30, 160, 30),
     "blue": (30, 60, 230),
@@ -24,7 +25,8 @@ COLORS = {  # on white; the darkest channel of each is (nearly) off, so that 255
     "purple": (160, 30, 200),
     "cyan": (30, 200, 220),
 }
-FILLS = {"triangle": 0.5, "circle": np.pi / 4, "square": 1.0}  # share of the bounding box that is covered
+FILLS = {"triangle": 0.58, "circle": np.pi / 4, "square": 1.0}  # covered share of the bounding box; of pixels, the
+# partly covered ones at the tip of a triangle make its box a bit lower than it is, so that it fills more than a half
 SIZES = {"small": (7.0, 9.0), "large": (12.0, 13.5)}  # width = height, in pixels, drawn uniformly
 LEAST_AREA = 8.0  # pixels; smaller specks are no objects. The smallest object, a small triangle, has 24
 
@@ -77,8 +79,7 @@ def _draw_object(pen: ImageDraw.ImageDraw, each: Object, left: float, top: float
 def read(image: Image.Image) -> Scene:
     """The objects in a picture, from top to bottom, by color and by how much of its bounding box each fills."""
     pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
-    darkest = np.array([min(color) for color in COLORS.values()]).mean()
-    coverage = ((255 - pixels.min(axis=2)) / (255 - darkest)).clip(0, 1)  # [H, W], 0 on white
+    coverage = ((255 - pixels.min(axis=2)) / (255 - DARKEST)).clip(0, 1)  # [H, W]
     found = []
     for region in _regions(coverage > 0.35):
         around = _grown(region)
@@ -90,10 +91,9 @@ def read(image: Image.Image) -> Scene:
 
 
 def _classify(pixels: np.ndarray, inside: np.ndarray) -> Object:
-    width, height = inside.sum(axis=1).max(), inside.sum(axis=0).max()  # in pixels, to fractions of one
+    width, height = inside.max(axis=0).sum(), inside.max(axis=1).sum()  # in pixels, to fractions of one
     fill = inside.sum() / (width * height)
-    core = inside >= min(0.9, inside.max())
-    mean = pixels[core].mean(axis=0)
+    mean = pixels[inside >= 0.9 * inside.max()].mean(axis=0)
     return Object(
         size=min(SIZES, key=lambda name: abs(np.mean(SIZES[name]) - max(width, height))),
         color=min(COLORS, key=lambda name: np.abs(mean - COLORS[name]).sum()),

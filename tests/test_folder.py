@@ -255,3 +255,11 @@ def test_the_fingerprint_sees_names_captions_and_sizes(tmp_path):
     assert fingerprint(scan(config(tmp_path / "copy")).train) == fingerprint(records)
     for change in ({"name": "x"}, {"captions": (("x",),)}, {"bytes": 1}):
         assert fingerprint([dataclasses.replace(records[0], **change), *records[1:]]) != fingerprint(records)
+
+
+def test_an_autoencoder_needs_no_captions(tmp_path):
+    make_folder(tmp_path, [], ("a.png", "sub/b.png", "c.png"))
+    (tmp_path / "sub" / "b.txt").write_text("a caption")
+    (tmp_path / "c.png").write_bytes(b"")
+    records = scan(config(tmp_path), captioned=False)
+    assert list(named(records)) == ["a.png", "sub/b.png"] and list(reasons(records)) == ["c.png"]

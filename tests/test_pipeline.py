@@ -1,0 +1,292 @@
+"""From prompts to pictures: what a picture depends on, and what a model folder keeps."""
+
+import json
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from small_encoders import build_scratch
+from small_models import SIDE, build_model
+
+from ldm import TextToImage
+from ldm.samplers import SAMPLERS
+from ldm.settings import Settings
+
+KINDS = {
+    "KL, CLIP": dict(regularizer="kl", encoder="clip"),
+    "VQ, BERT": dict(regularizer="vq", encoder="bert"),
+    "KL, BERT, flow": dict(regularizer="kl", encoder="bert", prediction="flow", name="flow"),
+}
+PROMPTS = ["a red heart", "a dark blue circle"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """One small model of each kind, in memory and in a folder: name -> (model, folder)."""
+    built = {}
+    for name, kind in KINDS.items():
+        folder = tmp_path_factory.mktemp("model")
+        model = build_model(tmp_path_factory.mktemp("encoder"), **kind)
+        model.save(folder)
+        built[name] = model, folder
+    return built
+
+
+@pytest.fixture
+def model(models) -> TextToImage:
+    return models["KL, BERT, flow"][0]
+
+
+@pytest.fixture(params=KINDS)
+def each(models, request) -> TextToImage:
+    return models[request.param][0]
+
+
+def pixels(images) -> np.ndarray:
+    return np.stack([np.asarray(image) for image in images]).astype(int)
+
+
+def sizes_of_passes(model, monkeypatch) -> list[int]:
+    """The batch sizes with which the UNet is called from here on."""
+    seen, forward = [], model.unet.forward
+    monkeypatch.setattr(model.unet, "forward", lambda z, *rest: (seen.append(len(z)), forward(z, *rest))[1])
+    return seen
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_model_makes_the_same_pictures(models, kind):
+    model, folder = models[kind]
+    loaded = TextToImage.load(folder)
+    assert loaded.defaults == model.defaults
+    assert np.array_equal(pixels(loaded(PROMPTS, num_images=2)), pixels(model(PROMPTS, num_images=2)))
+
+
+def test_half_precision_is_a_format_of_files_not_of_computing(model, tmp_path):
+    model.save(tmp_path, torch.float16)
+    loaded = TextToImage.load(tmp_path)
+    assert loaded.dtype == torch.float32
+    assert np.abs(pixels(loaded(PROMPTS)) - pixels(model(PROMPTS))).mean() < 2
+
+
+def test_prompt_negative_prompt_and_seed_all_bear_on_a_picture(each):
+    plain = pixels(each(PROMPTS[0]))
+    for change in ({"negative_prompt": "a cat"}, {"seed": 43}, {"guidance_scale": 4}, {"steps": 5}, {"sampler": "ddpm"}):
+        assert not np.array_equal(plain, pixels(each(PROMPTS[0], **change))), change
+    assert not np.array_equal(plain, pixels(each(PROMPTS[1])))
+
+
+def test_picture_i_of_a_request_is_the_picture_of_seed_plus_i(each):
+    together = pixels(each(PROMPTS, num_images=2, seed=7))
+    alone = [each(PROMPTS[i // 2], seed=7 + i)[0] for i in range(4)]
+    assert np.array_equal(together, pixels(alone))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_picture_does_not_depend_on_its_batch(model, sampler):
+    settings = dict(num_images=3, sampler=sampler, seed=2**64 - 6)
+    apart = np.abs(pixels(model(PROMPTS, **settings)) - pixels(model(PROMPTS, batch_size=4, **settings)))
+    assert apart.max() <= 1  # the last bits of matrix products depend on the number of rows
+    assert (apart > 0).mean() < 1e-3
+
+
+def test_a_picture_of_a_batch_is_made_again_bit_for_bit_without_the_others(each):
+    for picture in each.generate(PROMPTS, num_images=2, batch_size=3):
+        batch = [picture.settings] * picture.settings.batch
+        for step in each.sample(batch):
+            latents = step.z
+        (again,) = each.finish(batch, latents)
+        assert again.image.tobytes() == picture.image.tobytes()
+
+
+def test_sampling_leaves_global_randomness_alone(model):
+    before = torch.random.get_rng_state()
+    first = pixels(model("a cat", sampler="ddim", eta=1))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.manual_seed(99)
+    assert np.array_equal(pixels(model("a cat", sampler="ddim", eta=1)), first)
+
+
+def test_guidance_scale_1_makes_no_unconditional_pass_and_others_one(model, monkeypatch):
+    seen = sizes_of_passes(model, monkeypatch)
+    model("a cat", guidance_scale=1, negative_prompt="a dog", sampler="euler")
+    assert seen == [1] * 4
+    seen.clear()
+    model("a cat", guidance_scale=0, sampler="euler")
+    assert seen == [1] * 4
+    seen.clear()
+    model("a cat", sampler="euler", num_images=3, batch_size=2)
+    assert seen == [4] * 4 + [2] * 4
+
+
+def test_guidance_leads_from_the_negative_prompt_and_scale_0_is_the_negative_prompt(model):
+    assert np.array_equal(pixels(model("a cat", guidance_scale=0)), pixels(model("", guidance_scale=1)))
+    swapped = model("a cat", guidance_scale=0, negative_prompt="a heart")
+    assert np.array_equal(pixels(swapped), pixels(model("a heart", guidance_scale=1)))
+
+
+def test_what_the_caller_leaves_out_comes_from_the_model(models, tmp_path):
+    model, _ = models["KL, CLIP"]
+    (wanted,) = model.plan("a cat", steps=None, sampler=None)
+    assert (wanted.steps, wanted.sampler, wanted.guidance_scale) == (4, "dpmpp_2m", 3.0)
+    assert (wanted.height, wanted.width) == (SIDE, SIDE)
+    defaults = Settings(steps=7, sampler="heun", guidance_scale=2.5, spacing="leading")
+    parts = model.autoencoder, model.unet, model.conditioner, model.schedule, model.prediction
+    TextToImage(*parts, defaults).save(tmp_path)
+    assert TextToImage.load(tmp_path).defaults == replace(defaults, height=SIDE, width=SIDE)
+
+
+def test_a_folder_without_our_own_defaults_is_opened(models, tmp_path):
+    models["KL, CLIP"][0].save(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    del index["_stipple"]
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    assert TextToImage.load(tmp_path).defaults.steps == Settings().steps
+
+
+def test_sizes_need_not_be_square_or_those_of_training(model):
+    (image,) = model("a cat", height=20, width=44)
+    assert image.size == (44, 20)
+
+
+def test_a_picture_says_all_that_made_it(model):
+    made = list(model.generate(PROMPTS, num_images=2, seed=-1, negative_prompt="a dog", batch_size=3))
+    seeds = [picture.settings.seed for picture in made]
+    assert seeds == list(range(seeds[0], seeds[0] + 4))
+    assert seeds != [p.settings.seed for p in model.generate(PROMPTS, num_images=2, seed=-1, steps=1)]
+    assert [picture.settings.prompt for picture in made] == [PROMPTS[0]] * 2 + [PROMPTS[1]] * 2
+    assert [(picture.settings.batch, picture.settings.place) for picture in made] == [(3, 0), (3, 1), (3, 2), (1, 0)]
+
+
+def test_pictures_arrive_as_they_are_finished(model, monkeypatch):
+    seen = sizes_of_passes(model, monkeypatch)
+    pictures = model.generate("a cat", num_images=3)
+    assert seen == []
+    next(pictures)
+    assert len(seen) == 4
+
+
+def test_pictures_of_different_settings_share_no_batch(model):
+    wanted = [*model.plan(PROMPTS), *model.plan(PROMPTS, steps=2)]
+    assert [len(batch) for batch in model.batches(wanted, 4)] == [2, 2]
+    assert [len(batch) for batch in model.batches(wanted[:2] * 5, 4)] == [4, 4, 2]
+
+
+def test_a_prompt_that_is_too_long_is_made_and_what_was_cut_is_named(model):
+    prompt = "heart " * 30 + "finally a cat"
+    with pytest.warns(UserWarning, match="longer than 24 tokens; not seen by the model: .*finally a cat"):
+        (image,) = model(prompt)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model("a cat")
+
+
+@pytest.mark.parametrize("prompt", ["", "\0", "\ud800", "💚 Ж", "x" * 100_000], ids=["empty", "NUL", "half", "", "long"])
+@pytest.mark.filterwarnings("ignore:a prompt is longer")
+def test_any_text_is_a_prompt(model, prompt):
+    assert len(model(prompt, steps=1)) == 1
+
+
+def test_previews_are_the_colors_of_latents_where_known_and_decoded_where_not(model):
+    for step in model.sample(model.plan("a cat")):
+        pass
+    assert model.preview(step.z_0)[0].tobytes() == model.decode(step.z_0)[0].tobytes()
+    model.autoencoder.latent_rgb = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [0, 0, 0], [0, 0, 0]])
+    try:
+        (image,) = model.preview(step.z_0)
+    finally:
+        model.autoencoder.latent_rgb = None
+    assert image.size == (SIDE, SIDE)
+    corner = (step.z_0[0, :3, 0, 0].clamp(-1, 1) + 1) * 127.5
+    assert np.abs(np.asarray(image)[3, 3] - corner.numpy()).max() <= 0.5
+
+
+def test_overflow_in_half_precision_is_an_error_not_a_black_picture(model):
+    with pytest.raises(ValueError, match="not finite in float32"):
+        model.decode(torch.full((1, 4, 2, 2), float("nan")))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sampler": "dpm2m"}, "sampler 'dpm2m' is unknown; did you mean dpmpp_2m\\?"),
+        ({"steps": 0}, "steps 0 must be at least 1"),
+        ({"steps": 1001}, "1001 steps is not between 1 and 1000"),
+        ({"steps": "ten"}, "steps 'ten' is not a whole number"),
+        ({"steps": True}, "steps True is not a whole number"),
+        ({"guidance_scale": float("nan")}, "guidance scale nan is not a finite number"),
+        ({"guidance_scale": float("-inf")}, "guidance scale -inf is not a finite number"),
+        ({"eta": 1.5, "sampler": "ddim"}, "eta 1.5 must be between 0"),
+        ({"eta": 0.5}, "eta 0.5 does not go with sampler dpmpp_2m; leave it out or use ddim"),
+        ({"height": 30}, "height 30 is not a multiple of 4 .*; use 28 or 32"),
+        ({"width": 3}, "width 3 is not a multiple of 4 .*; use 4 or more"),
+        ({"width": -8}, "width -8 is not a multiple"),
+        ({"seed": 2**64}, "seed 18446744073709551616 must be between 0 and 2\\^64 - 1"),
+        ({"seed": -2}, "seed -2 must be"),
+        ({"seed": 2**64 - 1, "num_images": 2}, "seed 18446744073709551616 must be"),
+        ({"num_images": 0}, "num images 0 must be"),
+        ({"batch_size": 0}, "batch size 0 must be"),
+        ({"spacing": "even"}, "unknown spacing 'even'"),
+        ({"prompt": 5}, "prompt 5 is not text"),
+    ],
+)
+def test_a_wrong_setting_is_named_before_anything_is_computed(model, monkeypatch, change, message):
+    seen = sizes_of_passes(model, monkeypatch)
+    with pytest.raises(ValueError, match=message) as error:
+        model(**({"prompt": "a cat"} | change)) if "prompt" not in change else model([change["prompt"]])
+    assert "\n" not in str(error.value)
+    assert seen == []
+
+
+def test_parts_that_do_not_fit_together_are_refused(models):
+    model, _ = models["KL, CLIP"]
+    wide = models["VQ, BERT"][0]
+    assert wide.conditioner.context_dim == model.conditioner.context_dim  # else the next line proves nothing
+    thin = build_scratch()
+    thin.encoder.model.config.hidden_size = 16
+    with pytest.raises(ValueError, match="the UNet reads tokens of width 32, the text encoder's have 16"):
+        TextToImage(model.autoencoder, model.unet, thin, model.schedule, model.prediction)
+
+
+@pytest.mark.parametrize("part", ["model_index.json", "vae", "unet", "text_encoder", "tokenizer", "scheduler"])
+def test_a_part_that_is_missing_is_named(models, part, tmp_path):
+    folder = tmp_path / "model"
+    models["KL, BERT, flow"][0].save(folder)
+    (folder / part).rename(tmp_path / "away")
+    with pytest.raises(FileNotFoundError, match=part) as error:
+        TextToImage.load(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_half_precision_on_a_cpu_warns(models):
+    with pytest.warns(UserWarning, match="torch.bfloat16 is 40 to 100 times slower"):
+        loaded = TextToImage.load(models["KL, BERT, flow"][1], dtype=torch.bfloat16)
+    exact = pixels(models["KL, BERT, flow"][0](PROMPTS, steps=2))
+    assert np.abs(pixels(loaded(PROMPTS, steps=2)) - exact).mean() < 12
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "leading"])
+@pytest.mark.parametrize("prediction", ["noise", "velocity"])
+def test_diffusers_opens_the_folder_and_makes_the_same_picture(spacing, prediction, tmp_path):
+    from diffusers import DiffusionPipeline, StableDiffusionPipeline
+
+    model = build_model(tmp_path, prediction=prediction)
+    model.defaults = replace(model.defaults, spacing=spacing)
+    model.save(tmp_path / "model")
+    theirs = DiffusionPipeline.from_pretrained(tmp_path / "model", safety_checker=None)
+    assert type(theirs) is StableDiffusionPipeline
+    theirs.set_progress_bar_config(disable=True)
+    for size in ({}, {"height": 24, "width": 40}):
+        generator = torch.Generator("cpu").manual_seed(5)
+        shared = dict(negative_prompt="a cat", guidance_scale=3.0, **size)
+        expected = theirs("a red heart", num_inference_steps=6, generator=generator, **shared).images
+        ours = model("a red heart", steps=6, sampler="ddim", seed=5, **shared)
+        assert np.abs(pixels(ours) - pixels(expected)).max() <= 1
+
+
+def test_only_a_model_that_stable_diffusion_pipeline_computes_is_called_one(models):
+    kinds = {name: json.loads((folder / "model_index.json").read_text()) for name, (_, folder) in models.items()}
+    assert kinds["KL, CLIP"]["_class_name"] == "StableDiffusionPipeline"
+    assert kinds["VQ, BERT"]["_class_name"] == kinds["KL, BERT, flow"]["_class_name"] == "TextToImage"
+    assert kinds["VQ, BERT"]["vae"] == ["diffusers", "VQModel"]
