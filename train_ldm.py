@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ldm.pipeline import TextToImage
 from torch import nn
 
 from autoencoder import Autoencoder, Posterior
@@ -22,6 +21,7 @@ from conditioning.conditioner import Conditioner, ConditionerConfig, build_condi
 from conditioning.context import Context, drop_context
 from ldm.denoiser import Denoiser
 from ldm.loss import diffusion_loss
+from ldm.pipeline import TextToImage
 from ldm.schedule import ScheduleConfig, make_schedule
 from ldm.settings import Settings
 from ldm.unet import UNet, UNetConfig

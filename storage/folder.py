@@ -98,7 +98,7 @@ def scan(config: DataConfig, captioned: bool = True) -> Records:
     files = dict(_walk(root, ""))
     rows, skipped = _gather_rows(root, files)
     if not captioned:
-        config = dataclasses.replace(config, captions=[""])
+        config = dataclasses.replace(config, captions=["image"])  # one that every image has
         bare = {skip.path for skip in skipped if skip.reason == NO_CAPTION}
         skipped = [skip for skip in skipped if skip.path not in bare]
         rows |= {name: {} for name in bare}

@@ -72,7 +72,7 @@ def test_half_precision_is_a_format_of_files_not_of_computing(model, tmp_path):
 
 def test_prompt_negative_prompt_and_seed_all_bear_on_a_picture(each):
     plain = pixels(each(PROMPTS[0]))
-    for change in ({"negative_prompt": "a cat"}, {"seed": 43}, {"guidance_scale": 4}, {"steps": 5}, {"sampler": "ddpm"}):
+    for change in ({"negative_prompt": "a cat"}, {"seed": 43}, {"guidance_scale": 5}, {"steps": 9}, {"sampler": "ddpm"}):
         assert not np.array_equal(plain, pixels(each(PROMPTS[0], **change))), change
     assert not np.array_equal(plain, pixels(each(PROMPTS[1])))
 
@@ -228,13 +228,13 @@ def test_overflow_in_half_precision_is_an_error_not_a_black_picture(model):
         ({"num_images": 0}, "num images 0 must be"),
         ({"batch_size": 0}, "batch size 0 must be"),
         ({"spacing": "even"}, "unknown spacing 'even'"),
-        ({"prompt": 5}, "prompt 5 is not text"),
+        ({"prompt": 5}, "a prompt must be text, not int: 5"),
     ],
 )
 def test_a_wrong_setting_is_named_before_anything_is_computed(model, monkeypatch, change, message):
     seen = sizes_of_passes(model, monkeypatch)
     with pytest.raises(ValueError, match=message) as error:
-        model(**({"prompt": "a cat"} | change)) if "prompt" not in change else model([change["prompt"]])
+        model([change.pop("prompt", "a cat")], **change)
     assert "\n" not in str(error.value)
     assert seen == []
 
@@ -266,6 +266,7 @@ def test_half_precision_on_a_cpu_warns(models):
     assert np.abs(pixels(loaded(PROMPTS, steps=2)) - exact).mean() < 12
 
 
+@pytest.mark.filterwarnings("ignore:The configuration file of this scheduler")
 @pytest.mark.parametrize("spacing", ["trailing", "leading"])
 @pytest.mark.parametrize("prediction", ["noise", "velocity"])
 def test_diffusers_opens_the_folder_and_makes_the_same_picture(spacing, prediction, tmp_path):
@@ -280,8 +281,9 @@ def test_diffusers_opens_the_folder_and_makes_the_same_picture(spacing, predicti
     for size in ({}, {"height": 24, "width": 40}):
         generator = torch.Generator("cpu").manual_seed(5)
         shared = dict(negative_prompt="a cat", guidance_scale=3.0, **size)
-        expected = theirs("a red heart", num_inference_steps=6, generator=generator, **shared).images
-        ours = model("a red heart", steps=6, sampler="ddim", seed=5, **shared)
+        # 5 divides 1000: with other numbers of steps their DDIM steps to t - 1000 // steps, not to its next timestep
+        expected = theirs("a red heart", num_inference_steps=5, generator=generator, **shared).images
+        ours = model("a red heart", steps=5, sampler="ddim", seed=5, **shared)
         assert np.abs(pixels(ours) - pixels(expected)).max() <= 1
 
 
