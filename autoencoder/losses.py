@@ -23,7 +23,7 @@ class LossConfig:
     """Weights of the terms of `generator_loss`."""
 
     pixel: float = 1.0  # of |images - reconstructions|, mean over pixels
-    perceptual: float = 1.0  # of the perceptual distance
+    perceptual: float = 0.03  # of the perceptual distance: 0.03 for "features", 0.2 for "ssim", 1 for "lpips"
     kl: float = 1e-6  # of the KL divergence in nats per sample, relative to the pixel error summed over the sample
     codebook: float = 1.0  # of the codebook and commitment loss
     adversarial: float = 0.5  # of the discriminator's verdict, times the adaptive weight

@@ -111,7 +111,7 @@ class TextToImage:
         wanted = self.plan(prompt, num_images=num_images, **settings)
         for batch in self.batches(wanted, self.default_batch if batch_size is None else batch_size):
             for step in self.sample(batch):
-                latents = step.z
+                latents = step.z  # of the last step when the loop ends
             yield from self.finish(batch, latents)
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import math
 import random
@@ -77,5 +78,6 @@ def random_seed() -> int:
     return random.SystemRandom().randrange(2**32)
 
 
+@functools.cache
 def _takes_eta(sampler: str) -> bool:
     return "eta" in inspect.signature(SAMPLERS[sampler]).parameters

@@ -59,6 +59,7 @@ class Metrics:
 
     def rewind(self, step: int, window: dict[str, list[float]] | None = None) -> None:
         """Drop the lines after `step`, which will be written again, and take up the sums of an unfinished window."""
+        self._time = time.monotonic()  # what came before was set-up
         for name, (total, count) in (window or {}).items():
             self._sums[name], self._counts[name] = torch.tensor(total, dtype=torch.float64), count
         if self.path is None or not self.path.exists():

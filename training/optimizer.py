@@ -86,5 +86,9 @@ class Optimizer:
     def load_state_dict(self, state: dict) -> None:
         """Take back a `state_dict`."""
         self.adamw.load_state_dict(state["adamw"])
+        for p, moments in self.adamw.state.items():
+            for name, value in moments.items():
+                if value.shape == p.shape:  # fused AdamW walks raw memory: moments must lie as their parameter does
+                    moments[name] = torch.empty_like(p).copy_(value)
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])

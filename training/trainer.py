@@ -14,6 +14,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -52,7 +53,7 @@ class TrainerConfig:
     workers: int = 0  # data loading processes per training process
     max_minutes: float | None = None  # save and exit 0 after this time, for queues with a limit
     max_bad_steps: int = 20  # non-finite steps in a row that end the run
-    resume: bool = True  # go on from the newest valid checkpoint in the run folder
+    resume: bool = True  # go on from the newest valid checkpoint in the run folder; false: remove what is there
 
 
 class Stopped(SystemExit):
@@ -136,8 +137,10 @@ class Trainer:
         """Take up the newest valid checkpoint of the run folder, if any; call when all parts are registered."""
         answer: list[Path | None] = [None]
         if self.is_main:
+            if not self.config.resume:  # else what is saved now would be pruned as older than what it replaces
+                shutil.rmtree(self.folder / "state", ignore_errors=True)
             checkpoint.clear_temporaries(self.folder / "state")
-            answer = [checkpoint.newest_valid(self.folder / "state") if self.config.resume else None]
+            answer = [checkpoint.newest_valid(self.folder / "state")]
         found = broadcast_object_list(answer)[0]
         if found is None:
             self.metrics.rewind(0)
@@ -160,6 +163,8 @@ class Trainer:
         """
         config, started = self.config, time.monotonic()
         handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        if self.step >= config.steps and self.is_main and save_model is not None:
+            checkpoint.write_folder(self.folder / "model", save_model)  # the end may have come between state and model
         total, first = config.steps * config.batch_size, self.step * config.batch_size
         bar = tqdm(
             total=total, initial=first, unit="img", unit_scale=True, desc=self.folder.name, disable=not self.is_main

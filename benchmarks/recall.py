@@ -1,0 +1,85 @@
+"""Prompt recall: whether the reference nearest to a generated picture is the one that its prompt describes.
+
+R references, one query per prompt; a picture is a feature vector, and near means a small mean squared difference.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share of n trials, with its 95 % interval (Wilson 1927)."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Recall:
+    """How often the right reference is among the nearest 1 and 5, and where it stands in the middle of all."""
+
+    at_1: Share
+    at_5: Share
+    median_rank: float
+
+
+def small_rgb(images: Tensor, side: int = 16) -> Tensor:
+    """Images [B, 3, H, W] in [-1, 1], each pixel of side x side the mean of the area under it: [B, 3 * side * side]."""
+    return F.interpolate(images.float(), size=(side, side), mode="area").flatten(1)
+
+
+def distances(queries: Tensor, references: Tensor) -> Tensor:
+    """Mean squared differences of features [Q, d] to [R, d]: [Q, R]."""
+    # the faster mode, through a matrix product, loses the small distances to rounding
+    root = torch.cdist(queries, references, compute_mode="donot_use_mm_for_euclid_dist")
+    return root.square() / queries.shape[1]
+
+
+def ranks(distance: Tensor, right: Tensor) -> Tensor:
+    """The place, from 1, of each query's right reference among all: [Q].
+
+    Args:
+        distance: [Q, R].
+        right: [Q], index of the right reference. What is exactly as near counts as nearer, so a tie earns nothing.
+    """
+    own = distance.gather(1, right[:, None])  # [Q, 1]
+    return (distance <= own).sum(dim=1)
+
+
+def share(hits: int, trials: int, z: float = 1.96) -> Share:
+    """hits / trials with Wilson's score interval, which is right near 0 and 1 too."""
+    p, spread = hits / trials, z * z / trials
+    middle = (p + spread / 2) / (1 + spread)
+    half = z * math.sqrt(p * (1 - p) / trials + spread / (4 * trials)) / (1 + spread)
+    return Share(p, max(0.0, middle - half), min(1.0, middle + half))
+
+
+def recall(queries: Tensor, references: Tensor, right: Tensor) -> Recall:
+    """Recall of queries [Q, d] among references [R, d]; chance is 1 / R and 5 / R."""
+    places = ranks(distances(queries, references), right).tolist()
+    at_1, at_5 = (share(sum(place <= k for place in places), len(places)) for k in (1, 5))
+    return Recall(at_1, at_5, statistics.median(places))
+
+
+def nearest(queries: Tensor, training: Tensor, itself: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Root mean squared difference to the nearest training picture, in 8-bit gray levels, and which it is: [Q], [Q].
+
+    Args:
+        queries: features [Q, d] of images in [-1, 1].
+        training: features [N, d].
+        itself: [Q], for queries that are training pictures: their own index, which is passed over.
+    """
+    distance = distances(queries, training)
+    if itself is not None:
+        distance.scatter_(1, itself[:, None], math.inf)
+    squared, index = distance.min(dim=1)
+    return squared.sqrt() * 127.5, index
