@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator
 from tqdm import tqdm
 
 from autoencoder import Autoencoder
@@ -24,7 +24,7 @@ BATCH = 16  # images, or captions, encoded at a time
 
 
 @torch.no_grad()
-def cache_moments(writer: ShardWriter, dataset: ImageDataset, autoencoder: Autoencoder, state: PartialState) -> None:
+def cache_moments(writer: ShardWriter, dataset: ImageDataset, autoencoder: Autoencoder, state: Accelerator) -> None:
     """Encode this process's parts of the images, and their mirror images where the config has flips."""
     flips = (False, True) if dataset.config.flip else (False,)
     channels, side = autoencoder.latent_channels, dataset.config.image_size // autoencoder.downsampling
@@ -45,7 +45,7 @@ def cache_moments(writer: ShardWriter, dataset: ImageDataset, autoencoder: Autoe
 
 
 @torch.no_grad()
-def cache_contexts(writer: ShardWriter, conditioner: Conditioner, state: PartialState) -> None:
+def cache_contexts(writer: ShardWriter, conditioner: Conditioner, state: Accelerator) -> None:
     """Encode this process's parts of the captions."""
     for part in tqdm(writer.missing("contexts"), desc="captions", disable=not state.is_main_process):
         contexts: list[torch.Tensor] = []
@@ -71,7 +71,7 @@ def cache(config: RunConfig, arguments: Sequence[str]) -> None:
     with one_line_errors():
         if config.cache is None:
             raise ValueError("there is no folder to write to; give cache=FOLDER")
-        state = PartialState()
+        state = Accelerator()  # unlike PartialState it reads ACCELERATE_USE_CPU
         records = scan(config.data)
         if config.data.crop == "random":
             raise ValueError("data.crop random cannot be cached; use data.crop=center, or train without a cache")

@@ -232,6 +232,8 @@ def train(config: RunConfig) -> None:
         images = batch.images.to(device, memory_format=torch.channels_last, non_blocking=True)
         noise = normal(seed, "posterior", trainer.step, trainer.positions(), latent_shape).to(device)
         reconstruction = network(images, noise)
+        # accelerate makes float32 of tensors that leave a network under autocast, but not of those in a dataclass
+        reconstruction = dataclasses.replace(reconstruction, images=reconstruction.images.float())
         judging = config.discriminator_start is not None and trainer.step + 1 >= config.discriminator_start
         judgement = judge(discriminator, images, reconstruction.images, config.loss) if judging else None
         loss = generator_loss(images, reconstruction, config.loss, perceptual, judgement, autoencoder.last_layer)

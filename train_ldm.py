@@ -212,6 +212,7 @@ def train(config: RunConfig) -> None:
     trained, text_network = [unet], conditioner.to(device)
     if conditioner.trainable:
         trained.append(conditioner)
+        trainer.keep("tokenizer", conditioner.tokenizer)  # learnt from the captions, which may change between starts
         text_network = trainer.network("conditioner", conditioner)
     averages = [Ema(module, config.ema) for module in trained]
     optimizer = trainer.optimizer("optimizer", trained, config.optimizer, averages)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -156,6 +157,7 @@ class Autoencoder(nn.Module):
         (target / "config.json").write_text(json.dumps(options, indent=2, sort_keys=True) + "\n")
         weights = {name: value.detach().to("cpu", dtype).contiguous() for name, value in self.state_dict().items()}
         save_file(weights, target / WEIGHTS, metadata={"format": "pt"})
+        (target / WEIGHTS).chmod(0o644)  # safetensors makes it readable to its owner alone
 
     @classmethod
     def load(cls, folder: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Autoencoder:
@@ -169,8 +171,13 @@ class Autoencoder(nn.Module):
         for name in ("config.json", WEIGHTS):
             if not (source / name).is_file():
                 raise FileNotFoundError(f"no {name} in {source}; give a model folder with a vae folder in it")
-        options = json.loads((source / "config.json").read_text())
-        weights = interop.rename_old_attention(load_file(source / WEIGHTS))
+        try:
+            options = json.loads((source / "config.json").read_text(encoding="utf-8"))
+            weights = interop.rename_old_attention(load_file(source / WEIGHTS))
+        except (ValueError, SafetensorError) as error:
+            raise ValueError(f"{source} can't be read ({error}); get it again") from None
+        if not isinstance(options, dict):
+            raise ValueError(f"{source / 'config.json'} holds no JSON object; get it again")
         with torch.device("meta"):
             autoencoder = cls(interop.from_diffusers(options))
         try:

@@ -38,6 +38,7 @@ from training.evaluation import psnr, ssim
 SCALES = (1.0, 2.0, 4.0, 7.0)
 SHEET_SCALES = (0.0, *SCALES)
 REFERENCES = 200
+COPY_RATIO = 0.5  # to its neighborhood, below which a picture counts as a copy (Carlini et al. 2023)
 SHEET_PROMPTS, SHEET_ROWS, SHEET_PAIRS = 16, 6, 24
 
 
@@ -54,15 +55,12 @@ class Judge:
     def __init__(self, autoencoder: Autoencoder, references: Tensor, training: Tensor, places: Tensor):
         self.autoencoder, self.training, self.places = autoencoder, training, places
         self.rgb, self.latents = small_rgb(references), encode(autoencoder, references)
-        apart, _ = nearest(self.rgb, training, places)
-        self.copy_distance = torch.quantile(apart, 0.05).item()
 
     def score(self, images: Tensor) -> dict[str, Any]:
         """Recall and memory of images [Q, 3, S, S], image i made for reference i."""
         right, rgb = torch.arange(len(images)), small_rgb(images)
         latents = encode(self.autoencoder, images)
-        _, which = nearest(rgb, self.training)
-        own = (which == self.places[: len(images)]).float().mean().item()
+        own = (nearest(rgb, self.training).index == self.places[: len(images)]).float().mean().item()
         return {
             "rgb": dataclasses.asdict(recall(rgb, self.rgb, right)),
             "latents": dataclasses.asdict(recall(latents, self.latents, right)),
@@ -71,9 +69,9 @@ class Judge:
 
     def memory(self, rgb: Tensor, places: Tensor | None = None) -> dict[str, float]:
         """How near features [Q, d] are to training pictures; `places` [Q] are passed over (themselves)."""
-        distance, _ = nearest(rgb, self.training, places)
-        copies = (distance < self.copy_distance).float().mean().item()
-        return {"median_distance": statistics.median(distance.tolist()), "near_copies": copies}
+        found = nearest(rgb, self.training, places)
+        copies = (found.ratio < COPY_RATIO).float().mean().item()
+        return {"median_distance": statistics.median(found.distance.tolist()), "near_copies": copies}
 
 
 @torch.inference_mode()
@@ -136,7 +134,7 @@ def measure(
         "chance": {"at_1": 1 / len(gallery.cases), "at_5": 5 / len(gallery.cases)},
         "rows": rows,
         "training_pictures": len(training),
-        "near_copy_below": judge.copy_distance,
+        "near_copy_below_ratio": COPY_RATIO,
         "real": {
             "a reference, to another training picture": judge.memory(judge.rgb, places),
             "a held-out picture": judge.memory(small_rgb(held_out)),

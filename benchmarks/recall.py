@@ -32,6 +32,15 @@ class Recall:
     median_rank: float
 
 
+@dataclass(frozen=True)
+class Nearest:
+    """Of Q pictures, each one's nearest training picture."""
+
+    distance: Tensor  # [Q], root mean squared difference in 8-bit gray levels
+    index: Tensor  # [Q]
+    ratio: Tensor  # [Q], the distance, relative to the mean distance of the nearest 50
+
+
 def small_rgb(images: Tensor, side: int = 16) -> Tensor:
     """Images [B, 3, H, W] in [-1, 1], each pixel of side x side the mean of the area under it: [B, 3 * side * side]."""
     return F.interpolate(images.float(), size=(side, side), mode="area").flatten(1)
@@ -70,16 +79,19 @@ def recall(queries: Tensor, references: Tensor, right: Tensor) -> Recall:
     return Recall(at_1, at_5, statistics.median(places))
 
 
-def nearest(queries: Tensor, training: Tensor, itself: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Root mean squared difference to the nearest training picture, in 8-bit gray levels, and which it is: [Q], [Q].
+def nearest(queries: Tensor, training: Tensor, itself: Tensor | None = None, around: int = 50) -> Nearest:
+    """The nearest training picture of each query.
 
     Args:
         queries: features [Q, d] of images in [-1, 1].
         training: features [N, d].
         itself: [Q], for queries that are training pictures: their own index, which is passed over.
+        around: how many of the nearest make up the neighborhood that the nearest is compared with (Carlini et al. 2023,
+            eq. 2): a pale picture is near to many, a copy to one.
     """
     distance = distances(queries, training)
     if itself is not None:
         distance.scatter_(1, itself[:, None], math.inf)
-    squared, index = distance.min(dim=1)
-    return squared.sqrt() * 127.5, index
+    squared, indices = distance.topk(min(around, len(training) - 1), largest=False)  # [Q, around]
+    root = squared.sqrt()
+    return Nearest(root[:, 0] * 127.5, indices[:, 0], root[:, 0] / root.mean(dim=1).clamp(min=1e-12))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -75,7 +76,7 @@ def prompts_sheet(gallery: Gallery, guidance_scale: float, count: int) -> Image.
     halves = {"caption": range(count), "keywords": range(count, 2 * count)}
     images = [image for kind, half in halves.items() for image in gallery.make(kind, guidance_scale, half)]
     captions = [gallery.cases[i].prompts[kind] for kind, half in halves.items() for i in half]
-    return grid([enlarge(image) for image in images], min(8, count), captions)
+    return grid([enlarge(image) for image in images], min(8, count), [plain(caption) for caption in captions])
 
 
 def guidance_sheet(
@@ -87,7 +88,7 @@ def guidance_sheet(
         kind = ("caption", "keywords")[i % 2]
         images += [gallery.make(kind, scale, [i])[0] for scale in scales] + [references[i]]
         captions += [f"{scale:g}: {gallery.cases[i].prompts[kind]}" for scale in scales] + ["reference"]
-    return grid([enlarge(image) for image in images], len(scales) + 1, captions)
+    return grid([enlarge(image) for image in images], len(scales) + 1, [plain(caption) for caption in captions])
 
 
 def pairs_sheet(images: Sequence[Image.Image], reconstructions: Sequence[Image.Image], columns: int = 8) -> Image.Image:
@@ -103,6 +104,11 @@ def pairs_sheet(images: Sequence[Image.Image], reconstructions: Sequence[Image.I
 def enlarge(image: Image.Image) -> Image.Image:
     """A picture at the size of a cell."""
     return image.resize((CELL, CELL), Image.Resampling.BICUBIC)
+
+
+def plain(caption: str) -> str:
+    """A caption without the accents that the sheet's font has no glyphs for."""
+    return "".join(c for c in unicodedata.normalize("NFKD", caption) if not unicodedata.combining(c))
 
 
 def save_sheet(sheet: Image.Image, path: Path) -> None:

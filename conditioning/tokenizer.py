@@ -78,6 +78,16 @@ class Tokenizer:
             (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         self.backend.model.save(str(folder))
 
+    def state_dict(self) -> dict[str, str]:
+        """The pipeline as text: with trained weights goes what their ids meant."""
+        return {"json": self._json()}
+
+    def load_state_dict(self, state: dict[str, str]) -> None:
+        """Take back a `state_dict`."""
+        from tokenizers import Tokenizer as Backend
+
+        self.backend = Tokenizer(Backend.from_str(state["json"]), self.options, self.max_length).backend
+
     def fingerprint(self) -> bytes:
         """Bytes that differ when ids could."""
         return f"{self.max_length} {self.options.get('open_clip_clean')} {self._json()}".encode()

@@ -49,16 +49,18 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) -
     learner = Backend(models.BPE(end_of_word_suffix="</w>"))
     learner.normalizer, learner.pre_tokenizer = clip.normalizer, clip.pre_tokenizer
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    ends = [f"{letter}</w>" for letter in letters]
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, end_of_word_suffix="</w>", initial_alphabet=letters, show_progress=False
-    )
+        vocab_size=vocab_size, end_of_word_suffix="</w>", initial_alphabet=letters, show_progress=False,
+        special_tokens=ends,  # else they are numbered in the order of a hash map, and ties between pairs broken by that
+    )  # fmt: skip
     fit = (caption.encode("utf-8", "replace").decode().replace("\0", " ") for caption in captions)
     learner.train_from_iterator(fit, trainer)
     merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
     if not merges:
         raise ValueError("no merges could be learnt from the captions; a tokenizer needs captions with repeated words")
     merges = merges[: vocab_size - SMALLEST_VOCABULARY]
-    pieces = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair) for pair in merges), START, END]
+    pieces = [*letters, *ends, *("".join(pair) for pair in merges), START, END]
     vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
     with tempfile.TemporaryDirectory() as folder:
         CLIPTokenizer(vocabulary, merges, model_max_length=max_length).save_pretrained(folder)

@@ -102,9 +102,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; is this the folder of a whole model?")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not readable JSON ({error}); get it again") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object; get it again")
+    return value
 
 
 def _write_json(value: Mapping[str, Any], path: Path) -> None:

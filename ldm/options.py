@@ -97,7 +97,7 @@ def scheduling_to_diffusers(scheduling: Scheduling) -> dict[str, Any]:
             "prediction_type": PREDICTION_TYPES[prediction],
             "rescale_betas_zero_snr": schedule.zero_terminal_snr,
             "set_alpha_to_one": True,  # the last step ends in clean latents
-            "steps_offset": 1 if spacing == "leading" else 0,
+            "steps_offset": 1,  # of leading; other spacings ignore it, and diffusers warns of 0
             "timestep_spacing": spacing,
         }
     if (schedule.name, prediction) == ("flow", "flow"):

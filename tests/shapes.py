@@ -25,8 +25,11 @@ COLORS = {
     "purple": (160, 30, 200),
     "cyan": (30, 200, 220),
 }
-FILLS = {"triangle": 0.58, "circle": np.pi / 4, "square": 1.0}  # covered share of the bounding box; of pixels, the
-# partly covered ones at the tip of a triangle make its box a bit lower than it is, so that it fills more than a half
+FORMS = {  # shape -> covered share of its bounding box, and skewness of the covered pixels' heights
+    "triangle": (0.58, -0.57),  # more than a half: pixels at the tip are covered in part, and the box looks lower
+    "circle": (np.pi / 4, 0.0),
+    "square": (1.0, 0.0),
+}
 SIZES = {"small": (7.0, 9.0), "large": (12.0, 13.5)}  # width = height, in pixels, drawn uniformly
 LEAST_AREA = 8.0  # pixels; smaller specks are no objects. The smallest object, a small triangle, has 24
 
@@ -45,7 +48,7 @@ class Object:
 
 Scene = tuple[Object, ...]  # from top to bottom
 
-OBJECTS = [Object(*words) for words in itertools.product(SIZES, COLORS, FILLS)]
+OBJECTS = [Object(*words) for words in itertools.product(SIZES, COLORS, FORMS)]
 SINGLES: list[Scene] = [(each,) for each in OBJECTS]
 PAIRS: list[Scene] = list(itertools.permutations(OBJECTS, 2))
 
@@ -77,7 +80,7 @@ def _draw_object(pen: ImageDraw.ImageDraw, each: Object, left: float, top: float
 
 
 def read(image: Image.Image) -> Scene:
-    """The objects in a picture, from top to bottom, by color and by how much of its bounding box each fills."""
+    """The objects in a picture, from top to bottom, by color, and by how each fills its bounding box."""
     pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
     coverage = ((255 - pixels.min(axis=2)) / (255 - DARKEST)).clip(0, 1)  # [H, W]
     found = []
@@ -92,12 +95,15 @@ def read(image: Image.Image) -> Scene:
 
 def _classify(pixels: np.ndarray, inside: np.ndarray) -> Object:
     width, height = inside.max(axis=0).sum(), inside.max(axis=1).sum()  # in pixels, to fractions of one
-    fill = inside.sum() / (width * height)
+    rows = inside.sum(axis=1) / inside.sum()
+    from_center = np.arange(SIDE) - (np.arange(SIDE) * rows).sum()
+    skewness = (from_center**3 * rows).sum() / (from_center**2 * rows).sum() ** 1.5
+    form = (inside.sum() / (width * height), skewness)
     mean = pixels[inside >= 0.9 * inside.max()].mean(axis=0)
     return Object(
         size=min(SIZES, key=lambda name: abs(np.mean(SIZES[name]) - max(width, height))),
         color=min(COLORS, key=lambda name: np.abs(mean - COLORS[name]).sum()),
-        shape=min(FILLS, key=lambda name: abs(FILLS[name] - fill)),
+        shape=min(FORMS, key=lambda name: np.hypot(*np.subtract(form, FORMS[name]))),
     )
 
 

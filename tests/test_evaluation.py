@@ -57,9 +57,7 @@ def test_psnr_is_measured_picture_by_picture_and_finite_for_equal_ones():
 def test_ssim_is_that_of_wang_et_al_window_by_window():
     x, y = pictures(1), pictures(2)
     y = (0.7 * x + 0.3 * y).clamp(-1, 1)
-    expected = [
-        ssim_by_windows(*((z.double().numpy() + 1) / 2 for z in pair)) for pair in zip(x, y, strict=True)
-    ]
+    expected = [ssim_by_windows(*((z.double().numpy() + 1) / 2 for z in pair)) for pair in zip(x, y, strict=True)]
     assert ssim(x, y).tolist() == pytest.approx(expected, abs=2e-5)
 
 

@@ -26,6 +26,7 @@ INSIDE_LDM = {  # what each module of ldm may import of ldm
     "denoiser": {"schedule", "prediction"},
     "loss": {"denoiser"},
     "samplers": {"schedule"},
+    "settings": {"samplers"},
     "unet": {"blocks"},
     "options": {"unet", "schedule", "prediction"},
     "interop": {"unet", "options", "schedule", "prediction"},

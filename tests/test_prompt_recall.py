@@ -81,16 +81,21 @@ def test_the_interval_is_the_one_at_whose_ends_the_share_is_1_96_deviations_away
 
 def test_the_nearest_of_a_training_picture_is_itself_unless_that_is_passed_over():
     training = features()
-    distance, which = nearest(training[:5], training)
-    assert torch.equal(which, ALL[:5]) and distance.max() == 0
-    distance, which = nearest(training[:5], training, ALL[:5])
-    assert not (which == ALL[:5]).any() and distance.min() > 0
+    found = nearest(training[:5], training)
+    assert torch.equal(found.index, ALL[:5]) and found.distance.max() == 0
+    found = nearest(training[:5], training, ALL[:5])
+    assert not (found.index == ALL[:5]).any() and found.distance.min() > 0
 
 
 def test_distance_to_the_nearest_is_in_gray_levels():
-    images = torch.zeros(1, 3, 16, 16)
-    distance, _ = nearest(small_rgb(images + 2 * 10 / 255), small_rgb(images))
-    assert distance.item() == pytest.approx(10)
+    images = torch.zeros(2, 3, 16, 16)
+    assert nearest(small_rgb(images + 2 * 10 / 255), small_rgb(images)).distance.tolist() == pytest.approx([10, 10])
+
+
+def test_a_blurred_copy_is_told_from_a_pale_picture_that_is_near_to_many():
+    training = features(200)
+    copies, pale = training[:20] + 0.2 * features(20, seed=1), training.mean(0, keepdim=True)
+    assert nearest(copies, training).ratio.max() < prompt_recall.COPY_RATIO < nearest(pale, training).ratio.min()
 
 
 def test_cases_are_the_same_for_the_same_seed_and_have_distinct_concepts_in_turn_over_styles():

@@ -206,6 +206,22 @@ def test_values_that_are_not_finite_never_reach_the_disk(tmp_path):
         ShardWriter(str(tmp_path / "x"), 0, KEY, RECORDS, dtype="int8")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_point_posterior_of_a_codebook_is_kept_and_a_mean_of_minus_infinity_refused(dtype, tmp_path):
+    writer = ShardWriter(str(tmp_path), 0, KEY, RECORDS, dtype=dtype)
+    part = writer.missing("moments")[0]
+    moments = torch.zeros(len(part), 1, 4, 2, 2)
+    moments[:, :, 2:] = -torch.inf  # the log-variances
+    writer.add_moments(part, moments)
+    stored = map_array(os.path.join(tmp_path, "moments-00000000.npy"))
+    assert np.isneginf(stored[:, :, 2:]).all() and (stored[:, :, :2] == 0).all()
+    for place, value in ((0, -torch.inf), (3, torch.inf), (3, torch.nan)):
+        wrong = moments.clone()
+        wrong[0, 0, place] = value
+        with pytest.raises(ValueError, match="not finite"):
+            writer.add_moments(part, wrong)
+
+
 def test_opening_reads_nothing_and_pickling_copies_nothing(tmp_path):
     cache = CachedLatents(make_cache(tmp_path), KEY, seed=3)
     assert all(isinstance(part.base, np.memmap) for part in cache._moments)

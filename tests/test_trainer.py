@@ -30,7 +30,6 @@ class Run:
     """A run on the line y = 3 x_0 - 2 x_1: batch `step`, sample `j` is drawn from its own seed."""
 
     def __init__(self, folder: Path, **settings):
-        gc.collect()  # an earlier run that was broken off holds its lock until it is collected
         config = TrainerConfig(**{"steps": 8, "batch_size": 8, "save_every": 3, "log_every": 1, **settings})
         self.trainer = Trainer(config, folder, {"trainer": {"steps": config.steps}})
         torch.manual_seed(0)
@@ -107,6 +106,7 @@ def break_off(folder: Path, step: int, **settings) -> None:
     """A run that is gone at `step` with nothing said or saved, as after SIGKILL."""
     with pytest.raises(KeyboardInterrupt):
         Run(folder, **settings).train(at(step, crash))
+    gc.collect()  # it holds its lock until it is collected
 
 
 @pytest.mark.parametrize("micro", [1, 2, 4])
@@ -223,6 +223,7 @@ def test_the_model_of_a_run_killed_between_its_last_state_and_its_model_is_writt
 
     with pytest.raises(KeyboardInterrupt):
         Run(tmp_path, save_every=8).train(save_model=die)
+    gc.collect()
     assert saved(tmp_path) == [8] and not (tmp_path / "model").exists()
     Run(tmp_path).train(save_model=lambda folder: (folder / "weights").write_text("whole"))
     assert (tmp_path / "model" / "weights").read_text() == "whole"

@@ -1,12 +1,14 @@
 """Claims about the text transformer trained from scratch and the tokenizer that it learns from captions."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from small_encoders import CAPTIONS, SCRATCH, build_scratch
 
 from conditioning import Conditioner, ConditionerConfig, build_conditioner
+from conditioning.transformer import train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +31,21 @@ def test_the_tokenizer_does_not_depend_on_the_order_of_captions_nor_the_weights_
     assert build_conditioner(config, CAPTIONS[::-1], seed=3).fingerprint() == scratch.fingerprint()
     assert torch.equal(before, torch.get_rng_state())
     assert build_conditioner(config, CAPTIONS, seed=4).fingerprint() != scratch.fingerprint()
+
+
+def test_the_tokenizer_is_the_same_each_time_though_many_pairs_are_equally_frequent():
+    """Else a run that is started again, or a second process of it, would know words by other ids."""
+    lines = (Path(__file__).parent / "pictures" / "metadata.jsonl").read_text().splitlines()
+    captions = [json.loads(line)["text"] for line in lines]
+    assert len({train_tokenizer(captions, 600, 16).fingerprint() for _ in range(20)}) == 1
+
+
+def test_a_tokenizer_taken_up_from_a_checkpoint_gives_the_ids_of_then(scratch):
+    other = train_tokenizer([f"a purple {shape} over there" for shape in ("square", "squirrel", "squid")] * 2, 600, 16)
+    assert not torch.equal(other(CAPTIONS).ids, scratch.tokenize(CAPTIONS).ids)
+    other.load_state_dict(scratch.tokenizer.state_dict())
+    assert torch.equal(other(CAPTIONS).ids, scratch.tokenize(CAPTIONS).ids)
+    assert other.fingerprint() == scratch.tokenizer.fingerprint()
 
 
 def test_a_transformer_from_scratch_opens_in_transformers_with_equal_ids_and_tokens(scratch, tmp_path):

@@ -1,0 +1,142 @@
+"""The whole chain on real pictures, by the commands that a user types, for KL and VQ; on one process and on two."""
+
+from __future__ import annotations
+
+import resource
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from small_encoders import save_bert
+from tiny_runs import CACHE, SETTINGS, STAGE_1, STAGE_2, differing, final_state, launch, losses, metrics, run_here
+
+from storage.checkpoint import problem
+
+TWO_MICRO_BATCHES = "trainer.micro_batch_size=2"  # of the batch of 4
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in SETTINGS.items():
+            patch.setenv(name, value)
+        yield
+    torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """What the four commands left behind and said."""
+
+    folder: Path
+    kind: str
+    said: list[str]
+    cpu_seconds: float
+
+    def stage_1(self, run: str, *more: str) -> list[str]:
+        return [*STAGE_1, f"autoencoder.regularizer={self.kind}", f"run={self.folder / run}", *more]
+
+    def stage_2(self, run: str, *more: str) -> list[str]:
+        model = f"autoencoder={self.folder}/autoencoder/model"
+        return [*STAGE_2, model, "data.flip=true", f"run={self.folder / run}", *more]
+
+
+@pytest.fixture(scope="module", params=["kl", "vq"])
+def chain(request, tmp_path_factory) -> Chain:
+    folder = tmp_path_factory.mktemp(request.param)
+    made = Chain(folder, request.param, [], 0)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cache = f"cache={folder}/cache"
+    model = f"autoencoder={folder}/autoencoder/model"
+    said = [
+        launch(*made.stage_1("autoencoder"), processes=1),
+        launch(*CACHE, model, cache, "data.flip=true"),
+        launch(*made.stage_2("cached", cache), processes=1),
+        launch("txt2img.py", "a red heart", "--checkpoint", f"{folder}/cached/model", "--outdir", f"{folder}/pictures"),
+    ]
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return Chain(folder, request.param, said, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+
+
+def test_three_commands_lead_from_a_folder_of_pictures_to_one_that_shows_a_prompt(chain):
+    with Image.open(chain.folder / "pictures" / "00000.png") as picture:
+        picture.load()
+        assert picture.size == (32, 32) and picture.mode == "RGB"
+        assert len(picture.getcolors(32 * 32)) > 16
+        assert picture.text["parameters"].startswith("a red heart\n")
+    for run in ("autoencoder", "cached"):
+        assert [step for step, _ in losses(chain.folder / run)] == list(range(1, 9))
+        assert problem(chain.folder / run / "model") is None
+        assert sorted(path.name for path in (chain.folder / run / "samples").iterdir())[-1] == "step-0000008.png"
+    assert chain.cpu_seconds < 90
+
+
+def test_every_command_names_the_next_one_and_it_is_the_one_that_works(chain):
+    stage_1, cache, stage_2, picture = chain.said
+    assert f"accelerate launch cache_latents.py --config configs/ldm/YOURS.yaml autoencoder={chain.folder}" in stage_1
+    assert f"accelerate launch train_ldm.py --config configs/ldm/tiny.yaml autoencoder={chain.folder}" in cache
+    assert f"--checkpoint {chain.folder}/cached/model" in stage_2 and "python txt2img.py " in stage_2
+    assert picture.strip() == f"{chain.folder}/pictures/00000.png"
+
+
+def test_stage_1_reports_what_its_regularizer_is_judged_by(chain):
+    validations = [line for line in metrics(chain.folder / "autoencoder") if "validation_psnr" in line]
+    assert [line["step"] for line in validations] == [4, 8]
+    expected = {"kl": {"validation_kl"}, "vq": {"validation_usage", "validation_perplexity"}}[chain.kind]
+    for line in validations:
+        assert line.keys() == {"step", "validation_psnr", "validation_ssim"} | expected
+    revivals = [line["step"] for line in metrics(chain.folder / "autoencoder") if "codes_revived" in line]
+    assert revivals == ([2, 4, 6, 8] if chain.kind == "vq" else [])
+
+
+def test_the_discriminator_does_not_run_before_its_start_step(chain):
+    seen = [line["step"] for line in metrics(chain.folder / "autoencoder") if "discriminator_loss" in line]
+    assert seen == [4, 5, 6, 7, 8]
+
+
+def test_training_from_the_cache_is_training_straight_from_images(chain):
+    run_here(*chain.stage_2("straight"))
+    cached, straight = (dict(losses(chain.folder / run)) for run in ("cached", "straight"))
+    print(cached, straight)
+    assert straight == pytest.approx(cached, rel=1e-5)
+
+
+def test_two_processes_train_stage_1_as_one_with_two_micro_batches_does_bit_for_bit(chain):
+    launch(*chain.stage_1("two-1"), processes=2)
+    run_here(*chain.stage_1("one-1", TWO_MICRO_BATCHES))
+    assert losses(chain.folder / "two-1") == losses(chain.folder / "one-1")
+    assert final_state(chain.folder / "two-1") == final_state(chain.folder / "one-1")
+    assert differing(chain.folder / "two-1" / "model", chain.folder / "one-1" / "model") == []
+
+
+def test_two_processes_train_stage_2_as_one_with_two_micro_batches_does_bit_for_bit(chain):
+    launch(*chain.stage_2("two-2"), processes=2)
+    run_here(*chain.stage_2("one-2", TWO_MICRO_BATCHES))
+    assert losses(chain.folder / "two-2") == losses(chain.folder / "one-2")
+    assert final_state(chain.folder / "two-2") == final_state(chain.folder / "one-2")
+    assert differing(chain.folder / "two-2" / "model", chain.folder / "one-2" / "model") == []
+
+
+def test_two_processes_fill_the_same_cache(chain):
+    if chain.kind == "kl":  # the cache knows no regularizer
+        command = [*CACHE, f"autoencoder={chain.folder}/autoencoder/model", "data.flip=true"]
+        launch(*command, f"cache={chain.folder}/cache-2", processes=2)
+        assert differing(chain.folder / "cache", chain.folder / "cache-2") == []
+
+
+def test_a_frozen_text_encoder_trains_from_cached_contexts_as_from_captions(chain, tmp_path):
+    """Contexts are kept in float16: 11 bits, so the losses agree to about 3 digits."""
+    if chain.kind == "kl":
+        save_bert(tmp_path)
+        frozen = ["conditioner.kind=transformers", f"conditioner.name={tmp_path}"]
+        cache = f"cache={chain.folder}/cache-frozen"
+        command = chain.stage_2("frozen-cached", cache, *frozen)
+        run_here(CACHE[0], *command[1:])
+        run_here(*command)
+        run_here(*chain.stage_2("frozen", *frozen))
+        cached, straight = (dict(losses(chain.folder / run)) for run in ("frozen-cached", "frozen"))
+        assert cached == pytest.approx(straight, rel=1e-3) and cached != straight

@@ -1,0 +1,167 @@
+"""A run that is killed at a random moment and started again leaves what an uninterrupted one leaves, bit for bit.
+
+The moments are drawn from a seed that is printed, and so shown where a test fails; STIPPLE_SEED sets it.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import SETTINGS, STAGE_1, STAGE_2, differing, files, launch, metrics, run_here, start
+
+from autoencoder import Autoencoder, AutoencoderConfig
+from storage import checkpoint
+from training.metrics import Metrics
+from training.trainer import Trainer
+
+# 36 pictures in batches of 10: most steps are in the middle of an epoch, and one in four goes over its end
+SCHEDULE = ["trainer.batch_size=10", "trainer.micro_batch_size=5", "trainer.log_every=2", "trainer.save_every=3"]
+CASES = {
+    "stage 1, kl": [*STAGE_1, *SCHEDULE],
+    "stage 1, vq": [*STAGE_1, *SCHEDULE, "autoencoder.regularizer=vq"],
+    "stage 2": [*STAGE_2, *SCHEDULE, "data.flip=true", "data.crop=random"],
+}
+
+
+class Killed(BaseException):
+    """Ends a run in this process where SIGKILL would."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in SETTINGS.items():
+            patch.setenv(name, value)
+        yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def draws() -> random.Random:
+    seed = int(os.environ.get("STIPPLE_SEED") or time.time_ns() % 2**32)
+    print(f"STIPPLE_SEED={seed}")
+    return random.Random(seed)
+
+
+@pytest.fixture(scope="module")
+def autoencoder(tmp_path_factory) -> str:
+    """A model folder for stage 2; nothing here depends on how good it is."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("autoencoder")
+    config = AutoencoderConfig(block_out_channels=(16, 32, 32), layers_per_block=1, norm_num_groups=8, sample_size=32)
+    Autoencoder(config).save(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request, tmp_path_factory, autoencoder) -> tuple[list[str], Path]:
+    """A command that lacks its `run=`, and the run folder of its uninterrupted run."""
+    command = CASES[request.param] + [f"autoencoder={autoencoder}"] * (request.param == "stage 2")
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    run_here(*command, f"run={folder}")
+    return command, folder
+
+
+def assert_same(run: Path, whole: Path) -> None:
+    """Weights, averages, moments, model folder, pictures and metrics."""
+    assert metrics(run) == metrics(whole)
+    for part in ("state", "model", "samples"):
+        assert differing(run / part, whole / part) == []
+
+
+def die_at(n: int, patch: pytest.MonkeyPatch) -> list[str]:
+    """Let the run end at the n-th event (from 0) of an update, a line of metrics, a state, a model, or a renaming."""
+    events: list[str] = []
+
+    def mortal(owner, name):
+        call = getattr(owner, name)
+
+        def inner(*arguments, **options):
+            events.append(name)
+            if len(events) > n:
+                raise Killed(name)
+            return call(*arguments, **options)
+
+        patch.setattr(owner, name, inner)
+
+    for owner, name in [
+        (Trainer, "update"), (Metrics, "write"), (checkpoint, "save_state"), (checkpoint, "write_folder"),
+        (checkpoint, "prune"), (os, "rename"),
+    ]:  # fmt: skip
+        mortal(owner, name)
+    return events
+
+
+def test_a_run_killed_at_random_events_ends_as_if_it_had_not_been(case, draws, tmp_path):
+    command, whole = case
+    for _ in range(4):
+        with pytest.MonkeyPatch.context() as patch:
+            events = die_at(draws.randrange(70), patch)
+            try:
+                run_here(*command, f"run={tmp_path / 'run'}")
+            except Killed:
+                print(f"killed at event {len(events)}, {events[-1]}")
+            gc.collect()  # the lock of a process goes with it, that of a trainer when it is collected
+    run_here(*command, f"run={tmp_path / 'run'}")
+    assert_same(tmp_path / "run", whole)
+
+
+def kill_at_a_random_moment(command: list[str], run: Path, draws: random.Random) -> None:
+    """Start the script and SIGKILL it a random time after it wrote a random line of its metrics."""
+    lines, delay, written = draws.randrange(5), draws.uniform(0, 0.7), run / "metrics.jsonl"
+    process = start(*command, f"run={run}", stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while process.poll() is None and not (written.exists() and written.read_bytes().count(b"\n") >= lines):
+        time.sleep(0.01)
+    time.sleep(delay)
+    process.send_signal(signal.SIGKILL)
+    print(f"SIGKILL {delay:.2f} s after line {lines}: exit code {process.wait()}")
+
+
+def test_a_process_killed_at_a_random_moment_and_started_again_ends_as_if_it_had_not_been(case, draws, tmp_path):
+    command, whole = case
+    kill_at_a_random_moment(command, tmp_path / "run", draws)
+    launch(*command, f"run={tmp_path / 'run'}")
+    assert_same(tmp_path / "run", whole)
+
+
+@pytest.mark.slow
+def test_a_process_killed_twenty_times_ends_as_if_it_had_not_been(case, draws, tmp_path):
+    command, whole = case
+    for _ in range(20):
+        kill_at_a_random_moment(command, tmp_path / "run", draws)
+    launch(*command, f"run={tmp_path / 'run'}")
+    assert_same(tmp_path / "run", whole)
+
+
+def stop_after_one_step(command: list[str], run: Path) -> None:
+    try:
+        run_here(*command, f"run={run}", "trainer.max_minutes=0")
+    except SystemExit as stopped:
+        assert stopped.code == 0
+    gc.collect()
+
+
+def test_a_run_stopped_on_one_process_goes_on_with_two_bit_for_bit(case, tmp_path):
+    command, whole = case
+    stop_after_one_step(command, tmp_path / "run")
+    launch(*command, f"run={tmp_path / 'run'}", processes=2)
+    assert metrics(tmp_path / "run")[-1]["loss"] == metrics(whole)[-1]["loss"]
+    assert differing(tmp_path / "run" / "state" / "step-0000008", whole / "state" / "step-0000008") == []
+
+
+def test_a_text_encoder_in_training_keeps_its_tokenizer_when_the_captions_change(autoencoder, tmp_path):
+    command, run = [*STAGE_2, f"autoencoder={autoencoder}", f"run={tmp_path}"], tmp_path
+    stop_after_one_step(command, run)
+    before = files(run / "model" / "tokenizer")
+    run_here(*command, f"run={run}", "trainer.steps=2", "data.captions=['{name} and {style}']")
+    assert metrics(run)[-1]["step"] == 2 and files(run / "model" / "tokenizer") == before
