@@ -6,18 +6,21 @@ accelerate launch cache_latents.py --config configs/ldm/emoji.yaml data.folder=P
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from tqdm import tqdm
 
 from autoencoder import Autoencoder
 from conditioning.conditioner import Conditioner, build_conditioner
 from storage.config import load_config, one_line_errors
-from storage.dataset import ImageDataset, scan
-from storage.shards import ShardWriter
+from storage.dataset import ImageDataset, scan, write_skipped
+from storage.shards import CachedLatents, ShardWriter
 from train_ldm import RunConfig, cache_key, check_shapes
 
 BATCH = 16  # images, or captions, encoded at a time
@@ -71,7 +74,9 @@ def cache(config: RunConfig, arguments: Sequence[str]) -> None:
     with one_line_errors():
         if config.cache is None:
             raise ValueError("there is no folder to write to; give cache=FOLDER")
-        state = Accelerator()  # unlike PartialState it reads ACCELERATE_USE_CPU
+        # a process may have to make all that another run left undone, so the others wait long for it
+        patience = InitProcessGroupKwargs(timeout=timedelta(days=7))
+        state = Accelerator(kwargs_handlers=[patience])  # unlike PartialState it reads ACCELERATE_USE_CPU
         records = scan(config.data)
         if config.data.crop == "random":
             raise ValueError("data.crop random cannot be cached; use data.crop=center, or train without a cache")
@@ -82,16 +87,22 @@ def cache(config: RunConfig, arguments: Sequence[str]) -> None:
         key = cache_key(config, records.train, autoencoder, conditioner)
         with state.main_process_first():  # the first one writes the key that the others check
             writer = ShardWriter(config.cache, state.process_index, key, records.train, state.num_processes)
+        if state.is_main_process:
+            write_skipped(records.skipped, f"{config.cache}/skipped.jsonl")
     autoencoder.to(state.device, memory_format=torch.channels_last)
     conditioner.to(state.device)
-    cache_moments(writer, ImageDataset(records.train, config.data, config.seed), autoencoder, state)
+    dataset = ImageDataset(records.train, config.data, config.seed, on_skip=f"{config.cache}/skipped.jsonl")
+    with one_line_errors():
+        cache_moments(writer, dataset, autoencoder, state)
     cache_contexts(writer, conditioner, state)
     state.wait_for_everyone()
     writer.close(encode_captions(conditioner, [""], state.device)[0])
     state.wait_for_everyone()
     if state.is_main_process:
-        print(f"{len(records.train)} images and {len(writer.captions)} captions are in {config.cache}; next:")
-        print("  accelerate launch train_ldm.py " + " ".join(arguments))
+        undecodable = len(CachedLatents(config.cache).unusable)
+        print(f"{len(records.train) - undecodable} images and {len(writer.captions)} captions are in {config.cache}")
+        print(f"{len(records.skipped)} skipped, {undecodable} not decoded (see {config.cache}/skipped.jsonl); next:")
+        print("  " + shlex.join(["accelerate", "launch", "train_ldm.py", *arguments]))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -100,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--config", help="the config of the stage-2 run, such as configs/ldm/emoji.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.folder=PATH cache=cache/emoji")
     argv = sys.argv[1:] if argv is None else argv
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     with one_line_errors():
         config = load_config(RunConfig, arguments.config, arguments.overrides)
     cache(config, argv)

@@ -8,12 +8,14 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 
 from autoencoder import (
@@ -34,7 +36,7 @@ from storage.images import grid, tensor_to_image
 from storage.randomness import generator, normal
 from training.ema import Ema, EmaConfig
 from training.evaluation import psnr, ssim
-from training.optimizer import OptimizerConfig
+from training.optimizer import Optimizer, OptimizerConfig
 from training.trainer import Trainer, TrainerConfig
 
 
@@ -88,12 +90,15 @@ class Codebook:
             self.counts += self.trainer.sum(self.step_counts)
             self.step_counts.zero_()
 
-    def revive(self, seed: int) -> dict[str, float]:
-        """Move unused codes onto outputs of the encoder; returns usage and perplexity since the last time."""
+    def revive(self, seed: int, average: Ema, optimizer: Optimizer) -> dict[str, float]:
+        """Move unused codes onto outputs of the encoder, in the average too; returns usage and perplexity until now."""
         candidates = self.trainer.from_main(self.candidates.contiguous())
         measured = {"codebook_usage": usage(self.counts), "codebook_perplexity": perplexity(self.counts)}
-        draws = generator(seed, "revive", self.trainer.step)
-        measured["codes_revived"] = float(revive(self.quantizer.embedding.weight.data, self.counts, candidates, draws))
+        codes = self.quantizer.embedding.weight
+        moved = revive(codes.data, self.counts, candidates, generator(seed, "revive", self.trainer.step))
+        average.averages["quantize.embedding.weight"][moved] = codes.data[moved].float()
+        optimizer.forget(codes, moved)
+        measured["codes_revived"] = float(len(moved))
         self.counts.zero_()
         return measured
 
@@ -137,11 +142,17 @@ def measure_scale(autoencoder: Autoencoder, dataset: ImageDataset, count: int, d
     autoencoder = copy.deepcopy(autoencoder).eval()
     statistics = LatentStatistics(autoencoder.latent_channels)
     indices = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long().tolist()
+    shown = []  # the first pictures, spread evenly too, for the colors of previews
     for first in range(0, len(indices), 16):
         images = torch.stack([dataset[0, index].image for index in indices[first : first + 16]]).to(device)
-        statistics.update(autoencoder.posterior(images))
+        posterior = autoencoder.posterior(images)
+        statistics.update(posterior)
+        if first % (len(indices) // 8 // 16 * 16 or 16) == 0:
+            shown.append((posterior.mode(), images))
     autoencoder.set_scale(statistics.mean.float(), statistics.std)
-    autoencoder.latent_rgb = latent_rgb(autoencoder.encode(images).mode(), images)
+    latents, images = (torch.cat(parts) for parts in zip(*shown, strict=True))
+    latents = (latents - statistics.mean.to(latents)[:, None, None]) / statistics.std
+    autoencoder.latent_rgb = latent_rgb(latents, images)
     return autoencoder
 
 
@@ -152,7 +163,10 @@ def validate(trainer: Trainer, autoencoder: Autoencoder, dataset: ImageDataset, 
     counts = torch.zeros(autoencoder.config.codebook_size, dtype=torch.int64, device=trainer.device)
     sums = torch.zeros(4, dtype=torch.float64, device=trainer.device)  # psnr, ssim, kl, images
     for index in range(trainer.rank, count, trainer.world):
-        images = dataset[0, index].image[None].to(trainer.device)
+        picture = dataset.picture(index)
+        if picture is None:
+            continue
+        images = picture[None].to(trainer.device)
         reconstruction = autoencoder(images)
         again, posterior = reconstruction.images, reconstruction.posterior
         values = [psnr(images, again), ssim(images, again), posterior.kl()]
@@ -160,7 +174,7 @@ def validate(trainer: Trainer, autoencoder: Autoencoder, dataset: ImageDataset, 
         if reconstruction.indices is not None:
             counts += autoencoder.quantize.counts(reconstruction.indices)
     sums, counts = trainer.sum(sums), trainer.sum(counts)
-    means = (sums / sums[-1]).tolist()
+    means = (sums / sums[-1].clamp(min=1)).tolist()
     measured = {"validation_psnr": means[0], "validation_ssim": means[1]}
     if autoencoder.config.regularizer == "vq":
         measured |= {"validation_usage": usage(counts), "validation_perplexity": perplexity(counts)}
@@ -169,11 +183,13 @@ def validate(trainer: Trainer, autoencoder: Autoencoder, dataset: ImageDataset, 
     trainer.record(**measured)
     trainer.print(f"step {trainer.step + 1}: " + ", ".join(f"{name} {value:.4g}" for name, value in measured.items()))
     if trainer.is_main and config.validation.grid:
-        shown = [dataset[0, index].image for index in range(min(config.validation.grid, len(dataset)))]
+        pictures = (dataset.picture(index) for index in range(min(config.validation.grid, len(dataset))))
+        shown = [picture for picture in pictures if picture is not None]
         again = [autoencoder(image[None].to(trainer.device)).images[0].cpu() for image in shown]
         path = Path(config.run) / "samples" / f"step-{trainer.step + 1:07d}.png"
         path.parent.mkdir(exist_ok=True)
-        grid([tensor_to_image(image) for image in shown + again], len(shown)).save(path)
+        if shown:
+            grid([tensor_to_image(image) for image in shown + again], len(shown)).save(path)
 
 
 def train(config: RunConfig) -> None:
@@ -182,15 +198,13 @@ def train(config: RunConfig) -> None:
         records = scan(config.data, captioned=False)
         trainer = Trainer(config.trainer, config.run, to_dict(config))
         device, seed = trainer.device, config.seed
-        if trainer.is_main:
-            save_config(config, f"{config.run}/config.yaml")
-            write_skipped(records.skipped, f"{config.run}/skipped.jsonl")
         trainer.print(
             f"{len(records.train)} images, {len(records.validation)} held out, {len(records.skipped)} skipped"
             + f" (reasons in {config.run}/skipped.jsonl)" * bool(records.skipped)
         )
         dataset = ImageDataset(records.train, config.data, seed, on_skip=f"{config.run}/skipped.jsonl")
-        held_out = ImageDataset(records.validation, dataclasses.replace(config.data, crop="center", flip=False), seed)
+        held_out_data = dataclasses.replace(config.data, crop="center", flip=False, max_bad_fraction=1.0)
+        held_out = ImageDataset(records.validation, held_out_data, seed, on_skip=f"{config.run}/skipped.jsonl")
         torch.manual_seed(seed)
         autoencoder, discriminator = Autoencoder(config.autoencoder), PatchDiscriminator(config.discriminator)
         autoencoder.to(memory_format=torch.channels_last)
@@ -211,11 +225,17 @@ def train(config: RunConfig) -> None:
         trainer.keep("codebook", codebook)
     if perceptual is not None:
         trainer.keep("perceptual", perceptual.to(device))
-    trainer.resume()
+    with one_line_errors():
+        trainer.resume()
+        if trainer.is_main:
+            save_config(config, f"{config.run}/config.yaml")
+            write_skipped(records.skipped, f"{config.run}/skipped.jsonl")
     if isinstance(perceptual, FeatureDistance) and trainer.step == 0:
         trainer.print(f"training the perceptual features for {config.perceptual.features.steps} steps")
-        batches = feature_batches(dataset, config)
-        train_features(perceptual.network, batches, config.perceptual.features, generator(seed, "features"))
+        features, options = perceptual.network, config.perceptual.features
+        train_features(features, feature_batches(dataset, config), options, generator(seed, "features"))
+        for parameter in features.parameters():  # GPUs that differ may have trained it to other bits
+            parameter.data.copy_(trainer.from_main(parameter.data))
 
     def save_model(folder: Path) -> None:
         last = trainer.step == config.trainer.steps
@@ -246,15 +266,12 @@ def train(config: RunConfig) -> None:
             trainer.log(discriminator_loss=judge_loss)
         if codebook is not None:
             codebook.add(reconstruction.indices, reconstruction.posterior.mean)
-            if trainer.due(config.revive_every):
-                trainer.record(**codebook.revive(seed))
+            # not `due`, which is true at the last step too: codes may be unused because nobody had the time to use them
+            if trainer.last_micro and config.revive_every and (trainer.step + 1) % config.revive_every == 0:
+                trainer.record(**codebook.revive(seed, averages[0], optimizer))
         if trainer.due(config.validation.every) and len(held_out):
             with averages[0].applied():
                 validate(trainer, autoencoder, held_out, config)
-    trainer.print(
-        f"the autoencoder is in {config.run}/model; next:\n  accelerate launch cache_latents.py "
-        f"--config configs/ldm/YOURS.yaml autoencoder={config.run}/model data.folder={config.data.folder}"
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -264,12 +281,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile the networks (trainer.compile=true)")
     parser.add_argument("--no-resume", action="store_true", help="begin anew in the run folder (trainer.resume=false)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as trainer.steps=1000 data.folder=PATH")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     overrides = list(arguments.overrides)
     overrides += ["trainer.compile=true"] * arguments.compile + ["trainer.resume=false"] * arguments.no_resume
     with one_line_errors():
         config = load_config(RunConfig, arguments.config, overrides)
     train(config)
+    if PartialState().is_main_process:
+        stem = Path(arguments.config or "").name
+        ldm = f"configs/ldm/{stem}" if Path(f"configs/ldm/{stem}").is_file() else "configs/ldm/txt2img-small.yaml"
+        given = [f"data.folder={config.data.folder}", f"autoencoder={config.run}/model"]
+        given += [f"cache=cache/{Path(config.run).name}"]
+        print(f"the autoencoder is in {config.run}/model; next:")
+        print("  " + shlex.join(["accelerate", "launch", "cache_latents.py", "--config", ldm, *given]))
 
 
 if __name__ == "__main__":

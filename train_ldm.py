@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
-from contextlib import ExitStack
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -20,16 +21,28 @@ from autoencoder import Autoencoder, Posterior
 from conditioning.conditioner import Conditioner, ConditionerConfig, build_conditioner
 from conditioning.context import Context, drop_context
 from ldm.denoiser import Denoiser
-from ldm.loss import diffusion_loss
+from ldm.loss import WEIGHTINGS, diffusion_loss
 from ldm.pipeline import TextToImage
 from ldm.schedule import ScheduleConfig, make_schedule
 from ldm.settings import Settings
 from ldm.unet import UNet, UNetConfig
 from storage.config import load_config, one_line_errors, save_config, to_dict
-from storage.dataset import Batch, DataConfig, ImageDataset, Order, Record, collate, make_loader, scan, write_skipped
+from storage.dataset import (
+    Batch,
+    DataConfig,
+    ImageDataset,
+    Order,
+    Record,
+    Sample,
+    Skip,
+    collate,
+    make_loader,
+    scan,
+    write_skipped,
+)
 from storage.folder import fingerprint
 from storage.images import grid
-from storage.randomness import normal, uniform
+from storage.randomness import generator, normal, uniform
 from storage.shards import CachedBatch, CachedLatents, cached_collate
 from training.ema import Ema, EmaConfig
 from training.optimizer import OptimizerConfig
@@ -45,6 +58,12 @@ class DiffusionConfig:
     gamma: float = 5.0  # of min_snr
     caption_dropout: float = 0.1  # share of captions replaced by the empty one, for classifier-free guidance
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+
+    def __post_init__(self):
+        if not 0 <= self.caption_dropout <= 1:
+            raise ValueError(f"diffusion.caption_dropout {self.caption_dropout} is a share; use 0 to 1, often 0.1")
+        if self.weighting not in WEIGHTINGS:
+            raise ValueError(f"diffusion.weighting {self.weighting!r} is unknown; use one of {', '.join(WEIGHTINGS)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +85,10 @@ class ValidationConfig:
     images: int = 64  # held-out images, at most
     levels: int = 10  # noise levels, evenly spaced in t
 
+    def __post_init__(self):
+        if self.levels < 1:
+            raise ValueError(f"validation.levels {self.levels} must be at least 1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -85,7 +108,7 @@ class RunConfig:
     samples: SamplesConfig = field(default_factory=SamplesConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, about 30 % more time
-    save_precision: str = "fp32"  # of the model folder: fp32 or fp16
+    save_precision: Literal["fp32", "fp16"] = "fp32"  # of the model folder
 
 
 def cache_key(
@@ -142,7 +165,10 @@ class Inputs:
         """The contexts of the captions (batch B), and of the empty caption (batch 1)."""
         if isinstance(batch, CachedBatch) and not self.conditioner.trainable:
             null = Context(tokens=self.cache.null_tokens[None], mask=self.cache.null_mask[None])
-            return Context(tokens=batch.tokens, mask=batch.mask).to(device), null.to(device)
+            context = Context(tokens=batch.tokens, mask=batch.mask)
+            if not self.conditioner.use_mask:  # all true; without it attention has faster kernels to choose from
+                context, null = Context(tokens=context.tokens), Context(tokens=null.tokens)
+            return context.to(device), null.to(device)
         tokens = self.conditioner.tokenize([*batch.captions, ""])
         both = self.text_network(tokens.ids.to(device), tokens.mask.to(device))
         return both.select(slice(0, -1)), both.select(-1)
@@ -157,7 +183,10 @@ def validate(
     sums = torch.zeros(levels + 1, dtype=torch.float64, device=trainer.device)
     t = denoiser.schedule.quantize((torch.arange(levels) + 0.5) / levels)
     for index in range(trainer.rank, count, trainer.world):
-        batch = collate([held_out[0, index]])
+        picture = held_out.picture(index)
+        if picture is None:
+            continue
+        batch = collate([Sample(picture, held_out.records[index].captions[0][0], index)])
         z_0 = inputs.posterior(batch, trainer.device).mode()
         tokens = inputs.conditioner.tokenize(batch.captions)
         context = inputs.conditioner(tokens.ids.to(trainer.device), tokens.mask.to(trainer.device)).repeat(levels)
@@ -165,7 +194,7 @@ def validate(
         loss = diffusion_loss(denoiser, z_0.expand(levels, -1, -1, -1), context, t, noise)
         sums += torch.cat([loss, loss.new_ones(1)])
     sums = trainer.sum(sums)
-    losses = (sums[:-1] / sums[-1]).tolist()
+    losses = (sums[:-1] / sums[-1].clamp(min=1)).tolist()
     by_level = {f"validation_loss_t{level:.2f}": loss for level, loss in zip(t.tolist(), losses, strict=True)}
     trainer.record(validation_loss=sum(losses) / levels, **by_level)
     trainer.print(f"step {trainer.step + 1}: validation loss {sum(losses) / levels:.4f}")
@@ -185,11 +214,6 @@ def train(config: RunConfig) -> None:
         records = scan(config.data)
         trainer = Trainer(config.trainer, config.run, to_dict(config))
         device, seed = trainer.device, config.seed
-        if trainer.is_main:
-            save_config(config, f"{config.run}/config.yaml")
-            write_skipped(records.skipped, f"{config.run}/skipped.jsonl")
-        counts = len(records.train), len(records.validation), len(records.skipped)
-        trainer.print("{} images, {} held out, {} skipped".format(*counts))
         autoencoder = Autoencoder.load(config.autoencoder).eval().requires_grad_(False)
         captions = (caption for record in records.train for group in record.captions for caption in group)
         conditioner = build_conditioner(config.conditioner, captions, seed=seed)
@@ -197,8 +221,15 @@ def train(config: RunConfig) -> None:
         cache = None
         if config.cache is not None:
             cache = CachedLatents(config.cache, cache_key(config, records.train, autoencoder, conditioner), seed)
+            undecodable = sorted(cache.unusable)
+            records.skipped.extend(Skip(records.train[i].name, "not decoded by cache_latents.py") for i in undecodable)
+        trainer.print(
+            f"{len(records.train)} images, {len(records.validation)} held out, {len(records.skipped)} skipped"
+            + f" (reasons in {config.run}/skipped.jsonl)" * bool(records.skipped)
+        )
         dataset = cache or ImageDataset(records.train, config.data, seed, on_skip=f"{config.run}/skipped.jsonl")
-        held_out = ImageDataset(records.validation, dataclasses.replace(config.data, crop="center", flip=False), seed)
+        held_out_data = dataclasses.replace(config.data, crop="center", flip=False, max_bad_fraction=1.0)
+        held_out = ImageDataset(records.validation, held_out_data, seed, on_skip=f"{config.run}/skipped.jsonl")
         samples = config.samples
         defaults = Settings(sampler=samples.sampler, steps=samples.steps, guidance_scale=samples.guidance_scale)
         schedule = make_schedule(config.diffusion.schedule)
@@ -216,18 +247,30 @@ def train(config: RunConfig) -> None:
         text_network = trainer.network("conditioner", conditioner)
     averages = [Ema(module, config.ema) for module in trained]
     optimizer = trainer.optimizer("optimizer", trained, config.optimizer, averages)
-    trainer.resume()
+    model = TextToImage(autoencoder, unet, conditioner, schedule, config.diffusion.prediction, defaults)
+    shown = (records.validation or records.train)[:8]
+    prompts = samples.prompts or [record.captions[0][0] for record in shown]
+    with one_line_errors():
+        model.plan(prompts)  # a wrong number of steps is to be found now, not at the first preview
+        trainer.resume()
+        if trainer.is_main:
+            save_config(config, f"{config.run}/config.yaml")
+            write_skipped(records.skipped, f"{config.run}/skipped.jsonl")
 
     denoiser = Denoiser(network, schedule, config.diffusion.prediction)
     inputs = Inputs(autoencoder, conditioner, text_network, cache)
-    model = TextToImage(autoencoder, unet, conditioner, schedule, config.diffusion.prediction, defaults)
-    prompts = samples.prompts or [record.captions[0][0] for record in records.validation[:8]]
 
-    def averaged() -> ExitStack:
-        stack = ExitStack()
-        for average in averages:
-            stack.enter_context(average.applied())
-        return stack
+    @contextmanager
+    def averaged() -> Iterator[None]:
+        """Within the block the networks have the averaged weights, in evaluation mode."""
+        with ExitStack() as stack:
+            for average in averages:
+                stack.enter_context(average.applied())
+            for module in trained:
+                module.eval()
+            yield
+            for module in trained:
+                module.train()
 
     def save_model(folder: Path) -> None:
         with averaged():
@@ -241,6 +284,8 @@ def train(config: RunConfig) -> None:
     diffusion = config.diffusion
     for batch in trainer.steps(loader, save_model):
         step, positions = trainer.step, trainer.positions()
+        if config.unet.dropout:  # the one draw that is made inside a network
+            torch.manual_seed(generator(seed, "dropout", step, positions[0]).initial_seed())
         posterior = inputs.posterior(batch, device)
         shape = posterior.mean.shape[1:]
         z_0 = posterior.sample(normal(seed, "posterior", step, positions, shape).to(device))
@@ -258,7 +303,7 @@ def train(config: RunConfig) -> None:
         if trainer.due(samples.every) and trainer.is_main:
             with averaged():
                 draw_samples(trainer, model, prompts, config)
-    command = f'python txt2img.py "{prompts[0]}" --checkpoint {config.run}/model'
+    command = shlex.join(["python", "txt2img.py", prompts[0], "--checkpoint", f"{config.run}/model"])
     trainer.print(f"the model is in {config.run}/model; next:\n  {command}")
 
 
@@ -269,7 +314,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile the networks (trainer.compile=true)")
     parser.add_argument("--no-resume", action="store_true", help="begin anew in the run folder (trainer.resume=false)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as trainer.steps=1000 data.folder=PATH")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     overrides = list(arguments.overrides)
     overrides += ["trainer.compile=true"] * arguments.compile + ["trainer.resume=false"] * arguments.no_resume
     with one_line_errors():

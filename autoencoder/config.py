@@ -34,6 +34,9 @@ class AutoencoderConfig:
         object.__setattr__(self, "attention_levels", levels)
         if self.regularizer not in ("kl", "vq"):
             raise ValueError(f"regularizer {self.regularizer!r} is unknown; use 'kl' or 'vq'")
+        for name in ("norm_num_groups", "layers_per_block", "in_channels", "latent_channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"autoencoder.{name} {getattr(self, name)} must be at least 1")
         if not self.block_out_channels:
             raise ValueError("block_out_channels () is empty; give channels for at least one level, such as (64, 128)")
         if len(levels) != len(self.block_out_channels):

@@ -90,7 +90,9 @@ def generator_loss(
         total = total + config.kl / images[0].numel() * parts["kl"]
     if judgement is not None:
         parts["adversarial"] = -judgement.logits.mean()
-        parts["adaptive_weight"] = adaptive_weight(nll, parts["adversarial"], last_layer)
+        # LDM's bound of 1e4 is on a reconstruction error that is summed over pixels, with a codebook averaged
+        bound = 1e4 if reconstruction.codebook_loss is not None else 1e4 / images[0].numel()
+        parts["adaptive_weight"] = adaptive_weight(nll, parts["adversarial"], last_layer, bound)
         total = total + config.adversarial * parts["adaptive_weight"] * parts["adversarial"]
         if judgement.image_features is not None:
             parts["feature_matching"] = feature_matching(judgement.image_features, judgement.features)
@@ -98,14 +100,14 @@ def generator_loss(
     return GeneratorLoss(total, pixel.detach(), **{name: value.detach() for name, value in parts.items()})
 
 
-def adaptive_weight(nll: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
-    """|grad nll| / (|grad adversarial| + 1e-4) at the decoder's last layer, clamped to [0, 1e4], without gradient.
+def adaptive_weight(nll: Tensor, adversarial: Tensor, last_layer: Tensor, bound: float = 1e4) -> Tensor:
+    """|grad nll| / (|grad adversarial| + 1e-4) at the decoder's last layer, at most `bound`, without gradient.
 
     Source: Esser et al. 2021, eq. 7.
     """
     (nll_gradient,) = torch.autograd.grad(nll, last_layer, retain_graph=True)
     (adversarial_gradient,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
-    return (nll_gradient.norm() / (adversarial_gradient.norm() + 1e-4)).clamp(0.0, 1e4).detach()
+    return (nll_gradient.norm() / (adversarial_gradient.norm() + 1e-4)).clamp(0.0, bound).detach()
 
 
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:

@@ -110,8 +110,8 @@ def flatten(latents: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def revive(codebook: Tensor, counts: Tensor, candidates: Tensor, generator: torch.Generator) -> int:
-    """Move the codes that were never used onto candidates, in place; returns how many were moved.
+def revive(codebook: Tensor, counts: Tensor, candidates: Tensor, generator: torch.Generator) -> Tensor:
+    """Move the codes that were never used onto candidates, in place; returns the indices of those moved.
 
     Deterministic in its arguments: processes that pass the same counts, candidates and generator stay in step.
     Candidates are drawn without replacement; if there are fewer than dead codes, the first dead codes are served.
@@ -127,7 +127,7 @@ def revive(codebook: Tensor, counts: Tensor, candidates: Tensor, generator: torc
     dead = (counts == 0).nonzero().flatten()[: candidates.shape[0]].to(codebook.device)
     chosen = torch.randperm(candidates.shape[0], generator=generator)[: dead.numel()]
     codebook[dead] = candidates[chosen.to(candidates.device)].to(codebook)
-    return dead.numel()
+    return dead
 
 
 def usage(counts: Tensor) -> float:

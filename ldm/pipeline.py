@@ -258,7 +258,8 @@ class TextToImage:
         vae = "AutoencoderKL" if self.autoencoder.config.regularizer == "kl" else "VQModel"
         # StableDiffusionPipeline knows no codebook, no mask in cross-attention, no shift, none of our own schedules
         plain = not (self.conditioner.use_mask or self.autoencoder.shift_factor)
-        stable = plain and (vae, scheduler) == ("AutoencoderKL", "DDIMScheduler")
+        parts = vae, scheduler, encoder[0]
+        stable = plain and parts == ("AutoencoderKL", "DDIMScheduler", "CLIPTextModel")
         return {
             "_class_name": "StableDiffusionPipeline" if stable else "TextToImage",
             OWN: {name: value for name, value in asdict(self.defaults).items() if name in DEFAULTS},

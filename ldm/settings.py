@@ -12,6 +12,7 @@ from numbers import Integral, Real
 
 from ldm.samplers import SAMPLERS
 
+MAX_BATCH = 256  # a record read from a picture must not eat the memory
 SEEDS = 2**64  # torch's generators take a seed below this
 KINDS = {"str": (str, "text"), "int": (Integral, "a whole number"), "float": (Real, "a number")}
 
@@ -55,6 +56,8 @@ class Settings:
             raise ValueError(f"eta {self.eta} does not go with sampler {self.sampler}; leave it out or use {takers}")
         if not 0 <= self.seed < SEEDS:
             raise ValueError(f"seed {self.seed} must be between 0 and 2^64 - 1; -1 alone draws one at random")
+        if self.batch > MAX_BATCH:
+            raise ValueError(f"batch {self.batch} is more than {MAX_BATCH} pictures computed together; use less")
         if not 0 <= self.place < self.batch:
             raise ValueError(f"place {self.place} must be between 0 and batch - 1, and batch is {self.batch}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,10 @@ class Batch:
     images: torch.Tensor  # [B, 3, S, S] in [-1, 1]
     captions: list[str]
     indices: torch.Tensor  # [B] int64
+
+    def pin_memory(self) -> Batch:
+        """Called by the loader, so that the copy to a GPU does not wait."""
+        return dataclasses.replace(self, images=self.images.pin_memory())
 
 
 def draw_nested(nested: Sequence[Sequence[Any]], generator: torch.Generator) -> Any:
@@ -134,6 +139,12 @@ def collate(samples: Sequence[Sample]) -> Batch:
     return Batch(images, [sample.caption for sample in samples], torch.tensor([sample.index for sample in samples]))
 
 
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """A signal sent to the process group must not kill the workers before the trainer has finished its step."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def make_loader(
     dataset: Dataset, order: Order, workers: int = 0, collate: Callable[[Sequence[Any]], Any] = collate
 ) -> DataLoader:
@@ -144,6 +155,7 @@ def make_loader(
         num_workers=workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_leave_signals_to_the_trainer if workers else None,
         generator=torch.Generator(),  # else each iterator takes a seed for its workers from the global generator
         prefetch_factor=4 if workers else None,
     )

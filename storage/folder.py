@@ -25,7 +25,6 @@ from storage.captions import columns_of, expand
 from storage.images import CROPS, UnusableImage, read_size
 from storage.metadata import METADATA, read_rows, read_sidecar
 
-NO_CAPTION = "no caption: neither a metadata row nor a .txt file beside it"
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
@@ -99,9 +98,8 @@ def scan(config: DataConfig, captioned: bool = True) -> Records:
     rows, skipped = _gather_rows(root, files)
     if not captioned:
         config = dataclasses.replace(config, captions=["image"])  # one that every image has
-        bare = {skip.path for skip in skipped if skip.reason == NO_CAPTION}
-        skipped = [skip for skip in skipped if skip.path not in bare]
-        rows |= {name: {} for name in bare}
+        rows |= {name: {} for name in files if _is_image(name) and name not in rows}
+        skipped = [skip for skip in skipped if skip.path not in rows and not skip.path.endswith(".txt")]
     _check_columns(config, rows)
     kept = {name: row for name, row in rows.items() if _wanted(row, config.where)}
     records = []
@@ -111,6 +109,8 @@ def scan(config: DataConfig, captioned: bool = True) -> Records:
     _check_enough(config, len(records), skipped)
     train = [record for record in records if _position(record.name) >= config.validation]
     validation = [record for record in records if _position(record.name) < config.validation]
+    if not train:
+        raise ValueError(f"all {len(validation)} images are held out by data.validation {config.validation}; use less")
     return Records(train, validation, skipped)
 
 
@@ -173,7 +173,7 @@ def _gather_rows(root: str, files: Mapping[str, int]) -> tuple[dict[str, dict[st
             elif name not in rows:
                 skipped.append(Skip(sidecar, text))
         elif name not in rows:
-            skipped.append(Skip(name, NO_CAPTION))
+            skipped.append(Skip(name, "no caption: neither a metadata row nor a .txt file beside it"))
     return rows, skipped
 
 

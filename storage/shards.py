@@ -18,8 +18,9 @@ error of 2^-11 (mean 1.0 is off by 0.0005 at most). Contexts are always float16.
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,10 @@ class CachedBatch:
     indices: torch.Tensor  # [B] int64
     captions: list[str]
 
+    def pin_memory(self) -> CachedBatch:
+        """Called by the loader, so that the copy to a GPU does not wait."""
+        return replace(self, moments=self.moments.pin_memory(), tokens=self.tokens.pin_memory())
+
 
 class CachedLatents(Dataset):
     """A finished latent cache: `cache[epoch, index]` is a CachedSample. Opening maps the files and reads none of them.
@@ -81,6 +86,8 @@ class CachedLatents(Dataset):
             own = {name: self.key[name] for name in OWN_KEYS}
             check_key(folder, self.key, {**own, **as_json(expected_key)})
         self.folder, self.seed, self.size = folder, seed, index["records"]
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # each mapped file keeps a descriptor: 3 per part
         self.unusable = frozenset(index["unusable"])
         self._moments = [map_array(f"{name}.npy") for name in self._paths("moments", self.size)]
         self._contexts = [map_ragged(name) for name in self._paths("contexts", index["captions"])]

@@ -22,8 +22,6 @@ COLORS = {
     "green": (30, 160, 30),
     "blue": (30, 60, 230),
     "yellow": (245, 210, 30),
-    "purple": (160, 30, 200),
-    "cyan": (30, 200, 220),
 }
 FORMS = {  # shape -> covered share of its bounding box, and skewness of the covered pixels' heights
     "triangle": (0.58, -0.57),  # more than a half: pixels at the tip are covered in part, and the box looks lower
@@ -36,7 +34,7 @@ LEAST_AREA = 8.0  # pixels; smaller specks are no objects. The smallest object, 
 
 @dataclass(frozen=True)
 class Object:
-    """One of the 36 things there are."""
+    """One of the 24 things there are."""
 
     size: str
     color: str

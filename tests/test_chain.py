@@ -101,8 +101,9 @@ def test_the_discriminator_does_not_run_before_its_start_step(chain):
 def test_training_from_the_cache_is_training_straight_from_images(chain):
     run_here(*chain.stage_2("straight"))
     cached, straight = (dict(losses(chain.folder / run)) for run in ("cached", "straight"))
-    print(cached, straight)
-    assert straight == pytest.approx(cached, rel=1e-5)
+    assert straight == pytest.approx(
+        cached, rel=1e-6
+    )  # rounding: images are encoded 16 at a time for the cache, 4 at a time here
 
 
 def test_two_processes_train_stage_1_as_one_with_two_micro_batches_does_bit_for_bit(chain):

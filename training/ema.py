@@ -17,6 +17,10 @@ class EmaConfig:
     decay: float = 0.9999  # the decay approached after the warm-up; 0 keeps no average
     warmup: bool = True  # min(decay, (1 + n) / (10 + n)) at update n, so that early weights are forgotten quickly
 
+    def __post_init__(self):
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"ema.decay {self.decay} must be at least 0 and below 1")
+
 
 class Ema:
     """Averaged copies, in float32, of the trainable parameters of a model."""

@@ -22,6 +22,14 @@ class OptimizerConfig:
     schedule: str = "constant"  # after the warm-up: constant, cosine or linear (both to zero at the last step)
     clip_norm: float = 1.0  # largest norm of the gradient of all parameters together; 0 does not clip
 
+    def __post_init__(self):
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"optimizer.schedule {self.schedule!r} is unknown; use one of {', '.join(SCHEDULES)}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer.betas {self.betas} must be two numbers, at least 0 and below 1")
+        if self.learning_rate < 0 or self.weight_decay < 0:
+            raise ValueError("optimizer.learning_rate and optimizer.weight_decay must not be negative")
+
 
 def _cosine(progress: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress))
@@ -41,10 +49,11 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 class Optimizer:
     """One AdamW over the trainable parameters of some modules, with its own fp16 loss scale where that is used."""
 
-    def __init__(self, modules: Iterable[nn.Module], config: OptimizerConfig, fp16: bool = False):
-        if config.schedule not in SCHEDULES:
-            raise ValueError(f"optimizer.schedule {config.schedule!r} is unknown; use one of {', '.join(SCHEDULES)}")
-        self.config = config
+    def __init__(
+        self, modules: Iterable[nn.Module], config: OptimizerConfig, fp16: bool = False, name: str = "optimizer"
+    ):
+        self.name, self.config = name, config
+        self.bad_steps = 0  # in a row, left out because the gradient was not finite
         self.parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in self.parameters if p.ndim > 1], "weight_decay": config.weight_decay},
@@ -75,17 +84,26 @@ class Optimizer:
             if self.config.clip_norm > 0:
                 nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip_norm, norm)
             self.scaler.step(self.adamw)
+        self.bad_steps = 0 if finite else self.bad_steps + 1
         self.scaler.update()  # halves the loss scale after a step that was not finite
         self.adamw.zero_grad(set_to_none=True)
         return norm, finite
 
+    def forget(self, parameter: nn.Parameter, rows: torch.Tensor) -> None:
+        """Clear the moments of some rows of a parameter, which were set to something else."""
+        for moment in ("exp_avg", "exp_avg_sq"):
+            if moment in self.adamw.state[parameter]:
+                self.adamw.state[parameter][moment][rows] = 0
+
     def state_dict(self) -> dict:
         """Tensors and numbers, for `storage.checkpoint.save_state`."""
-        return {"adamw": self.adamw.state_dict(), "scaler": self.scaler.state_dict()}
+        return {"adamw": self.adamw.state_dict(), "scaler": self.scaler.state_dict(), "bad_steps": self.bad_steps}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take back a `state_dict`."""
-        self.adamw.load_state_dict(state["adamw"])
+        """Take back a `state_dict`; betas, decay and epsilon are those of the config, which may have been changed."""
+        groups = self.adamw.state_dict()["param_groups"]
+        self.adamw.load_state_dict({**state["adamw"], "param_groups": groups})
+        self.bad_steps = state["bad_steps"]
         for p, moments in self.adamw.state.items():
             for name, value in moments.items():
                 if value.shape == p.shape:  # fused AdamW walks raw memory: moments must lie as their parameter does

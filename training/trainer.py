@@ -17,6 +17,7 @@ import os
 import shutil
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -55,6 +56,14 @@ class TrainerConfig:
     max_bad_steps: int = 20  # non-finite steps in a row that end the run
     resume: bool = True  # go on from the newest valid checkpoint in the run folder; false: remove what is there
 
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "save_every", "log_every", "micro_batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"trainer.{name} {value} must be at least 1")
+        if self.precision not in ("no", "bf16", "fp16"):
+            raise ValueError(f"trainer.precision {self.precision!r} is unknown; use no, bf16 or fp16")
+
 
 class Stopped(SystemExit):
     """The run ended before its last step, with everything saved."""
@@ -74,8 +83,6 @@ class Trainer:
 
     def __init__(self, config: TrainerConfig, folder: str | Path, settings: dict[str, Any]):
         self.config, self.folder, self.step = config, Path(folder), 0
-        if config.precision not in ("no", "bf16", "fp16"):
-            raise ValueError(f"trainer.precision {config.precision!r} is unknown; use no, bf16 or fp16")
         self.accelerator = Accelerator(
             mixed_precision=config.precision,
             log_with=config.trackers or None,
@@ -101,7 +108,6 @@ class Trainer:
         self._parts: dict[str, Any] = {}  # name -> anything with state_dict() and load_state_dict()
         self._networks: list[nn.Module] = []
         self._averages: list[tuple[Optimizer, Ema]] = []
-        self._bad_steps = 0
         self._signal: int | None = None
         self._settings = settings
         self._lock = self._take_folder()
@@ -114,7 +120,10 @@ class Trainer:
         if self.config.compile:
             model.compile()
         self._parts[name] = model
-        wrapped = self.accelerator.prepare_model(model)
+        with warnings.catch_warnings():  # torch deprecates the option that keeps DDP from broadcasting buffers
+            warnings.simplefilter("ignore", FutureWarning)
+            wrapped = self.accelerator.prepare_model(model)
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view")  # of channels_last weights: only slower
         self._networks.append(wrapped)
         return wrapped
 
@@ -122,7 +131,7 @@ class Trainer:
         self, name: str, modules: Iterable[nn.Module], config: OptimizerConfig, averages: Iterable[Ema] = ()
     ) -> Optimizer:
         """Register an optimizer over the plain models; the moving averages follow its updates."""
-        optimizer = Optimizer(modules, config, fp16=self.config.precision == "fp16")
+        optimizer = Optimizer(modules, config, self.config.precision == "fp16", name)
         self._parts[name] = optimizer
         for i, ema in enumerate(averages):
             self._parts[f"{name}_ema{i}"] = ema
@@ -134,12 +143,17 @@ class Trainer:
         self._parts[name] = part
 
     def resume(self) -> None:
-        """Take up the newest valid checkpoint of the run folder, if any; call when all parts are registered."""
+        """Take up the newest valid checkpoint of the run folder, if any; call when all parts are registered.
+
+        Raises:
+            ValueError: the checkpoint is not of these parts.
+        """
         answer: list[Path | None] = [None]
         if self.is_main:
             if not self.config.resume:  # else what is saved now would be pruned as older than what it replaces
                 shutil.rmtree(self.folder / "state", ignore_errors=True)
-            checkpoint.clear_temporaries(self.folder / "state")
+            for folder in (self.folder, self.folder / "state"):
+                checkpoint.clear_temporaries(folder)
             answer = [checkpoint.newest_valid(self.folder / "state")]
         found = broadcast_object_list(answer)[0]
         if found is None:
@@ -147,8 +161,16 @@ class Trainer:
         else:
             state = checkpoint.load_state(found)
             for name, part in self._parts.items():
-                part.load_state_dict(state["parts"][name])
-            self.step, self._bad_steps = state["step"], state["bad_steps"]
+                try:
+                    part.load_state_dict(state["parts"][name])
+                except torch.OutOfMemoryError:
+                    raise
+                except (RuntimeError, ValueError, KeyError) as error:
+                    raise ValueError(
+                        f"{found} is of another configuration ({name} does not fit: {str(error).splitlines()[0]}); "
+                        "choose another `run`, or begin this one anew with --no-resume, which removes what is there"
+                    ) from error
+            self.step = state["step"]
             self.metrics.rewind(self.step, state["window"])
             self.print(f"resumed from {found}")
         if self.config.trackers:
@@ -192,8 +214,7 @@ class Trainer:
             bar.close()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-            if self.config.trackers:
-                self.accelerator.end_training()
+            self.accelerator.end_training()
 
     def update(self, loss: torch.Tensor, optimizer: Optimizer) -> None:
         """Backward through a scalar loss; at the last micro-batch of a step: clip, step, moving average."""
@@ -202,9 +223,8 @@ class Trainer:
             return
         norm, finite = optimizer.step(self.step, self.config.steps)
         if not finite:
-            return self._bad_step(norm)
-        self._bad_steps = 0
-        self.log(grad_norm=norm)
+            return self._bad_step(norm, optimizer)
+        self.log(**{f"{optimizer.name.removesuffix('optimizer')}grad_norm": norm})
         for owner, ema in self._averages:
             if owner is optimizer:
                 ema.update()
@@ -244,7 +264,7 @@ class Trainer:
         window = self.metrics.window()  # averaged over processes, so every one takes part
         if self.is_main:
             parts = {name: part.state_dict() for name, part in self._parts.items()}
-            state = {"step": self.step, "bad_steps": self._bad_steps, "window": window, "parts": parts}
+            state = {"step": self.step, "window": window, "parts": parts}
             folder = self.folder / "state" / f"step-{self.step:07d}"
             checkpoint.write_folder(folder, lambda path: checkpoint.save_state(path, state))
             if save_model is not None:
@@ -264,12 +284,11 @@ class Trainer:
             if isinstance(network, nn.parallel.DistributedDataParallel):
                 network.require_backward_grad_sync = on  # what DDP.no_sync() sets, for a loop that is not a with-block
 
-    def _bad_step(self, norm: torch.Tensor) -> None:
-        self._bad_steps += 1
-        self.print(f"step {self.step + 1}: gradient norm is {float(norm)}; this update was left out")
-        if self._bad_steps >= self.config.max_bad_steps:
+    def _bad_step(self, norm: torch.Tensor, optimizer: Optimizer) -> None:
+        self.print(f"step {self.step + 1}: gradient norm {float(norm)} of {optimizer.name}; this update was left out")
+        if optimizer.bad_steps >= self.config.max_bad_steps:
             raise RuntimeError(
-                f"{self._bad_steps} steps in a row had no finite gradient; the last good checkpoint is intact in "
+                f"{optimizer.bad_steps} steps in a row had no finite gradient; the last good checkpoint is intact in "
                 f"{self.folder / 'state'}; lower the learning rate or use precision bf16"
             )
 
@@ -281,12 +300,10 @@ class Trainer:
     def _stop(self, out_of_time: bool) -> int | None:
         """The signal number to stop for (0 for the time limit), None to go on.
 
-        Several processes must stop at the same step, so they ask each other, each `log_every` steps.
+        Several processes must stop at the same step, so they ask each other.
         """
         wanted = self._signal if self._signal is not None else 0 if out_of_time else -1
         if self.world > 1:
-            if self.step % self.config.log_every:
-                return None
             answer = torch.tensor(wanted, device=self.device)
             torch.distributed.all_reduce(answer, torch.distributed.ReduceOp.MAX)
             wanted = int(answer)
