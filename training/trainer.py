@@ -123,7 +123,7 @@ class Trainer:
         with warnings.catch_warnings():  # torch deprecates the option that keeps DDP from broadcasting buffers
             warnings.simplefilter("ignore", FutureWarning)
             wrapped = self.accelerator.prepare_model(model)
-        warnings.filterwarnings("ignore", "Grad strides do not match bucket view")  # of channels_last weights: only slower
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view")  # channels_last
         self._networks.append(wrapped)
         return wrapped
 
