@@ -32,6 +32,7 @@ from autoencoder.perceptual import PerceptualConfig, make_perceptual
 from autoencoder.regularizer import flatten, perplexity, revive, usage
 from storage.config import load_config, one_line_errors, save_config, to_dict
 from storage.dataset import DataConfig, ImageDataset, Order, make_loader, scan, write_skipped
+from storage.folder import fingerprint
 from storage.images import grid, tensor_to_image
 from storage.randomness import generator, normal
 from training.ema import Ema, EmaConfig
@@ -226,6 +227,7 @@ def train(config: RunConfig) -> None:
     if perceptual is not None:
         trainer.keep("perceptual", perceptual.to(device))
     with one_line_errors():
+        trainer.watch("images and captions", fingerprint(records.train))
         trainer.resume()
         if trainer.is_main:
             save_config(config, f"{config.run}/config.yaml")

@@ -252,6 +252,7 @@ def train(config: RunConfig) -> None:
     prompts = samples.prompts or [record.captions[0][0] for record in shown]
     with one_line_errors():
         model.plan(prompts)  # a wrong number of steps is to be found now, not at the first preview
+        trainer.watch("images and captions", fingerprint(records.train))
         trainer.resume()
         if trainer.is_main:
             save_config(config, f"{config.run}/config.yaml")

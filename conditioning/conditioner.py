@@ -106,6 +106,7 @@ class Conditioner(nn.Module):
         """sha256 over weights, tokenizer and options: contexts made under another one are not to be mixed with ours."""
         digest = hashlib.sha256(self.tokenizer.fingerprint())
         options = {"use_mask": self.use_mask, **self.encoder.config}
+        options.pop("transformers_version", None)  # a newer library does not make another encoder
         digest.update(json.dumps(options, sort_keys=True, default=str).encode())
         for name, weight in sorted(self.encoder.weights().items()):
             digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())

@@ -29,6 +29,7 @@ FORMS = {  # shape -> covered share of its bounding box, and skewness of the cov
     "square": (1.0, 0.0),
 }
 SIZES = {"small": (7.0, 9.0), "large": (12.0, 13.5)}  # width = height, in pixels, drawn uniformly
+JITTER = 4.0  # pixels from the middle of its place, at most, across and along
 LEAST_AREA = 8.0  # pixels; smaller specks are no objects. The smallest object, a small triangle, has 24
 
 
@@ -62,7 +63,9 @@ def draw(scene: Scene, draws: random.Random) -> Image.Image:
     height = SIDE / len(scene)  # of the band that an object lies in
     for row, each in enumerate(scene):
         size = draws.uniform(*SIZES[each.size])
-        left, top = draws.uniform(1, SIDE - 1 - size), draws.uniform(row * height + 1, (row + 1) * height - 1 - size)
+        across, along = min(JITTER, SIDE / 2 - 1 - size / 2), min(JITTER, height / 2 - 1 - size / 2)
+        left = SIDE / 2 - size / 2 + draws.uniform(-across, across)
+        top = (row + 0.5) * height - size / 2 + draws.uniform(-along, along)
         _draw_object(ImageDraw.Draw(canvas), each, left * FINE, top * FINE, size * FINE)
     return canvas.resize((SIDE, SIDE), Image.Resampling.BOX)
 

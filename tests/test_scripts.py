@@ -122,3 +122,14 @@ def test_the_next_command_can_be_typed_whatever_the_names(tmp_path, capsys, auto
     run_here(*command[2:], f"run={tmp_path / 'e f'}", "trainer.steps=1", "samples.every=0", "validation.every=0")
     command = shlex.split(capsys.readouterr().out.splitlines()[-1])
     assert command[1] == "txt2img.py" and command[-1] == f"{tmp_path / 'e f'}/model"
+
+
+def test_a_run_that_goes_on_with_other_data_says_so(tmp_path, capsys):
+    folder = small_folder(tmp_path / "pictures")
+    command = [*STAGE_1, f"data.folder={folder}", f"run={tmp_path / 'run'}", "data.validation=0"]
+    run_here(*command, "trainer.steps=1")
+    run_here(*command, "trainer.steps=2")
+    assert "images and captions changed" not in capsys.readouterr().out
+    (folder / "damaged.jpg").unlink()
+    run_here(*command, "trainer.steps=3")
+    assert "images and captions changed" in capsys.readouterr().out

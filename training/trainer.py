@@ -142,6 +142,16 @@ class Trainer:
         """Save and restore anything else that has state_dict() and load_state_dict()."""
         self._parts[name] = part
 
+    def watch(self, name: str, value: str) -> None:
+        """Make sure that something the run depends on, such as its data, is the same everywhere and after a resume.
+
+        Raises:
+            ValueError: the processes do not have the same value.
+        """
+        if broadcast_object_list([value])[0] != value:
+            raise ValueError(f"process {self.rank} found other {name} than process 0; is somebody writing there?")
+        self._parts[name] = _Watched(name, value, self.print)
+
     def resume(self) -> None:
         """Take up the newest valid checkpoint of the run folder, if any; call when all parts are registered.
 
@@ -185,8 +195,10 @@ class Trainer:
         """
         config, started = self.config, time.monotonic()
         handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-        if self.step >= config.steps and self.is_main and save_model is not None:
-            checkpoint.write_folder(self.folder / "model", save_model)  # the end may have come between state and model
+        if self.step >= config.steps and self.is_main:  # the end may have come between the last state and the rest
+            if save_model is not None:
+                checkpoint.write_folder(self.folder / "model", save_model)
+            checkpoint.prune(self.folder / "state", config.keep)
         total, first = config.steps * config.batch_size, self.step * config.batch_size
         bar = tqdm(
             total=total, initial=first, unit="img", unit_scale=True, desc=self.folder.name, disable=not self.is_main
@@ -319,6 +331,22 @@ class Trainer:
         except OSError:
             raise ValueError(f"{self.folder} is in use by another run; wait for it or choose another `run`") from None
         return lock
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """A part of the state that is only compared."""
+
+    name: str
+    value: str
+    say: Callable[[str], None]
+
+    def state_dict(self) -> dict:
+        return {"value": self.value}
+
+    def load_state_dict(self, state: dict) -> None:
+        if state["value"] != self.value:
+            self.say(f"warning: the {self.name} changed since the run was stopped: not the same run any more")
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
