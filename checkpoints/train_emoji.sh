@@ -10,6 +10,6 @@ encoder=$(python -c 'import importlib.util, pathlib; print(pathlib.Path(importli
 accelerate launch train_autoencoder.py --config configs/autoencoder/emoji.yaml data.folder="$data"
 accelerate launch cache_latents.py --config configs/ldm/emoji.yaml data.folder="$data" conditioner.name="$encoder"
 accelerate launch train_ldm.py --config configs/ldm/emoji.yaml data.folder="$data" conditioner.name="$encoder"
-for part in model_index.json vae unet text_encoder tokenizer scheduler manifest.json; do
+for part in model_index.json vae unet text_encoder tokenizer scheduler; do
   rm -rf "checkpoints/emoji/$part" && mkdir -p checkpoints/emoji && cp -r "runs/emoji-ldm/model/$part" checkpoints/emoji/
 done
