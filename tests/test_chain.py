@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +35,6 @@ class Chain:
     folder: Path
     kind: str
     said: list[str]
-    cpu_seconds: float
 
     def stage_1(self, run: str, *more: str) -> list[str]:
         return [*STAGE_1, f"autoencoder.regularizer={self.kind}", f"run={self.folder / run}", *more]
@@ -49,8 +47,7 @@ class Chain:
 @pytest.fixture(scope="module", params=["kl", "vq"])
 def chain(request, tmp_path_factory) -> Chain:
     folder = tmp_path_factory.mktemp(request.param)
-    made = Chain(folder, request.param, [], 0)
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    made = Chain(folder, request.param, [])
     cache = f"cache={folder}/cache"
     model = f"autoencoder={folder}/autoencoder/model"
     said = [
@@ -59,8 +56,7 @@ def chain(request, tmp_path_factory) -> Chain:
         launch(*made.stage_2("cached", cache), processes=1),
         launch("txt2img.py", "a red heart", "--checkpoint", f"{folder}/cached/model", "--outdir", f"{folder}/pictures"),
     ]
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return Chain(folder, request.param, said, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return Chain(folder, request.param, said)
 
 
 def test_three_commands_lead_from_a_folder_of_pictures_to_one_that_shows_a_prompt(chain):
@@ -73,7 +69,6 @@ def test_three_commands_lead_from_a_folder_of_pictures_to_one_that_shows_a_promp
         assert [step for step, _ in losses(chain.folder / run)] == list(range(1, 9))
         assert problem(chain.folder / run / "model") is None
         assert sorted(path.name for path in (chain.folder / run / "samples").iterdir())[-1] == "step-0000008.png"
-    assert chain.cpu_seconds < 90
 
 
 def test_every_command_ends_with_the_next_one_to_type(chain):

@@ -365,7 +365,10 @@ def test_help_answers_at_once_and_imports_no_torch(tmp_path):
 
 def test_ctrl_c_keeps_what_is_finished_and_exits_with_130(checkpoint, tmp_path):
     command = [sys.executable, SCRIPT, "a heart", "--checkpoint", checkpoint, "--outdir", "out", "-n", "2000"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # where the tests run in the background Ctrl-C is ignored, and would be by the process
+    listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    process = subprocess.Popen(command, cwd=tmp_path, preexec_fn=listen, **pipes)
     first = process.stdout.readline()
     process.send_signal(signal.SIGINT)
     rest, err = process.communicate(timeout=60)
