@@ -28,9 +28,9 @@ FORMS = {  # shape -> covered share of its bounding box, and skewness of the cov
     "circle": (np.pi / 4, 0.0),
     "square": (1.0, 0.0),
 }
-SIZES = {"small": (7.0, 9.0), "large": (12.0, 13.5)}  # width = height, in pixels, drawn uniformly
-JITTER = 4.0  # pixels from the middle of its place, at most, across and along
-LEAST_AREA = 8.0  # pixels; smaller specks are no objects. The smallest object, a small triangle, has 24
+SIZES = {"small": (9.0, 10.0), "large": (13.0, 14.0)}  # width = height, in pixels, drawn uniformly
+JITTER = 3.0  # pixels from the middle of its place, at most, across and along
+LEAST_AREA = 8.0  # pixels; smaller specks are no objects. The smallest object, a small triangle, has 40
 
 
 @dataclass(frozen=True)
@@ -134,13 +134,13 @@ def same(seen: Scene, told: Scene) -> bool:
 
 
 def make_set(folder: Path, count: int, unseen: set[Scene], seed: int) -> None:
-    """A captioned image folder: a quarter of single objects, the rest pairs, none of them in `unseen`."""
+    """A captioned image folder: a third of single objects, the rest pairs, none of them in `unseen`."""
     draws = random.Random(seed)
     singles, pairs = ([scene for scene in scenes if scene not in unseen] for scenes in (SINGLES, PAIRS))
     folder.mkdir(parents=True)
     with (folder / "metadata.jsonl").open("w") as rows:
         for index in range(count):
-            scene = draws.choice(singles if draws.random() < 0.25 else pairs)
+            scene = draws.choice(singles if draws.random() < 1 / 3 else pairs)
             name = f"{index:05d}.png"
             draw(scene, draws).save(folder / name)
             rows.write(json.dumps({"file_name": name, "text": caption(scene)}) + "\n")
