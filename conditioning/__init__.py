@@ -1,17 +1,34 @@
 """From prompts to contexts: text encoders, frozen or trained from scratch."""
 
-from conditioning.conditioner import Conditioner, ConditionerConfig, build_conditioner
+from conditioning.classes import ClassConditioner, Unconditional
+from conditioning.conditioner import (
+    AnyConditioner,
+    Conditioner,
+    ConditionerConfig,
+    build_conditioner,
+    load_conditioner,
+)
 from conditioning.context import Context, drop_context
+from conditioning.interop import conditioner_from_compvis, conditioner_to_compvis
+from conditioning.known_tokenizers import bert_tokenizer, clip_tokenizer
 from conditioning.tokenizer import Tokenizer, Tokens
 from conditioning.transformer import TransformerConfig
 
 __all__ = [
+    "AnyConditioner",
+    "ClassConditioner",
     "Conditioner",
     "ConditionerConfig",
     "Context",
     "Tokenizer",
     "Tokens",
     "TransformerConfig",
+    "Unconditional",
+    "bert_tokenizer",
     "build_conditioner",
+    "clip_tokenizer",
+    "conditioner_from_compvis",
+    "conditioner_to_compvis",
     "drop_context",
+    "load_conditioner",
 ]

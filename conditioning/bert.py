@@ -44,9 +44,9 @@ class Embeddings(nn.Module):
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
         width = config["hidden_size"]
-        self.word_embeddings = _embedding(config["vocab_size"], width)
-        self.position_embeddings = _embedding(config["max_position_embeddings"], width)
-        self.token_type_embeddings = _embedding(config.get("type_vocab_size", 2), width)
+        self.word_embeddings = empty_embedding(config["vocab_size"], width)
+        self.position_embeddings = empty_embedding(config["max_position_embeddings"], width)
+        self.token_type_embeddings = empty_embedding(config.get("type_vocab_size", 2), width)
         self.LayerNorm = nn.LayerNorm(width, eps=config.get("layer_norm_eps", 1e-12))
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -99,6 +99,11 @@ class Output(nn.Module):
         return self.LayerNorm(self.dense(x) + residual)
 
 
+def bert_config(config: dict[str, Any]) -> dict[str, Any]:
+    """config.json of the encoder alone."""
+    return {**{key: value for key, value in config.items() if key != "_name_or_path"}, "architectures": ["BertModel"]}
+
+
 def bert_weights(weights: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
     """The encoder's own weights out of a checkpoint: no task heads, no pooler, no layer past the last one wanted."""
     kept = {}
@@ -110,7 +115,7 @@ def bert_weights(weights: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
     return kept
 
 
-def _embedding(size: int, width: int) -> nn.Embedding:
+def empty_embedding(size: int, width: int) -> nn.Embedding:
     """A table without values: nn.Embedding's own draw of them imports torch._dynamo on the meta device, 2.5 s."""
     return nn.Embedding.from_pretrained(torch.empty(size, width), freeze=False)
 

@@ -12,15 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from conditioning.classes import MODEL_TYPE as CLASSES
+from conditioning.classes import ClassConditioner, Unconditional, is_unconditional, load_classes
 from conditioning.context import Context
+from conditioning.layouts import LayoutTokenizer, read_layout_tokenizer
+from conditioning.ldm_bert import MODEL_TYPE as LDM_BERT
 from conditioning.openclip import MODEL_TYPE as OPEN_CLIP
 from conditioning.openclip import build_open_clip, load_open_clip
 from conditioning.pretrained import find_encoder, load_encoder, read_config
 from conditioning.tokenizer import Tokenizer, Tokens, read_tokenizer
 from conditioning.transformer import TransformerConfig, random_transformer, train_tokenizer
+from storage.weights import write_weights
 
+ENCODERS = ("text_encoder", "bert")  # folders of a model folder; the second is diffusers' for LDMTextToImage
 LAYERS = {"last": 0, "penultimate": 1}  # name -> layers left out at the end
-CAUSAL = ("clip", "clip_text_model", OPEN_CLIP)  # trained with no mask: padding comes after the text it can't change
+UNMASKED = ("clip", "clip_text_model", OPEN_CLIP, LDM_BERT)  # model types that were trained with no mask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +53,9 @@ class Conditioner(nn.Module):
         trainable: lets gradients through and obeys train(); otherwise no_grad and eval mode for good.
     """
 
-    def __init__(self, tokenizer: Tokenizer, encoder: nn.Module, use_mask: bool, trainable: bool = False) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer | LayoutTokenizer, encoder: nn.Module, use_mask: bool, trainable: bool = False
+    ) -> None:
         super().__init__()
         self.tokenizer, self.encoder, self.use_mask, self.trainable = tokenizer, encoder, use_mask, trainable
         self.requires_grad_(trainable)
@@ -62,6 +70,14 @@ class Conditioner(nn.Module):
     def max_length(self) -> int:
         """L of the tokens [B, L, d]."""
         return self.tokenizer.max_length
+
+    @property
+    def components(self) -> dict[str, list[str | None]]:
+        """What model_index.json says of text_encoder/ and tokenizer/: library and class."""
+        encoder = (self.encoder.config.get("architectures") or ["AutoModel"])[0]
+        library = "latent_diffusion" if encoder == "LDMBertModel" else "transformers"
+        tokenizer = self.tokenizer.options.get("tokenizer_class", "AutoTokenizer")
+        return {"text_encoder": [library, encoder], "tokenizer": ["transformers", tokenizer]}
 
     def train(self, mode: bool = True) -> Conditioner:
         """Training mode, which a frozen conditioner never enters."""
@@ -115,28 +131,52 @@ class Conditioner(nn.Module):
 
     def save(self, model_folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Writes text_encoder/ and tokenizer/ into a model folder; dtype None keeps the weights' own."""
-        from safetensors.torch import save_file
-
         folder = Path(model_folder) / "text_encoder"
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: _as(weight.detach().cpu(), dtype) for name, weight in self.encoder.weights().items()}
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "model.safetensors").chmod(0o644)  # safetensors makes it readable to its owner alone
+        floats = {name: weight.is_floating_point() for name, weight in self.encoder.weights().items()}
+        weights = {name: w.to(dtype if floats[name] else None) for name, w in self.encoder.weights().items()}
+        write_weights(weights, folder / "model.safetensors")
         stored = next(weight.dtype for weight in weights.values() if weight.is_floating_point())
         config = {key: value for key, value in self.encoder.config.items() if key != "torch_dtype"}
         config |= {"dtype": str(stored).removeprefix("torch."), "use_attention_mask": self.use_mask}
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         self.tokenizer.save(Path(model_folder) / "tokenizer")
 
-    @classmethod
-    def load(cls, model_folder: str | Path, dtype: torch.dtype | None = None, trainable: bool = False) -> Conditioner:
-        """Reads text_encoder/ and tokenizer/ of a model folder, with no network; dtype None gives float32.
+    @staticmethod
+    def load(
+        model_folder: str | Path,
+        dtype: torch.dtype | None = None,
+        trainable: bool = False,
+        variant: str | None = None,
+    ) -> AnyConditioner:
+        """The conditioner of a model folder, of whatever kind it is: see `load_conditioner`."""
+        return load_conditioner(model_folder, dtype, trainable, variant)
 
-        Raises:
-            FileNotFoundError, ValueError: in one line naming the folder and what is wrong in it.
-        """
-        folder = Path(model_folder)
-        return _assemble(folder / "text_encoder", folder / "tokenizer", ConditionerConfig(), dtype, trainable)
+
+AnyConditioner = Conditioner | ClassConditioner | Unconditional
+
+
+def load_conditioner(
+    model_folder: str | Path, dtype: torch.dtype | None = None, trainable: bool = False, variant: str | None = None
+) -> AnyConditioner:
+    """Reads text_encoder/ (bert/ in diffusers' LDMTextToImage folders) and tokenizer/, with no network.
+
+    Args:
+        dtype: of the weights in memory; None is float32, whatever the file holds.
+        trainable: lets gradients through.
+        variant: "fp16" for model.fp16.safetensors; None takes the plain file, or the only variant there is.
+
+    Raises:
+        FileNotFoundError, ValueError: in one line naming the folder and what is wrong in it.
+    """
+    folder = Path(model_folder)
+    encoder = next((folder / name for name in ENCODERS if (folder / name).is_dir()), None)
+    if encoder is None and is_unconditional(folder):
+        return Unconditional()
+    encoder = encoder or folder / ENCODERS[0]
+    if read_config(encoder)["model_type"] == CLASSES:
+        return load_classes(encoder, dtype, trainable, variant)
+    return _assemble(encoder, folder / "tokenizer", ConditionerConfig(), dtype, trainable, variant)
 
 
 def build_conditioner(
@@ -180,29 +220,26 @@ def _assemble(
     wanted: ConditionerConfig,
     dtype: torch.dtype | None = None,
     trainable: bool = False,
+    variant: str | None = None,
 ) -> Conditioner:
     """A conditioner out of two local folders."""
     config = read_config(encoder_folder)
     longest = config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings")
-    tokenizer = read_tokenizer(tokenizer_folder, wanted.max_length, longest)
+    layouts = read_layout_tokenizer(tokenizer_folder)
+    tokenizer = layouts or read_tokenizer(tokenizer_folder, wanted.max_length, longest)
     if config["model_type"] == OPEN_CLIP:
-        encoder = load_open_clip(encoder_folder, dtype)
+        encoder = load_open_clip(encoder_folder, dtype, variant)
     else:
-        encoder = load_encoder(encoder_folder, dtype, LAYERS[wanted.layer])
+        encoder = load_encoder(encoder_folder, dtype, LAYERS[wanted.layer], variant)
     return Conditioner(tokenizer, encoder, _use_mask(wanted.use_mask, config), trainable)
 
 
 def _use_mask(wanted: bool | None, config: dict[str, Any]) -> bool:
     """The user's choice, else the stored one, else the habit of the encoder's kind."""
     stored = config.get("use_attention_mask")
-    habit = config["model_type"] not in CAUSAL or bool(config.get("tower_config"))
+    habit = config["model_type"] not in UNMASKED or bool(config.get("tower_config"))
     return next(choice for choice in (wanted, stored, habit) if choice is not None)
 
 
 def _width(config: dict[str, Any]) -> int:
     return config.get("hidden_size") or config["d_model"]
-
-
-def _as(weight: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Contiguous, floats in another dtype."""
-    return weight.to(dtype if weight.is_floating_point() else None).contiguous()

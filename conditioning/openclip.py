@@ -1,4 +1,8 @@
-"""Text towers of open_clip models: the tokens of their last or penultimate layer, with or without the final norm."""
+"""Text towers of open_clip models: the tokens of their last or penultimate layer, with or without the final norm.
+
+Most are plain CLIP transformers, and become the CLIPTextModel that every program opens. What that can't say (no final
+norm, CoCa's class token, a Hugging Face tower) stays open_clip's module under a mark of our own.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from conditioning.pretrained import read_config, read_weights, require_weights
+from conditioning.clip import Clip, empty_clip
+from conditioning.compvis import tower_config, tower_from_open_clip
+from conditioning.pretrained import WEIGHTS, read_config
 from conditioning.tokenizer import Tokenizer, read_tokenizer
+from storage.weights import place, read_folder
 
 MODEL_TYPE = "open_clip"  # our mark in text_encoder/config.json
+PLAIN = {  # parts of a text_cfg with which a tower's tokens are still those of a CLIPTextModel
+    *("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"),
+    *("pad_id", "eos_id", "pool_type", "proj_type", "proj_bias", "final_ln_after_pool", "output_tokens"),
+    *("hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs"),
+}
 
 
 class OpenClipEncoder(nn.Module):
@@ -55,7 +67,7 @@ class OpenClipEncoder(nn.Module):
 
 def build_open_clip(
     name: str, pretrained: str | None, drop_layers: int, final_norm: bool, max_length: int | None
-) -> tuple[Tokenizer, OpenClipEncoder]:
+) -> tuple[Tokenizer, OpenClipEncoder | Clip]:
     """An open_clip model's tokenizer and text tower.
 
     Args:
@@ -88,16 +100,13 @@ def build_open_clip(
         ) from None
 
 
-def load_open_clip(folder: Path, dtype: torch.dtype | None) -> OpenClipEncoder:
+def load_open_clip(folder: Path, dtype: torch.dtype | None, variant: str | None = None) -> OpenClipEncoder:
     """Reads a tower that Conditioner.save wrote, with no network; dtype None is float32."""
     config = read_config(folder)
-    require_weights(folder)
+    weights = read_folder(folder, WEIGHTS, variant)
     arch = {key: config[key] for key in ("embed_dim", "quick_gelu", "text_cfg")}
     tower = _build_tower(arch, config["tower_config"])
-    try:
-        tower.load_state_dict(read_weights(folder), strict=True)
-    except Exception as error:  # truncated or misshapen safetensors
-        raise ValueError(f"{folder} can't be loaded: {' '.join(str(error).split())[:300]}") from None
+    place(tower, weights, f"the text encoder in {folder}")
     return OpenClipEncoder(tower.to(dtype or torch.float32), arch, config["final_norm"], config["tower_config"])
 
 
@@ -132,22 +141,30 @@ def _arch(name: str) -> dict[str, Any]:
     }
 
 
-def _text_tower(model: nn.Module, arch: dict[str, Any], drop_layers: int, final_norm: bool) -> OpenClipEncoder:
+def _text_tower(model: nn.Module, arch: dict[str, Any], drop_layers: int, final_norm: bool) -> OpenClipEncoder | Clip:
     """The text tower alone, without its last drop_layers layers."""
-    is_hf = bool(arch["text_cfg"].get("hf_model_name"))
+    text_cfg = arch["text_cfg"]
     weights = model.text.state_dict() if hasattr(model, "text") else model.state_dict()
-    tower_config = None
-    if is_hf:
+    if text_cfg.get("hf_model_name"):
         if drop_layers or not final_norm:
             raise ValueError("the penultimate layer of a Hugging Face tower is had by kind: transformers")
-        tower_config = json.loads(model.text.config.to_json_string(use_diff=False))
-        return OpenClipEncoder(model.text, arch, final_norm, {**tower_config, "_name_or_path": ""})
-    text_cfg = {**arch["text_cfg"], "layers": arch["text_cfg"].get("layers", 12) - drop_layers}
+        hf_config = json.loads(model.text.config.to_json_string(use_diff=False))
+        return OpenClipEncoder(model.text, arch, final_norm, {**hf_config, "_name_or_path": ""})
+    text_cfg = {**text_cfg, "layers": text_cfg.get("layers", 12) - drop_layers}
     arch = {**arch, "text_cfg": text_cfg}
     tower = _build_tower(arch, None)
-    wanted = tower.state_dict()
-    tower.load_state_dict({key: weight for key, weight in weights.items() if key in wanted}, strict=True)
+    weights = {key: weights[key] for key in tower.state_dict()}
+    if final_norm and not any(value for key, value in text_cfg.items() if key not in PLAIN):
+        return _plain(weights, tower.heads, arch["quick_gelu"])
+    tower.load_state_dict(weights, strict=True)
     return OpenClipEncoder(tower, arch, final_norm, None)
+
+
+def _plain(weights: dict[str, Tensor], heads: int, quick_gelu: bool) -> Clip:
+    """The tower as a CLIPTextModel."""
+    clip = empty_clip(tower_config(weights, heads, "quick_gelu" if quick_gelu else "gelu"))
+    place(clip, tower_from_open_clip(weights, clip.config["num_hidden_layers"]), "the text tower of open_clip")
+    return clip
 
 
 def _build_tower(arch: dict[str, Any], tower_config: dict[str, Any] | None) -> nn.Module:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from conditioning.bert import bert_weights, empty_bert, is_plain_bert
+from conditioning.bert import bert_config, bert_weights, empty_bert, is_plain_bert
+from conditioning.clip import clip_config, clip_weights, empty_clip, is_plain_clip
+from conditioning.ldm_bert import MODEL_TYPE as LDM_BERT
+from conditioning.ldm_bert import empty_ldm_bert, ldm_bert_config, ldm_bert_weights
+from storage.weights import place, read_folder, require_fit
 
 # Where a checkpoint holds more than a text encoder, or AutoModel would pick more: the class that is only that.
 TEXT_MODELS = {
@@ -22,12 +27,7 @@ TEXT_MODELS = {
     "siglip": "SiglipTextModel",
     "siglip2": "Siglip2TextModel",
 }
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+WEIGHTS = "model"  # the stem of transformers' weight files
 HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
 
 
@@ -69,30 +69,35 @@ def find_encoder(name: str) -> tuple[Path, Path]:
         FileNotFoundError: in one line, where the folder does not exist or the hub can't give it.
     """
     folder = Path(name).expanduser()
-    if (folder / "text_encoder" / "config.json").is_file():
-        return folder / "text_encoder", folder / "tokenizer"
+    for part in ("text_encoder", "bert"):
+        if (folder / part / "config.json").is_file():
+            return folder / part, folder / "tokenizer"
     if folder.is_dir():
         return folder, folder
     if name.startswith(("/", ".", "~")) or name.count("/") != 1 and Path(name).parent.name:
         raise FileNotFoundError(f"text encoder folder {name} does not exist; give one with config.json and weights")
-    return (_download(name),) * 2
+    mend = f"`hf download {name} --local-dir FOLDER`, then give FOLDER as its name"
+    folder = download(name, HUB_FILES, "text encoder", mend)
+    if not list(folder.glob("*.safetensors")):
+        folder = download(name, [*HUB_FILES, "*.bin"], "text encoder", mend)
+    return folder, folder
 
 
-def _download(name: str) -> Path:
-    """The hub's files of a model, cached by huggingface_hub."""
+def download(name: str, files: list[str], what: str, mend: str) -> Path:
+    """A folder of the hub's files of a model that match `files`, cached by huggingface_hub.
+
+    Raises:
+        FileNotFoundError: in one line with the mend, where the hub can't give it.
+    """
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]))
-        if not any((folder / file).is_file() for file in WEIGHT_FILES[:2]):
-            folder = Path(snapshot_download(name, allow_patterns=[*HUB_FILES, "*.bin"], ignore_patterns=["*/*"]))
+        return Path(snapshot_download(name, allow_patterns=files, ignore_patterns=["*/*"]))
     except Exception as error:  # offline, unknown, gated, malformed name: the hub's client has a class for each
         raise FileNotFoundError(
-            f"text encoder {name!r} is neither a folder here nor to be had from the Hugging Face hub "
-            f"({type(error).__name__}); on a machine with a network run `hf download {name} --local-dir FOLDER`, "
-            "then give FOLDER as its name"
+            f"{what} {name!r} is neither a folder here nor to be had from the Hugging Face hub "
+            f"({type(error).__name__}); on a machine with a network run {mend}"
         ) from None
-    return folder
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -109,80 +114,93 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def load_encoder(folder: Path, dtype: torch.dtype | None = None, drop_layers: int = 0) -> nn.Module:
-    """Reads a transformers text encoder from a local folder.
+def load_encoder(
+    folder: Path, dtype: torch.dtype | None = None, drop_layers: int = 0, variant: str | None = None
+) -> nn.Module:
+    """Reads a text encoder from a local folder, as transformers or diffusers writes it.
 
     Args:
-        folder: holds config.json and safetensors (or .bin, read with weights_only).
+        folder: holds config.json and safetensors (or .bin, read with weights_only), in one file or in shards.
         dtype: of the weights in memory; None is float32, whatever the file holds.
         drop_layers: last layers left out. 1 is the penultimate layer with its final norm, as in Stable Diffusion 2;
             saved again it is a model of one layer less, as diffusers stores it.
+        variant: "fp16" for model.fp16.safetensors; None takes the plain file, or the only variant there is.
 
     Raises:
         FileNotFoundError, ValueError: in one line naming the folder: weights absent, unreadable or unfit.
     """
-    config = read_config(folder)
-    require_weights(folder)
+    config, dtype = read_config(folder), dtype or torch.float32
+    weights = read_folder(folder, WEIGHTS, variant)
+    if (own := own_kind(config)) is None:
+        return _load_transformers(folder, config, weights, dtype, drop_layers)
     try:
-        if is_plain_bert(config):
-            return _load_bert(folder, config, dtype or torch.float32, drop_layers)
-        return _load_transformers(folder, config, dtype or torch.float32, drop_layers)
-    except Exception as error:  # truncated safetensors, pickles, shapes, unknown model_type: each library has its own
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"the text encoder in {folder} can't be loaded: {reason}") from None
+        config = own.config(config)
+        layers = config[own.layers] - drop_layers
+        module = own.empty({**config, own.layers: layers})
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"{folder / 'config.json'} describes no text encoder: {type(error).__name__} {error}"
+        ) from None
+    kept = {name: weight.to(dtype) for name, weight in own.select(weights, layers).items()}
+    place(module, kept, f"the text encoder in {folder}")
+    return module
 
 
-def require_weights(folder: Path) -> None:
-    """FileNotFoundError where a folder holds none of the files that weights are kept in."""
-    if not any((folder / file).is_file() for file in WEIGHT_FILES):
-        raise FileNotFoundError(f"{folder} has a config.json but no weights; it needs {' or '.join(WEIGHT_FILES[::2])}")
+@dataclass(frozen=True, kw_only=True)
+class OwnKind:
+    """An encoder that we compute ourselves."""
+
+    config: Callable[[dict[str, Any]], dict[str, Any]]  # config.json -> the same with defaults
+    layers: str  # the option that counts layers
+    empty: Callable[[dict[str, Any]], nn.Module]  # a module on "meta"
+    select: Callable[[dict[str, Tensor], int], dict[str, Tensor]]  # the encoder's own weights of so many layers
 
 
-def _load_bert(folder: Path, config: dict[str, Any], dtype: torch.dtype, drop_layers: int) -> nn.Module:
-    layers = config["num_hidden_layers"] - drop_layers
-    config = {k: v for k, v in config.items() if k != "_name_or_path"}
-    bert = empty_bert({**config, "architectures": ["BertModel"], "num_hidden_layers": layers})
-    weights = {name: w.to(dtype) for name, w in bert_weights(read_weights(folder), layers).items()}
-    bert.load_state_dict(weights, strict=True, assign=True)
-    return bert
+def own_kind(config: dict[str, Any]) -> OwnKind | None:
+    """How we compute what a config.json describes; None where transformers has to."""
+    if is_plain_bert(config):
+        return OwnKind(config=bert_config, layers="num_hidden_layers", empty=empty_bert, select=bert_weights)
+    if is_plain_clip(config):
+        return OwnKind(config=clip_config, layers="num_hidden_layers", empty=empty_clip, select=clip_weights)
+    if config["model_type"] == LDM_BERT:
+        return OwnKind(config=ldm_bert_config, layers="encoder_layers", empty=empty_ldm_bert, select=ldm_bert_weights)
+    return None
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder's weight file or of the files its index names."""
-    from safetensors.torch import load_file
-
-    file = next(name for name in WEIGHT_FILES if (folder / name).is_file())
-    parts = [file]
-    if file.endswith(".index.json"):
-        parts = sorted(set(json.loads((folder / file).read_text("utf-8"))["weight_map"].values()))
-    weights: dict[str, Tensor] = {}
-    for part in parts:
-        path = folder / part
-        weights |= load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    return weights
-
-
-def _load_transformers(folder: Path, config: dict[str, Any], dtype: torch.dtype, drop_layers: int) -> nn.Module:
+def _load_transformers(
+    folder: Path, config: dict[str, Any], weights: dict[str, Tensor], dtype: torch.dtype, drop_layers: int
+) -> nn.Module:
     import transformers
 
     wanted = TEXT_MODELS.get(config["model_type"], "AutoModel")
     if config["model_type"].startswith("clip") and config.get("architectures") == ["CLIPTextModelWithProjection"]:
         wanted = "CLIPTextModelWithProjection"
-    model_class = getattr(transformers, wanted)
-    settings = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
-    if getattr(settings, "text_config", None) is not None:
-        settings = settings.text_config
-    if wanted == "AutoModel" and getattr(settings, "is_encoder_decoder", False):
-        raise ValueError(f"{config['model_type']} is an encoder-decoder; of those only the T5 family is known")
-    if drop_layers:
-        settings.num_hidden_layers -= drop_layers
-    with quiet():
-        model, report = model_class.from_pretrained(
-            str(folder), config=settings, dtype=dtype, local_files_only=True, output_loading_info=True
-        )
-    missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
-    if missing or report["mismatched_keys"]:
-        raise ValueError(f"weights absent {missing[:5]}, misshapen {sorted(map(str, report['mismatched_keys']))[:5]}")
+    try:
+        settings = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        if getattr(settings, "text_config", None) is not None:
+            settings = settings.text_config
+        if wanted == "AutoModel" and getattr(settings, "is_encoder_decoder", False):
+            raise ValueError(f"{config['model_type']} is an encoder-decoder; of those only the T5 family is known")
+        if drop_layers:
+            settings.num_hidden_layers -= drop_layers
+        model_class = getattr(transformers, wanted)
+        if wanted == "AutoModel":
+            model_class = transformers.MODEL_MAPPING[type(settings)]
+        with quiet():
+            model, report = model_class.from_pretrained(
+                None,
+                config=settings,
+                state_dict=weights,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, by name
+            )
+    except Exception as error:  # unknown model_type, options that contradict each other: each class has its own
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"the text encoder in {folder} can't be loaded: {reason}") from None
+    wrong = [f"{key} is missing" for key in sorted(report["missing_keys"]) if not key.startswith("pooler.")]
+    wrong += [f"{key} is {list(found)}, not {list(own)}" for key, found, own in sorted(report["mismatched_keys"])]
+    require_fit(wrong, f"the text encoder in {folder}")
     return TransformersEncoder(model)
 
 

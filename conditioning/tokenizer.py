@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from conditioning.clip_bpe import clip_backend, read_vocabulary
+
 if TYPE_CHECKING:
     import tokenizers
 
 CHARACTERS_PER_TOKEN = 32  # only the first max_length * this many characters of a prompt are looked at
 VOCABULARIES = ("vocab.json", "vocab.txt", "*.model")  # without a tokenizer.json, one of these is needed
+CLIP_CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast")
 DEFAULT_MAX_LENGTH = 77  # where neither the user nor a shorter model decides: CLIP's and LDM's length
 
 
@@ -130,15 +133,27 @@ def read_tokenizer(folder: Path, max_length: int | None = None, longest: int | N
 
     if not (folder / "tokenizer.json").is_file():
         return _read_slow(folder, max_length, longest)
-    options: dict[str, Any] = {}
     try:
-        for name in ("special_tokens_map.json", "tokenizer_config.json"):
-            if (folder / name).is_file():
-                options |= {k: v for k, v in json.loads((folder / name).read_text("utf-8")).items() if v is not None}
-        backend = Backend.from_file(str(folder / "tokenizer.json"))
+        options, backend = _options(folder), Backend.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # the library raises bare Exception for a malformed tokenizer.json
         raise ValueError(f"{folder} does not hold a readable tokenizer: {_line(error)}") from None
+    return _of_length(backend, options, max_length, longest)
+
+
+def _options(folder: Path) -> dict[str, Any]:
+    """What the JSON files beside a vocabulary say."""
+    options: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            options |= {k: v for k, v in json.loads((folder / name).read_text("utf-8")).items() if v is not None}
     options.pop("name_or_path", None)  # a path of the machine that saved it
+    return options
+
+
+def _of_length(
+    backend: tokenizers.Tokenizer, options: dict[str, Any], max_length: int | None, longest: int | None
+) -> Tokenizer:
+    """The tokenizer of the length that the user, the folder or the encoder asks for."""
     own = int(min(options.get("model_max_length") or 10**9, longest or 10**9))
     length = max_length or min(own, DEFAULT_MAX_LENGTH)
     if longest is not None and length > longest:
@@ -152,6 +167,8 @@ def _read_slow(folder: Path, max_length: int | None, longest: int | None) -> Tok
 
     if not any(any(folder.glob(pattern)) for pattern in VOCABULARIES):  # AutoTokenizer would make an empty one
         raise FileNotFoundError(f"{folder} holds no tokenizer; it needs tokenizer.json, or {', '.join(VOCABULARIES)}")
+    if (folder / "merges.txt").is_file() and _options(folder).get("tokenizer_class") in CLIP_CLASSES:
+        return _read_clip(folder, max_length, longest)
     from transformers import AutoTokenizer
 
     try:
@@ -163,6 +180,18 @@ def _read_slow(folder: Path, max_length: int | None, longest: int | None) -> Tok
         if not (Path(temporary) / "tokenizer.json").is_file():
             raise ValueError(f"{type(slow).__name__} in {folder} has no fast form; convert it to a tokenizer.json")
         return read_tokenizer(Path(temporary), max_length, longest)
+
+
+def _read_clip(folder: Path, max_length: int | None, longest: int | None) -> Tokenizer:
+    """CLIP's vocab.json + merges.txt, as in the folders of Stable Diffusion, without transformers' three seconds."""
+    try:
+        options = _options(folder)
+        names = (f"{name}_token" for name in ("unk", "bos", "eos", "pad"))
+        special = [options[name] for name in names if options.get(name)]
+        backend = clip_backend(*read_vocabulary(folder), special)
+    except Exception as error:  # malformed JSON, merges without their pieces
+        raise ValueError(f"{folder} does not hold a readable tokenizer: {_line(error)}") from None
+    return _of_length(backend, options, max_length, longest)
 
 
 def _content(token: str | dict[str, Any] | None) -> str | None:

@@ -1,6 +1,6 @@
 """The text transformer trained from scratch with the UNet (Rombach et al. 2022, section 3.3): a small CLIPTextModel.
 
-It is transformers' model, randomly initialised, so its folder opens in every program that opens Stable Diffusion.
+Its weights are drawn as transformers draws them, and its folder opens in every program that opens Stable Diffusion.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from pathlib import Path
 
 import torch
 
-from conditioning.pretrained import TransformersEncoder, quiet
+from conditioning.clip import Clip, clip_config, clip_weights, empty_clip
+from conditioning.clip_bpe import END, START
+from conditioning.pretrained import quiet
 from conditioning.tokenizer import Tokenizer, read_tokenizer
+from storage.weights import place
 
-START, END = "<|startoftext|>", "<|endoftext|>"
 SMALLEST_VOCABULARY = 2 * 256 + 2  # every byte inside and at the end of a word, start, end
 
 
@@ -67,7 +69,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) -
         return read_tokenizer(Path(folder), max_length)
 
 
-def random_transformer(config: TransformerConfig, tokenizer: Tokenizer, seed: int) -> TransformersEncoder:
+def random_transformer(config: TransformerConfig, tokenizer: Tokenizer, seed: int) -> Clip:
     """A CLIPTextModel for the tokenizer's vocabulary with weights drawn from the seed, no global state touched."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -88,4 +90,7 @@ def random_transformer(config: TransformerConfig, tokenizer: Tokenizer, seed: in
     )
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(seed)
-        return TransformersEncoder(CLIPTextModel(settings).float())
+        weights = CLIPTextModel(settings).float().state_dict()
+    clip = empty_clip(clip_config(settings.to_dict()))
+    place(clip, clip_weights(weights, config.layers), "a random CLIPTextModel")
+    return clip

@@ -63,3 +63,21 @@ def save_open_clip(folder: Path) -> Path:
 def build_scratch() -> Conditioner:
     """A transformer from scratch with the tokenizer learnt from CAPTIONS."""
     return build_conditioner(ConditionerConfig(kind="scratch", scratch=SCRATCH), CAPTIONS, seed=3)
+
+
+def ldm_bert_shapes(layers: int, width: int, vocab_size: int, length: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of CompVis' TransformerWrapper, as cond_stage_model has them."""
+    inner, hidden = 8 * 64, 4 * width
+    found = {"token_emb.weight": (vocab_size, width), "pos_emb.emb.weight": (length, width)}
+    for layer in range(2 * layers):
+        block = f"attn_layers.layers.{layer}"
+        found |= {f"{block}.0.weight": (width,), f"{block}.0.bias": (width,)}
+        if layer % 2 == 0:
+            found |= {f"{block}.1.to_{part}.weight": (inner, width) for part in "qkv"}
+            found |= {f"{block}.1.to_out.weight": (width, inner), f"{block}.1.to_out.bias": (width,)}
+        else:
+            found |= {f"{block}.1.net.0.0.weight": (hidden, width), f"{block}.1.net.0.0.bias": (hidden,)}
+            found |= {f"{block}.1.net.2.weight": (width, hidden), f"{block}.1.net.2.bias": (width,)}
+    found |= {"norm.weight": (width,), "norm.bias": (width,)}
+    found |= {"to_logits.weight": (vocab_size, width), "to_logits.bias": (vocab_size,)}
+    return {f"transformer.{name}": shape for name, shape in found.items()}

@@ -9,8 +9,9 @@ import pytest
 import torch
 from small_encoders import CAPTIONS, build_scratch, save_bert, save_open_clip, save_t5
 
-from conditioning import Conditioner, ConditionerConfig, build_conditioner
+from conditioning import Conditioner, ConditionerConfig, build_conditioner, load_conditioner
 from conditioning.bert import Bert
+from conditioning.clip import Clip
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +112,31 @@ def test_open_clip_tokens_are_those_of_its_text_tower(open_clip_folder, layer, f
     torch.testing.assert_close(conditioner(tokens.ids, tokens.mask).tokens, expected, rtol=0, atol=1e-6)
     conditioner.save(tmp_path)
     assert torch.equal(Conditioner.load(tmp_path).encode(prompts).tokens, conditioner.encode(prompts).tokens)
+    config = json.loads((tmp_path / "text_encoder/config.json").read_text())
+    assert config["model_type"] == ("clip_text_model" if final_norm else "open_clip")
+    if final_norm:
+        from transformers import CLIPTextModel
+
+        opened = CLIPTextModel.from_pretrained(tmp_path / "text_encoder").eval()
+        with torch.no_grad():
+            torch.testing.assert_close(opened(ids).last_hidden_state, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("text", ({"embed_cls": True}, {"ls_init_value": 0.1}, {"no_causal_mask": True}))
+def test_an_open_clip_tower_that_is_no_plain_clip_keeps_its_own_form(text, tmp_path, monkeypatch):
+    import open_clip
+    from open_clip.factory import _MODEL_CONFIGS
+
+    vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
+    sizes = {"context_length": 20, "vocab_size": 49408, "width": 32, "heads": 4, "layers": 2}
+    config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": {**sizes, **text}, "custom_text": True}
+    monkeypatch.setitem(_MODEL_CONFIGS, "tiny-other", config)
+    monkeypatch.setattr(open_clip, "list_models", lambda: ["tiny-other"])
+    conditioner = build_conditioner(ConditionerConfig(kind="open_clip", name="tiny-other", pretrained="random"))
+    assert conditioner.encoder.config["model_type"] == "open_clip"
+    conditioner.save(tmp_path)
+    tokens = conditioner.encode(["a red heart"]).tokens
+    assert torch.equal(Conditioner.load(tmp_path).encode(["a red heart"]).tokens, tokens)
 
 
 def test_an_open_clip_model_with_a_hugging_face_tower_keeps_its_config(bert, tmp_path, monkeypatch):
@@ -157,11 +183,92 @@ def test_sharded_and_pickled_weights_are_read(bert, tmp_path):
         assert torch.equal(conditioner.encode(["a red heart"]).tokens, expected)
 
 
-def test_loading_a_bert_imports_neither_transformers_nor_a_compiler(bert, tmp_path):
-    build_conditioner(ConditionerConfig(name=str(bert))).save(tmp_path)
+@pytest.mark.parametrize("kind", ("bert", "t5", "clip"))
+def test_a_variant_is_read_when_asked_for_or_when_there_is_no_other(kind, bert, t5, scratch, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    if kind == "clip":
+        scratch.save(tmp_path)
+    else:
+        build_conditioner(ConditionerConfig(name=str(bert if kind == "bert" else t5))).save(tmp_path)
+    plain = tmp_path / "text_encoder/model.safetensors"
+    half = {name: w.half() if w.is_floating_point() else w for name, w in load_file(plain).items()}
+    save_file(half, plain.with_name("model.fp16.safetensors"), metadata={"format": "pt"})
+    exact, rough = (
+        load_conditioner(tmp_path, variant=variant).encode(["a red heart"]).tokens for variant in (None, "fp16")
+    )
+    assert not torch.equal(exact, rough) and (exact - rough).abs().max() < 0.02
+    with pytest.raises(FileNotFoundError, match="bf16"):
+        load_conditioner(tmp_path, variant="bf16")
+    plain.unlink()
+    assert torch.equal(load_conditioner(tmp_path).encode(["a red heart"]).tokens, rough)
+
+
+@pytest.mark.parametrize("kind", ("bert", "t5", "clip"))
+def test_weights_that_do_not_fit_are_named_in_one_line(kind, bert, t5, scratch, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    if kind == "clip":
+        scratch.save(tmp_path)
+    else:
+        build_conditioner(ConditionerConfig(name=str(bert if kind == "bert" else t5))).save(tmp_path)
+    path = tmp_path / "text_encoder/model.safetensors"
+    weights = load_file(path)
+    first, *rest = sorted(name for name in weights if "layer" in name or "block" in name)
+    weights[first] = torch.ones(3)
+    save_file({name: w for name, w in weights.items() if name not in rest}, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError) as caught:
+        load_conditioner(tmp_path)
+    message = str(caught.value)
+    assert str(tmp_path) in message and "\n" not in message and message.count(" is missing") >= 4
+    assert f"; and {len(rest) + 1 - 5} more" in message
+
+
+def test_a_clip_with_a_mask_equals_that_of_transformers_and_a_variant_of_it_goes_through_them(scratch, tmp_path):
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    scratch.save(tmp_path)
+    settings = CLIPTextConfig.from_pretrained(tmp_path / "text_encoder")
+    for act, own in (("quick_gelu", True), ("gelu", True), ("relu", False)):
+        settings.hidden_act = act
+        model = CLIPTextModel(settings).eval()
+        model.save_pretrained(tmp_path / "text_encoder")
+        conditioner = build_conditioner(ConditionerConfig(name=str(tmp_path), use_mask=True))
+        assert isinstance(conditioner.encoder, Clip) is own
+        tokens = conditioner.tokenize(["a red heart", "", CAPTIONS[-1]])
+        with torch.no_grad():
+            expected = model(tokens.ids, attention_mask=tokens.mask.long()).last_hidden_state
+        torch.testing.assert_close(conditioner(tokens.ids, tokens.mask).tokens, expected, rtol=0, atol=1e-6)
+
+
+def test_of_a_whole_clip_only_the_text_encoder_is_taken(scratch, tmp_path):
+    from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+
+    scratch.save(tmp_path)
+    text = CLIPTextConfig.from_pretrained(tmp_path / "text_encoder")
+    vision = CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    torch.manual_seed(0)
+    model = CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=8)).eval()
+    model.save_pretrained(tmp_path / "whole")
+    for file in (tmp_path / "tokenizer").iterdir():
+        (tmp_path / "whole" / file.name).write_bytes(file.read_bytes())
+    conditioner = build_conditioner(ConditionerConfig(name=str(tmp_path / "whole")))
+    ids = conditioner.tokenize(["a red heart"]).ids
+    with torch.no_grad():
+        expected = model.text_model(ids).last_hidden_state
+    torch.testing.assert_close(conditioner.encode(["a red heart"]).tokens, expected, rtol=0, atol=1e-6)
+    assert conditioner.components["text_encoder"] == ["transformers", "CLIPTextModel"]
+
+
+def test_loading_a_bert_or_a_clip_imports_neither_transformers_nor_a_compiler(bert, scratch, tmp_path):
+    build_conditioner(ConditionerConfig(name=str(bert))).save(tmp_path / "bert")
+    for name in ("clip", "as Stable Diffusion's"):
+        scratch.save(tmp_path / name)
+    (tmp_path / "as Stable Diffusion's/tokenizer/tokenizer.json").unlink()
     program = (
         "import sys, conditioning; early = {'transformers', 'tokenizers', 'open_clip'} & {*sys.modules}\n"
-        f"conditioning.Conditioner.load({str(tmp_path)!r}).encode(['a red heart'])\n"
+        f"for folder in {[str(folder) for folder in tmp_path.iterdir()]}:\n"
+        "    conditioning.Conditioner.load(folder).encode(['a red heart'])\n"
         "late = {'transformers', 'open_clip', 'torch._dynamo', 'torchvision', 'scipy'} & {*sys.modules}\n"
         "sys.exit(f'{early} {late}' if early or late else 0)"
     )

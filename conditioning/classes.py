@@ -1,0 +1,172 @@
+"""Conditioners without text: a table of classes (ImageNet in Rombach et al. 2022, table 10), and none at all.
+
+Both have the public members of `Conditioner`, so that a model can hold any of the three.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from conditioning.bert import empty_embedding
+from conditioning.context import Context
+from conditioning.pretrained import WEIGHTS, read_config
+from conditioning.tokenizer import Tokens
+from storage.weights import place, read_folder, write_weights
+
+MODEL_TYPE = "class_embedding"  # our mark in text_encoder/config.json
+IMAGENET = 1000  # classes; a table of one row more has the null class there, as LDM's guided model
+
+
+class ClassConditioner(nn.Module):
+    """Class numbers as prompts -> Context with tokens [B, 1, d]; the empty prompt is the null class.
+
+    Args:
+        table: embeddings [classes, d].
+        null_class: the row that stands for no class; None where there is none, and so no guidance.
+        trainable: lets gradients through.
+    """
+
+    max_length, use_mask = 1, False
+
+    def __init__(self, table: Tensor, null_class: int | None, trainable: bool = False) -> None:
+        super().__init__()
+        self.null_class, self.trainable = null_class, trainable
+        self.embedding = empty_embedding(*table.shape)
+        self.embedding.weight = nn.Parameter(table, requires_grad=trainable)
+
+    @property
+    def context_dim(self) -> int:
+        """d of the tokens [B, 1, d]."""
+        return self.embedding.embedding_dim
+
+    @property
+    def components(self) -> dict[str, list[str | None]]:
+        """What model_index.json says of it: nothing that diffusers could load."""
+        return {"text_encoder": [None, None], "tokenizer": [None, None]}
+
+    def tokenize(self, prompts: Sequence[str]) -> Tokens:
+        """Class numbers [B, 1]. Raises ValueError for a prompt that is none."""
+        ids = torch.tensor([self._number(prompt) for prompt in prompts], dtype=torch.long).reshape(-1, 1)
+        return Tokens(ids=ids, mask=torch.ones_like(ids, dtype=torch.bool))
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Context:
+        """Context of class numbers [B, 1]; the mask, which is all true, has no effect."""
+        return Context(tokens=self.embedding(ids))  # [B, 1] -> [B, 1, d]
+
+    def encode(self, prompts: Sequence[str]) -> Context:
+        """Context [B, 1, d] of B prompts such as "207", on the table's device."""
+        if not prompts:
+            raise ValueError("there are no prompts to encode")
+        tokens = self.tokenize(prompts)
+        return self(tokens.ids.to(self.embedding.weight.device), tokens.mask)
+
+    def null(self, batch: int = 1) -> Context:
+        """The context of the null class. Raises ValueError where there is none."""
+        return self.encode([""]).repeat(batch)
+
+    def cut(self, prompt: str) -> str:
+        """Nothing: a class number always fits."""
+        return ""
+
+    def fingerprint(self) -> str:
+        """sha256 over the table and the null class."""
+        weight = self.embedding.weight.detach().cpu().contiguous()
+        digest = hashlib.sha256(f"{self.null_class} {weight.dtype} {tuple(weight.shape)}".encode())
+        digest.update(weight.view(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def save(self, model_folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Writes text_encoder/ into a model folder; dtype None keeps the table's own."""
+        folder = Path(model_folder) / "text_encoder"
+        folder.mkdir(parents=True, exist_ok=True)
+        write_weights({"embedding.weight": self.embedding.weight.to(dtype)}, folder / "model.safetensors")
+        rows, width = self.embedding.weight.shape
+        config = {"model_type": MODEL_TYPE, "num_classes": rows, "hidden_size": width, "null_class": self.null_class}
+        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    def _number(self, prompt: str) -> int:
+        text = prompt.strip()
+        if not text and self.null_class is None:
+            raise ValueError(
+                f"none of this model's {self.embedding.num_embeddings} classes is the null class, which guidance and "
+                "the empty prompt need; give a class number and guidance_scale 1"
+            )
+        number = int(text or self.null_class) if text.isdecimal() or not text else -1
+        if not 0 <= number < self.embedding.num_embeddings:
+            last = self.embedding.num_embeddings - 1
+            raise ValueError(f"prompt {prompt!r:.80} is no class of this model; give a number from 0 to {last}")
+        return number
+
+
+class Unconditional(nn.Module):
+    """No condition at all: the only prompt is "", its context has no field."""
+
+    max_length, use_mask, trainable, context_dim = 0, False, False, None
+    components = {"text_encoder": [None, None], "tokenizer": [None, None]}
+
+    def tokenize(self, prompts: Sequence[str]) -> Tokens:
+        """No tokens [B, 0]. Raises ValueError for a prompt that is not empty."""
+        for prompt in prompts:
+            if prompt.strip():
+                raise ValueError(f"prompt {prompt!r:.80} is of no use: this model is unconditional; leave it empty")
+        return Tokens(ids=torch.zeros(len(prompts), 0, dtype=torch.long), mask=torch.zeros(len(prompts), 0).bool())
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Context:
+        """The context with no field."""
+        return Context()
+
+    def encode(self, prompts: Sequence[str]) -> Context:
+        """The context with no field. Raises ValueError for a prompt that is not empty."""
+        self.tokenize(prompts)
+        return Context()
+
+    def null(self, batch: int = 1) -> Context:
+        """The context with no field."""
+        return Context()
+
+    def cut(self, prompt: str) -> str:
+        """Nothing: the empty prompt always fits."""
+        return ""
+
+    def fingerprint(self) -> str:
+        """The same of every one."""
+        return hashlib.sha256(b"unconditional").hexdigest()
+
+    def save(self, model_folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Writes nothing: a model_index.json without a text encoder says it, as in diffusers' LDMPipeline."""
+
+
+def class_conditioner(table: Tensor) -> ClassConditioner:
+    """The conditioner of a CompVis model's table; a row after ImageNet's thousand is the null class."""
+    return ClassConditioner(table, IMAGENET if len(table) == IMAGENET + 1 else None)
+
+
+def load_classes(
+    folder: Path, dtype: torch.dtype | None = None, trainable: bool = False, variant: str | None = None
+) -> ClassConditioner:
+    """Reads what `ClassConditioner.save` wrote into a text_encoder/ folder; dtype None is float32."""
+    config: dict[str, Any] = read_config(folder)
+    try:
+        rows, width, null_class = (config[key] for key in ("num_classes", "hidden_size", "null_class"))
+        conditioner = ClassConditioner(torch.empty(rows, width, device="meta"), null_class, trainable)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{folder / 'config.json'} describes no classes: {type(error).__name__} {error}") from None
+    weights = read_folder(folder, WEIGHTS, variant)
+    place(conditioner, {name: w.to(dtype or torch.float32) for name, w in weights.items()}, folder)
+    return conditioner
+
+
+def is_unconditional(model_folder: Path) -> bool:
+    """True for a model folder whose model_index.json names no text encoder."""
+    try:
+        index = json.loads((model_folder / "model_index.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(index, dict) and not any(any(index.get(part) or ()) for part in ("text_encoder", "bert"))

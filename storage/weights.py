@@ -1,0 +1,201 @@
+"""Weight files: safetensors and pickled state dicts, one or in shards, read without running any code of theirs.
+
+Nothing of ours is imported here, so that every room can read and write weights in the same way.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # the first is mapped into memory; the others are pickles
+BIN_STEMS = {"model": "pytorch_model"}  # transformers' .bin files have another stem than its .safetensors
+# what Lightning's checkpoints name beside the weights; neither imported nor run, see `_stand_in`
+INERT = ("pytorch_lightning.", "lightning.", "numpy.", "_codecs.encode")
+MAX_INDEX = 1 << 26  # bytes; the index of a sharded model with 100,000 weights has about 10 MB
+
+
+def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
+    """Read one weight file, mapped into memory: .safetensors, or a pickled state dict of tensors and nothing else.
+
+    Raises:
+        FileNotFoundError: it does not exist.
+        ValueError: in one line: damaged, not a weight file, or it holds code, which is not run.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"weight file {path} does not exist; is the model whole?")
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{path} is not a weight file; give one of {', '.join(SUFFIXES)}")
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError, KeyError, RuntimeError, ValueError) as error:
+            raise ValueError(f"{path} is not a readable safetensors file ({_line(error)}); get it again") from None
+    return _state_dict(_read_pickle(path), path)
+
+
+def read_metadata(path: str | os.PathLike) -> dict[str, str]:
+    """The metadata in the header of a safetensors file; {} where there is none, or in a file of another kind."""
+    from safetensors import safe_open
+
+    if Path(path).suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file ({_line(error)}); get it again") from None
+
+
+def read_folder(folder: str | os.PathLike, stem: str, variant: str | None = None) -> dict[str, Tensor]:
+    """Read STEM.safetensors, or else STEM.bin, of a folder, whole or in the shards that an index names.
+
+    Args:
+        folder: of one part of a model, such as MODEL/unet.
+        stem: "diffusion_pytorch_model" (diffusers) or "model" (transformers, whose .bin stem is "pytorch_model").
+        variant: "fp16" reads STEM.fp16.safetensors. None reads the plain file, or the only variant where there is none.
+
+    Raises:
+        FileNotFoundError, ValueError: in one line naming the file.
+    """
+    file = find_weights(folder, stem, variant)
+    if file.suffix != ".json":
+        return read_weights(file)
+    weights: dict[str, Tensor] = {}
+    for shard in _shards(file):
+        if not shard.is_file():
+            raise FileNotFoundError(f"{file} names {shard.name}, which is not there; get the missing shard")
+        weights |= read_weights(shard)
+    return weights
+
+
+def find_weights(folder: str | os.PathLike, stem: str, variant: str | None = None) -> Path:
+    """The file that `read_folder` reads: weights, or the index (.json) of their shards."""
+    folder = Path(folder)
+    names = [rf"{stem}(?:\.(\w+))?\.safetensors", rf"{BIN_STEMS.get(stem, stem)}(?:\.(\w+))?\.bin"]
+    found: dict[str | None, list[Path]] = {}  # by variant, best first
+    for pattern in (kind + index for kind in names for index in ("", r"\.index(?:\.(\w+))?\.json")):
+        for path in sorted(folder.glob("*")):
+            if match := re.fullmatch(pattern, path.name):
+                found.setdefault(next(filter(None, match.groups()), None), []).append(path)
+    wanted = next(iter(found)) if variant is None and len(found) == 1 else variant
+    if wanted in found:
+        return found[wanted][0]
+    there = [path.name for paths in found.values() for path in paths]
+    have = f"; there are {', '.join(there)}" if there else ""
+    name = ".".join(filter(None, (stem, variant, "safetensors")))
+    raise FileNotFoundError(f"no {name} in {folder}{have}; is this the folder of a whole model?")
+
+
+def write_weights(
+    tensors: Mapping[str, Tensor], path: str | os.PathLike, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file in one step, readable by all; its metadata always say that it is of PyTorch."""
+    path, seen, state = Path(path), set(), {}
+    for name, value in tensors.items():
+        value = value.detach().to("cpu").contiguous()
+        state[name] = value.clone() if value.data_ptr() in seen else value  # safetensors refuses shared memory
+        seen.add(value.data_ptr())
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(state, unfinished, metadata={**(metadata or {}), "format": "pt"})
+        unfinished.chmod(0o644)  # safetensors makes it readable to its owner alone
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def place(module: nn.Module, weights: Mapping[str, Tensor], source: str | os.PathLike) -> None:
+    """Make `weights` the parameters and buffers of `module` (which may be on "meta"), all of them and no others.
+
+    Raises:
+        ValueError: naming the first five keys that are missing, left over or of another shape.
+    """
+    require_fit(misfits(module.state_dict(), weights), source)
+    module.load_state_dict(dict(weights), strict=True, assign=True)
+
+
+def misfits(expected: Mapping[str, Any], weights: Mapping[str, Any]) -> list[str]:
+    """What differs between expected and given names and shapes (of anything with a `shape`), a sentence for each."""
+    wrong = [f"{name} is missing" for name in expected if name not in weights]
+    wrong += [f"{name} is not known" for name in weights if name not in expected]
+    for name, value in expected.items():
+        if name in weights and tuple(weights[name].shape) != tuple(value.shape):
+            wrong.append(f"{name} is {list(weights[name].shape)}, not {list(value.shape)}")
+    return wrong
+
+
+def require_fit(wrong: list[str], source: str | os.PathLike) -> None:
+    """Raise a ValueError that names the first five of `misfits`, if there are any."""
+    if wrong:
+        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise ValueError(f"{source} does not fit its configuration: {'; '.join(wrong[:5])}{more}")
+
+
+def _read_pickle(path: Path) -> Any:
+    """The object in a file of torch.save, made of tensors and plain containers only."""
+    try:
+        zipped = zipfile.is_zipfile(path)  # PyTorch before 1.6 wrote another format, which can't be mapped
+        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
+        inert = [(_stand_in(name), name) for name in foreign if name.startswith(INERT)]
+        with torch.serialization.safe_globals(inert), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle protocols; what matters is raised
+            return torch.load(path, "cpu", weights_only=True, mmap=zipped)
+    except Exception as error:  # what a broken or hostile pickle raises may be anything
+        if code := re.search(r"GLOBAL (\S+)", str(error)):
+            raise ValueError(
+                f"{path} holds more than tensors, and reading it would run code of its maker's ({code[1]}); if you "
+                "trust it, make it safe elsewhere: safetensors.torch.save_file(torch.load(FILE, weights_only=False)"
+                '["state_dict"], "FILE.safetensors")'
+            ) from None
+        raise ValueError(f"{path} is not a readable file of torch.save ({_line(error)}); get it again") from None
+
+
+def _stand_in(name: str) -> type:
+    """A class without behavior in place of one that a file names; it takes whatever the other would."""
+
+    def ignore(self: object, *arguments: object, **options: object) -> None:
+        """Do nothing."""
+
+    return type(name.rpartition(".")[2], (), {"__init__": ignore, "__setstate__": ignore})
+
+
+def _state_dict(value: Any, path: Path) -> dict[str, Tensor]:
+    if isinstance(value, Mapping) and isinstance(value.get("state_dict"), Mapping):
+        value = value["state_dict"]
+    if not isinstance(value, Mapping) or not value:
+        raise ValueError(f"{path} holds no weights by name (a state dict); give a file that does")
+    for name, item in value.items():
+        if not isinstance(name, str) or not isinstance(item, Tensor):
+            raise ValueError(f"{path} is no state dict: {name!r} is a {type(item).__name__}, not a tensor")
+    return dict(value)
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index.json names, each beside it."""
+    if index.stat().st_size > MAX_INDEX:
+        raise ValueError(f"{index} has {index.stat().st_size} bytes, an index at most {MAX_INDEX}; get it again")
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{index} is no index of shards ({_line(error)}); get it again") from None
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ValueError(f"{index} names {name!r}, which is not a file beside it; get it again")
+    return [index.parent / name for name in sorted(names)]
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).rpartition("WeightsUnpickler error:")[2].split())[:150] or type(error).__name__
