@@ -1,0 +1,216 @@
+"""3x3 convolutions by Winograd's F(4x4, 3x3): 36 products per 16 outputs where the definition takes 144.
+
+Lavin & Gray 2015, "Fast algorithms for convolutional neural networks". In plain PyTorch, for CPUs and float32:
+overlapping 6x6 tiles of the input and the 3x3 weights are mapped to 36 numbers each by fixed matrices, 36 matrix
+products run over channels, and one more fixed matrix maps the sums to 4x4 tiles of the output. What makes it pay
+without four times the memory for weights: they are transformed anew at each call, in blocks that stay in the cache,
+from an order of memory in which a block is a plain matrix (`lay_out`). GPUs have such algorithms in cuDNN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+TILE = 4  # outputs per tile, along one side
+WEIGHTS_IN_CACHE = 600_000  # numbers of transformed weights that are made at a time: 2.4 MB
+TILES_IN_CACHE = 6_000_000  # numbers of transformed inputs and outputs that are worked on at a time: 24 MB
+FEWEST_TILES = 128  # below, the matrix products are too flat to be fast
+FEWEST_CHANNELS = 96  # below, the transforms cost more than they save
+
+# Rows are points 0, 1, -1, 2, -2, infinity of Lavin & Gray 2015, section 4.3 (matrices of F(4, 3)).
+_INPUT = torch.tensor([
+    [4, 0, -5, 0, 1, 0],
+    [0, -4, -4, 1, 1, 0],
+    [0, 4, -4, -1, 1, 0],
+    [0, -2, -1, 2, 1, 0],
+    [0, 2, -1, -2, 1, 0],
+    [0, 4, 0, -5, 0, 1],
+], dtype=torch.float64)  # fmt: skip
+_WEIGHT = torch.tensor([
+    [1 / 4, 0, 0],
+    [-1 / 6, -1 / 6, -1 / 6],
+    [-1 / 6, 1 / 6, -1 / 6],
+    [1 / 24, 1 / 12, 1 / 6],
+    [1 / 24, -1 / 12, 1 / 6],
+    [0, 0, 1],
+], dtype=torch.float64)  # fmt: skip
+_OUTPUT = torch.tensor([
+    [1, 1, 1, 1, 1, 0],
+    [0, 1, -1, 2, -2, 0],
+    [0, 1, 1, 4, 4, 0],
+    [0, 1, -1, 8, -8, 1],
+], dtype=torch.float64)  # fmt: skip
+INPUT, WEIGHT, OUTPUT = (torch.kron(matrix, matrix).float() for matrix in (_INPUT, _WEIGHT, _OUTPUT))
+
+
+class Convolution(nn.Conv2d):
+    """A 3x3 convolution of stride 1, padded by 1: [B, C, H, W] -> [B, out, H, W], fast once it is laid out.
+
+    Where its weight is laid out (see `lay_out`) and input and weight are float32 on the CPU, `convolve` is used, with a
+    relative error of about 3e-6; otherwise, and by torch.compile, PyTorch's own convolution.
+    """
+
+    def __init__(self, channels: int, out_channels: int):
+        super().__init__(channels, out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        plain = x.is_cpu and x.dtype == self.weight.dtype == torch.float32 and not torch.compiler.is_compiling()
+        if plain and is_laid_out(self.weight):
+            return convolve(x, self.weight, self.bias)
+        return super().forward(x)
+
+
+def lay_out(module: nn.Module) -> nn.Module:
+    """Reorder the memory of all convolution weights in a module for speed; names, shapes and values stay.
+
+    A weight [O, C, 3, 3] of a `Convolution` that `fits` then lies in memory as [3, 3, C, O], all others in PyTorch's
+    channels_last order, which both kinds of convolution keep from layer to layer.
+    """
+    for convolution in module.modules():
+        if isinstance(convolution, nn.Conv2d):
+            weight = convolution.weight
+            if isinstance(convolution, Convolution) and fits(weight):
+                weight.data = weight.data.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
+            else:
+                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+    return module
+
+
+def fits(weight: Tensor) -> bool:
+    """Whether a weight [O, C, 3, 3] is one that Winograd's algorithm makes faster."""
+    return weight.is_cpu and weight.dtype == torch.float32 and min(weight.shape[:2]) >= FEWEST_CHANNELS
+
+
+def is_laid_out(weight: Tensor) -> bool:
+    """Whether a weight [O, C, 3, 3] lies in memory as [3, 3, C, O]."""
+    out, channels = weight.shape[:2]
+    return weight.stride() == (1, out, 3 * channels * out, channels * out)
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Convolve x [B, C, H, W] with weight [O, C, 3, 3], padded by 1: [B, O, H, W], channels last in memory.
+
+    Differentiable once. float32 on the CPU; any order of memory is right, that of `lay_out` is fast.
+    """
+    return _Winograd.apply(x, weight, bias)
+
+
+class _Winograd(torch.autograd.Function):
+    """The convolution and its two gradients, which are a convolution and a product over tiles again."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _convolve(x, weight.permute(2, 3, 1, 0).flatten(0, 1), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        to_x = to_weight = to_bias = None
+        if ctx.needs_input_grad[0]:
+            turned = weight.flip(2, 3).permute(2, 3, 0, 1).flatten(0, 1).contiguous()  # [9, O, C]
+            to_x = _convolve(gradient, turned, None)
+        if ctx.needs_input_grad[1]:
+            to_weight = _weight_gradient(x, gradient).unflatten(0, (3, 3)).permute(3, 2, 0, 1)  # [O, C, 3, 3]
+        if ctx.needs_input_grad[2]:
+            to_bias = gradient.sum((0, 2, 3))
+        return to_x, to_weight, to_bias
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [B, C, H, W], weight [9, C, O] -> [B, O, H, W]."""
+    (batch, channels, height, width), out = x.shape, weight.shape[2]
+    padded = _padded(x)
+    result = x.new_empty(batch, *(TILE * tiles for tiles in _tiles(height, width)), out)
+    bands = list(_bands(batch, *_tiles(height, width), channels + out))
+    whole = _transform(weight) if len(bands) > 1 else None
+    for images, rows in bands:
+        inputs = _transformed_inputs(padded, images, rows)  # [36, N, C]
+        if whole is not None:
+            sums = torch.bmm(inputs, whole)  # [36, N, O]
+        else:
+            sums = inputs.new_empty(*inputs.shape[:2], out)
+            for first, last in _blocks(channels, out):
+                block = _transform(weight[:, first:last])
+                sums.baddbmm_(inputs[:, :, first:last], block, beta=1 if first else 0)
+        outputs = (OUTPUT @ sums.flatten(1)).view(TILE, TILE, *_shape(images, rows, width), out)
+        outputs = outputs.permute(2, 3, 0, 4, 1, 5)  # [b, rows, 4, columns, 4, O]
+        place = result[images, TILE * rows.start : TILE * rows.stop].view(outputs.shape)
+        torch.add(outputs, bias, out=place) if bias is not None else place.copy_(outputs)
+    return result[:, :height, :width].permute(0, 3, 1, 2)
+
+
+def _weight_gradient(x: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient [9, C, O] of the weight, from x [B, C, H, W] and the gradient [B, O, H, W] of the result."""
+    (batch, channels, height, width), out = x.shape, gradient.shape[1]
+    tiles = _tiles(height, width)
+    padded = _padded(x)
+    missing = (0, 0, 0, TILE * tiles[1] - width, 0, TILE * tiles[0] - height)
+    gradient = F.pad(gradient.permute(0, 2, 3, 1), missing).contiguous()  # [B, 4 rows, 4 columns, O]
+    total = x.new_zeros(9, channels, out)
+    for images, rows in _bands(batch, *tiles, channels + out):
+        inputs = _transformed_inputs(padded, images, rows)  # [36, N, C]
+        part = gradient[images, TILE * rows.start : TILE * rows.stop]
+        part = part.unflatten(1, (-1, TILE)).unflatten(3, (-1, TILE)).permute(2, 4, 0, 1, 3, 5)  # [4, 4, b, r, c, O]
+        sums = (OUTPUT.T @ part.reshape(16, -1)).view(36, -1, out)  # [36, N, O]
+        for first, last in _blocks(channels, out):
+            block = torch.bmm(inputs[:, :, first:last].transpose(1, 2), sums)  # [36, c, O]
+            total[:, first:last] += (WEIGHT.T @ block.flatten(1)).view(9, last - first, out)
+    return total
+
+
+def _transform(weight: Tensor) -> Tensor:
+    """Weights [9, C, O] -> [36, C, O]."""
+    return (WEIGHT @ weight.flatten(1)).view(36, *weight.shape[1:])
+
+
+def _transformed_inputs(padded: Tensor, images: slice, rows: slice) -> Tensor:
+    """Rows of tiles of some padded images [B, H', W', C] -> [36, N, C], N tiles."""
+    some = padded[images, TILE * rows.start :]
+    to_image, to_row, to_column, _ = padded.stride()
+    shape = (6, 6, *_shape(images, rows, padded.shape[2] - 2), padded.shape[3])
+    strides = (to_row, to_column, to_image, TILE * to_row, TILE * to_column, 1)
+    overlapping = some.as_strided(shape, strides, some.storage_offset())  # [6, 6, b, rows, columns, C]
+    return (INPUT @ overlapping.reshape(36, -1)).view(36, -1, padded.shape[3])
+
+
+def _padded(x: Tensor) -> Tensor:
+    """x [B, C, H, W] with channels last, a border of 1, and zeros to the end of the last tiles: [B, H', W', C]."""
+    (height, width), (rows, columns) = x.shape[2:], _tiles(*x.shape[2:])
+    below, right = TILE * rows - height + 1, TILE * columns - width + 1
+    return F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, right, 1, below)).contiguous()
+
+
+def _tiles(height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of tiles."""
+    return -(-height // TILE), -(-width // TILE)
+
+
+def _shape(images: slice, rows: slice, width: int) -> tuple[int, int, int]:
+    """Images, rows of tiles, columns of tiles."""
+    return images.stop - images.start, rows.stop - rows.start, -(-width // TILE)
+
+
+def _bands(batch: int, rows: int, columns: int, channels: int) -> Iterator[tuple[slice, slice]]:
+    """All tiles in parts that stay in the cache: slices of images and of rows of tiles."""
+    most = max(FEWEST_TILES, TILES_IN_CACHE // (36 * channels))
+    if batch * rows * columns <= most:
+        yield slice(0, batch), slice(0, rows)
+        return
+    together, height = max(1, most // (rows * columns)), min(rows, max(1, most // columns))
+    for image in range(0, batch, together):
+        for row in range(0, rows, height):
+            yield slice(image, min(image + together, batch)), slice(row, min(row + height, rows))
+
+
+def _blocks(channels: int, out: int) -> Iterator[tuple[int, int]]:
+    """Ranges of input channels whose transformed weights stay in the cache."""
+    most = max(16, WEIGHTS_IN_CACHE // (36 * out) // 16 * 16)
+    for first in range(0, channels, most):
+        yield first, min(first + most, channels)
