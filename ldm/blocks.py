@@ -1,19 +1,27 @@
 """The parts of the latent UNet: residual blocks, transformers, resampling (Rombach et al. 2022, appendix E.2.1).
 
-Submodule names are those of diffusers' `UNet2DConditionModel`, so weights are exchanged without a key map.
+Submodule names are those of diffusers' `UNet2DConditionModel` and `UNet2DModel`, so weights are exchanged without a
+key map.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.normalization import norm_silu
+from kernels.winograd import Convolution
+
+KeysValues = tuple[Tensor, Tensor]  # of one attention, [B, heads, L, dim / heads] each
+
 MASKED = -10000.0  # added to the attention score of a masked token; finite, so that a row masked whole stays defined
+WIDTH_IN_CACHE = 3_000_000  # numbers between the two layers of a feed-forward that are made at a time on a CPU: 12 MB
+FEWEST_ROWS = 512  # below, its matrix products are too flat to be fast
 
 
 @dataclass(frozen=True)
@@ -24,11 +32,17 @@ class Signal:
         embedding: [B, E], of time (and vector), already through its activation.
         tokens: [B, L, d] for cross-attention, or None.
         bias: [B, 1, 1, L] added to the scores of cross-attention: 0 for a token, `MASKED` for padding; or None.
+        keys_values: of each cross-attention that has read the tokens before (`UNet.read`), or None.
     """
 
     embedding: Tensor
     tokens: Tensor | None = None
     bias: Tensor | None = None
+    keys_values: Mapping[Attention, KeysValues] | None = None
+
+    def source(self, attention: Attention) -> Tensor | KeysValues | None:
+        """What a cross-attention reads."""
+        return self.tokens if self.keys_values is None else self.keys_values[attention]
 
 
 def sinusoids(timestep: Tensor, dim: int) -> Tensor:
@@ -60,44 +74,87 @@ class Embedding(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """GroupNorm, SiLU, convolution, twice, with the embedding added between: [B, C, H, W] -> [B, out, H, W]."""
+    """GroupNorm, SiLU, convolution, twice, with the embedding between: [B, C, H, W] -> [B, out_channels, H, W].
 
-    def __init__(self, channels: int, out_channels: int, embedding_dim: int, groups: int, dropout: float):
+    The embedding is added to the features, or with `scale_shift` scales and shifts the normalized ones (Dhariwal &
+    Nichol 2021, AdaGN).
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        out_channels: int,
+        embedding_dim: int,
+        groups: int,
+        dropout: float,
+        eps: float = 1e-5,
+        scale_shift: bool = False,
+    ):
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, channels, eps=1e-5)
-        self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
-        self.time_emb_proj = nn.Linear(embedding_dim, out_channels)
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-5)
+        self.scale_shift = scale_shift
+        self.norm1 = nn.GroupNorm(groups, channels, eps=eps)
+        self.conv1 = Convolution(channels, out_channels)
+        self.time_emb_proj = nn.Linear(embedding_dim, 2 * out_channels if scale_shift else out_channels)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps=eps)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.conv2 = zeroed(Convolution(out_channels, out_channels))
         self.conv_shortcut = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else nn.Identity()
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))  # [B, out_channels, H, W]
-        h = h + self.time_emb_proj(embedding)[:, :, None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        return self.conv_shortcut(x) + h
+    def forward(self, x: Tensor, embedding: Tensor, resized: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        h = norm_silu(self.norm1, x)
+        if resized is not None:
+            x, h = resized(x), resized(h)  # [B, C, H', W'] both
+        h = self.conv1(h)  # [B, out_channels, H', W']
+        told = self.time_emb_proj(embedding)[:, :, None, None]  # [B, out_channels or twice as many, 1, 1]
+        if self.scale_shift:
+            scale, shift = told.chunk(2, dim=1)  # [B, out_channels, 1, 1] each
+            h = F.silu(self.norm2(h) * (1 + scale) + shift)
+        else:
+            h = norm_silu(self.norm2, h + told)
+        return self.conv_shortcut(x) + self.conv2(self.dropout(h))
 
 
 class Attention(nn.Module):
     """Multi-head attention of x [B, N, dim] to tokens [B, L, context_dim], or to itself when there are none."""
 
-    def __init__(self, dim: int, heads: int, context_dim: int | None = None):
+    def __init__(self, dim: int, heads: int, context_dim: int | None = None, bias: bool = False):
         super().__init__()
         self.heads = heads
-        self.to_q = nn.Linear(dim, dim, bias=False)
-        self.to_k = nn.Linear(context_dim or dim, dim, bias=False)
-        self.to_v = nn.Linear(context_dim or dim, dim, bias=False)
+        self.to_q = nn.Linear(dim, dim, bias=bias)
+        self.to_k = nn.Linear(context_dim or dim, dim, bias=bias)
+        self.to_v = nn.Linear(context_dim or dim, dim, bias=bias)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
 
-    def forward(self, x: Tensor, tokens: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        source = x if tokens is None else tokens
-        query, key, value = (
-            projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, heads, N or L, dim / heads]
-            for projected in (self.to_q(x), self.to_k(source), self.to_v(source))
-        )
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+    def read(self, source: Tensor) -> KeysValues:
+        """Keys and values of a source [B, L, context_dim or dim]."""
+        return self._heads(self.to_k(source)), self._heads(self.to_v(source))
+
+    def forward(self, x: Tensor, source: Tensor | KeysValues | None = None, bias: Tensor | None = None) -> Tensor:
+        """Attend from x [B, N, dim] to a source [B, L, context_dim], to what was read of one, or to x itself."""
+        keys, values = source if isinstance(source, tuple) else self.read(x if source is None else source)
+        attended = F.scaled_dot_product_attention(self._heads(self.to_q(x)), keys, values, attn_mask=bias)
         return self.to_out[0](attended.transpose(1, 2).flatten(2))  # [B, N, dim]
+
+    def _heads(self, projected: Tensor) -> Tensor:
+        """[B, N, dim] -> [B, heads, N, dim / heads]; a CPU reads each head faster in one piece."""
+        heads = projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return heads.contiguous() if heads.is_cpu else heads
+
+
+class PlainAttention(Attention):
+    """Attention of the pixels of a feature map to each other, as a residual: [B, C, H, W] -> [B, C, H, W].
+
+    What LDM's unconditional models have instead of a `SpatialTransformer`; it reads nothing of the signal.
+    """
+
+    def __init__(self, channels: int, heads: int, groups: int, eps: float):
+        super().__init__(channels, heads, bias=True)
+        self.group_norm = nn.GroupNorm(groups, channels, eps=eps)
+        zeroed(self.to_out[0])
+
+    def forward(self, x: Tensor, signal: Signal) -> Tensor:
+        h = super().forward(self.group_norm(x).permute(0, 2, 3, 1).flatten(1, 2))  # [B, H * W, C]
+        return x + h.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)  # [B, C, H, W]
 
 
 class GatedGELU(nn.Module):
@@ -120,7 +177,10 @@ class FeedForward(nn.Module):
         self.net = nn.Sequential(GatedGELU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+        if torch.is_grad_enabled() or not x.is_cpu:
+            return self.net(x)
+        rows = max(FEWEST_ROWS, WIDTH_IN_CACHE // self.net[0].proj.out_features)  # what is between stays in the cache
+        return torch.cat([self.net(part) for part in x.flatten(0, 1).split(rows)]).view_as(x)
 
 
 class TransformerBlock(nn.Module):
@@ -140,7 +200,7 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, signal: Signal) -> Tensor:
         x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), signal.tokens, signal.bias)
+        x = x + self.attn2(self.norm2(x), signal.source(self.attn2), signal.bias)
         return x + self.ff(self.norm3(x))
 
 
@@ -174,8 +234,15 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, signal: Signal) -> Tensor:
         return self.conv(x)
+
+
+class ResidualDownsample(ResidualBlock):
+    """A residual block over the means of 2 x 2 pixels: [B, C, H, W] -> [B, C, ceil(H / 2), ceil(W / 2)]."""
+
+    def forward(self, x: Tensor, signal: Signal) -> Tensor:
+        return super().forward(x, signal.embedding, lambda h: F.avg_pool2d(h, 2, ceil_mode=True))
 
 
 class Upsample(nn.Module):
@@ -183,21 +250,28 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Convolution(channels, channels)
 
-    def forward(self, x: Tensor, size: torch.Size) -> Tensor:
+    def forward(self, x: Tensor, signal: Signal, size: torch.Size) -> Tensor:
         return self.conv(F.interpolate(x, size=size, mode="nearest"))  # [B, C, *size]
 
 
+class ResidualUpsample(ResidualBlock):
+    """A residual block over nearest neighbours: [B, C, h, w] -> [B, C, *size]; size is the skip's, 2h or 2h - 1."""
+
+    def forward(self, x: Tensor, signal: Signal, size: torch.Size) -> Tensor:
+        return super().forward(x, signal.embedding, lambda h: F.interpolate(h, size=size, mode="nearest"))
+
+
 class Level(nn.Module):
-    """The layers at one resolution: residual block j, followed by spatial transformer j where there is one."""
+    """The layers at one resolution: residual block j, followed by attention j where there is one."""
 
     def __init__(
         self,
         resnets: Iterable[ResidualBlock],
-        attentions: Iterable[SpatialTransformer],
-        downsampler: Downsample | None = None,
-        upsampler: Upsample | None = None,
+        attentions: Iterable[SpatialTransformer | PlainAttention],
+        downsampler: Downsample | ResidualDownsample | None = None,
+        upsampler: Upsample | ResidualUpsample | None = None,
     ):
         super().__init__()
         self.resnets = nn.ModuleList(resnets)

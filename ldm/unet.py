@@ -1,13 +1,14 @@
 """The latent UNet that sees z_t, the timestep and the context (Rombach et al. 2022, sections 3.2, 3.3, appendix E.2.1).
 
-Parameter names and arithmetic are those of diffusers' `UNet2DConditionModel`. The output convolution, the second
-convolution of each residual block and the last projection of each spatial transformer are zero at construction, as in
-LDM: an untrained network returns 0 and all its residual branches are the identity.
+Parameter names and arithmetic are those of diffusers' `UNet2DConditionModel`, or where attention is plain of its
+`UNet2DModel`. The output convolution, the second convolution of each residual block and the last projection of each
+attention are zero at construction, as in LDM: an untrained network returns 0 and all its residual branches are the
+identity.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,18 +17,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from kernels.normalization import norm_silu
 from ldm.blocks import (
     MASKED,
+    Attention,
     Downsample,
     Embedding,
+    KeysValues,
     Level,
+    PlainAttention,
     ResidualBlock,
+    ResidualDownsample,
+    ResidualUpsample,
     Signal,
     SpatialTransformer,
+    TransformerBlock,
     Upsample,
     sinusoids,
     zeroed,
 )
+
+# Kinds of attention, each with the options of which it has one value only.
+ATTENTIONS = {
+    "transformer": {"resample": "conv"},
+    "plain": {"cross_attention_dim": None, "transformer_layers": 1, "use_linear_projection": False, "vector_dim": None},
+}
+RESAMPLINGS = ("conv", "residual")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +50,8 @@ class UNetConfig:
     """The shape of a UNet; the defaults are the paper's text-to-image model (872 M parameters).
 
     Raises:
-        ValueError: if a tuple has not one entry per level, or channels can't be divided into groups or heads.
+        ValueError: if a tuple has not one entry per level, channels can't be divided into groups or heads, or options
+            exclude each other.
     """
 
     sample_size: int = 32  # height and width of the latents that it is trained on
@@ -43,14 +59,18 @@ class UNetConfig:
     out_channels: int = 4  # of z_t
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)  # features per level, finest first
     layers_per_block: int = 2  # residual blocks per level on the way down; one more on the way up
-    attention_levels: tuple[bool, ...] = (True, True, True, False)  # levels with transformers; the middle has one
-    attention_heads: tuple[int, ...] = (8,)  # number of heads: of each level, or one number for all
+    attention_levels: tuple[bool, ...] = (True, True, True, False)  # levels with attention; the middle has one
+    attention_heads: tuple[int, ...] = (8,)  # of each level, or one number for all; 1 where there is no attention
     cross_attention_dim: int | None = 1280  # d of context.tokens; None: no tokens, twice self-attention
     transformer_layers: int = 1  # transformer blocks per spatial transformer
     use_linear_projection: bool = False  # store the transformers' projections as matrices (SD2), not 1x1 convolutions
     vector_dim: int | None = None  # of context.vector, added to the time embedding; None: no vector
     dropout: float = 0.0  # in residual blocks, before the second convolution
     norm_num_groups: int = 32  # of every GroupNorm
+    norm_eps: float = 1e-5  # of every GroupNorm but the transformers', which have 1e-6
+    attention: str = "transformer"  # or "plain": self-attention of pixels, in the paper's unconditional models
+    resample: str = "conv"  # between levels: a convolution, or "residual": a residual block (plain attention only)
+    scale_shift: bool = False  # the embedding scales and shifts the features of residual blocks; else it is added
 
     def __post_init__(self):
         heads = (self.attention_heads,) if isinstance(self.attention_heads, int) else tuple(self.attention_heads)
@@ -61,16 +81,34 @@ class UNetConfig:
         for name in ("attention_levels", "attention_heads"):
             if len(getattr(self, name)) != levels:
                 raise ValueError(f"{name} {getattr(self, name)} needs one entry for each of the {levels} levels")
+        attends = (*self.attention_levels[:-1], True)  # the middle is of the last level's shape
+        heads = tuple(count if has else 1 for count, has in zip(self.attention_heads, attends, strict=True))
+        object.__setattr__(self, "attention_heads", heads)
+        self._check_channels()
+        self._check_kinds()
+
+    def _check_channels(self) -> None:
         for level, (channels, count) in enumerate(zip(self.block_out_channels, self.attention_heads, strict=True)):
             if channels % self.norm_num_groups:
                 raise ValueError(
                     f"block_out_channels {channels} is not divisible by norm_num_groups {self.norm_num_groups}; "
                     f"use {max(channels // self.norm_num_groups, 1) * self.norm_num_groups} channels or fewer groups"
                 )
-            if (self.attention_levels[level] or level == levels - 1) and channels % count:
+            if channels % count:
                 raise ValueError(
                     f"attention_heads {count} does not divide the {channels} channels of level {level}; "
                     "give one number per level"
+                )
+
+    def _check_kinds(self) -> None:
+        for name, kinds in (("attention", ATTENTIONS), ("resample", RESAMPLINGS)):
+            if getattr(self, name) not in kinds:
+                raise ValueError(f"{name} {getattr(self, name)!r} is not known; use one of {', '.join(kinds)}")
+        for name, value in ATTENTIONS[self.attention].items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"{name} {getattr(self, name)!r} does not go with attention {self.attention!r}, "
+                    f"which has {value!r} only; set it so, or choose another attention"
                 )
 
 
@@ -81,6 +119,17 @@ class Told(Protocol):
     mask: Tensor | None  # [B, L], True for a token
     vector: Tensor | None  # [B, v]
     latents: Tensor | None  # [B, c, h, w]
+
+
+@dataclass(frozen=True)
+class ReadContext:
+    """A context, and what each cross-attention of one UNet has read of its tokens (see `UNet.read`)."""
+
+    tokens: Tensor | None
+    mask: Tensor | None
+    vector: Tensor | None
+    latents: Tensor | None
+    keys_values: Mapping[Attention, KeysValues]
 
 
 class UNet(nn.Module):
@@ -102,37 +151,46 @@ class UNet(nn.Module):
         if config.vector_dim is not None:
             self.class_embedding = Embedding(config.vector_dim, self.embedding_dim)
         self.down_blocks = nn.ModuleList(self._down_levels())
-        self.mid_block = self._level(len(channels) - 1, [channels[-1], channels[-1]], transformers=1)
+        self.mid_block = self._level(len(channels) - 1, [channels[-1], channels[-1]], attentions=1)
         self.up_blocks = nn.ModuleList(self._up_levels())
-        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[0], eps=1e-5)
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[0], eps=config.norm_eps)
         self.conv_out = zeroed(nn.Conv2d(channels[0], config.out_channels, 3, padding=1))
 
-    def _level(self, level: int, inputs: list[int], transformers: int, **resampling: nn.Module | None) -> Level:
-        """Residual blocks from `inputs` channels each to those of `level`, the first `transformers` with attention."""
-        config, channels = self.config, self.config.block_out_channels[level]
-        resnets = [
-            ResidualBlock(dim, channels, self.embedding_dim, config.norm_num_groups, config.dropout) for dim in inputs
-        ]
-        attentions = [
-            SpatialTransformer(
-                channels,
-                heads=config.attention_heads[level],
-                depth=config.transformer_layers,
-                context_dim=config.cross_attention_dim,
-                linear=config.use_linear_projection,
-                groups=config.norm_num_groups,
-            )
-            for _ in range(transformers)
-        ]
-        return Level(resnets, attentions, **resampling)
+    def _residual(self, kind: type[ResidualBlock], channels: int, out_channels: int) -> ResidualBlock:
+        config = self.config
+        groups, dropout = config.norm_num_groups, config.dropout
+        return kind(channels, out_channels, self.embedding_dim, groups, dropout, config.norm_eps, config.scale_shift)
+
+    def _attention(self, level: int) -> SpatialTransformer | PlainAttention:
+        config = self.config
+        channels, heads = config.block_out_channels[level], config.attention_heads[level]
+        if config.attention == "plain":
+            return PlainAttention(channels, heads, config.norm_num_groups, config.norm_eps)
+        return SpatialTransformer(
+            channels,
+            heads=heads,
+            depth=config.transformer_layers,
+            context_dim=config.cross_attention_dim,
+            linear=config.use_linear_projection,
+            groups=config.norm_num_groups,
+        )
+
+    def _level(self, level: int, inputs: list[int], attentions: int, **resampling: nn.Module | None) -> Level:
+        """Residual blocks from `inputs` channels each to those of `level`, the first `attentions` with attention."""
+        channels = self.config.block_out_channels[level]
+        resnets = [self._residual(ResidualBlock, dim, channels) for dim in inputs]
+        return Level(resnets, [self._attention(level) for _ in range(attentions)], **resampling)
 
     def _down_levels(self) -> Iterator[Level]:
         channels, layers = self.config.block_out_channels, self.config.layers_per_block
         for level, dim in enumerate(channels):
             inputs = [channels[max(level - 1, 0)], *[dim] * (layers - 1)]
-            downsampler = Downsample(dim) if level < len(channels) - 1 else None
-            transformers = layers if self.config.attention_levels[level] else 0
-            yield self._level(level, inputs, transformers, downsampler=downsampler)
+            attentions = layers if self.config.attention_levels[level] else 0
+            downsampler = None
+            if level < len(channels) - 1:
+                residual = self.config.resample == "residual"
+                downsampler = self._residual(ResidualDownsample, dim, dim) if residual else Downsample(dim)
+            yield self._level(level, inputs, attentions, downsampler=downsampler)
 
     def _up_levels(self) -> Iterator[Level]:
         channels, layers = self.config.block_out_channels, self.config.layers_per_block + 1
@@ -140,9 +198,12 @@ class UNet(nn.Module):
             below = channels[min(level + 1, len(channels) - 1)]  # what arrives from the coarser level
             skips = [*[dim] * (layers - 1), channels[max(level - 1, 0)]]
             inputs = [into + skip for into, skip in zip([below, *[dim] * (layers - 1)], skips, strict=True)]
-            upsampler = Upsample(dim) if level > 0 else None
-            transformers = layers if self.config.attention_levels[level] else 0
-            yield self._level(level, inputs, transformers, upsampler=upsampler)
+            attentions = layers if self.config.attention_levels[level] else 0
+            upsampler = None
+            if level > 0:
+                residual = self.config.resample == "residual"
+                upsampler = self._residual(ResidualUpsample, dim, dim) if residual else Upsample(dim)
+            yield self._level(level, inputs, attentions, upsampler=upsampler)
 
     def forward(self, z_t: Tensor, timestep: Tensor, context: Told | None = None) -> Tensor:
         """Run the network.
@@ -163,7 +224,7 @@ class UNet(nn.Module):
                 x = self._run(level.layer, index, x, signal)
                 skips.append(x)
             for downsampler in level.downsamplers:
-                x = downsampler(x)  # [B, C, h / 2, w / 2]
+                x = self._run(downsampler, x, signal)  # [B, C, h / 2, w / 2]
                 skips.append(x)
         for index in range(len(self.mid_block.resnets)):
             x = self._run(self.mid_block.layer, index, x, signal)
@@ -171,8 +232,17 @@ class UNet(nn.Module):
             for index in range(len(level.resnets)):
                 x = self._run(level.layer, index, x, signal, skips.pop())
             for upsampler in level.upsamplers:
-                x = upsampler(x, skips[-1].shape[2:])  # [B, C, 2h, 2w]
-        return self.conv_out(F.silu(self.conv_norm_out(x)))  # [B, out_channels, h, w]
+                x = self._run(upsampler, x, signal, skips[-1].shape[2:])  # [B, C, 2h, 2w]
+        return self.conv_out(norm_silu(self.conv_norm_out, x))  # [B, out_channels, h, w]
+
+    def read(self, context: Told) -> ReadContext:
+        """The context with keys and values for every cross-attention, which no step of a sampler then makes again."""
+        keys_values = {}
+        if context.tokens is not None:
+            _check_width("tokens", context.tokens, self.config.cross_attention_dim)
+            blocks = (module for module in self.modules() if isinstance(module, TransformerBlock))
+            keys_values = {block.attn2: block.attn2.read(context.tokens) for block in blocks}
+        return ReadContext(context.tokens, context.mask, context.vector, context.latents, keys_values)
 
     def _run(self, layer: Callable[..., Tensor], *arguments: object) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():
@@ -201,7 +271,8 @@ class UNet(nn.Module):
         bias = None
         if tokens is not None and mask is not None:
             bias = (~mask.bool()).to(z_t.dtype)[:, None, None, :] * MASKED  # [B, 1, 1, L]
-        return Signal(F.silu(embedding), tokens, bias)
+        read = context.keys_values if isinstance(context, ReadContext) and tokens is not None else None
+        return Signal(F.silu(embedding), tokens, bias, read)
 
 
 def _check_width(name: str, value: Tensor | None, width: int | None) -> None:

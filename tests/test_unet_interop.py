@@ -1,16 +1,15 @@
-"""Our UNet and diffusers' UNet2DConditionModel are one network and one folder."""
+"""Our UNet and diffusers' UNet2DConditionModel, or UNet2DModel where attention is plain, are one network and folder."""
 
-import json
 from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 from safetensors.torch import load_file, save_file
-from test_unet import SMALL, close, context, random_unet
+from test_unet import PLAIN, SMALL, close, context, random_unet
 
 from ldm.interop import load_unet, save_unet
-from ldm.options import unet_from_diffusers, unet_to_diffusers
+from ldm.options import unet_to_diffusers
 from ldm.unet import UNet, UNetConfig
 
 SHAPES = {
@@ -24,6 +23,14 @@ SHAPES = {
     "no context": replace(SMALL, cross_attention_dim=None),
     "one level": replace(SMALL, block_out_channels=(32,), attention_levels=(True,), attention_heads=(4,)),
     "vector and latents": replace(SMALL, vector_dim=6, in_channels=7),
+    "scale and shift": replace(SMALL, scale_shift=True, norm_eps=1e-3),
+    "plain": replace(PLAIN, resample="conv", scale_shift=False, layers_per_block=2, attention_heads=(2, 4)),
+    "plain, residual": replace(PLAIN, scale_shift=False, attention_levels=(True, True), attention_heads=(4, 8)),
+    "plain, residual, scale and shift": replace(PLAIN, norm_eps=1e-3, in_channels=7),
+    "plain in the middle": replace(PLAIN, attention_levels=(False, False), resample="conv"),
+    "plain, one level": replace(
+        PLAIN, block_out_channels=(32,), attention_levels=(True,), attention_heads=(4,), resample="conv"
+    ),
 }
 
 
@@ -32,8 +39,9 @@ def config(request) -> UNetConfig:
     return request.param
 
 
-def theirs_of(unet: UNet) -> UNet2DConditionModel:
-    theirs = UNet2DConditionModel(**unet_to_diffusers(unet.config))
+def theirs_of(unet: UNet) -> UNet2DConditionModel | UNet2DModel:
+    kind = UNet2DModel if unet.config.attention == "plain" else UNet2DConditionModel
+    theirs = kind(**unet_to_diffusers(unet.config))
     theirs.load_state_dict(unet.state_dict(), strict=True)
     return theirs.train()
 
@@ -51,24 +59,36 @@ def told_for(config: UNetConfig, masked: bool):
 
 def run_theirs(theirs, z_t, timestep, told):
     sample = z_t if told.latents is None else torch.cat([z_t, told.latents], dim=1)
+    if isinstance(theirs, UNet2DModel):
+        return theirs(sample, timestep).sample
     return theirs(sample, timestep, told.tokens, class_labels=told.vector, encoder_attention_mask=told.mask).sample
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["all tokens", "masked"])
-def test_outputs_and_gradients_are_those_of_diffusers(config, masked):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_outputs_and_gradients_are_those_of_diffusers(config, dtype):
+    """In float32 gradients are compared all together: those of queries are sums that cancel to a millionth."""
     ours = random_unet(config).train()
-    theirs = theirs_of(ours)
-    told, timestep = told_for(config, masked), torch.tensor([3.0, 700.25])
-    z_ours, z_theirs = (torch.linspace(-2, 2, 2 * 4 * 8 * 8).view(2, 4, 8, 8).sin().requires_grad_() for _ in "ab")
+    theirs = theirs_of(ours).to(dtype)
+    ours = ours.to(dtype)
+    told, timestep = told_for(config, masked=dtype == torch.float32), torch.tensor([3.0, 700.25])
+    for name, value in vars(told).items():
+        setattr(told, name, value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value)
+    start = torch.linspace(-2, 2, 2 * 4 * 8 * 8, dtype=dtype).view(2, 4, 8, 8).sin()
+    z_ours, z_theirs = start.clone().requires_grad_(), start.clone().requires_grad_()
     output, expected = ours(z_ours, timestep, told), run_theirs(theirs, z_theirs, timestep, told)
-    assert close(output, expected)
     target = torch.randn_like(output)
     (output - target).square().mean().backward()
     (expected - target).square().mean().backward()
-    assert close(z_ours.grad, z_theirs.grad)
     gradients = dict(theirs.named_parameters())
-    far = [name for name, value in ours.named_parameters() if not close(value.grad, gradients[name].grad)]
-    assert far == []
+    pairs = [(output, expected), (z_ours.grad, z_theirs.grad)]
+    found = [  # softmax does not feel the bias of keys: noise
+        (value.grad, gradients[name].grad) for name, value in ours.named_parameters() if not name.endswith("to_k.bias")
+    ]
+    if dtype == torch.float32:
+        pairs.append(tuple(torch.cat([grad.flatten() for grad in side]) for side in zip(*found, strict=True)))
+    else:
+        pairs += found
+    assert all(close(mine, other, 1e-5 if dtype == torch.float32 else 1e-10) for mine, other in pairs)
 
 
 @pytest.mark.parametrize("size", [(7, 9), (12, 8)])
@@ -82,7 +102,8 @@ def test_odd_sizes_are_upsampled_as_diffusers_does(size):
 def test_diffusers_opens_our_folder_and_we_open_theirs(config, tmp_path):
     ours = random_unet(config).eval()
     save_unet(ours, tmp_path / "ours")
-    theirs, report = UNet2DConditionModel.from_pretrained(tmp_path / "ours" / "unet", output_loading_info=True)
+    kind = UNet2DModel if config.attention == "plain" else UNet2DConditionModel
+    theirs, report = kind.from_pretrained(tmp_path / "ours" / "unet", output_loading_info=True)
     assert not any(report.values())
     theirs.save_pretrained(tmp_path / "theirs" / "unet")
     back = load_unet(tmp_path / "theirs")
@@ -96,17 +117,18 @@ def test_diffusers_opens_our_folder_and_we_open_theirs(config, tmp_path):
         assert close(run_theirs(theirs, z_t, torch.zeros(2), told), expected)
 
 
-def test_configs_survive_the_round_trip_through_diffusers_options(config):
-    assert unet_from_diffusers(unet_to_diffusers(config)) == config
-    assert unet_from_diffusers(json.loads(json.dumps(unet_to_diffusers(config)))) == config
-
-
-def test_a_config_that_leaves_out_options_means_diffusers_defaults():
-    with torch.device("meta"):
-        theirs = UNet2DConditionModel()
-    assert unet_from_diffusers({}) == unet_from_diffusers(
-        {name: value for name, value in theirs.config.items() if not name.startswith("_")}
-    )
+def test_names_of_attention_in_diffusers_first_files_are_understood(tmp_path):
+    ours, old = random_unet(PLAIN), {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    save_unet(ours, tmp_path)
+    state = {}
+    for name, value in ours.state_dict().items():
+        for new, former in old.items():
+            name = name.replace(f".{new}.", f".{former}.")
+        state[name] = value
+    assert "mid_block.attentions.0.proj_attn.bias" in state
+    save_file(state, tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
+    back = load_unet(tmp_path).state_dict()
+    assert all(torch.equal(value, back[name]) for name, value in ours.state_dict().items())
 
 
 def test_half_precision_is_stored_at_half_the_size_and_loaded_as_asked(tmp_path):
@@ -127,34 +149,6 @@ def test_a_loaded_network_can_be_trained(tmp_path):
     torch.optim.SGD(unet.parameters(), lr=0.1).step()
     assert not torch.equal(unet.conv_in.weight, load_unet(tmp_path).conv_in.weight)  # and the file is untouched
     assert torch.equal(load_unet(tmp_path).conv_in.weight, random_unet(SMALL).conv_in.weight)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"act_fn": "gelu"},
-        {"addition_embed_type": "text_time"},
-        {"class_embed_type": "timestep"},
-        {"cross_attention_dim": [12, 16]},
-        {"down_block_types": ["AttnDownBlock2D", "DownBlock2D"]},
-        {"layers_per_block": [1, 2]},
-        {"mid_block_type": "UNetMidBlock2D"},
-        {"norm_eps": 1e-6},
-        {"norm_num_groups": None},
-        {"num_class_embeds": 1000},
-        {"only_cross_attention": [True, False]},
-        {"resnet_time_scale_shift": "scale_shift"},
-        {"time_cond_proj_dim": 256},
-        {"transformer_layers_per_block": [1, 2]},
-        {"up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"]},
-        {"an_option_of_tomorrow": 1},
-    ],
-    ids=lambda change: next(iter(change)),
-)
-def test_an_option_that_we_do_not_implement_is_named(change):
-    with pytest.raises(ValueError, match=f"unet option {next(iter(change))} ") as error:
-        unet_from_diffusers(unet_to_diffusers(SMALL) | change)
-    assert "\n" not in str(error.value)
 
 
 def test_weights_that_do_not_fit_are_named_at_most_five(tmp_path):
@@ -182,11 +176,11 @@ def test_missing_and_damaged_files_are_named(tmp_path):
     with pytest.raises(ValueError, match="is not a readable safetensors file"):
         load_unet(tmp_path)
     weights.unlink()
-    with pytest.raises(FileNotFoundError, match="safetensors does not exist"):
+    with pytest.raises(FileNotFoundError, match="no diffusion_pytorch_model.safetensors in"):
         load_unet(tmp_path)
     (tmp_path / "unet" / "config.json").write_text("{")
     with pytest.raises(ValueError, match="is not readable JSON"):
         load_unet(tmp_path)
-    (tmp_path / "unet" / "config.json").write_text('{"_class_name": "UNet2DModel"}')
-    with pytest.raises(ValueError, match="describes a UNet2DModel"):
+    (tmp_path / "unet" / "config.json").write_text('{"_class_name": "UNet1DModel"}')
+    with pytest.raises(ValueError, match="describes a UNet1DModel; only"):
         load_unet(tmp_path)
