@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from autoencoder.blocks import EPS, DownLevel, MidLevel, UpLevel
 from autoencoder.config import AutoencoderConfig
+from kernels.normalization import norm_silu
 
 
 def run_layers(levels: Iterable[nn.Module], x: Tensor, checkpointing: bool) -> Tensor:
@@ -43,7 +43,7 @@ class Encoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = self.conv_in(images)
         x = run_layers((*self.down_blocks, self.mid_block), x, self.checkpointing)  # [B, C, H/f, W/f]
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(norm_silu(self.conv_norm_out, x))
 
 
 class Decoder(nn.Module):
@@ -66,4 +66,4 @@ class Decoder(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         x = self.conv_in(features)
         x = run_layers((self.mid_block, *self.up_blocks), x, self.checkpointing)  # [B, C, H, W]
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(norm_silu(self.conv_norm_out, x))

@@ -18,98 +18,27 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels.normalization import norm_silu
-from ldm.blocks import (
+from ldm.attention import (
     MASKED,
     Attention,
-    Downsample,
-    Embedding,
     KeysValues,
-    Level,
     PlainAttention,
-    ResidualBlock,
-    ResidualDownsample,
-    ResidualUpsample,
     Signal,
     SpatialTransformer,
     TransformerBlock,
-    Upsample,
-    sinusoids,
     zeroed,
 )
-
-# Kinds of attention, each with the options of which it has one value only.
-ATTENTIONS = {
-    "transformer": {"resample": "conv"},
-    "plain": {"cross_attention_dim": None, "transformer_layers": 1, "use_linear_projection": False, "vector_dim": None},
-}
-RESAMPLINGS = ("conv", "residual")
-
-
-@dataclass(frozen=True, kw_only=True)
-class UNetConfig:
-    """The shape of a UNet; the defaults are the paper's text-to-image model (872 M parameters).
-
-    Raises:
-        ValueError: if a tuple has not one entry per level, channels can't be divided into groups or heads, or options
-            exclude each other.
-    """
-
-    sample_size: int = 32  # height and width of the latents that it is trained on
-    in_channels: int = 4  # of z_t, plus those of context.latents
-    out_channels: int = 4  # of z_t
-    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)  # features per level, finest first
-    layers_per_block: int = 2  # residual blocks per level on the way down; one more on the way up
-    attention_levels: tuple[bool, ...] = (True, True, True, False)  # levels with attention; the middle has one
-    attention_heads: tuple[int, ...] = (8,)  # of each level, or one number for all; 1 where there is no attention
-    cross_attention_dim: int | None = 1280  # d of context.tokens; None: no tokens, twice self-attention
-    transformer_layers: int = 1  # transformer blocks per spatial transformer
-    use_linear_projection: bool = False  # store the transformers' projections as matrices (SD2), not 1x1 convolutions
-    vector_dim: int | None = None  # of context.vector, added to the time embedding; None: no vector
-    dropout: float = 0.0  # in residual blocks, before the second convolution
-    norm_num_groups: int = 32  # of every GroupNorm
-    norm_eps: float = 1e-5  # of every GroupNorm but the transformers', which have 1e-6
-    attention: str = "transformer"  # or "plain": self-attention of pixels, in the paper's unconditional models
-    resample: str = "conv"  # between levels: a convolution, or "residual": a residual block (plain attention only)
-    scale_shift: bool = False  # the embedding scales and shifts the features of residual blocks; else it is added
-
-    def __post_init__(self):
-        heads = (self.attention_heads,) if isinstance(self.attention_heads, int) else tuple(self.attention_heads)
-        levels = len(self.block_out_channels)
-        object.__setattr__(self, "block_out_channels", tuple(self.block_out_channels))
-        object.__setattr__(self, "attention_levels", tuple(self.attention_levels))
-        object.__setattr__(self, "attention_heads", heads * levels if len(heads) == 1 else heads)
-        for name in ("attention_levels", "attention_heads"):
-            if len(getattr(self, name)) != levels:
-                raise ValueError(f"{name} {getattr(self, name)} needs one entry for each of the {levels} levels")
-        attends = (*self.attention_levels[:-1], True)  # the middle is of the last level's shape
-        heads = tuple(count if has else 1 for count, has in zip(self.attention_heads, attends, strict=True))
-        object.__setattr__(self, "attention_heads", heads)
-        self._check_channels()
-        self._check_kinds()
-
-    def _check_channels(self) -> None:
-        for level, (channels, count) in enumerate(zip(self.block_out_channels, self.attention_heads, strict=True)):
-            if channels % self.norm_num_groups:
-                raise ValueError(
-                    f"block_out_channels {channels} is not divisible by norm_num_groups {self.norm_num_groups}; "
-                    f"use {max(channels // self.norm_num_groups, 1) * self.norm_num_groups} channels or fewer groups"
-                )
-            if channels % count:
-                raise ValueError(
-                    f"attention_heads {count} does not divide the {channels} channels of level {level}; "
-                    "give one number per level"
-                )
-
-    def _check_kinds(self) -> None:
-        for name, kinds in (("attention", ATTENTIONS), ("resample", RESAMPLINGS)):
-            if getattr(self, name) not in kinds:
-                raise ValueError(f"{name} {getattr(self, name)!r} is not known; use one of {', '.join(kinds)}")
-        for name, value in ATTENTIONS[self.attention].items():
-            if getattr(self, name) != value:
-                raise ValueError(
-                    f"{name} {getattr(self, name)!r} does not go with attention {self.attention!r}, "
-                    f"which has {value!r} only; set it so, or choose another attention"
-                )
+from ldm.blocks import (
+    Downsample,
+    Embedding,
+    Level,
+    ResidualBlock,
+    ResidualDownsample,
+    ResidualUpsample,
+    Upsample,
+    sinusoids,
+)
+from ldm.unet_config import UNetConfig
 
 
 class Told(Protocol):
@@ -212,7 +141,9 @@ class UNet(nn.Module):
             z_t: [B, c, h, w].
             timestep: [B], what is embedded: real numbers, 0 to about 1000.
             context: tokens [B, L, d], mask [B, L], vector [B, v], latents [B, in_channels - c, h, w], as configured.
-        Returns: [B, out_channels, h, w].
+                Tokens (and mask) may be a batch of k B: then each picture is told k things, and what comes before the
+                first cross-attention is computed once for all of them.
+        Returns: [B, out_channels, h, w], or [k B, out_channels, h, w].
         Raises:
             ValueError: if the context lacks what the network was built for, or has what it can't read.
         """
@@ -265,6 +196,10 @@ class UNet(nn.Module):
         tokens, mask, vector = (context.tokens, context.mask, context.vector) if context is not None else (None,) * 3
         _check_width("tokens", tokens, self.config.cross_attention_dim)
         _check_width("vector", vector, self.config.vector_dim)
+        if tokens is not None and len(tokens) % len(z_t):
+            raise ValueError(
+                f"context.tokens for {len(tokens)} pictures do not go with {len(z_t)} latents; repeat them"
+            )
         embedding = self.time_embedding(sinusoids(timestep, self.config.block_out_channels[0]).to(z_t.dtype))  # [B, E]
         if vector is not None:
             embedding = embedding + self.class_embedding(vector)

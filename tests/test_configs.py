@@ -192,7 +192,7 @@ def test_a_text_transformer_from_scratch_can_be_built(name):
     conditioner = Conditioner(tokenizer, encoder, use_mask=False, trainable=True)
     assert (conditioner.context_dim, conditioner.max_length) == (scratch.width, scratch.max_length)
     blocks = 12 * scratch.layers * scratch.width**2  # 4 matrices of attention, 8 of the network behind it
-    assert blocks < count(encoder.model) < 1.2 * blocks + 2**21
+    assert blocks < count(encoder) < 1.2 * blocks + 2**21
 
 
 @pytest.mark.parametrize(

@@ -254,6 +254,27 @@ def test_each_image_of_a_batch_is_alone():
     assert close(unet(z_t[1:2], timestep[1:2], alone), whole[1:2])
 
 
+@torch.no_grad()
+def test_a_context_that_was_read_before_gives_the_same_bits():
+    unet, z_t, timestep = random_unet(SMALL), torch.randn(2, SMALL.in_channels, 8, 8), torch.tensor([3.0, 700.0])
+    told = context()
+    read = unet.read(told)
+    to_k = unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k
+    to_k.weight.fill_(torch.nan)  # not used again
+    assert torch.equal(unet(z_t, timestep, read), random_unet(SMALL)(z_t, timestep, told))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("levels", [(True, True), (False, True), (False, False)], ids=str)
+def test_pictures_told_two_things_are_computed_as_if_they_were_there_twice(levels):
+    config = replace(SMALL, attention_levels=levels, vector_dim=None)
+    unet, z_t, timestep, told = random_unet(config), torch.randn(2, config.in_channels, 8, 6), torch.rand(2), context(4)
+    twice = unet(torch.cat([z_t, z_t]), torch.cat([timestep, timestep]), told)
+    assert close(unet(z_t, timestep, told), twice, 1e-6)
+    with pytest.raises(ValueError, match="for 4 pictures do not go with 3 latents"):
+        unet(z_t[[0, 0, 0]], timestep[[0, 0, 0]], told)
+
+
 def test_masked_tokens_are_not_seen():
     unet, words = random_unet(SMALL), context()
     z_t, timestep = torch.randn(2, 4, 8, 8), torch.tensor([3.0, 700.0])
