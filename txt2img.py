@@ -42,7 +42,18 @@ if TYPE_CHECKING:  # torch takes seconds to import: what makes pictures imports 
 HERE = Path(__file__).resolve().parent
 CHECKPOINT = "checkpoints/emoji"  # in the folder of this script
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-FLAGS = ("negative_prompt", "guidance_scale", "steps", "sampler", "eta", "height", "width", "num_images")
+FLAGS = (
+    "negative_prompt",
+    "guidance_scale",
+    "guidance_rescale",
+    "steps",
+    "sampler",
+    "spacing",
+    "eta",
+    "height",
+    "width",
+    "num_images",
+)
 SEED = 42
 INTERRUPTED = 130  # exit code of a program that Ctrl-C ended
 
@@ -62,11 +73,13 @@ def parser() -> Parser:
     add("--prompt", action="append", default=[], help="the same, as a flag")
     add("--from-file", metavar="FILE", help="one prompt per line, or a JSON object with its own settings")
     add("--like", metavar="FILE.png", help="make a picture again, the same to the last byte; other flags change it")
-    add("--checkpoint", metavar="FOLDER", help=f"model folder in the diffusers layout (default: {CHECKPOINT})")
+    add("--checkpoint", metavar="PATH", help=f"model folder, or .ckpt or .safetensors file (default: {CHECKPOINT})")
     add("--negative-prompt", metavar="TEXT", help="what to lead away from")
     add("--guidance-scale", "--scale", "--cfg-scale", type=float, metavar="W", help="1: none; default: the model's")
+    add("--guidance-rescale", type=float, metavar="PHI", help="take back added contrast: 0 none, 0.7 usual, 1 all")
     add("--steps", "--ddim-steps", type=int, metavar="N", help="sampling steps; default: the model's")
-    add("--sampler", help="`help` lists them; default: the model's")
+    add("--sampler", metavar="NAME", help="`help` lists them; default: the model's")
+    add("--spacing", metavar="NAME", help="of its times: trailing, leading, linspace, karras; default: the model's")
     add("--eta", type=float, help="noise drawn anew at each step, 0 to 1, for samplers that have the choice")
     add("--height", "-H", type=int, metavar="PIXELS", help="default: as trained")
     add("--width", "-W", type=int, metavar="PIXELS", help="default: as trained")
@@ -107,7 +120,7 @@ def read_jobs(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict
         jobs += [flags | line for line in read_prompts(Path(arguments.from_file), ("prompt", "seed", *FLAGS))]
     record = {} if arguments.like is None else read_record(Path(arguments.like))
     if record:
-        known = ("prompt", "seed", "spacing", "batch", "place", *FLAGS)
+        known = ("prompt", "seed", "batch", "place", *FLAGS)
         pictures = record["pictures"] if isinstance(record.get("pictures"), list) else [None]
         pictures = [known_settings(picture, known, f"the record in {arguments.like}") for picture in pictures]
         if arguments.seed is not None:
@@ -141,16 +154,17 @@ def number(jobs: Sequence[dict[str, Any]], seed: int) -> Iterator[dict[str, Any]
 
 
 def find_checkpoint(given: str | None, recorded: str | None) -> Path:
-    """The model folder: as given; else as a picture's record says, from here or this script's folder; else ours."""
-    from ldm.pipeline import read_index
+    """The model: as given; else as a picture's record says, from here or this script's folder; else ours."""
+    from ldm.parts import read_index
 
     places = [Path(given)] if given else [HERE / (recorded or CHECKPOINT), Path(recorded or CHECKPOINT)]
-    folder = next((place for place in places if place.is_dir()), None)
-    if folder is None:
+    path = next((place for place in places if place.exists()), None)
+    if path is None:
         name = given or recorded or CHECKPOINT
-        raise FileNotFoundError(f"checkpoint {name} does not exist; give a model folder with --checkpoint")
-    read_index(folder)
-    return folder
+        raise FileNotFoundError(f"checkpoint {name} does not exist; give a model folder or file with --checkpoint")
+    if path.is_dir():
+        read_index(path)
+    return path
 
 
 def find_device(name: str) -> str:
@@ -173,17 +187,17 @@ def load_model(arguments: argparse.Namespace, record: Mapping[str, Any]) -> tupl
     from ldm.pipeline import TextToImage
 
     recorded = record.get("checkpoint")
-    folder = find_checkpoint(arguments.checkpoint, None if recorded is None else str(recorded))
+    path = find_checkpoint(arguments.checkpoint, None if recorded is None else str(recorded))
     device = find_device(arguments.device)
     kind = torch.device(device).type
     precision = arguments.precision or (record.get("precision") if record.get("device") == kind else "auto")
     if precision not in DTYPES:
         precision = "fp16" if kind == "cuda" else "fp32"
-    sign = model_hash(folder)
+    sign = model_hash(path)
     if record.get("model_hash", sign) != sign and arguments.checkpoint is None:
         was = record["model_hash"]
         warnings.warn(f"{arguments.like} was made by model {was}, this is {sign}: it will differ", stacklevel=1)
-    model = TextToImage.load(folder, device, getattr(torch, DTYPES[precision]))
+    model = TextToImage.load(path, device, getattr(torch, DTYPES[precision]))
     about = {"checkpoint": arguments.checkpoint or recorded or CHECKPOINT, "model_hash": sign, "precision": precision}
     return model, about | {"device": kind, "torch": torch.__version__}
 
@@ -273,11 +287,11 @@ def run(argv: Sequence[str]) -> None:
 
 
 def list_samplers() -> None:
-    """Print each sampler with the first line of what it says of itself."""
+    """Print a line for each sampler."""
     from ldm.samplers import SAMPLERS
 
     for name, sampler in SAMPLERS.items():
-        print(f"{name:10} {(sampler.__doc__ or '').strip().splitlines()[0]}")
+        print(f"{name:16}{sampler.summary}")
 
 
 @contextmanager

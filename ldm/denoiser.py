@@ -31,6 +31,7 @@ class Denoiser:
     network: Callable[[Tensor, Tensor, Any], Tensor]
     schedule: Schedule
     prediction: str
+    at_levels: bool = False  # tell a network that knows noise levels only the nearest one, where t is between two
 
     def __post_init__(self) -> None:
         check_prediction(self.prediction)
@@ -59,10 +60,15 @@ class Denoiser:
         """z_t = alpha z_0 + sigma noise, [B, ...]."""
         return mix(z_0, noise, *self.schedule(t, torch.float64))
 
+    def coefficients(self, t: Tensor | float) -> tuple[Tensor, Tensor]:
+        """The numbers with z_0 = first * z_t + second * output at times t, float64."""
+        alpha, sigma, scale = self.levels(t)
+        from_z_in, from_output = clean_coefficients(alpha, sigma, self.prediction)
+        return from_z_in / scale, from_output
+
     def gain(self, t: Tensor | float) -> Tensor:
         """(d z_0 / d output)^2 at times t, float64: how an error of the output weighs as an error of z_0."""
-        alpha, sigma, _ = self.levels(t)
-        return clean_coefficients(alpha, sigma, self.prediction)[1].square()
+        return self.coefficients(t)[1].square()
 
     def levels(self, t: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
         """alpha and sigma as network and prediction see them, and the scale that z_t is divided by; float64."""
@@ -74,4 +80,7 @@ class Denoiser:
         return z_t / per_image(scale, z_t) if self.schedule.unit_input else z_t
 
     def _timestep(self, z_t: Tensor, t: Tensor | float) -> Tensor:
-        return self.schedule.timestep(t).to(z_t.device).expand(len(z_t))
+        timestep = self.schedule.timestep(t)
+        if self.at_levels and self.schedule.discrete:
+            timestep = timestep.round()
+        return timestep.to(z_t.device).expand(len(z_t))

@@ -6,13 +6,11 @@ A model is a folder in the diffusers layout, see `TextToImage.load`.
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from numbers import Integral
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,19 +19,22 @@ from torch import Tensor
 
 from autoencoder import Autoencoder, preview
 from conditioning import Conditioner, Context
+from kernels.winograd import lay_out
 from ldm.denoiser import Denoiser
-from ldm.guidance import classifier_free
-from ldm.interop import load_scheduling, load_unet, save_scheduling, save_unet
-from ldm.options import Scheduling, scheduling_to_diffusers
-from ldm.samplers import SAMPLERS, Step, initial_noise
-from ldm.schedule import Schedule, make_schedule, times
+from ldm.guidance import classifier_free, extrapolate, rescaled
+from ldm.parts import Parts, open_model, purpose, save_model
+from ldm.samplers import SAMPLERS
+from ldm.schedule import make_schedule
+from ldm.scheduling import Scheduling
 from ldm.settings import Settings, random_seed
+from ldm.times import times
 from ldm.unet import UNet
+from ldm.walk import Step, initial_noise
 from storage.images import tensor_to_image
 
-INDEX = "model_index.json"
-OWN = "_stipple"  # our key in model_index.json; diffusers ignores keys that begin with an underscore
-DEFAULTS = ("guidance_scale", "steps", "sampler", "eta")  # settings that a model folder has its own defaults for
+# settings that a model folder of ours has its own defaults for, and those of diffusers for folders that it wrote
+DEFAULTS = ("guidance_scale", "guidance_rescale", "steps", "sampler", "eta")
+THEIR_DEFAULTS = {"guidance_scale": 7.5, "steps": 50}
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,7 @@ class TextToImage:
 
     Args:
         autoencoder, unet, conditioner: on one device, in one dtype, in evaluation mode; they are used as they are.
-        schedule: the noise levels that the UNet was trained on.
-        prediction: what the UNet outputs, a key of PREDICTIONS.
+        scheduling: the noise levels that the UNet was trained on, what it outputs, how it is to be sampled.
         defaults: the settings of a picture where the caller does not say otherwise.
 
     Raises:
@@ -62,8 +62,7 @@ class TextToImage:
         autoencoder: Autoencoder,
         unet: UNet,
         conditioner: Conditioner,
-        schedule: Schedule,
-        prediction: str,
+        scheduling: Scheduling,
         defaults: Settings | None = None,
     ):
         channels, dim = autoencoder.latent_channels, unet.config.cross_attention_dim
@@ -73,11 +72,12 @@ class TextToImage:
         if dim != conditioner.context_dim:
             raise ValueError(f"the UNet reads tokens of width {dim}, the text encoder's have {conditioner.context_dim}")
         self.autoencoder, self.unet, self.conditioner = autoencoder, unet, conditioner
-        self.schedule, self.prediction = schedule, prediction
+        self.scheduling, self.schedule = scheduling, make_schedule(scheduling.schedule)
         side = unet.config.sample_size * autoencoder.downsampling
         defaults = defaults or Settings()
-        self.defaults = replace(defaults, height=defaults.height or side, width=defaults.width or side)
-        self.denoiser = Denoiser(self._network, schedule, prediction)
+        sides = {"height": defaults.height or side, "width": defaults.width or side}
+        self.defaults = replace(defaults, **sides, spacing=defaults.spacing or scheduling.spacing)
+        self.denoiser = Denoiser(_Reading(unet), self.schedule, scheduling.prediction)
 
     @property
     def device(self) -> torch.device:
@@ -128,6 +128,7 @@ class TextToImage:
         if given.get("seed") == -1:
             given["seed"] = random_seed()
         first = replace(self.defaults, **given)
+        first = replace(first, spacing=first.spacing or SAMPLERS[first.sampler].habit.spacing)
         times(self.schedule, first.steps, first.spacing)
         for name in ("height", "width"):
             self._check_side(name, getattr(first, name))
@@ -152,15 +153,22 @@ class TextToImage:
     def sample(self, batch: Sequence[Settings]) -> Iterator[Step]:
         """Walk a batch of B pictures from noise to latents [B, c, h, w]; each draws from its own CPU generator."""
         same, f = batch[0], self.autoencoder.downsampling
+        sampler, habit, scheduling = SAMPLERS[same.sampler], SAMPLERS[same.sampler].habit, self.scheduling
         generators = [torch.Generator().manual_seed(picture.seed) for picture in batch]
         context = null = self._context([picture.prompt for picture in batch])
-        if same.guidance_scale != 1:
+        guidance_scale = 1.0 if context is None else same.guidance_scale  # nothing to be guided by
+        if guidance_scale != 1:
             null = self._context([picture.negative_prompt for picture in batch])
-        walk = times(self.schedule, same.steps, same.spacing)
+        walk = times(self.schedule, same.steps, same.spacing, habit, scheduling.offset, scheduling.ends_clean)
         shape = (len(batch), self.autoencoder.latent_channels, same.height // f, same.width // f)
-        z = initial_noise(shape, generators, self.schedule, walk[0].item()).to(self.device)
-        denoise = classifier_free(self.denoiser, context, null, same.guidance_scale)
-        yield from SAMPLERS[same.sampler](denoise, z, walk, self.schedule, generators, **same.options)
+        noise_only = habit.noise_only and same.spacing != "leading"
+        z = initial_noise(shape, generators, self.schedule, walk[0].item(), noise_only).to(self.device)
+        denoiser = replace(self.denoiser, network=_Reading(self.unet), at_levels=not habit.fractional)
+        combine = rescaled(same.guidance_rescale, denoiser.coefficients) if same.guidance_rescale else extrapolate
+        denoise = classifier_free(denoiser, context, null, guidance_scale, combine)
+        known = {"eta": same.eta, "averaged": scheduling.prediction}
+        options = {name: known[name] for name in sampler.options}
+        yield from sampler.walk(denoise, z, walk, self.schedule, generators, **options)
 
     def finish(self, batch: Sequence[Settings], latents: Tensor) -> Iterator[Picture]:
         """Decode latents [B, c, h, w], one by one; pictures that are not at their own place in the batch are left out.
@@ -191,58 +199,58 @@ class TextToImage:
         return [tensor_to_image(image).resize((w * f, h * f), Image.Resampling.NEAREST) for image in rough]
 
     def save(self, folder: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
-        """Write a model folder in the diffusers layout; dtype None keeps that of the weights.
+        """Write a model folder in the diffusers layout; dtype None keeps that of the weights."""
+        save_model(self.parts, folder, dtype)
 
-        model_index.json comes last, so that a folder without it is not whole. It names StableDiffusionPipeline where
-        that makes the same pictures.
-        """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.autoencoder.save(folder, dtype)
-        save_unet(self.unet, folder, dtype)
-        self.conditioner.save(folder, dtype)
-        scheduling = Scheduling(
-            schedule=self.schedule.config, prediction=self.prediction, spacing=self.defaults.spacing
-        )
-        save_scheduling(scheduling, folder)
-        unfinished = folder / f".{INDEX}.{os.getpid()}"
-        unfinished.write_text(json.dumps(self._index(scheduling), indent=2) + "\n", encoding="utf-8")
-        os.replace(unfinished, folder / INDEX)
+    @property
+    def parts(self) -> Parts:
+        """What it is made of."""
+        scheduling = replace(self.scheduling, spacing=self.defaults.spacing)
+        defaults = {name: value for name, value in asdict(self.defaults).items() if name in DEFAULTS}
+        return Parts(self.autoencoder, self.unet, self.conditioner, scheduling, defaults)
 
     @classmethod
     def load(
-        cls, folder: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+        cls,
+        path: str | os.PathLike,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        variant: str | None = None,
+        **single_file: Any,
     ) -> TextToImage:
-        """Read a model folder: model_index.json, vae/, unet/, text_encoder/, tokenizer/, scheduler/.
+        """Open a model folder (model_index.json, vae/, unet/, text_encoder/, ...), or a single file of CompVis' kind.
 
         Args:
-            folder: as `save` or diffusers wrote it; our own defaults in model_index.json may be absent.
+            path: as `save` or diffusers wrote it (our own defaults may be absent), or a .ckpt or .safetensors file.
             device: where to compute.
             dtype: to compute in, whatever the files hold; on a CPU half precision is many times slower.
+            variant: such as "fp16": which weights of a folder that has several.
+            single_file: config_yaml, tokenizer, prediction: see `ldm.single_file.open_single_file`.
 
         Raises:
             FileNotFoundError, ValueError: naming what is missing, or the option that we don't implement.
         """
         if torch.device(device).type == "cpu" and dtype != torch.float32:
             warnings.warn(f"{dtype} is 40 to 100 times slower than float32 on most CPUs", stacklevel=2)
-        own, scheduling = read_index(folder).get(OWN) or {}, load_scheduling(folder)
-        known = {name: own[name] for name in DEFAULTS if name in own}
+        parts = open_model(path, dtype, variant, **single_file)
+        if parts.extra_channels or parts.conditioner is None:
+            raise ValueError(
+                f"{path} draws from more than prompts: {purpose(parts)}; TextToImage gives it prompts only"
+            )
+        defaults = parts.defaults or THEIR_DEFAULTS | {"sampler": parts.scheduling.sampler or Settings().sampler}
+        known = {name: defaults[name] for name in DEFAULTS if name in defaults}
         return cls(
-            Autoencoder.load(folder, device=device, dtype=dtype).eval(),
-            load_unet(folder, dtype).to(device),
-            Conditioner.load(folder, dtype=dtype).to(device),
-            make_schedule(scheduling.schedule),
-            scheduling.prediction,
-            Settings(**known, spacing=scheduling.spacing),
+            lay_out(parts.autoencoder.to(device)),
+            lay_out(parts.unet.to(device)),
+            parts.conditioner.to(device),
+            parts.scheduling,
+            Settings(**known),
         )
 
-    def _context(self, prompts: Sequence[str]) -> Context:
-        """What the UNet is told, in its own dtype."""
-        return self.conditioner.encode(prompts).to(self.device, self.dtype)
-
-    def _network(self, z_t: Tensor, timestep: Tensor, context: Any) -> Tensor:
-        """The UNet in its own dtype, on latents in theirs."""
-        return self.unet(z_t.to(self.dtype), timestep, context)
+    def _context(self, prompts: Sequence[str]) -> Context | None:
+        """What the UNet is told, in its own dtype; None where that is nothing."""
+        context = self.conditioner.encode(prompts)
+        return None if self.conditioner.context_dim is None else context.to(self.device, self.dtype)
 
     def _check_side(self, name: str, side: int) -> None:
         f = self.autoencoder.downsampling
@@ -251,44 +259,29 @@ class TextToImage:
             mend = f"{low} or {low + f}" if low > 0 else f"{f} or more"
             raise ValueError(f"{name} {side} is not a multiple of {f} (autoencoder downsampling); use {mend}")
 
-    def _index(self, scheduling: Scheduling) -> dict[str, Any]:
-        """model_index.json: the classes that diffusers is to load, and our defaults."""
-        scheduler = scheduling_to_diffusers(scheduling)["_class_name"]
-        encoder = self.conditioner.encoder.config.get("architectures") or ["AutoModel"]
-        vae = "AutoencoderKL" if self.autoencoder.config.regularizer == "kl" else "VQModel"
-        # StableDiffusionPipeline knows no codebook, no mask in cross-attention, no shift, none of our own schedules
-        plain = not (self.conditioner.use_mask or self.autoencoder.shift_factor)
-        parts = vae, scheduler, encoder[0]
-        stable = plain and parts == ("AutoencoderKL", "DDIMScheduler", "CLIPTextModel")
-        return {
-            "_class_name": "StableDiffusionPipeline" if stable else "TextToImage",
-            OWN: {name: value for name, value in asdict(self.defaults).items() if name in DEFAULTS},
-            "feature_extractor": [None, None],
-            "image_encoder": [None, None],
-            "requires_safety_checker": False,
-            "safety_checker": [None, None],
-            "scheduler": ["diffusers", scheduler],
-            "text_encoder": ["transformers", encoder[0]],
-            "tokenizer": ["transformers", self.conditioner.tokenizer.options.get("tokenizer_class", "AutoTokenizer")],
-            "unet": ["diffusers", "UNet2DConditionModel"],
-            "vae": ["diffusers", vae],
-        }
+
+class _Reading:
+    """A UNet in its own dtype, on latents in theirs, that does nothing twice.
+
+    It reads a context once for as long as it is told the same object. On a CPU it looks whether both halves of a batch
+    are the same latents, told different things, as guidance wants them.
+    """
+
+    def __init__(self, unet: UNet):
+        self.unet, self.context, self.read = unet, None, None
+
+    def __call__(self, z_t: Tensor, timestep: Tensor, context: Context | None) -> Tensor:
+        if context is None:  # an unconditional model
+            return self.unet(z_t.to(self.unet.conv_in.weight.dtype), timestep)
+        if context is not self.context:
+            self.context, self.read = context, self.unet.read(context)
+        half = len(z_t) // 2
+        if z_t.is_cpu and self.read.keys_values and self.read.vector is None and self.read.latents is None:
+            if torch.equal(z_t[:half], z_t[half:]) and torch.equal(timestep[:half], timestep[half:]):
+                z_t, timestep = z_t[:half], timestep[:half]
+        return self.unet(z_t.to(self.unet.conv_in.weight.dtype), timestep, self.read)
 
 
 def _shared(picture: Settings) -> Settings:
     """What pictures of one batch must agree on."""
     return replace(picture, prompt="", negative_prompt="", seed=0, batch=1, place=0)
-
-
-def read_index(folder: str | os.PathLike) -> dict[str, Any]:
-    """model_index.json of a model folder. Raises FileNotFoundError or ValueError, in one line."""
-    path = Path(folder) / INDEX
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} is not a model folder: there is no {INDEX} in it; give one that has it")
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not readable JSON ({error}); get it again") from None
-    if not isinstance(index, dict):
-        raise ValueError(f"{path} holds no JSON object; get it again")
-    return index

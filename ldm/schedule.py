@@ -30,7 +30,7 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """What all schedules share. A subclass adds `_levels` (alpha, sigma), `_embedded` and `quantize`.
+    """What all schedules share. A subclass adds `_levels` (alpha, sigma), `_embedded`, `_located` and `quantize`.
 
     All is computed on the CPU in float64. Keep times there: numbers on the CPU never make an accelerator wait.
     """
@@ -59,6 +59,10 @@ class Schedule:
         """What the network embeds at times t, float32: the index of the noise level, fractional between two levels."""
         t = torch.as_tensor(t, dtype=None if isinstance(t, Tensor) else torch.float64)
         return self._embedded(self._position(t)).to(t.device, torch.float32)
+
+    def time(self, ratio: Tensor | float) -> Tensor:
+        """The time t at which sigma / alpha is `ratio`, float64 on the CPU; beyond the last noise level t is 1."""
+        return self._located(torch.as_tensor(ratio, dtype=torch.float64)) / self.config.timesteps
 
     @property
     def ends_in_pure_noise(self) -> bool:
@@ -106,6 +110,14 @@ class TableSchedule(Schedule):
     def _embedded(self, position: Tensor) -> Tensor:
         return (position - 1).clamp(min=0)  # below the first level the network is told the first
 
+    def _located(self, ratio: Tensor) -> Tensor:
+        """The inverse of `_ratio`."""
+        below = (torch.searchsorted(self.ratios, ratio, right=True) - 1).clamp(0, self.config.timesteps - 1)
+        low, high = self.ratios[below], self.ratios[below + 1]
+        weight = (ratio / low).log() / (high / low).log()
+        weight = torch.where(below == 0, ratio / high, weight)
+        return below + torch.where(high.isinf(), 1 - low / ratio, weight).clamp(max=1)
+
 
 class VariancePreserving(TableSchedule):
     """alpha^2 + sigma^2 = 1 (Ho et al. 2020)."""
@@ -142,6 +154,10 @@ class RectifiedFlow(Schedule):
 
     def _embedded(self, position: Tensor) -> Tensor:
         return self._levels(position)[1] * self.config.timesteps  # sigma, so that a network outlives its shift
+
+    def _located(self, ratio: Tensor) -> Tensor:
+        unshifted = ratio / self.config.shift  # sigma / alpha = shift t / (1 - t)
+        return torch.where(unshifted.isinf(), 1.0, unshifted / (1 + unshifted)) * self.config.timesteps
 
 
 def _from_betas(config: ScheduleConfig, betas: Tensor) -> VariancePreserving:
@@ -222,42 +238,3 @@ def make_schedule(config: ScheduleConfig) -> Schedule:
     if config.zero_terminal_snr and config.name in ("ve", "flow"):
         raise ValueError(f"zero_terminal_snr is for linear, scaled_linear and cosine, not {config.name}; unset it")
     return SCHEDULES[config.name](config)
-
-
-def _trailing(timesteps: int, steps: int, snap: Callable[[Tensor], Tensor]) -> Tensor:
-    """T, T - T/S, ...: begins at t = 1, where sampling begins (Lin et al. 2023, section 3.3)."""
-    return snap(timesteps - torch.arange(steps, dtype=torch.float64) * (timesteps / steps))
-
-
-def _leading(timesteps: int, steps: int, snap: Callable[[Tensor], Tensor]) -> Tensor:
-    """..., 2 T/S + 2, T/S + 2, 2: indices 981, ..., 21, 1 for 50 steps of 1000, as LDM's DDIM. Never t = 1."""
-    first = 2 if steps < timesteps else 1
-    return snap((torch.arange(steps, dtype=torch.float64) * timesteps / steps).floor().flip(0) + first)
-
-
-def _linspace(timesteps: int, steps: int, snap: Callable[[Tensor], Tensor]) -> Tensor:
-    """T, ..., 1 in equal parts, both ends included."""
-    return snap(torch.linspace(timesteps - 1, 0, steps, dtype=torch.float64)) + 1
-
-
-# (T, steps S, rounding to noise levels) -> [S] falling positions, up to T
-SPACINGS: dict[str, Callable[[int, int, Callable[[Tensor], Tensor]], Tensor]] = {
-    "trailing": _trailing,
-    "leading": _leading,
-    "linspace": _linspace,
-}
-
-
-def times(schedule: Schedule, steps: int, spacing: str = "trailing") -> Tensor:
-    """The times a sampler walks, float64 [steps + 1], falling to 0 at the end; a table's are times of its levels.
-
-    Raises:
-        ValueError: an unknown spacing, or a number of steps below 1 or above the number of noise levels.
-    """
-    timesteps = schedule.config.timesteps
-    if spacing not in SPACINGS:
-        raise ValueError(f"unknown spacing {spacing!r}; use one of {', '.join(SPACINGS)}")
-    if not 1 <= steps <= timesteps:
-        raise ValueError(f"{steps} steps is not between 1 and {timesteps}, the number of noise levels of the schedule")
-    positions = SPACINGS[spacing](timesteps, steps, torch.round if schedule.discrete else torch.clone)
-    return torch.cat([positions / timesteps, torch.zeros(1, dtype=torch.float64)])

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import difflib
-import functools
-import inspect
 import math
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 
 from ldm.samplers import SAMPLERS
+from ldm.times import SPACINGS
 
 MAX_BATCH = 256  # a record read from a picture must not eat the memory
 SEEDS = 2**64  # torch's generators take a seed below this
@@ -28,10 +28,11 @@ class Settings:
     prompt: str = ""  # what the picture shows; "": whatever the model likes
     negative_prompt: str = ""  # what guidance leads away from
     guidance_scale: float = 5.0  # 1: no guidance; above: closer to the prompt, less variety
+    guidance_rescale: float = 0.0  # share of the contrast that guidance adds, which is taken back
     steps: int = 50  # of the sampler
     sampler: str = "ddim"  # a key of SAMPLERS
     eta: float = 0.0  # share of the noise that is drawn anew at each step, by samplers that have the choice
-    spacing: str = "trailing"  # how the sampler chooses its times, a key of SPACINGS
+    spacing: str | None = None  # how the sampler chooses its times, a key of SPACINGS; None: its habit
     height: int | None = None  # pixels; None: as trained
     width: int | None = None  # pixels; None: as trained
     seed: int = 42  # of the picture's own generator
@@ -41,18 +42,19 @@ class Settings:
     def __post_init__(self) -> None:
         for field in fields(self):
             self._check_type(field.name, field.type)
-        if self.sampler not in SAMPLERS:
-            nearest = difflib.get_close_matches(self.sampler, SAMPLERS, n=1, cutoff=0.0)[0]
-            names = ", ".join(SAMPLERS)
-            raise ValueError(f"sampler {self.sampler!r} is unknown; did you mean {nearest}? There are {names}")
+        _check_name("sampler", self.sampler, SAMPLERS)
+        if self.spacing is not None:
+            _check_name("spacing", self.spacing, SPACINGS)
         if not math.isfinite(self.guidance_scale):
             raise ValueError(f"guidance scale {self.guidance_scale} is not a finite number; 1 is none, 2 to 10 usual")
+        if not 0 <= self.guidance_rescale <= 1:
+            raise ValueError(f"guidance rescale {self.guidance_rescale} must be between 0 (off) and 1; 0.7 is usual")
         if self.steps < 1:
             raise ValueError(f"steps {self.steps} must be at least 1; 20 to 50 are usual")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta {self.eta} must be between 0 (nothing is drawn anew) and 1")
-        if self.eta and not self.options:
-            takers = ", ".join(name for name in SAMPLERS if _takes_eta(name))
+        if self.eta and "eta" not in SAMPLERS[self.sampler].options:
+            takers = ", ".join(name for name, sampler in SAMPLERS.items() if "eta" in sampler.options)
             raise ValueError(f"eta {self.eta} does not go with sampler {self.sampler}; leave it out or use {takers}")
         if not 0 <= self.seed < SEEDS:
             raise ValueError(f"seed {self.seed} must be between 0 and 2^64 - 1; -1 alone draws one at random")
@@ -60,11 +62,6 @@ class Settings:
             raise ValueError(f"batch {self.batch} is more than {MAX_BATCH} pictures computed together; use less")
         if not 0 <= self.place < self.batch:
             raise ValueError(f"place {self.place} must be between 0 and batch - 1, and batch is {self.batch}")
-
-    @property
-    def options(self) -> dict[str, float]:
-        """The sampler's own options."""
-        return {"eta": self.eta} if _takes_eta(self.sampler) else {}
 
     def _check_type(self, name: str, annotation: str) -> None:
         value, (kind, words) = getattr(self, name), KINDS[annotation.split(" ")[0]]
@@ -81,6 +78,7 @@ def random_seed() -> int:
     return random.SystemRandom().randrange(2**32)
 
 
-@functools.cache
-def _takes_eta(sampler: str) -> bool:
-    return "eta" in inspect.signature(SAMPLERS[sampler]).parameters
+def _check_name(kind: str, name: str, names: Iterable[str]) -> None:
+    if name not in names:
+        nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+        raise ValueError(f"{kind} {name!r} is unknown; did you mean {nearest}? There are {', '.join(names)}")

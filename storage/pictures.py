@@ -19,7 +19,16 @@ if TYPE_CHECKING:
 
 RECORD = "stipple"  # key of the JSON record
 PARAMETERS = "parameters"  # key of the text for other programs
-A1111_SAMPLERS = {"ddim": "DDIM", "ddpm": "DDPM", "euler": "Euler", "heun": "Heun", "dpmpp_2m": "DPM++ 2M"}
+A1111_SAMPLERS = {
+    "ddim": "DDIM",
+    "ddpm": "DDPM",
+    "pndm": "PLMS",
+    "euler": "Euler",
+    "euler_ancestral": "Euler a",
+    "heun": "Heun",
+    "dpmpp_2m": "DPM++ 2M",
+    "unipc": "UniPC",
+}
 
 
 def check_writable(folder: Path) -> None:
@@ -133,17 +142,20 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def model_hash(folder: Path) -> str:
+def model_hash(model: Path) -> str:
     """Ten hex digits that tell models apart: from name, size, first and last MiB of every weights file in a folder.
+
+    Of a single file the name does not count.
 
     Training changes all weights, so that is enough; reading all of a large model would take longer than a picture.
     """
     import hashlib
 
     digest, mebibyte = hashlib.sha256(), 1 << 20
-    for path in sorted(folder.glob("*/*.safetensors")):
+    weights = sorted(path for path in model.glob("*/*") if path.suffix in (".safetensors", ".bin"))
+    for path in [model] if model.is_file() else weights:
         size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder).as_posix()} {size}".encode())
+        digest.update(f"{path.relative_to(model).as_posix()} {size}".encode())
         with open(path, "rb") as file:
             digest.update(file.read(mebibyte))
             file.seek(max(size - mebibyte, 0))

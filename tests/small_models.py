@@ -8,7 +8,8 @@ from small_encoders import build_scratch, save_bert
 from autoencoder import Autoencoder, AutoencoderConfig
 from conditioning import ConditionerConfig, build_conditioner
 from ldm.pipeline import TextToImage
-from ldm.schedule import ScheduleConfig, make_schedule
+from ldm.schedule import ScheduleConfig
+from ldm.scheduling import Scheduling
 from ldm.settings import Settings
 from ldm.unet import UNet, UNetConfig
 
@@ -44,6 +45,5 @@ def build_model(
     autoencoder.set_scale(0.1, 0.5)
     config = ScheduleConfig(**schedule) if schedule else VP
     conditioner.requires_grad_(False)
-    return TextToImage(
-        autoencoder.eval(), unet.eval(), conditioner.eval(), make_schedule(config), prediction, DEFAULTS
-    )
+    scheduling = Scheduling(schedule=config, prediction=prediction)
+    return TextToImage(autoencoder.eval(), unet.eval(), conditioner.eval(), scheduling, DEFAULTS)

@@ -10,9 +10,10 @@ from oracles import SCHEDULES
 from conditioning.context import Context
 from ldm.denoiser import Denoiser
 from ldm.guidance import classifier_free, extrapolate, in_interval, rescaled
+from ldm.onestep import heun
 from ldm.prediction import PREDICTIONS
-from ldm.samplers import heun, initial_noise
-from ldm.schedule import times
+from ldm.times import times
+from ldm.walk import initial_noise
 
 
 def means(values):
@@ -120,6 +121,7 @@ def test_guided_gaussians_have_the_mean_in_closed_form(name, scale):
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_guiding_z_0_is_guiding_the_output_for_every_prediction(z_t, prediction):
     """Ho & Salimans 2022 guide the network's output (noise); the estimate of z_0 is affine in it."""
+
     def network(z_in, timestep, context):
         return torch.tanh(z_in * context.vector)
 
@@ -132,16 +134,21 @@ def test_guiding_z_0_is_guiding_the_output_for_every_prediction(z_t, prediction)
     torch.testing.assert_close(one, Denoiser(guided_network, schedule, prediction)(z_t, 0.6, told))
 
 
-def test_rescaling_takes_back_the_contrast_of_each_image(z_t):
-    denoiser = lambda z, t, context: z * context.vector  # noqa: E731
-    conditional = denoiser(z_t, 0.4, CONTEXT)
-    full = classifier_free(denoiser, CONTEXT, NULL, 6.0, combine=rescaled(1.0))(z_t, 0.4)
-    torch.testing.assert_close(full.std(1), conditional.std(1))
-    plain = classifier_free(denoiser, CONTEXT, NULL, 6.0)(z_t, 0.4)
-    off = classifier_free(denoiser, CONTEXT, NULL, 6.0, combine=rescaled(0.0))(z_t, 0.4)
-    half = classifier_free(denoiser, CONTEXT, NULL, 6.0, combine=rescaled(0.5))(z_t, 0.4)
-    torch.testing.assert_close(off, plain)
-    torch.testing.assert_close(half, (plain + full) / 2)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("name", ["scaled_linear", "ve"])
+@pytest.mark.parametrize("t", [0.6, torch.tensor([0.2, 0.6, 0.9], dtype=torch.float64)], ids=["one", "each"])
+def test_rescaling_takes_back_the_contrast_of_each_image_in_the_output_of_the_network(z_t, prediction, name, t):
+    """Lin et al. 2023, eq. 14-16, where the output is mixed, not z_0."""
+    schedule = SCHEDULES[name]
+    denoiser = Denoiser(lambda z_in, timestep, context: torch.tanh(z_in * context.vector), schedule, prediction)
+    told, without = (denoiser.output(z_t, t, context) for context in (CONTEXT, NULL.repeat(3)))
+    guided = extrapolate(told, without, 6.0)
+    full = guided * told.std(1, keepdim=True) / guided.std(1, keepdim=True)
+    for factor in (0.0, 0.7, 1.0):
+        output = factor * full + (1 - factor) * guided
+        rescaling = rescaled(factor, denoiser.coefficients)
+        expected = Denoiser(lambda *_: output, schedule, prediction)(z_t, t)  # noqa: B023
+        torch.testing.assert_close(classifier_free(denoiser, CONTEXT, NULL, 6.0, rescaling)(z_t, t), expected)
 
 
 def test_guidance_in_an_interval_costs_nothing_outside():
@@ -163,6 +170,6 @@ def test_a_scale_that_is_no_number_says_so(scale):
 
 def test_wrong_options_say_what_is_wrong():
     with pytest.raises(ValueError, match="guidance rescale 1.2 must be between 0"):
-        rescaled(1.2)
+        rescaled(1.2, None)
     with pytest.raises(ValueError, match="guidance interval from t = 0.2 to 0.6"):
         in_interval(None, None, start=0.2, stop=0.6)

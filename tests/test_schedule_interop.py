@@ -1,12 +1,17 @@
 """Our schedules and diffusers' schedulers are the same noise levels, stored in the same file."""
 
+from dataclasses import replace
+
 import diffusers
+import numpy as np
 import pytest
 import torch
 
 from ldm.interop import load_scheduling, save_scheduling
-from ldm.options import Scheduling, scheduling_from_diffusers
-from ldm.schedule import ScheduleConfig, make_schedule, times
+from ldm.samplers import SAMPLERS
+from ldm.schedule import ScheduleConfig, make_schedule
+from ldm.scheduling import CLASSES, Scheduling, scheduling_from_diffusers, scheduling_to_diffusers
+from ldm.times import times
 
 TABLES = {
     "DDPM": ScheduleConfig(name="linear"),
@@ -20,7 +25,9 @@ OTHERS = {
     "VE": Scheduling(schedule=ScheduleConfig(name="ve", sigma_max=80.0), prediction="noise"),
     "flow": Scheduling(schedule=ScheduleConfig(name="flow", shift=3.0), prediction="flow"),
     "flow, velocity": Scheduling(schedule=ScheduleConfig(name="flow"), prediction="velocity"),
-    "table, flow": Scheduling(schedule=ScheduleConfig(), prediction="flow", spacing="linspace"),
+    "table, flow": Scheduling(schedule=ScheduleConfig(), prediction="flow", spacing=None, offset=0, ends_clean=None),
+    "SD1": Scheduling(schedule=TABLES["SD"], prediction="noise", spacing=None, ends_clean=False, sampler="pndm"),
+    "Karras": Scheduling(schedule=TABLES["SD"], prediction="noise", spacing="karras", sampler="dpmpp_2m"),
 }
 ALL = {name: Scheduling(schedule=table, prediction="velocity", spacing="leading") for name, table in TABLES.items()}
 
@@ -29,8 +36,10 @@ ALL = {name: Scheduling(schedule=table, prediction="velocity", spacing="leading"
 def test_a_schedule_survives_its_file(scheduling, tmp_path):
     save_scheduling(scheduling, tmp_path)
     back = load_scheduling(tmp_path)
-    assert (back.prediction, back.spacing) == (scheduling.prediction, scheduling.spacing)
-    assert make_schedule(back.schedule).config == make_schedule(scheduling.schedule).config
+    schedule = make_schedule(scheduling.schedule).config
+    if schedule.name == "flow" and scheduling.prediction == "flow":  # which diffusers only samples with Euler's rule
+        scheduling = replace(scheduling, sampler="euler")
+    assert back == replace(scheduling, schedule=schedule)
 
 
 @pytest.mark.parametrize("spacing", ["trailing", "leading"])
@@ -55,28 +64,162 @@ def test_diffusers_reads_the_same_flow(tmp_path):
     assert torch.allclose(schedule.timestep(levels), theirs.timesteps)
 
 
-@pytest.mark.parametrize("kind", ["PNDMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
-def test_the_noise_levels_of_any_diffusers_scheduler_with_betas_are_read(kind, tmp_path):
-    getattr(diffusers, kind)(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).save_pretrained(
+def read(**options):
+    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    return scheduling_from_diffusers(betas | options)
+
+
+@pytest.mark.parametrize("sampler", CLASSES)
+def test_the_scheduler_classes_of_diffusers_are_read_and_written(sampler, tmp_path):
+    kind = getattr(diffusers, CLASSES[sampler])
+    options = {"skip_prk_steps": True} if sampler == "pndm" else {}
+    kind(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, **options).save_pretrained(
         tmp_path / "scheduler"
     )
-    assert load_scheduling(tmp_path).schedule == TABLES["SD"]
+    found = load_scheduling(tmp_path)
+    assert (found.schedule, found.sampler, found.offset) == (TABLES["SD"], sampler, 0)
+    assert found.spacing == SAMPLERS[sampler].habit.spacing  # what they write out is their default
+    assert found.ends_clean == SAMPLERS[sampler].habit.ends_clean
+    written = scheduling_to_diffusers(found)
+    again = kind.from_config(written)
+    assert torch.equal(again.alphas_cumprod, kind.from_config(kind.load_config(tmp_path / "scheduler")).alphas_cumprod)
+
+
+# The files of the models that everybody has.
+STABLE_DIFFUSION_1 = {
+    "_class_name": "PNDMScheduler",
+    "_diffusers_version": "0.6.0",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+    "clip_sample": False,
+}
+STABLE_DIFFUSION_2 = STABLE_DIFFUSION_1 | {"_class_name": "EulerDiscreteScheduler", "prediction_type": "v_prediction"}
+STABLE_DIFFUSION_2_1 = STABLE_DIFFUSION_2 | {"_class_name": "DDIMScheduler"}
+SD_TURBO = STABLE_DIFFUSION_1 | {
+    "_class_name": "EulerDiscreteScheduler",
+    "interpolation_type": "linear",
+    "prediction_type": "epsilon",
+    "sample_max_value": 1.0,
+    "sigma_max": None,
+    "sigma_min": None,
+    "timestep_spacing": "trailing",
+    "timestep_type": "discrete",
+    "use_karras_sigmas": False,
+}
+LDM_TEXT2IMG = {
+    "_class_name": "DDIMScheduler",
+    "_diffusers_version": "0.0.4",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "timestep_values": None,
+    "num_train_timesteps": 1000,
+    "trained_betas": None,
+}
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("options", "sampler", "prediction", "spacing", "offset", "ends_clean"),
     [
-        {"trained_betas": [0.1, 0.2]},
-        {"clip_sample": True},
-        {"beta_schedule": "sigmoid"},
-        {"prediction_type": "learned"},
-        {"timestep_spacing": "random"},
+        (STABLE_DIFFUSION_1, "pndm", "noise", None, 1, False),
+        (STABLE_DIFFUSION_2, "euler", "velocity", None, 1, False),
+        (STABLE_DIFFUSION_2_1, "ddim", "velocity", None, 1, False),
+        (SD_TURBO, "euler", "noise", "trailing", 1, False),
+        (LDM_TEXT2IMG, "ddim", "noise", None, 0, None),
     ],
-    ids=lambda change: next(iter(change)),
+    ids=["SD 1", "SD 2", "SD 2.1", "SD turbo", "LDM"],
 )
-def test_a_scheduler_option_that_we_do_not_implement_is_named(change):
+def test_the_files_of_known_models_are_read(options, sampler, prediction, spacing, offset, ends_clean):
+    expected = Scheduling(
+        schedule=TABLES["SD"],
+        prediction=prediction,
+        spacing=spacing,
+        offset=offset,
+        ends_clean=ends_clean,
+        sampler=sampler,
+    )
+    assert scheduling_from_diffusers(options) == expected
+
+
+SAMPLED = ["ddim", "pndm", "euler", "euler_ancestral", "heun", "dpmpp_2m", "unipc"]
+MODELS = {"SD 1": STABLE_DIFFUSION_1, "turbo": SD_TURBO | {"steps_offset": 0}}
+WALKS = [(*x, y, z) for x in MODELS.items() for y in SAMPLED for z in ("as said", "leading", "trailing", "linspace")]
+# diffusers lays Karras between the ends of the other spacing, so where that is not linspace, elsewhere than we
+WALKS += [("SD 1", STABLE_DIFFUSION_1, sampler, "karras") for sampler in ("euler", "heun", "dpmpp_2m", "unipc")]
+
+
+@pytest.mark.parametrize(
+    ("options", "sampler", "spacing"),
+    [walk[1:] for walk in WALKS],
+    ids=[f"{model}-{sampler}-{spacing}" for model, _, sampler, spacing in WALKS],
+)
+@pytest.mark.parametrize("steps", [2, 7, 30, 48, 50, 600])
+def test_every_sampler_walks_the_timesteps_and_alphas_of_diffusers(options, sampler, spacing, steps):
+    """Between two levels their sigma / alpha is linear, ours its logarithm, up to 2 % apart just above the first."""
+    changes = {"use_karras_sigmas": True} if spacing == "karras" else {"timestep_spacing": spacing}
+    options = options | ({} if spacing == "as said" else changes)
+    kind = getattr(diffusers, CLASSES[sampler])
+    theirs = kind.from_config({name: value for name, value in options.items() if name[0] != "_"})
+    theirs.set_timesteps(steps)
+    found, habit = scheduling_from_diffusers(options), SAMPLERS[sampler].habit
+    schedule = make_schedule(found.schedule)
+    walk = times(schedule, steps, found.spacing or habit.spacing, habit, found.offset)[:-1]
+    timesteps = schedule.timestep(walk) if habit.fractional else schedule.timestep(walk).round()
+    repeated = {"pndm": 1, "heun": slice(2, None, 2)}.get(sampler)  # they list the times of calls
+    listed = theirs.timesteps if repeated is None else np.delete(theirs.timesteps.numpy(), repeated)
+    np.testing.assert_allclose(timesteps, np.asarray(listed), atol=2e-3)
+    alpha, sigma = schedule(walk)
+    if hasattr(theirs, "sigmas"):
+        sigmas = theirs.sigmas[:-1] if sampler != "heun" else theirs.sigmas[:-1][::2]
+        np.testing.assert_allclose(sigma / alpha, sigmas, rtol=2e-2 if steps == 600 else 1e-3)
+    else:
+        np.testing.assert_allclose(alpha.square(), theirs.alphas_cumprod[np.asarray(listed)], rtol=2e-5)
+
+
+REFUSED = [
+    ("DDIMScheduler", {"trained_betas": [0.1, 0.2]}),
+    ("DDIMScheduler", {"thresholding": True}),
+    ("DDIMScheduler", {"beta_schedule": "sigmoid"}),
+    ("DDIMScheduler", {"prediction_type": "learned"}),
+    ("DDIMScheduler", {"timestep_spacing": "random"}),
+    ("PNDMScheduler", {"skip_prk_steps": False}),
+    ("DDPMScheduler", {"variance_type": "learned"}),
+    ("EulerDiscreteScheduler", {"interpolation_type": "log_linear"}),
+    ("EulerDiscreteScheduler", {"timestep_type": "continuous"}),
+    ("HeunDiscreteScheduler", {"use_beta_sigmas": True}),
+    ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    ("DPMSolverMultistepScheduler", {"solver_order": 3}),
+    ("DPMSolverMultistepScheduler", {"final_sigmas_type": "sigma_min"}),
+    ("UniPCMultistepScheduler", {"use_exponential_sigmas": True}),
+    ("UniPCMultistepScheduler", {"solver_type": "bh1"}),
+    ("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True}),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"), REFUSED, ids=lambda value: next(iter(value)) if isinstance(value, dict) else ""
+)
+def test_a_scheduler_option_that_we_do_not_implement_is_named(kind, change):
     with pytest.raises(ValueError, match=f"scheduler option {next(iter(change))} "):
-        scheduling_from_diffusers({"_class_name": "DDIMScheduler", "beta_schedule": "linear"} | change)
+        read(_class_name=kind, **change)
+
+
+def test_options_that_another_sampler_reads_refuse_nothing():
+    strange = {"solver_order": 3, "algorithm_type": "sde-dpmsolver++", "interpolation_type": "log_linear"}
+    assert read(_class_name="DDIMScheduler", **strange) == read(_class_name="DDIMScheduler")
+    assert read(_class_name="LMSDiscreteScheduler").sampler is None
+
+
+def test_latents_are_not_clipped_whatever_the_file_says():
+    """StableDiffusionPipeline sets clip_sample to false, too; it is true by default, for pictures."""
+    assert read(_class_name="DDIMScheduler", clip_sample=True) == read(_class_name="DDIMScheduler")
 
 
 def test_a_scheduler_without_betas_is_named():

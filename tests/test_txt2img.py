@@ -61,14 +61,15 @@ def test_a_prompt_becomes_a_png_that_python_makes_as_well(run, checkpoint, tmp_p
 def test_every_flag_reaches_the_picture_under_each_of_its_names(run):
     (path,) = run(
         "--prompt", "a heart", "--negative_prompt=a cat", "--cfg_scale", 2, "--ddim_steps", 3, "--sampler", "ddim",
-        "--eta", 0.5, "-H", 24, "-W", 40, "--seed", 9,
+        "--eta", 0.5, "--guidance_rescale", 0.7, "--spacing", "karras", "-H", 24, "-W", 40, "--seed", 9,
     )  # fmt: skip
     expected = dict(prompt="a heart", negative_prompt="a cat", guidance_scale=2.0, steps=3, sampler="ddim", eta=0.5)
-    expected |= dict(height=24, width=40, seed=9, batch=1, place=0, spacing="trailing")
+    expected |= dict(height=24, width=40, seed=9, batch=1, place=0, spacing="karras", guidance_rescale=0.7)
     assert settings(path) == expected
     assert Image.open(path).size == (40, 24)
     (same,) = run(
         "--scale=2", "--negative-prompt", "a cat", "--steps=3", "--sampler=ddim", "--eta=.5", "--height=24",
+        "--guidance-rescale=.7", "--spacing=karras",
         "--width=40", "--seed=9", "--", "a heart",
     )  # fmt: skip
     assert same.read_bytes() == path.read_bytes()
@@ -235,7 +236,9 @@ def test_half_precision_on_a_cpu_warns_and_works(run, checkpoint, tmp_path, caps
 
 def test_sampler_help_lists_the_samplers(capsys):
     txt2img.main(["--sampler", "help"])
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(SAMPLERS)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(SAMPLERS)
+    assert "order 2  deterministic  2 S - 1 calls  linspace  Heun's rule" in lines[list(SAMPLERS).index("heun")]
 
 
 def test_the_default_checkpoint_is_in_the_folder_of_the_script(checkpoint, monkeypatch, tmp_path, capsys):
@@ -249,7 +252,7 @@ def test_the_default_checkpoint_is_in_the_folder_of_the_script(checkpoint, monke
     monkeypatch.setattr(txt2img, "CHECKPOINT", "large")
     with pytest.raises(SystemExit, match="2"):
         txt2img.main(["a heart"])
-    assert "checkpoint large does not exist; give a model folder with --checkpoint" in capsys.readouterr().err
+    assert "checkpoint large does not exist; give a model folder or file with --checkpoint" in capsys.readouterr().err
 
 
 BAD = {
@@ -265,6 +268,8 @@ BAD = {
     "eta without use": (["a", "--eta", "1", "--sampler", "euler"], "eta 1.0 does not go with sampler euler"),
     "height": (["a", "--height", "30"], "height 30 is not a multiple of 4 (autoencoder downsampling); use 28 or 32"),
     "width 0": (["a", "-W", "0"], "width 0 is not a multiple of 4"),
+    "spacing": (["a", "--spacing", "even"], "spacing 'even' is unknown; did you mean"),
+    "rescale": (["a", "--guidance-rescale", "-1"], "guidance rescale -1.0 must be between 0 (off) and 1"),
     "seed": (["a", "--seed", "-5"], "seed -5 must be between 0 and 2^64 - 1; -1 alone"),
     "large seed": (["a", "--seed", str(2**64)], f"seed {2**64} must be between"),
     "num images": (["a", "-n", "0"], "--num-images 0 must be at least 1"),
