@@ -17,11 +17,12 @@ from accelerate.utils import InitProcessGroupKwargs
 from tqdm import tqdm
 
 from autoencoder import Autoencoder
-from conditioning.conditioner import Conditioner, build_conditioner
+from conditioning.conditioner import Conditioner
+from kernels.winograd import lay_out
 from storage.config import load_config, one_line_errors
 from storage.dataset import ImageDataset, scan, write_skipped
 from storage.shards import CachedLatents, ShardWriter
-from train_ldm import RunConfig, cache_key, check_shapes
+from train_ldm import RunConfig, cache_key, check_shapes, inherited, make_conditioner, opened
 
 BATCH = 16  # images, or captions, encoded at a time
 
@@ -81,15 +82,14 @@ def cache(config: RunConfig, arguments: Sequence[str]) -> None:
         if config.data.crop == "random":
             raise ValueError("data.crop random cannot be cached; use data.crop=center, or train without a cache")
         autoencoder = Autoencoder.load(config.autoencoder).eval().requires_grad_(False)
-        captions = (caption for record in records.train for group in record.captions for caption in group)
-        conditioner = build_conditioner(config.conditioner, captions, seed=config.seed)
+        conditioner = make_conditioner(config, opened(config), records.train)
         check_shapes(config, autoencoder, conditioner)
         key = cache_key(config, records.train, autoencoder, conditioner)
         with state.main_process_first():  # the first one writes the key that the others check
             writer = ShardWriter(config.cache, state.process_index, key, records.train, state.num_processes)
         if state.is_main_process:
             write_skipped(records.skipped, f"{config.cache}/skipped.jsonl")
-    autoencoder.to(state.device, memory_format=torch.channels_last)
+    lay_out(autoencoder.to(state.device))
     conditioner.to(state.device)
     dataset = ImageDataset(records.train, config.data, config.seed, on_skip=f"{config.cache}/skipped.jsonl")
     with one_line_errors():
@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     arguments = parser.parse_intermixed_args(argv)
     with one_line_errors():
-        config = load_config(RunConfig, arguments.config, arguments.overrides)
+        config = load_config(RunConfig, arguments.config, arguments.overrides, inherited)
     cache(config, argv)
 
 

@@ -1,6 +1,7 @@
 """Stage 1: train an autoencoder on a folder of images (Rombach et al. 2022, section 3.1).
 
 accelerate launch train_autoencoder.py --config configs/autoencoder/emoji.yaml data.folder=PATH
+accelerate launch train_autoencoder.py init_from=vae-ft-mse.safetensors data.folder=PATH
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -30,7 +32,8 @@ from autoencoder.features import FeatureDistance, train_features
 from autoencoder.losses import Judgement, LossConfig, discriminator_loss, generator_loss
 from autoencoder.perceptual import PerceptualConfig, make_perceptual
 from autoencoder.regularizer import flatten, perplexity, revive, usage
-from storage.config import load_config, one_line_errors, save_config, to_dict
+from kernels.winograd import lay_out
+from storage.config import load_config, one_line_errors, require_same, save_config, to_dict
 from storage.dataset import DataConfig, ImageDataset, Order, make_loader, scan, write_skipped
 from storage.folder import fingerprint
 from storage.images import grid, tensor_to_image
@@ -57,6 +60,7 @@ class RunConfig:
 
     run: str = "runs/autoencoder"  # folder of everything this run writes
     seed: int = 0  # of every draw
+    init_from: str | None = None  # model folder or single file whose autoencoder to go on from
     data: DataConfig
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -71,6 +75,26 @@ class RunConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, about 30 % more time
+
+
+def inherited(values: dict[str, Any]) -> dict[str, Any]:
+    """What a run takes from the autoencoder that it goes on from, as the lowest layer of its config."""
+    path = values.get("init_from")
+    if not isinstance(path, str):
+        return {}
+    given = Autoencoder.load(path).config
+    return {"autoencoder": to_dict(given), "data": {"image_size": given.sample_size}}
+
+
+def make_autoencoder(config: RunConfig) -> Autoencoder:
+    """A new autoencoder, or that of init_from in memory of its own; its scale is measured anew at each save."""
+    autoencoder = Autoencoder(config.autoencoder)
+    if config.init_from is not None:
+        given = Autoencoder.load(config.init_from)
+        free = ("sample_size", "commitment")
+        require_same(config.autoencoder, given.config, "autoencoder", f"init_from {config.init_from}", free)
+        autoencoder.load_state_dict(given.state_dict(), strict=True)
+    return autoencoder
 
 
 class Codebook:
@@ -207,8 +231,8 @@ def train(config: RunConfig) -> None:
         held_out_data = dataclasses.replace(config.data, crop="center", flip=False, max_bad_fraction=1.0)
         held_out = ImageDataset(records.validation, held_out_data, seed, on_skip=f"{config.run}/skipped.jsonl")
         torch.manual_seed(seed)
-        autoencoder, discriminator = Autoencoder(config.autoencoder), PatchDiscriminator(config.discriminator)
-        autoencoder.to(memory_format=torch.channels_last)
+        autoencoder, discriminator = make_autoencoder(config), PatchDiscriminator(config.discriminator)
+        lay_out(autoencoder.to(device))
         discriminator.to(memory_format=torch.channels_last)
         autoencoder.checkpointing = config.checkpointing
         f, size = autoencoder.downsampling, config.data.image_size
@@ -287,7 +311,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     overrides = list(arguments.overrides)
     overrides += ["trainer.compile=true"] * arguments.compile + ["trainer.resume=false"] * arguments.no_resume
     with one_line_errors():
-        config = load_config(RunConfig, arguments.config, overrides)
+        config = load_config(RunConfig, arguments.config, overrides, inherited)
     train(config)
     if PartialState().is_main_process:
         stem = Path(arguments.config or "").name

@@ -1,6 +1,7 @@
 """Stage 2: train a latent UNet that reads captions (Rombach et al. 2022, sections 3.2 and 3.3).
 
 accelerate launch train_ldm.py --config configs/ldm/emoji.yaml data.folder=PATH autoencoder=runs/emoji-autoencoder/model
+accelerate launch train_ldm.py init_from=sd-v1-5.safetensors data.folder=PATH
 """
 
 from __future__ import annotations
@@ -18,15 +19,20 @@ import torch
 from torch import nn
 
 from autoencoder import Autoencoder, Posterior
-from conditioning.conditioner import Conditioner, ConditionerConfig, build_conditioner
+from conditioning.classes import ClassConditioner
+from conditioning.conditioner import AnyConditioner, Conditioner, ConditionerConfig, build_conditioner
 from conditioning.context import Context, drop_context
+from kernels.winograd import lay_out
 from ldm.denoiser import Denoiser
+from ldm.interop import empty_unet
 from ldm.loss import WEIGHTINGS, diffusion_loss
+from ldm.parts import Parts, open_model, purpose
 from ldm.pipeline import TextToImage
 from ldm.schedule import ScheduleConfig, make_schedule
+from ldm.scheduling import Scheduling
 from ldm.settings import Settings
 from ldm.unet import UNet, UNetConfig
-from storage.config import load_config, one_line_errors, save_config, to_dict
+from storage.config import load_config, one_line_errors, require_same, save_config, to_dict
 from storage.dataset import (
     Batch,
     DataConfig,
@@ -44,9 +50,12 @@ from storage.folder import fingerprint
 from storage.images import grid
 from storage.randomness import generator, normal, uniform
 from storage.shards import CachedBatch, CachedLatents, cached_collate
+from storage.weights import place
 from training.ema import Ema, EmaConfig
 from training.optimizer import OptimizerConfig
 from training.trainer import Trainer, TrainerConfig
+
+DEFAULT_SAMPLES = ("sampler", "steps", "guidance_scale")  # fields of SamplesConfig that a model has defaults for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,10 +105,11 @@ class RunConfig:
 
     run: str = "runs/ldm"  # folder of everything this run writes
     seed: int = 0  # of every draw
+    init_from: str | None = None  # model folder or single file to go on from; what is not said here is as it is there
     data: DataConfig
-    autoencoder: str  # model folder of stage 1, or any diffusers model folder
+    autoencoder: str  # model folder of stage 1, any diffusers model folder, or a single file; default: init_from
     cache: str | None = None  # folder that cache_latents.py fills; null: encode images while training
-    conditioner: ConditionerConfig = field(default_factory=ConditionerConfig)
+    conditioner: ConditionerConfig = field(default_factory=ConditionerConfig)  # default: that of init_from
     unet: UNetConfig = field(default_factory=UNetConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -109,6 +119,53 @@ class RunConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, about 30 % more time
     save_precision: Literal["fp32", "fp16"] = "fp32"  # of the model folder
+
+
+def inherited(values: dict[str, Any]) -> dict[str, Any]:
+    """What a run takes from the model that it goes on from, as the lowest layer of its config."""
+    path = values.get("init_from")
+    if not isinstance(path, str):
+        return {}
+    parts = open_model(path)
+    if parts.extra_channels or not isinstance(parts.conditioner, Conditioner | ClassConditioner):
+        told = purpose(parts) if parts.extra_channels or parts.conditioner is None else "it reads no prompts"
+        raise ValueError(f"init_from {path} can't be trained on captions: {told}")
+    return {
+        "autoencoder": path,
+        "data": {"image_size": parts.unet.config.sample_size * parts.autoencoder.downsampling},
+        "unet": to_dict(parts.unet.config),
+        "diffusion": {
+            "prediction": parts.scheduling.prediction,
+            "schedule": to_dict(make_schedule(parts.scheduling.schedule).config),
+        },
+        "samples": {name: parts.defaults[name] for name in DEFAULT_SAMPLES if name in parts.defaults},
+    }
+
+
+def opened(config: RunConfig) -> Parts | None:
+    """The model that a run goes on from, if there is one."""
+    return None if config.init_from is None else open_model(config.init_from)
+
+
+def make_conditioner(config: RunConfig, init: Parts | None, records: list[Record]) -> AnyConditioner:
+    """The text encoder that the config names; else that of init_from, which learns on if it learnt with the UNet."""
+    captions = [caption for record in records for group in record.captions for caption in group]
+    if init is None or config.conditioner != ConditionerConfig():
+        return build_conditioner(config.conditioner, captions, seed=config.seed)
+    if isinstance(init.conditioner, ClassConditioner):
+        init.conditioner.tokenize(captions)  # a caption that is no class is to be found now
+    return init.conditioner
+
+
+def make_unet(config: RunConfig, init: Parts | None) -> UNet:
+    """A new UNet with weights drawn by torch's generator, or that of init_from in memory of its own."""
+    if init is None:
+        return UNet(config.unet)
+    free = ("sample_size", "dropout")
+    require_same(config.unet, init.unet.config, "unet", f"init_from {config.init_from}", free)
+    unet = empty_unet(config.unet)
+    place(unet, {name: value.clone() for name, value in init.unet.state_dict().items()}, str(config.init_from))
+    return unet
 
 
 def cache_key(
@@ -175,9 +232,7 @@ class Inputs:
 
 
 @torch.no_grad()
-def validate(
-    trainer: Trainer, denoiser: Denoiser, held_out: ImageDataset, inputs: Inputs, config: RunConfig
-) -> None:
+def validate(trainer: Trainer, denoiser: Denoiser, held_out: ImageDataset, inputs: Inputs, config: RunConfig) -> None:
     """The loss on held-out images at evenly spaced noise levels, with the same noise each time; shared by processes."""
     levels, count = config.validation.levels, min(config.validation.images, len(held_out))
     sums = torch.zeros(levels + 1, dtype=torch.float64, device=trainer.device)
@@ -215,8 +270,8 @@ def train(config: RunConfig) -> None:
         trainer = Trainer(config.trainer, config.run, to_dict(config))
         device, seed = trainer.device, config.seed
         autoencoder = Autoencoder.load(config.autoencoder).eval().requires_grad_(False)
-        captions = (caption for record in records.train for group in record.captions for caption in group)
-        conditioner = build_conditioner(config.conditioner, captions, seed=seed)
+        init = opened(config)
+        conditioner = make_conditioner(config, init, records.train)
         check_shapes(config, autoencoder, conditioner)
         cache = None
         if config.cache is not None:
@@ -234,11 +289,11 @@ def train(config: RunConfig) -> None:
         defaults = Settings(sampler=samples.sampler, steps=samples.steps, guidance_scale=samples.guidance_scale)
         schedule = make_schedule(config.diffusion.schedule)
         torch.manual_seed(seed)
-        unet = UNet(config.unet).to(memory_format=torch.channels_last)
+        unet = lay_out(make_unet(config, init).to(device))
         unet.checkpointing = config.checkpointing
         Denoiser(unet, schedule, config.diffusion.prediction)  # refuses what is not defined, before anything is written
 
-    autoencoder.to(device)
+    lay_out(autoencoder.to(device))
     network = trainer.network("unet", unet)
     trained, text_network = [unet], conditioner.to(device)
     if conditioner.trainable:
@@ -247,7 +302,8 @@ def train(config: RunConfig) -> None:
         text_network = trainer.network("conditioner", conditioner)
     averages = [Ema(module, config.ema) for module in trained]
     optimizer = trainer.optimizer("optimizer", trained, config.optimizer, averages)
-    model = TextToImage(autoencoder, unet, conditioner, schedule, config.diffusion.prediction, defaults)
+    scheduling = Scheduling(schedule=config.diffusion.schedule, prediction=config.diffusion.prediction)
+    model = TextToImage(autoencoder, unet, conditioner, scheduling, defaults)
     shown = (records.validation or records.train)[:8]
     prompts = samples.prompts or [record.captions[0][0] for record in shown]
     with one_line_errors():
@@ -319,7 +375,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     overrides = list(arguments.overrides)
     overrides += ["trainer.compile=true"] * arguments.compile + ["trainer.resume=false"] * arguments.no_resume
     with one_line_errors():
-        config = load_config(RunConfig, arguments.config, overrides)
+        config = load_config(RunConfig, arguments.config, overrides, inherited)
     train(config)
 
 

@@ -5,20 +5,30 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from autoencoder import interop
+from autoencoder import compvis, interop
 from autoencoder.config import AutoencoderConfig
 from autoencoder.networks import Decoder, Encoder
 from autoencoder.regularizer import Posterior, VectorQuantizer
+from storage.weights import (
+    find_weights,
+    misfits,
+    place,
+    read_folder,
+    read_weights,
+    rename_old_attention,
+    require_fit,
+    write_weights,
+)
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+STEM = "diffusion_pytorch_model"
+FOLDERS = ("vae", "vqvae")  # of the autoencoder in a model folder; the second is that of diffusers' LDM pipelines
 
 
 @dataclass(frozen=True)
@@ -137,6 +147,28 @@ class Autoencoder(nn.Module):
             self.quantize.embedding.weight -= mean.to(bias)
         self.scaling_factor, self.shift_factor = 1.0 / std, 0.0
 
+    @torch.no_grad()
+    def rescale(self, scaling_factor: float) -> None:
+        """Give the networks' latents another scale, so that `scaling_factor` is this one and shift_factor 0.
+
+        The unit-scale latents and all reconstructions stay: a program that always multiplies by 0.18215 reads them
+        right. (A log-variance beyond [-30, 20], where it is clamped, moves with the bounds.)
+        """
+        gain, shift, c = self.scaling_factor / scaling_factor, self.shift_factor, self.latent_channels
+        if gain == 1 and shift == 0:
+            return
+        before, after = self.quant_conv, self.post_quant_conv
+        after.bias += after.weight[:, :, 0, 0].double().sum(1).mul(shift).to(after.bias)
+        after.weight /= gain
+        before.weight[:c] *= gain
+        before.bias[:c] = (before.bias[:c].double() - shift).mul(gain).to(before.bias)
+        if self.config.regularizer == "kl":
+            before.bias[c:] += 2 * math.log(gain)
+        else:
+            codes = self.quantize.embedding.weight
+            codes.copy_((codes.double() - shift) * gain)
+        self.scaling_factor, self.shift_factor = scaling_factor, 0.0
+
     def fingerprint(self) -> str:
         """SHA-256 over weights, options and scale: latents of another autoencoder are not to be mixed with ours."""
         digest = hashlib.sha256(repr((self.config, self.scaling_factor, self.shift_factor)).encode())
@@ -155,41 +187,72 @@ class Autoencoder(nn.Module):
         if self.latent_rgb is not None:
             options["_latent_rgb"] = self.latent_rgb.tolist()
         (target / "config.json").write_text(json.dumps(options, indent=2, sort_keys=True) + "\n")
-        weights = {name: value.detach().to("cpu", dtype).contiguous() for name, value in self.state_dict().items()}
-        save_file(weights, target / WEIGHTS, metadata={"format": "pt"})
-        (target / WEIGHTS).chmod(0o644)  # safetensors makes it readable to its owner alone
+        weights = {name: value.to("cpu", dtype) for name, value in self.state_dict().items()}
+        write_weights(weights, target / f"{STEM}.safetensors")
 
     @classmethod
-    def load(cls, folder: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Autoencoder:
-        """Read a model folder, or the `vae` folder in it, as `save` or diffusers wrote it.
+    def load(
+        cls,
+        folder: str | Path,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        variant: str | None = None,
+    ) -> Autoencoder:
+        """Read a model folder, or the `vae` folder in it, as `save` or diffusers wrote it; or a file in CompVis' names.
+
+        Args:
+            folder: with config.json and weights in it, or with a folder `vae` or `vqvae` that has them; or the single
+                file of a first stage or a whole model.
+            device: where to.
+            dtype: of the weights in memory, whatever the files hold.
+            variant: such as "fp16", of the files; see `storage.weights.read_folder`.
 
         Raises:
             FileNotFoundError: config.json or the weights are not there.
             ValueError: an option is unknown here, or weights are missing, left over or of another shape.
         """
-        source = Path(folder) / "vae" if (Path(folder) / "vae").is_dir() else Path(folder)
-        for name in ("config.json", WEIGHTS):
-            if not (source / name).is_file():
-                raise FileNotFoundError(f"no {name} in {source}; give a model folder with a vae folder in it")
+        if Path(folder).is_file():
+            try:
+                state = read_weights(folder)
+                scale = state[compvis.SCALE].item() if compvis.SCALE in state else None
+                return cls.from_compvis(compvis.first_stage(state), scale).to(device, dtype)
+            except ValueError as error:
+                raise ValueError(f"{folder} can't be opened: {error}") from None
+        inner = (Path(folder) / name for name in FOLDERS)
+        source = next((path for path in inner if path.is_dir()), Path(folder))
+        if not (source / "config.json").is_file():
+            raise FileNotFoundError(f"no config.json in {source}; give a model folder with a vae folder in it")
         try:
             options = json.loads((source / "config.json").read_text(encoding="utf-8"))
-            weights = interop.rename_old_attention(load_file(source / WEIGHTS))
-        except (ValueError, SafetensorError) as error:
-            raise ValueError(f"{source} can't be read ({error}); get it again") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{source / 'config.json'} is not readable JSON ({error}); get it again") from None
         if not isinstance(options, dict):
             raise ValueError(f"{source / 'config.json'} holds no JSON object; get it again")
         with torch.device("meta"):
             autoencoder = cls(interop.from_diffusers(options))
-        try:
-            autoencoder.load_state_dict(weights, strict=True, assign=True)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{source / WEIGHTS} does not fit its config.json: {reason}") from error
+        weights = rename_old_attention(read_folder(source, STEM, variant))
+        place(autoencoder, weights, find_weights(source, STEM, variant))
         autoencoder.scaling_factor = options.get("scaling_factor", 0.18215)  # diffusers leaves its default out
         autoencoder.shift_factor = options.get("shift_factor") or 0.0
         if "_latent_rgb" in options:
             autoencoder.latent_rgb = torch.tensor(options["_latent_rgb"])
         return autoencoder.requires_grad_(True).to(device, dtype)
+
+    @classmethod
+    def from_compvis(cls, weights: Mapping[str, Tensor], scaling_factor: float | None = None) -> Autoencoder:
+        """The autoencoder of weights in CompVis' names (see `compvis.first_stage`); None is their usual scale.
+
+        Raises:
+            ValueError: they are not those of a KL or VQ autoencoder, or not all of them.
+        """
+        config = compvis.compvis_config(weights)
+        with torch.device("meta"):
+            autoencoder = cls(config)
+        expected = compvis.to_compvis(autoencoder.state_dict(), config)
+        require_fit(misfits(expected, weights), "the first stage")
+        place(autoencoder, compvis.from_compvis(weights), "the first stage")
+        autoencoder.scaling_factor = scaling_factor or compvis.SCALES[config.regularizer]
+        return autoencoder.requires_grad_(True)
 
     def _draw(self, latents: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(latents.to(self.post_quant_conv.weight.dtype)))

@@ -1,4 +1,4 @@
-"""The autoencoder's config.json and weights as other programs write them: diffusers and CompVis.
+"""The autoencoder's config.json and weights as diffusers writes them.
 
 Parameter names are diffusers' own, so only options need translating. Attention at a level is `AttnDownEncoderBlock2D`
 and `AttnUpDecoderBlock2D` there. What diffusers has no word for (the preview matrix, the commitment weight) is written
@@ -7,10 +7,7 @@ under keys that begin with an underscore, which diffusers drops in silence.
 
 from __future__ import annotations
 
-import re
 from typing import Any
-
-from torch import Tensor
 
 from autoencoder.config import AutoencoderConfig
 
@@ -34,9 +31,6 @@ SHARED = ("in_channels", "latent_channels", "block_out_channels", "layers_per_bl
 OPTIONAL = {"mid_block_add_attention": "mid_attention", "num_vq_embeddings": "codebook_size"}
 OPTIONAL |= {"vq_embed_dim": "codebook_dim", "_commitment": "commitment"}
 STATE = {"scaling_factor", "shift_factor", "_latent_rgb"}
-
-# names that diffusers gave the attention's layers before 0.17; such files are still in use
-OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def to_diffusers(config: AutoencoderConfig) -> dict[str, Any]:
@@ -91,40 +85,3 @@ def _attention(types: list[str], known: dict[bool, str]) -> tuple[bool, ...]:
     if unknown:
         raise ValueError(f"block type {unknown[0]!r} is unknown; use {' or '.join(known.values())}")
     return tuple(name == known[True] for name in types)
-
-
-def rename_old_attention(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights under today's names, from files whose attention layers are called query, key, value, proj_attn."""
-    pattern = re.compile(rf"(attentions\.\d+)\.({'|'.join(OLD_ATTENTION)})\.")
-    return {pattern.sub(lambda m: f"{m[1]}.{OLD_ATTENTION[m[2]]}.", name): value for name, value in weights.items()}
-
-
-def from_compvis(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """An autoencoder's weights in our names, from CompVis names (`encoder.down.0.block.0...`, prefix taken off before).
-
-    Loss weights (`loss.*`) and EMA copies are not part of the autoencoder and must be taken out before.
-    Attention's 1x1 convolutions [C, C, 1, 1] become linear maps [C, C].
-    """
-    levels = 1 + max(int(name.split(".")[2]) for name in weights if name.startswith("decoder.up."))
-    converted = {}
-    for name, value in weights.items():
-        ours = compvis_name(name, levels)
-        attention_matrix = ".attentions." in ours and value.ndim == 4
-        converted[ours] = value.reshape(value.shape[:2]) if attention_matrix else value
-    return converted
-
-
-def compvis_name(name: str, levels: int) -> str:
-    """Our name of a CompVis parameter, in an autoencoder of so many levels (the decoder counts them from below)."""
-    name = re.sub(r"^encoder\.down\.(\d+)\.", r"encoder.down_blocks.\1.", name)
-    name = re.sub(r"^decoder\.up\.(\d+)\.", lambda m: f"decoder.up_blocks.{levels - 1 - int(m[1])}.", name)
-    name = re.sub(r"\.block\.(\d+)\.", r".resnets.\1.", name)
-    name = re.sub(r"\.mid\.block_(\d)\.", lambda m: f".mid_block.resnets.{int(m[1]) - 1}.", name)
-    name = name.replace(".mid.attn_1.", ".mid_block.attentions.0.")
-    name = re.sub(r"\.attn\.(\d+)\.", r".attentions.\1.", name)
-    name = re.sub(r"\.(down|up)sample\.conv\.", r".\1samplers.0.conv.", name)
-    name = name.replace(".nin_shortcut.", ".conv_shortcut.").replace(".norm_out.", ".conv_norm_out.")
-    if ".attentions." in name:
-        layers = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
-        name = re.sub(r"(attentions\.\d+)\.(norm|q|k|v|proj_out)\.", lambda m: f"{m[1]}.{layers[m[2]]}.", name)
-    return name

@@ -20,6 +20,7 @@ TILE = 4  # outputs per tile, along one side
 WEIGHTS_IN_CACHE = 600_000  # numbers of transformed weights that are made at a time: 2.4 MB
 TILES_IN_CACHE = 6_000_000  # numbers of transformed inputs and outputs that are worked on at a time: 24 MB
 FEWEST_TILES = 128  # below, the matrix products are too flat to be fast
+MANY_PIXELS = 160  # up to here, the weights are too many to be transformed: one product with all patches is faster
 FEWEST_CHANNELS = 96  # below, the transforms cost more than they save
 
 # Rows are points 0, 1, -1, 2, -2, infinity of Lavin & Gray 2015, section 4.3 (matrices of F(4, 3)).
@@ -127,6 +128,12 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [B, C, H, W], weight [9, C, O] -> [B, O, H, W]."""
     (batch, channels, height, width), out = x.shape, weight.shape[2]
     padded = _padded(x)
+    if batch * height * width <= MANY_PIXELS:
+        to_image, to_row, to_column, _ = padded.stride()
+        strides = (to_image, to_row, to_column, to_row, to_column, 1)
+        patches = padded.as_strided((batch, height, width, 3, 3, channels), strides).reshape(-1, 9 * channels)
+        result = patches @ weight.flatten(0, 1) if bias is None else torch.addmm(bias, patches, weight.flatten(0, 1))
+        return result.view(batch, height, width, out).permute(0, 3, 1, 2)
     result = x.new_empty(batch, *(TILE * tiles for tiles in _tiles(height, width)), out)
     bands = list(_bands(batch, *_tiles(height, width), channels + out))
     whole = _transform(weight) if len(bands) > 1 else None

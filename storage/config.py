@@ -14,7 +14,7 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,8 +22,15 @@ MAX_BYTES = 1 << 20  # a config larger than this is some other file
 MISSING = "???"  # OmegaConf's mark of a value still to be given
 
 
-def load_config(cls: type, path: str | None = None, overrides: Sequence[str] = ()) -> Any:
+def load_config(
+    cls: type,
+    path: str | None = None,
+    overrides: Sequence[str] = (),
+    base: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+) -> Any:
     """An instance of the dataclass `cls`: its defaults, then a YAML file, then dotted `key=value` overrides.
+
+    `base` is told what file and overrides say, and gives values that lie under them, above the defaults.
 
     Raises FileNotFoundError for a missing file; ValueError, in one line, for unreadable YAML, a duplicate key, an
     unknown one (naming the nearest valid one), a wrong type, a missing value, or whatever the dataclass itself
@@ -36,15 +43,34 @@ def load_config(cls: type, path: str | None = None, overrides: Sequence[str] = (
     try:
         for override in overrides:
             merged = OmegaConf.merge(merged, _read_override(override))
+        if base is not None:
+            merged = OmegaConf.merge(base(OmegaConf.to_container(merged, resolve=True)), merged)
         values = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
         raise ValueError(f"config: {_one_line(error)}") from None
     return _read_dataclass(values, cls, None, "")
 
 
+def read_yaml(path: str) -> dict[str, Any]:
+    """A YAML file as plain values; interpolations stay text. Raises FileNotFoundError or ValueError, in one line."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(_read_yaml(path), resolve=False)
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """The config as nested dicts and lists, ready for YAML and JSON."""
     return _plain(dataclasses.asdict(config))
+
+
+def require_same(given: Any, expected: Any, where: str, source: str, free: Sequence[str] = ()) -> None:
+    """Raise a ValueError naming the first five fields in which two configs of one class differ, except those `free`."""
+    names = [field.name for field in dataclasses.fields(given) if field.name not in free]
+    pairs = {name: (getattr(given, name), getattr(expected, name)) for name in names}
+    wrong = [f"{where}.{name} is {a!r}, not {b!r}" for name, (a, b) in pairs.items() if a != b]
+    if wrong:
+        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise ValueError(f"the config is not that of {source}: {'; '.join(wrong[:5])}{more}; leave out what differs")
 
 
 def save_config(config: Any, path: str) -> None:

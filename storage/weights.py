@@ -23,6 +23,9 @@ SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # the first is mapp
 BIN_STEMS = {"model": "pytorch_model"}  # transformers' .bin files have another stem than its .safetensors
 # what Lightning's checkpoints name beside the weights; neither imported nor run, see `_stand_in`
 INERT = ("pytorch_lightning.", "lightning.", "numpy.", "_codecs.encode")
+# names that diffusers gave the layers of plain attention before 0.17; such files are still in use
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+ALIGNMENT = 64  # bytes, of a cache line, at which torch places tensors itself
 MAX_INDEX = 1 << 26  # bytes; the index of a sharded model with 100,000 weights has about 10 MB
 
 
@@ -120,11 +123,15 @@ def write_weights(
 def place(module: nn.Module, weights: Mapping[str, Tensor], source: str | os.PathLike) -> None:
     """Make `weights` the parameters and buffers of `module` (which may be on "meta"), all of them and no others.
 
+    A weight that a file has at an odd place is copied: matrix products have other last bits then, so that the same
+    model would draw other pictures from another file.
+
     Raises:
         ValueError: naming the first five keys that are missing, left over or of another shape.
     """
     require_fit(misfits(module.state_dict(), weights), source)
-    module.load_state_dict(dict(weights), strict=True, assign=True)
+    aligned = {name: w.clone() if w.data_ptr() % ALIGNMENT else w for name, w in weights.items()}
+    module.load_state_dict(aligned, strict=True, assign=True)
 
 
 def misfits(expected: Mapping[str, Any], weights: Mapping[str, Any]) -> list[str]:
@@ -135,6 +142,12 @@ def misfits(expected: Mapping[str, Any], weights: Mapping[str, Any]) -> list[str
         if name in weights and tuple(weights[name].shape) != tuple(value.shape):
             wrong.append(f"{name} is {list(weights[name].shape)}, not {list(value.shape)}")
     return wrong
+
+
+def rename_old_attention(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under today's names, from files whose attention layers are called query, key, value, proj_attn."""
+    pattern = re.compile(rf"(attentions\.\d+)\.({'|'.join(OLD_ATTENTION)})\.")
+    return {pattern.sub(lambda m: f"{m[1]}.{OLD_ATTENTION[m[2]]}.", name): value for name, value in weights.items()}
 
 
 def require_fit(wrong: list[str], source: str | os.PathLike) -> None:
@@ -149,7 +162,7 @@ def _read_pickle(path: Path) -> Any:
     try:
         zipped = zipfile.is_zipfile(path)  # PyTorch before 1.6 wrote another format, which can't be mapped
         foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
-        inert = [(_stand_in(name), name) for name in foreign if name.startswith(INERT)]
+        inert = [_stand_in(name) for name in foreign if name.startswith(INERT)]
         with torch.serialization.safe_globals(inert), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickle protocols; what matters is raised
             return torch.load(path, "cpu", weights_only=True, mmap=zipped)
@@ -169,7 +182,8 @@ def _stand_in(name: str) -> type:
     def ignore(self: object, *arguments: object, **options: object) -> None:
         """Do nothing."""
 
-    return type(name.rpartition(".")[2], (), {"__init__": ignore, "__setstate__": ignore})
+    module, _, own = name.rpartition(".")  # by which torch finds it
+    return type(own, (), {"__module__": module, "__init__": ignore, "__setstate__": ignore})
 
 
 def _state_dict(value: Any, path: Path) -> dict[str, Tensor]:

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from autoencoder import Autoencoder, AutoencoderConfig, LatentStatistics, latent_rgb, preview
-from autoencoder.interop import compvis_name, from_compvis
 
 SMALL = dict(block_out_channels=(16, 32, 32), layers_per_block=1, norm_num_groups=8, sample_size=16)
 CODEBOOK = dict(regularizer="vq", codebook_size=64)
@@ -202,7 +201,7 @@ CHANGES = [
     ({"down_block_types": ["DownBlock2D"] * 3}, "'DownBlock2D' is unknown"),
     ({"up_block_types": ["AttnUpDecoderBlock2D"] * 3}, "do not mirror"),
     ({"_class_name": "AutoencoderTiny"}, "'AutoencoderTiny' is not an autoencoder"),
-    ({"layers_per_block": 2}, "does not fit its config.json"),
+    ({"layers_per_block": 2}, "does not fit its configuration: .* is missing"),
 ]
 
 
@@ -288,37 +287,3 @@ def test_preview_matrix_recovers_colors_that_are_linear_in_the_latents():
     assert small_images.abs().max() < 1
     pixels = small_images.repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
     assert torch.allclose(latent_rgb(latents, pixels), matrix, atol=1e-4)
-
-
-def compvis_names(levels, layers, attention_levels, regularizer):
-    """The parameter names of CompVis' autoencoder."""
-    resnet, attention = ["norm1", "conv1", "norm2", "conv2"], ["norm", "q", "k", "v", "proj_out"]
-    names = ["quant_conv", "post_quant_conv"]
-    for half, way, depth in (("encoder", "down", layers), ("decoder", "up", layers + 1)):
-        names += [f"{half}.{part}" for part in ("conv_in", "norm_out", "conv_out")]
-        names += [f"{half}.mid.block_{i}.{part}" for i in (1, 2) for part in resnet]
-        names += [f"{half}.mid.attn_1.{part}" for part in attention]
-        for i in range(levels):
-            level = f"{half}.{way}.{i}"
-            names += [f"{level}.block.{j}.{part}" for j in range(depth) for part in resnet]
-            names += [f"{level}.attn.{j}.{part}" for j in range(depth * attention_levels[i]) for part in attention]
-            if i != (levels - 1 if way == "down" else 0):
-                names.append(f"{level}.{way}sample.conv")
-    # where the channels change in SMALL: 16 -> 32 on the way down, 32 -> 16 on the way up
-    names += ["encoder.down.1.block.0.nin_shortcut", "decoder.up.0.block.0.nin_shortcut"]
-    codes = ["quantize.embedding.weight"] if regularizer == "vq" else []
-    return [f"{name}.{part}" for name in names for part in ("weight", "bias")] + codes
-
-
-@pytest.mark.parametrize("regularizer", ["kl", "vq"])
-def test_compvis_weights_are_placed_without_remainder(regularizer):
-    autoencoder, x = small(regularizer, attention_levels=(False, False, True)), images()
-    compvis = {}
-    for name in compvis_names(3, 1, (False, False, True), regularizer):
-        value = autoencoder.state_dict()[compvis_name(name, 3)]
-        is_attention = ".attn" in name and value.ndim == 2
-        compvis[name] = value[:, :, None, None] if is_attention else value
-    assert len(compvis) == len(autoencoder.state_dict())
-    again = small(regularizer, seed=1, attention_levels=(False, False, True))
-    again.load_state_dict(from_compvis(compvis), strict=True)
-    assert torch.equal(again(x).images, autoencoder(x).images)

@@ -234,3 +234,17 @@ def test_placing_fills_a_module_that_has_no_memory_yet():
         empty = torch.nn.Linear(3, 2)
     place(empty, full.state_dict(), "x")
     assert same(empty.state_dict(), full.state_dict())
+
+
+def test_weights_at_odd_places_of_a_file_are_moved_and_others_stay_where_they_are(tmp_path):
+    full = torch.nn.Linear(16, 16)
+    for name, others in (("odd", {"0": torch.zeros(3)}), ("even", {})):
+        write_weights(others | full.state_dict(), tmp_path / f"{name}.safetensors")
+        weights = {key: value for key, value in read_weights(tmp_path / f"{name}.safetensors").items() if key != "0"}
+        before = weights["weight"].data_ptr()
+        with torch.device("meta"):
+            module = torch.nn.Linear(16, 16)
+        place(module, weights, "x")
+        assert all(value.data_ptr() % 64 == 0 for value in module.state_dict().values())
+        assert (module.weight.data_ptr() == before) == (before % 64 == 0)
+        assert same(module.state_dict(), full.state_dict())

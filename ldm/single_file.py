@@ -1,0 +1,248 @@
+"""Whole models in one file, as CompVis' and Stability's programs keep them: .ckpt or .safetensors, in CompVis' names.
+
+What a file is, is seen in its keys and shapes. What these don't tell is said by the caller, a YAML of CompVis', the
+metadata of the file, or known of published models: see `_prediction` and `ldm.compvis.KNOWN`.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autoencoder import Autoencoder
+from autoencoder.compvis import PREFIX as FIRST_STAGE
+from autoencoder.compvis import SCALE, SCALES, first_stage, to_compvis
+from conditioning.clip import Clip
+from conditioning.compvis import kind_of_text
+from conditioning.conditioner import AnyConditioner, Conditioner
+from conditioning.interop import conditioner_from_compvis, conditioner_to_compvis
+from ldm.compvis import AVERAGE, NETWORK, ema_weights, unet_config, unet_from_compvis, unet_to_compvis
+from ldm.compvis_schedule import schedule_from_compvis
+from ldm.interop import empty_unet
+from ldm.parts import Parts
+from ldm.schedule_buffers import BUFFERS, schedule_buffers
+from ldm.scheduling import PREDICTION_TYPES, Scheduling
+from ldm.unet import UNetConfig
+from storage.config import read_yaml
+from storage.weights import place, read_metadata, read_weights, write_weights
+
+COND_STAGE = "cond_stage_model."
+MARKS = {"v_pred": "predicts velocity", "ztsnr": "no signal at t = 1"}  # empty tensors, a habit of ComfyUI's
+OTHERS = {*BUFFERS, *MARKS, SCALE, "logvar", "lvlb_weights"}  # logvar: weights of the loss, not of the model
+BERT_WORDS = 30522  # a table of LDM's transformer of another length holds no words, but the boxes of a layout
+SPATIAL = "channel_mapper.weight"  # makes latents of a semantic map
+PROBE, PROBE_IDS = "a photo of a cat", [49406, 320, 1125, 539, 320, 2368, 49407]  # as CLIP's tokenizer has it
+SD2 = (320, 1024)  # features on the finest level and width of the context
+SD2_NORM = "output_blocks.11.1.transformer_blocks.0.norm1.bias"
+
+
+def open_single_file(
+    path: str | os.PathLike,
+    config_yaml: str | os.PathLike | None = None,
+    tokenizer: str | os.PathLike | None = None,
+    prediction: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Parts:
+    """Open a whole model on the CPU, in evaluation mode; weights averaged over training are preferred.
+
+    Args:
+        path: .safetensors, or .ckpt with nothing but tensors in it.
+        config_yaml: CompVis' YAML of the model, for what keys and shapes don't tell; nothing in it is executed.
+        tokenizer: a folder; None makes CLIP's offline, and fetches bert-base-uncased for LDM's transformer.
+        prediction: what the UNet outputs, a key of PREDICTIONS; see `_prediction` for None.
+        dtype: of the weights in memory, whatever the file holds.
+
+    Raises:
+        FileNotFoundError, ValueError: in one line naming the file, and the first five keys that are wrong.
+    """
+    state = read_weights(path)
+    try:
+        params = {} if config_yaml is None else compvis_params(config_yaml)
+        _require_whole(state)
+        weights = ema_weights(state)
+        config = unet_config(weights, params.get("unet_config", {}).get("params"))
+        schedule, said = schedule_from_compvis(state, params)
+        metadata = read_metadata(path)
+        prediction = prediction or (said if "parameterization" in params else _prediction(state, config, metadata))
+        scale = state[SCALE].item() if SCALE in state else params.get("scale_factor")
+        autoencoder = Autoencoder.from_compvis(first_stage(state), scale)
+        config = replace(config, sample_size=_sample_size(config, autoencoder.downsampling, prediction, metadata))
+        side = config.sample_size * autoencoder.downsampling
+        autoencoder.config = replace(autoencoder.config, sample_size=side)
+        unet = empty_unet(config)
+        place(unet, unet_from_compvis(weights, config), "the UNet")
+        conditioner, cond_stage = _conditioner(state, tokenizer, dtype)
+        if conditioner is not None and conditioner.context_dim != config.cross_attention_dim:
+            dim = config.cross_attention_dim
+            raise ValueError(f"the UNet reads tokens of width {dim}, its conditioner's have {conditioner.context_dim}")
+    except ValueError as error:
+        raise ValueError(f"{path} can't be opened: {error}") from None
+    except (LookupError, RuntimeError) as error:  # shapes where nobody would look for any
+        raise ValueError(f"{path} can't be opened: its shapes are of no known network ({error})") from None
+    if "ztsnr" in state:
+        schedule = replace(schedule, zero_terminal_snr=True)
+    spacing = "trailing" if schedule.zero_terminal_snr else "leading"
+    scheduling = Scheduling(schedule=schedule, prediction=prediction, spacing=spacing, ends_clean=False)  # LDM's DDIM
+    return Parts(
+        autoencoder.to(dtype=dtype).eval(), unet.to(dtype).eval(), conditioner, scheduling, cond_stage=cond_stage
+    )
+
+
+def save_single_file(parts: Parts, path: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
+    """Write a whole model as programs for Stable Diffusion read it where the shapes are its, else as CompVis' do.
+
+    Their fixed scale of latents is made right by moving ours into the 1x1 convolutions around them.
+
+    Args:
+        parts: is left as it is.
+        path: .safetensors.
+        dtype: of the weights; None: as they are.
+
+    Raises:
+        ValueError: CompVis has no such network, schedule, prediction or text encoder; the message says which.
+    """
+    if Path(path).suffix != ".safetensors":
+        raise ValueError(f"{path} must end in .safetensors: other single files are pickles, which are not written")
+    schedule, prediction = parts.scheduling.schedule, parts.scheduling.prediction
+    if prediction not in PREDICTION_TYPES:
+        raise ValueError(f"prediction {prediction!r} can't be said in a CompVis file; only noise, clean, velocity can")
+    text = isinstance(parts.conditioner, Conditioner)
+    autoencoder = copy.deepcopy(parts.autoencoder).float()
+    own_scale = autoencoder.config.regularizer == "kl" and not text  # programs read it from the file
+    autoencoder.rescale(autoencoder.scaling_factor if own_scale else SCALES[autoencoder.config.regularizer])
+    networks = {
+        NETWORK: unet_to_compvis(parts.unet.state_dict(), parts.unet.config),
+        FIRST_STAGE: to_compvis(autoencoder.state_dict(), autoencoder.config),
+        COND_STAGE: _cond_stage(parts),
+    }
+    state = {f"{prefix}{name}": value for prefix, part in networks.items() for name, value in part.items()}
+    state = {name: value.to(dtype if value.is_floating_point() else None) for name, value in state.items()}
+    state |= schedule_buffers(schedule)
+    if own_scale:
+        state[SCALE] = torch.tensor(autoencoder.scaling_factor)
+    marks = {"v_pred": prediction == "velocity", "ztsnr": schedule.zero_terminal_snr}
+    state |= {name: torch.empty(0) for name, holds in marks.items() if holds}
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_weights(state, path, modelspec(parts, Path(path).stem))
+
+
+def save_first_stage(autoencoder: Autoencoder, path: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
+    """Write an autoencoder alone, in CompVis' names without prefix, at the scale that its kind always has there."""
+    autoencoder = copy.deepcopy(autoencoder).float()
+    autoencoder.rescale(SCALES[autoencoder.config.regularizer])
+    state = to_compvis(autoencoder.state_dict(), autoencoder.config)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_weights({name: value.to(dtype) for name, value in state.items()}, path)
+
+
+def modelspec(parts: Parts, title: str) -> dict[str, str]:
+    """The header's metadata after Stability's model specification, version 1.0.0."""
+    family, home = _family(parts)
+    side = parts.unet.config.sample_size * parts.autoencoder.downsampling
+    predicts = {"noise": "epsilon", "velocity": "v"}.get(parts.scheduling.prediction, parts.scheduling.prediction)
+    values = {
+        "sai_model_spec": "1.0.0",
+        "architecture": family,
+        "implementation": f"https://github.com/{home}",
+        "title": title,
+        "resolution": f"{side}x{side}",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "prediction_type": predicts,
+    }
+    return {f"modelspec.{name}": value for name, value in values.items()}
+
+
+def compvis_params(path: str | os.PathLike) -> dict[str, Any]:
+    """`model.params` of a CompVis YAML. Raises FileNotFoundError, or ValueError where there is none."""
+    node: Any = read_yaml(str(path))
+    for key in ("model", "params"):
+        node = node.get(key) if isinstance(node, Mapping) else None
+    if not isinstance(node, Mapping) or not isinstance(node.get("unet_config", {}), Mapping):
+        raise ValueError(f"{path} has no model.params; give the YAML that CompVis has for this model")
+    return dict(node)
+
+
+def _require_whole(state: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless the keys are those of a UNet with its first stage, and no others."""
+    prefixes = (NETWORK, AVERAGE, FIRST_STAGE, COND_STAGE)
+    unknown = [name for name in state if not name.startswith(prefixes) and name not in OTHERS]
+    missing = [prefix for prefix in (NETWORK, FIRST_STAGE) if not any(name.startswith(prefix) for name in state)]
+    if missing and first_stage(state):
+        raise ValueError("it holds a first stage only; give it as autoencoder, or convert it to a folder")
+    if missing:
+        raise ValueError(f"no key begins with {missing[0]}; the first keys are {', '.join(sorted(state)[:5])}")
+    if unknown:
+        more = f"; and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        raise ValueError(f"keys of no known part: {', '.join(unknown[:5])}{more}")
+
+
+def _conditioner(
+    state: Mapping[str, Tensor], tokenizer: str | os.PathLike | None, dtype: torch.dtype
+) -> tuple[AnyConditioner | None, dict[str, Tensor]]:
+    """The conditioner; or None, and the weights of one that has no module here yet."""
+    weights = {name.removeprefix(COND_STAGE): value for name, value in state.items() if name.startswith(COND_STAGE)}
+    layout = kind_of_text(weights) == "bert" and len(weights["transformer.token_emb.weight"]) != BERT_WORDS
+    if layout or set(weights) == {SPATIAL}:
+        return None, {name: value.to(dtype) for name, value in weights.items()}
+    return conditioner_from_compvis(weights, None if tokenizer is None else str(tokenizer), dtype).eval(), {}
+
+
+def _cond_stage(parts: Parts) -> dict[str, Tensor]:
+    """The weights that follow `cond_stage_model.`; ValueError where a program would not know their tokenizer."""
+    if parts.conditioner is None:
+        return dict(parts.cond_stage)
+    conditioner = parts.conditioner
+    if isinstance(conditioner, Conditioner) and isinstance(conditioner.encoder, Clip):
+        tokens = conditioner.tokenize([PROBE])
+        if tokens.ids[tokens.mask].tolist() != PROBE_IDS[: conditioner.max_length]:
+            raise ValueError("the text encoder has a tokenizer of its own, which has no place in a single file")
+    return conditioner_to_compvis(conditioner)
+
+
+def _prediction(state: Mapping[str, Tensor], config: UNetConfig, metadata: Mapping[str, str]) -> str:
+    """What the UNet predicts: as the metadata or marks say; noise; of Stable Diffusion 2 a guess, with a warning.
+
+    The guess is ComfyUI's: the last norm's biases spread wider than 0.09 in the published velocity models.
+    """
+    said = metadata.get("modelspec.prediction_type", metadata.get("modelspec.predict_key"))
+    named = {"epsilon": "noise", "v": "velocity", "clean": "clean"}.get(said)
+    if named or "v_pred" in state:
+        return named or "velocity"
+    if (config.block_out_channels[0], config.cross_attention_dim) != SD2 or config.in_channels != 4:
+        return "noise"
+    guess = "velocity" if state[f"{NETWORK}{SD2_NORM}"].float().std(correction=0) > 0.09 else "noise"
+    warnings.warn(f"the file does not say what it predicts; by its weights it is {guess}", stacklevel=3)
+    return guess
+
+
+def _sample_size(config: UNetConfig, downsampling: int, prediction: str, metadata: Mapping[str, str]) -> int:
+    """Side of the latents trained on: from the metadata, or that of Stable Diffusion 2 at 768 pixels, or as known."""
+    side = metadata.get("modelspec.resolution", "").partition("x")[0]
+    if side.isdecimal() and 0 < int(side) <= 1 << 14:
+        return max(int(side) // downsampling, 1)
+    sd2 = (config.block_out_channels[0], config.cross_attention_dim) == SD2
+    return 96 if sd2 and prediction == "velocity" else config.sample_size
+
+
+def _family(parts: Parts) -> tuple[str, str]:
+    """The specification's name of the architecture, and the repository of the program whose names the keys are."""
+    config = parts.unet.config
+    shape = config.block_out_channels, config.cross_attention_dim, parts.autoencoder.config.regularizer
+    versions = {768: "1", 1024: "2"}
+    wide = (320, 640, 1280, 1280)
+    stable = shape[0] == wide and shape[1] in versions and shape[2] == "kl" and parts.extra_channels in (0, 5)
+    if not (stable and isinstance(parts.conditioner, Conditioner) and isinstance(parts.conditioner.encoder, Clip)):
+        return "latent-diffusion", "CompVis/latent-diffusion"
+    if versions[shape[1]] == "1":
+        return "stable-diffusion-v1" + "-inpainting" * bool(parts.extra_channels), "CompVis/stable-diffusion"
+    kind = "768-v" if parts.scheduling.prediction == "velocity" else "512"
+    return f"stable-diffusion-v2-{'inpainting' if parts.extra_channels else kind}", "Stability-AI/stablediffusion"
