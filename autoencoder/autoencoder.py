@@ -230,8 +230,8 @@ class Autoencoder(nn.Module):
             raise ValueError(f"{source / 'config.json'} holds no JSON object; get it again")
         with torch.device("meta"):
             autoencoder = cls(interop.from_diffusers(options))
-        weights = rename_old_attention(read_folder(source, STEM, variant))
-        place(autoencoder, weights, find_weights(source, STEM, variant))
+        file = find_weights(source, STEM, variant)
+        place(autoencoder, rename_old_attention(read_folder(source, STEM, variant)), file)
         autoencoder.scaling_factor = options.get("scaling_factor", 0.18215)  # diffusers leaves its default out
         autoencoder.shift_factor = options.get("shift_factor") or 0.0
         if "_latent_rgb" in options:

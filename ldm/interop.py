@@ -42,8 +42,7 @@ def load_unet(model_folder: str | os.PathLike, dtype: torch.dtype = torch.float3
     """
     folder = Path(model_folder) / "unet"
     unet = empty_unet(unet_from_diffusers(_read_json(folder / CONFIG)))
-    weights = read_folder(folder, STEM, variant)
-    place(unet, rename_old_attention(weights), find_weights(folder, STEM, variant))
+    place(unet, rename_old_attention(read_folder(folder, STEM, variant)), find_weights(folder, STEM, variant))
     return unet.to(dtype).eval()
 
 

@@ -15,22 +15,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # the first is mapped into memory; the others are pickles
+SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # all but the first are pickles
 BIN_STEMS = {"model": "pytorch_model"}  # transformers' .bin files have another stem than its .safetensors
 # what Lightning's checkpoints name beside the weights; neither imported nor run, see `_stand_in`
 INERT = ("pytorch_lightning.", "lightning.", "numpy.", "_codecs.encode")
 # names that diffusers gave the layers of plain attention before 0.17; such files are still in use
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+MAPPED_TOGETHER = 8  # tensors of a safetensors file that are mapped into memory at a time
 ALIGNMENT = 64  # bytes, of a cache line, at which torch places tensors itself
 MAX_INDEX = 1 << 26  # bytes; the index of a sharded model with 100,000 weights has about 10 MB
 
 
 def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
-    """Read one weight file, mapped into memory: .safetensors, or a pickled state dict of tensors and nothing else.
+    """Read one weight file: .safetensors, or a pickled state dict of tensors and nothing else.
 
     Raises:
         FileNotFoundError: it does not exist.
@@ -43,7 +44,7 @@ def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
         raise ValueError(f"{path} is not a weight file; give one of {', '.join(SUFFIXES)}")
     if path.suffix == ".safetensors":
         try:
-            return load_file(path)
+            return _read_safetensors(path)
         except (SafetensorError, OSError, KeyError, RuntimeError, ValueError) as error:
             raise ValueError(f"{path} is not a readable safetensors file ({_line(error)}); get it again") from None
     return _state_dict(_read_pickle(path), path)
@@ -51,8 +52,6 @@ def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
 
 def read_metadata(path: str | os.PathLike) -> dict[str, str]:
     """The metadata in the header of a safetensors file; {} where there is none, or in a file of another kind."""
-    from safetensors import safe_open
-
     if Path(path).suffix != ".safetensors":
         return {}
     try:
@@ -130,8 +129,7 @@ def place(module: nn.Module, weights: Mapping[str, Tensor], source: str | os.Pat
         ValueError: naming the first five keys that are missing, left over or of another shape.
     """
     require_fit(misfits(module.state_dict(), weights), source)
-    aligned = {name: w.clone() if w.data_ptr() % ALIGNMENT else w for name, w in weights.items()}
-    module.load_state_dict(aligned, strict=True, assign=True)
+    module.load_state_dict({name: _aligned(weight) for name, weight in weights.items()}, strict=True, assign=True)
 
 
 def misfits(expected: Mapping[str, Any], weights: Mapping[str, Any]) -> list[str]:
@@ -155,6 +153,17 @@ def require_fit(wrong: list[str], source: str | os.PathLike) -> None:
     if wrong:
         more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise ValueError(f"{source} does not fit its configuration: {'; '.join(wrong[:5])}{more}")
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, copied out of its mapping, which is given up every few of them: it fills memory, too."""
+    with safe_open(path, framework="pt") as file:
+        names = list(file.keys())
+    weights: dict[str, Tensor] = {}
+    for first in range(0, len(names), MAPPED_TOGETHER):
+        with safe_open(path, framework="pt") as file:
+            weights |= {name: file.get_tensor(name).clone() for name in names[first : first + MAPPED_TOGETHER]}
+    return weights
 
 
 def _read_pickle(path: Path) -> Any:
@@ -209,6 +218,11 @@ def _shards(index: Path) -> list[Path]:
         if not isinstance(name, str) or Path(name).name != name:
             raise ValueError(f"{index} names {name!r}, which is not a file beside it; get it again")
     return [index.parent / name for name in sorted(names)]
+
+
+def _aligned(weight: Tensor) -> Tensor:
+    """The weight where memory is as PyTorch allots it: elsewhere, the last bits of matrix products are others."""
+    return weight.clone() if weight.data_ptr() % ALIGNMENT else weight
 
 
 def _line(error: BaseException) -> str:
