@@ -57,7 +57,7 @@ def _kind(event: Any) -> str:
 
 
 def flops_by_kind(network: nn.Module, call: Callable[[], Tensor]) -> dict[str, float]:
-    """Operations of one call by the definition of convolutions and linear layers, seen by hooks, and of attention."""
+    """Operations of one call by the definition of convolutions and linear layers, as hooks see them."""
     found: Counter[str] = Counter()
 
     def count(module: nn.Module, _: Any, output: Tensor) -> None:

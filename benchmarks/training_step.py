@@ -81,9 +81,9 @@ def race(name: str, options: argparse.Namespace) -> dict[str, contest.Times]:
     times = {contender: contest.Times() for contender in (contest.OURS, THEIRS, SCRIPT)}
     flags = ["--cases", name, "--batch", folder, "--model", model]
     flags += ["--threads", options.threads, "--steps", options.steps]
-    for _ in range(options.rounds):
+    for number in range(options.rounds):
         losses = {}
-        for contender in times:
+        for contender in list(times)[:: -1 if number % 2 else 1]:
             found = contend("training_step", "--contender", contender, *flags)
             times[contender].add(found["wall"], found["cpu"])
             losses[contender] = found["loss"]

@@ -27,7 +27,7 @@ def their_step(case: Case, batch: Batch, model: Path, script: bool) -> Callable[
     unet = models.randomize(models.their_unet(case.unet)).train()
     schedule = dict(beta_start=case.schedule.beta_start, beta_end=case.schedule.beta_end)
     scheduler = DDPMScheduler(beta_schedule="scaled_linear", **schedule)
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, weight_decay=1e-2, fused=not script)
     ema = EMAModel(unet.parameters(), foreach=not script)
     encode = encoders(batch, model) if script else None
 

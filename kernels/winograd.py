@@ -4,7 +4,8 @@ Lavin & Gray 2015, "Fast algorithms for convolutional neural networks". In plain
 overlapping 6x6 tiles of the input and the 3x3 weights are mapped to 36 numbers each by fixed matrices, 36 matrix
 products run over channels, and one more fixed matrix maps the sums to 4x4 tiles of the output. What makes it pay
 without four times the memory for weights: they are transformed anew at each call, in blocks that stay in the cache,
-from an order of memory in which a block is a plain matrix (`lay_out`). GPUs have such algorithms in cuDNN.
+from an order of memory in which a block is a plain matrix (`lay_out`). Features too large for the cache are taken in
+bands, for which all transformed weights of that one layer are kept. GPUs have such algorithms in cuDNN.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 TILE = 4  # outputs per tile, along one side
-WEIGHTS_IN_CACHE = 600_000  # numbers of transformed weights that are made at a time: 2.4 MB
+WEIGHTS_IN_CACHE = 1_200_000  # numbers of transformed weights that are made at a time: 5 MB
 TILES_IN_CACHE = 6_000_000  # numbers of transformed inputs and outputs that are worked on at a time: 24 MB
 FEWEST_TILES = 128  # below, the matrix products are too flat to be fast
-MANY_PIXELS = 160  # up to here, the weights are too many to be transformed: one product with all patches is faster
+FEW_PIXELS = 160  # up to here, transforming the weights does not pay: one product with all patches is faster
 FEWEST_CHANNELS = 96  # below, the transforms cost more than they save
 
 # Rows are points 0, 1, -1, 2, -2, infinity of Lavin & Gray 2015, section 4.3 (matrices of F(4, 3)).
@@ -53,15 +54,15 @@ class Convolution(nn.Conv2d):
     """A 3x3 convolution of stride 1, padded by 1: [B, C, H, W] -> [B, out, H, W], fast once it is laid out.
 
     Where its weight is laid out (see `lay_out`) and input and weight are float32 on the CPU, `convolve` is used, with a
-    relative error of about 3e-6; otherwise, and by torch.compile, PyTorch's own convolution.
+    relative error of about 3e-6; otherwise, under autocast and by torch.compile, PyTorch's own convolution.
     """
 
     def __init__(self, channels: int, out_channels: int):
         super().__init__(channels, out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        plain = x.is_cpu and x.dtype == self.weight.dtype == torch.float32 and not torch.compiler.is_compiling()
-        if plain and is_laid_out(self.weight):
+        plain = x.is_cpu and x.dtype == self.weight.dtype == torch.float32 and is_laid_out(self.weight)
+        if plain and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling():
             return convolve(x, self.weight, self.bias)
         return super().forward(x)
 
@@ -70,7 +71,8 @@ def lay_out(module: nn.Module) -> nn.Module:
     """Reorder the memory of all convolution weights in a module for speed; names, shapes and values stay.
 
     A weight [O, C, 3, 3] of a `Convolution` that `fits` then lies in memory as [3, 3, C, O], all others in PyTorch's
-    channels_last order, which both kinds of convolution keep from layer to layer.
+    channels_last order, which both kinds of convolution keep from layer to layer. To be called when the module is on
+    its device, and before an optimizer and averages are made, which keep the order they find. Returns the module.
     """
     for convolution in module.modules():
         if isinstance(convolution, nn.Conv2d):
@@ -128,7 +130,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [B, C, H, W], weight [9, C, O] -> [B, O, H, W]."""
     (batch, channels, height, width), out = x.shape, weight.shape[2]
     padded = _padded(x)
-    if batch * height * width <= MANY_PIXELS:
+    if batch * height * width <= FEW_PIXELS:
         to_image, to_row, to_column, _ = padded.stride()
         strides = (to_image, to_row, to_column, to_row, to_column, 1)
         patches = padded.as_strided((batch, height, width, 3, 3, channels), strides).reshape(-1, 9 * channels)

@@ -6,16 +6,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from autoencoder import Autoencoder, AutoencoderConfig
+from kernels import winograd
 from kernels.winograd import Convolution, convolve, is_laid_out, lay_out
 from ldm.unet import UNet, UNetConfig
 
 SHAPES = [  # batch, channels, out, height, width
-    (1, 96, 96, 4, 4),
-    (2, 96, 128, 13, 9),  # no side a multiple of the tile
-    (3, 128, 96, 1, 6),
-    (1, 160, 96, 64, 68),  # several bands of rows, and a last one that is lower
-    (9, 256, 256, 12, 12),  # several bands of images
-    (2, 640, 96, 8, 8),  # several blocks of weights
+    (1, 96, 96, 4, 4),  # few pixels: one product with all patches
+    (2, 96, 128, 13, 9),
+    (3, 128, 96, 9, 30),  # no side a multiple of the tile
+    (2, 640, 96, 16, 12),  # several blocks of weights
 ]
 
 
@@ -23,8 +22,15 @@ def relative(value: torch.Tensor, exact: torch.Tensor) -> float:
     return ((value.double() - exact).norm() / exact.norm()).item()
 
 
+@pytest.mark.parametrize("tiles", [winograd.FEWEST_TILES, 12], ids=["one band", "bands"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_values_and_gradients_are_those_of_the_definition(shape):
+def test_values_and_gradients_are_those_of_the_definition(shape, tiles, monkeypatch):
+    if tiles == 12:  # bands of rows of one image, and of several images, in a cache of nothing
+        monkeypatch.setattr(winograd, "FEWEST_TILES", tiles)
+        monkeypatch.setattr(winograd, "TILES_IN_CACHE", 0)
+        monkeypatch.setattr(winograd, "FEW_PIXELS", 0)
+        rows, columns = -(-shape[3] // winograd.TILE), -(-shape[4] // winograd.TILE)
+        assert (len(list(winograd._bands(shape[0], rows, columns, 1))) > 1) == (shape[0] * rows * columns > tiles)
     batch, channels, out, height, width = shape
     torch.manual_seed(0)
     x, weight = torch.randn(batch, channels, height, width), torch.randn(out, channels, 3, 3) / channels**0.5
@@ -57,6 +63,14 @@ def test_only_a_weight_that_is_laid_out_takes_the_fast_way(monkeypatch):
     monkeypatch.setattr("kernels.winograd.convolve", lambda *given: calls.append(given) or convolve(*given))
     assert relative(convolution(x), slow.double()) < 5e-6 and len(calls) == 1
     assert relative(convolution.double()(x.double()), slow.double()) < 5e-6 and len(calls) == 1  # float64: the slow way
+
+
+def test_autocast_takes_pytorchs_convolution():
+    convolution, x = lay_out(Convolution(96, 96)), torch.randn(1, 96, 16, 16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        result = convolution(x)
+    exact = F.conv2d(x.double(), convolution.weight.double(), convolution.bias.double(), padding=1)
+    assert result.dtype == torch.bfloat16 and relative(result, exact) < 1e-2  # Winograd in bfloat16 is ten times worse
 
 
 def test_laying_out_changes_nothing_but_the_order_of_memory():
