@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from storage.config import one_line_errors
+from storage.config import one_line_errors, short_warnings
 
 if TYPE_CHECKING:  # torch takes seconds to import: --help answers at once
     import torch
@@ -44,7 +43,7 @@ def parser() -> Parser:
 
 
 def stored_dtype(weights: dict[str, torch.Tensor]) -> torch.dtype:
-    """float16 where all matrices are, else float32."""
+    """float16 where all matrices of an outline are, else float32."""
     import torch
 
     matrices = [value for value in weights.values() if value.ndim > 1 and value.is_floating_point()]
@@ -65,7 +64,7 @@ def convert_first_stage(arguments: argparse.Namespace, dtype: torch.dtype) -> No
 
 
 def convert_model(arguments: argparse.Namespace, stored: torch.dtype, dtype: torch.dtype) -> None:
-    """A whole model, read as it is stored, because that takes no memory beside the file's."""
+    """A whole model, held in memory in the precision that it is stored in, which is the least."""
     from ldm.parts import open_model, save_model
     from ldm.single_file import save_single_file
     from storage.checkpoint import write_folder
@@ -87,24 +86,26 @@ def run(argv: Sequence[str]) -> None:
         raise FileNotFoundError(f"{source} does not exist; give a .ckpt or {FILE} file, or a model folder")
     if target.exists():
         raise ValueError(f"{target} exists already; give a name that is not taken")
-    if source.is_file() and target.suffix in (FILE, ".ckpt", ".bin"):
-        raise ValueError(f"{source} and {target} are both files; give a folder as one of them")
 
     import torch
 
-    from autoencoder.compvis import first_stage
+    from autoencoder.compvis import first_stage_keys
     from ldm.compvis import NETWORK
     from ldm.interop import STEM
     from ldm.parts import INDEX
-    from storage.weights import read_folder, read_weights
+    from storage.weights import SUFFIXES, find_weights, outline
 
+    if source.is_file() and target.suffix in SUFFIXES:
+        raise ValueError(f"{source} and {target} are both files; give a folder as one of them")
+    if target.suffix in SUFFIXES and target.suffix != FILE:
+        raise ValueError(f"{target} must end in {FILE}: other single files are pickles, which are not written")
     if source.is_file():
-        weights = read_weights(source)
-        whole = any(name.startswith(NETWORK) for name in weights) or not first_stage(weights)
+        weights = outline(source)
+        whole = any(name.startswith(NETWORK) for name in weights) or not first_stage_keys(weights)
     else:
         whole = (source / INDEX).is_file()
         inner = source / "unet" if whole else next(p for p in (source / "vae", source / "vqvae", source) if p.is_dir())
-        weights = read_folder(inner, STEM, arguments.variant)
+        weights = outline(find_weights(inner, STEM, arguments.variant))
     stored = stored_dtype(weights)
     dtype = getattr(torch, PRECISIONS[arguments.precision]) if arguments.precision else stored
     if whole:
@@ -116,10 +117,8 @@ def run(argv: Sequence[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; exits with 2 after a user's mistake."""
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-        with one_line_errors():
-            run(sys.argv[1:] if argv is None else argv)
+    with short_warnings(), one_line_errors():
+        run(sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

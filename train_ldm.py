@@ -121,12 +121,23 @@ class RunConfig:
     save_precision: Literal["fp32", "fp16"] = "fp32"  # of the model folder
 
 
+def open_source(path: str) -> Parts:
+    """The model that init_from names. Raises as `open_model`, saying who takes what a single file may need besides."""
+    try:
+        return open_model(path)
+    except (ValueError, FileNotFoundError) as error:
+        if not any(word in str(error) for word in ("YAML", "tokenizer")):
+            raise
+        mend = "convert_checkpoint.py takes --yaml, --tokenizer and --prediction, and makes a folder for init_from"
+        raise ValueError(f"{error} ({mend})") from None
+
+
 def inherited(values: dict[str, Any]) -> dict[str, Any]:
     """What a run takes from the model that it goes on from, as the lowest layer of its config."""
     path = values.get("init_from")
     if not isinstance(path, str):
         return {}
-    parts = open_model(path)
+    parts = open_source(path)
     if parts.extra_channels or not isinstance(parts.conditioner, Conditioner | ClassConditioner):
         told = purpose(parts) if parts.extra_channels or parts.conditioner is None else "it reads no prompts"
         raise ValueError(f"init_from {path} can't be trained on captions: {told}")
@@ -138,13 +149,13 @@ def inherited(values: dict[str, Any]) -> dict[str, Any]:
             "prediction": parts.scheduling.prediction,
             "schedule": to_dict(make_schedule(parts.scheduling.schedule).config),
         },
-        "samples": {name: parts.defaults[name] for name in DEFAULT_SAMPLES if name in parts.defaults},
+        "samples": {name: getattr(parts.settings, name) for name in DEFAULT_SAMPLES},
     }
 
 
 def opened(config: RunConfig) -> Parts | None:
     """The model that a run goes on from, if there is one."""
-    return None if config.init_from is None else open_model(config.init_from)
+    return None if config.init_from is None else open_source(config.init_from)
 
 
 def make_conditioner(config: RunConfig, init: Parts | None, records: list[Record]) -> AnyConditioner:
@@ -153,19 +164,35 @@ def make_conditioner(config: RunConfig, init: Parts | None, records: list[Record
     if init is None or config.conditioner != ConditionerConfig():
         return build_conditioner(config.conditioner, captions, seed=config.seed)
     if isinstance(init.conditioner, ClassConditioner):
+        if init.conditioner.null_class is None:
+            raise ValueError(f"init_from {config.init_from} has no null class to drop captions for; give one that has")
         init.conditioner.tokenize(captions)  # a caption that is no class is to be found now
     return init.conditioner
 
 
 def make_unet(config: RunConfig, init: Parts | None) -> UNet:
-    """A new UNet with weights drawn by torch's generator, or that of init_from in memory of its own."""
+    """A new UNet with weights drawn by torch's generator, or one with those of init_from."""
     if init is None:
         return UNet(config.unet)
     free = ("sample_size", "dropout")
     require_same(config.unet, init.unet.config, "unet", f"init_from {config.init_from}", free)
     unet = empty_unet(config.unet)
-    place(unet, {name: value.clone() for name, value in init.unet.state_dict().items()}, str(config.init_from))
+    place(unet, init.unet.state_dict(), str(config.init_from))
     return unet
+
+
+def make_scheduling(config: RunConfig, init: Parts | None) -> Scheduling:
+    """How the trained model is to be sampled: on the config's noise levels, else as init_from."""
+    learned = {"schedule": config.diffusion.schedule, "prediction": config.diffusion.prediction}
+    return Scheduling(**learned) if init is None else dataclasses.replace(init.scheduling, **learned)
+
+
+def make_defaults(config: RunConfig, init: Parts | None) -> Settings:
+    """How the trained model makes pictures: by the config's samples, in all else as init_from."""
+    given = Settings() if init is None else init.settings
+    chosen = {name: getattr(config.samples, name) for name in DEFAULT_SAMPLES}
+    eta = given.eta if config.samples.sampler == given.sampler else 0.0  # which another sampler may not take
+    return dataclasses.replace(given, eta=eta, **chosen)
 
 
 def cache_key(
@@ -286,10 +313,11 @@ def train(config: RunConfig) -> None:
         held_out_data = dataclasses.replace(config.data, crop="center", flip=False, max_bad_fraction=1.0)
         held_out = ImageDataset(records.validation, held_out_data, seed, on_skip=f"{config.run}/skipped.jsonl")
         samples = config.samples
-        defaults = Settings(sampler=samples.sampler, steps=samples.steps, guidance_scale=samples.guidance_scale)
+        defaults, scheduling = make_defaults(config, init), make_scheduling(config, init)
         schedule = make_schedule(config.diffusion.schedule)
         torch.manual_seed(seed)
         unet = lay_out(make_unet(config, init).to(device))
+        del init  # whose convolutions are copies now
         unet.checkpointing = config.checkpointing
         Denoiser(unet, schedule, config.diffusion.prediction)  # refuses what is not defined, before anything is written
 
@@ -302,7 +330,6 @@ def train(config: RunConfig) -> None:
         text_network = trainer.network("conditioner", conditioner)
     averages = [Ema(module, config.ema) for module in trained]
     optimizer = trainer.optimizer("optimizer", trained, config.optimizer, averages)
-    scheduling = Scheduling(schedule=config.diffusion.schedule, prediction=config.diffusion.prediction)
     model = TextToImage(autoencoder, unet, conditioner, scheduling, defaults)
     shown = (records.validation or records.train)[:8]
     prompts = samples.prompts or [record.captions[0][0] for record in shown]

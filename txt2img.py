@@ -13,12 +13,11 @@ import math
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from storage.config import one_line_errors
+from storage.config import one_line_errors, short_warnings
 from storage.pictures import (
     PARAMETERS,
     RECORD,
@@ -54,6 +53,7 @@ FLAGS = (
     "width",
     "num_images",
 )
+OPENING = ("config_yaml", "tokenizer", "prediction", "variant")  # flags that say how to open the checkpoint
 SEED = 42
 INTERRUPTED = 130  # exit code of a program that Ctrl-C ended
 
@@ -74,6 +74,10 @@ def parser() -> Parser:
     add("--from-file", metavar="FILE", help="one prompt per line, or a JSON object with its own settings")
     add("--like", metavar="FILE.png", help="make a picture again, the same to the last byte; other flags change it")
     add("--checkpoint", metavar="PATH", help=f"model folder, or .ckpt or .safetensors file (default: {CHECKPOINT})")
+    add("--yaml", dest="config_yaml", metavar="FILE", help="CompVis' YAML of a checkpoint that is a file")
+    add("--tokenizer", metavar="FOLDER", help="of a checkpoint that is a file; default: the one its kind is known for")
+    add("--prediction", metavar="NAME", help="of a checkpoint that is a file: what it outputs: noise, velocity, clean")
+    add("--variant", metavar="NAME", help="of a checkpoint that is a folder: which of its weights, such as fp16")
     add("--negative-prompt", metavar="TEXT", help="what to lead away from")
     add("--guidance-scale", "--scale", "--cfg-scale", type=float, metavar="W", help="1: none; default: the model's")
     add("--guidance-rescale", type=float, metavar="PHI", help="take back added contrast: 0 none, 0.7 usual, 1 all")
@@ -197,9 +201,12 @@ def load_model(arguments: argparse.Namespace, record: Mapping[str, Any]) -> tupl
     if record.get("model_hash", sign) != sign and arguments.checkpoint is None:
         was = record["model_hash"]
         warnings.warn(f"{arguments.like} was made by model {was}, this is {sign}: it will differ", stacklevel=1)
-    model = TextToImage.load(path, device, getattr(torch, DTYPES[precision]))
+    again = {} if arguments.checkpoint else record  # of another checkpoint it says nothing
+    opening = {name: getattr(arguments, name) or again.get(name) for name in OPENING}
+    opening = {name: str(value) for name, value in opening.items() if value}
+    model = TextToImage.load(path, device, getattr(torch, DTYPES[precision]), **opening)
     about = {"checkpoint": arguments.checkpoint or recorded or CHECKPOINT, "model_hash": sign, "precision": precision}
-    return model, about | {"device": kind, "torch": torch.__version__}
+    return model, about | opening | {"device": kind, "torch": torch.__version__}
 
 
 class Output:
@@ -292,14 +299,6 @@ def list_samplers() -> None:
 
     for name, sampler in SAMPLERS.items():
         print(f"{name:16}{sampler.summary}")
-
-
-@contextmanager
-def short_warnings() -> Iterator[None]:
-    """Warnings as one line each, without the line of code that they come from."""
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-        yield
 
 
 def main(argv: Sequence[str] | None = None) -> None:

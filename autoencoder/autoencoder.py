@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,11 +18,14 @@ from autoencoder.regularizer import Posterior, VectorQuantizer
 from storage.weights import (
     find_weights,
     misfits,
+    outline,
     place,
     read_folder,
+    read_json,
     read_weights,
     rename_old_attention,
     require_fit,
+    write_json,
     write_weights,
 )
 
@@ -186,7 +188,7 @@ class Autoencoder(nn.Module):
             options["shift_factor"] = self.shift_factor
         if self.latent_rgb is not None:
             options["_latent_rgb"] = self.latent_rgb.tolist()
-        (target / "config.json").write_text(json.dumps(options, indent=2, sort_keys=True) + "\n")
+        write_json(options, target / "config.json")
         weights = {name: value.to("cpu", dtype) for name, value in self.state_dict().items()}
         write_weights(weights, target / f"{STEM}.safetensors")
 
@@ -213,21 +215,16 @@ class Autoencoder(nn.Module):
         """
         if Path(folder).is_file():
             try:
-                state = read_weights(folder)
-                scale = state[compvis.SCALE].item() if compvis.SCALE in state else None
-                return cls.from_compvis(compvis.first_stage(state), scale).to(device, dtype)
+                keys = compvis.first_stage_keys(outline(folder))
+                state = read_weights(folder, {compvis.SCALE, *keys.values()}.__contains__)
+                weights = {name: state[key] for name, key in keys.items()}
+                return cls.from_compvis(weights, compvis.read_scale(state)).to(device, dtype)
             except ValueError as error:
                 raise ValueError(f"{folder} can't be opened: {error}") from None
         inner = (Path(folder) / name for name in FOLDERS)
         source = next((path for path in inner if path.is_dir()), Path(folder))
-        if not (source / "config.json").is_file():
-            raise FileNotFoundError(f"no config.json in {source}; give a model folder with a vae folder in it")
-        try:
-            options = json.loads((source / "config.json").read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{source / 'config.json'} is not readable JSON ({error}); get it again") from None
-        if not isinstance(options, dict):
-            raise ValueError(f"{source / 'config.json'} holds no JSON object; get it again")
+        absent = f"no config.json in {source}; give a model folder with a vae folder in it"
+        options = read_json(source / "config.json", absent)
         with torch.device("meta"):
             autoencoder = cls(interop.from_diffusers(options))
         file = find_weights(source, STEM, variant)
@@ -240,7 +237,7 @@ class Autoencoder(nn.Module):
 
     @classmethod
     def from_compvis(cls, weights: Mapping[str, Tensor], scaling_factor: float | None = None) -> Autoencoder:
-        """The autoencoder of weights in CompVis' names (see `compvis.first_stage`); None is their usual scale.
+        """The autoencoder of weights in CompVis' names (see `compvis.first_stage_keys`); None is their usual scale.
 
         Raises:
             ValueError: they are not those of a KL or VQ autoencoder, or not all of them.
@@ -251,7 +248,8 @@ class Autoencoder(nn.Module):
         expected = compvis.to_compvis(autoencoder.state_dict(), config)
         require_fit(misfits(expected, weights), "the first stage")
         place(autoencoder, compvis.from_compvis(weights), "the first stage")
-        autoencoder.scaling_factor = scaling_factor or compvis.SCALES[config.regularizer]
+        usual = compvis.SCALES[config.regularizer]
+        autoencoder.scaling_factor = usual if scaling_factor is None else scaling_factor
         return autoencoder.requires_grad_(True)
 
     def _draw(self, latents: Tensor) -> Tensor:

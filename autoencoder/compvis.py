@@ -6,39 +6,58 @@ for the order of the decoder's levels, which it counts from the finest. Every Gr
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from torch import Tensor
 
 from autoencoder.config import AutoencoderConfig
+from storage.weights import averaged_keys
 
 GROUPS = 32
 ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}  # CompVis -> ours
 OWN = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize.")  # CompVis' keys of the networks
 PREFIX = "first_stage_model."  # before them in the file of a whole model
-AVERAGE = "model_ema."  # before the averages over training, whose names have no dots
 SCALE = "scale_factor"  # a buffer of whole models that were trained with scale_by_std
 SCALES = {"kl": 0.18215, "vq": 1.0}  # of published models, where nothing says another
 
 
-def first_stage(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of the networks in a file of a first stage, or of a whole model, averaged over training if it can be.
+def first_stage_keys(names: Collection[str]) -> dict[str, str]:
+    """Where in a file of a first stage, or of a whole model, the networks' weights are: keys by name without prefix.
 
-    Losses, discriminators, and what else lies in training's files are left out.
+    They are those of averages over training, if there are any. Losses, discriminators, and what else lies in
+    training's files are left out.
+
+    Raises:
+        ValueError: half of the weights are averaged.
     """
-    if any(name.startswith(PREFIX) for name in state):
-        state = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
-    own = {name: value for name, value in state.items() if name.startswith(OWN)}
-    averages = {name: state.get(AVERAGE + name.replace(".", "")) for name in own}
-    return own if None in averages.values() else averages
+    prefix = PREFIX if any(name.startswith(PREFIX) for name in names) else ""
+    bare = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+    own = [name.removeprefix(prefix) for name in names if name.startswith(tuple(prefix + part for part in OWN))]
+    return {name: prefix + key for name, key in averaged_keys(own, bare).items()}
+
+
+def read_scale(state: Mapping[str, Tensor], said: object = None) -> float | None:
+    """The scale of latents that a file says, else what its YAML said; None where neither does.
+
+    Raises:
+        ValueError: it is not one positive number.
+    """
+    value = state.get(SCALE, said)
+    if isinstance(value, Tensor):
+        value = value.item() if value.numel() == 1 else tuple(value.shape)
+    if value is None or isinstance(value, int | float) and 0 < value < math.inf:
+        return value
+    found = f"of shape {list(value)}" if isinstance(value, tuple) else repr(value)
+    raise ValueError(f"{SCALE} is {found}; the scale of latents is one positive number")
 
 
 def compvis_config(weights: Mapping[str, Tensor], sample_size: int = 256) -> AutoencoderConfig:
     """The architecture of a first stage, from CompVis' keys and shapes.
 
     Args:
-        weights: as `first_stage` gives them, all of them or those of a file that may be damaged.
+        weights: as `first_stage_keys` finds them, all of them or those of a file that may be damaged.
         sample_size: in pixels; informative, and not to be told from weights.
 
     Raises:
@@ -66,7 +85,7 @@ def compvis_config(weights: Mapping[str, Tensor], sample_size: int = 256) -> Aut
 
 
 def from_compvis(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """An autoencoder's weights in our names, from CompVis' (`encoder.down.0.block.0...`, see `first_stage`).
+    """An autoencoder's weights in our names, from CompVis' (`encoder.down.0.block.0...`, see `first_stage_keys`).
 
     A name that is unknown stays as it is, for `storage.weights.place` to complain of.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
 from collections.abc import Iterable
@@ -41,6 +42,7 @@ def clip_backend(vocabulary: dict[str, int], merges: list[tuple[str, str]], spec
     return backend
 
 
+@functools.cache
 def openai_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     """The 49,408 tokens of OpenAI's CLIP and Stable Diffusion and their merges, out of the installed open_clip."""
     package = Path(find_spec("open_clip").origin).parent  # importing it would take seconds

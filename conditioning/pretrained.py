@@ -16,7 +16,7 @@ from conditioning.bert import bert_config, bert_weights, empty_bert, is_plain_be
 from conditioning.clip import clip_config, clip_weights, empty_clip, is_plain_clip
 from conditioning.ldm_bert import MODEL_TYPE as LDM_BERT
 from conditioning.ldm_bert import empty_ldm_bert, ldm_bert_config, ldm_bert_weights
-from storage.weights import place, read_folder, require_fit
+from storage.weights import place, read_folder, read_json, require_fit
 
 # Where a checkpoint holds more than a text encoder, or AutoModel would pick more: the class that is only that.
 TEXT_MODELS = {
@@ -103,13 +103,8 @@ def download(name: str, files: list[str], what: str, mend: str) -> Path:
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of an encoder folder; FileNotFoundError or ValueError in one line."""
     path = folder / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} is not a text encoder's folder: it has no config.json")
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not readable JSON: {error}") from None
-    if not isinstance(config, dict) or "model_type" not in config:
+    config = read_json(path, f"{folder} is not a text encoder's folder: it has no config.json")
+    if "model_type" not in config:
         raise ValueError(f"{path} names no model_type; it must be the config.json of a transformers text model")
     return config
 

@@ -129,18 +129,14 @@ class _Winograd(torch.autograd.Function):
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [B, C, H, W], weight [9, C, O] -> [B, O, H, W]."""
     (batch, channels, height, width), out = x.shape, weight.shape[2]
-    padded = _padded(x)
+    x = x.permute(0, 2, 3, 1).contiguous()  # as it lies in memory, channels last
     if batch * height * width <= FEW_PIXELS:
-        to_image, to_row, to_column, _ = padded.stride()
-        strides = (to_image, to_row, to_column, to_row, to_column, 1)
-        patches = padded.as_strided((batch, height, width, 3, 3, channels), strides).reshape(-1, 9 * channels)
-        result = patches @ weight.flatten(0, 1) if bias is None else torch.addmm(bias, patches, weight.flatten(0, 1))
-        return result.view(batch, height, width, out).permute(0, 3, 1, 2)
+        return _with_patches(x, weight, bias).permute(0, 3, 1, 2)
     result = x.new_empty(batch, *(TILE * tiles for tiles in _tiles(height, width)), out)
     bands = list(_bands(batch, *_tiles(height, width), channels + out))
     whole = _transform(weight) if len(bands) > 1 else None
     for images, rows in bands:
-        inputs = _transformed_inputs(padded, images, rows)  # [36, N, C]
+        inputs = _transformed_inputs(x, images, rows)  # [36, N, C]
         if whole is not None:
             sums = torch.bmm(inputs, whole)  # [36, N, O]
         else:
@@ -159,12 +155,12 @@ def _weight_gradient(x: Tensor, gradient: Tensor) -> Tensor:
     """The gradient [9, C, O] of the weight, from x [B, C, H, W] and the gradient [B, O, H, W] of the result."""
     (batch, channels, height, width), out = x.shape, gradient.shape[1]
     tiles = _tiles(height, width)
-    padded = _padded(x)
+    x = x.permute(0, 2, 3, 1).contiguous()
     missing = (0, 0, 0, TILE * tiles[1] - width, 0, TILE * tiles[0] - height)
     gradient = F.pad(gradient.permute(0, 2, 3, 1), missing).contiguous()  # [B, 4 rows, 4 columns, O]
     total = x.new_zeros(9, channels, out)
     for images, rows in _bands(batch, *tiles, channels + out):
-        inputs = _transformed_inputs(padded, images, rows)  # [36, N, C]
+        inputs = _transformed_inputs(x, images, rows)  # [36, N, C]
         part = gradient[images, TILE * rows.start : TILE * rows.stop]
         part = part.unflatten(1, (-1, TILE)).unflatten(3, (-1, TILE)).permute(2, 4, 0, 1, 3, 5)  # [4, 4, b, r, c, O]
         sums = (OUTPUT.T @ part.reshape(16, -1)).view(36, -1, out)  # [36, N, O]
@@ -179,21 +175,30 @@ def _transform(weight: Tensor) -> Tensor:
     return (WEIGHT @ weight.flatten(1)).view(36, *weight.shape[1:])
 
 
-def _transformed_inputs(padded: Tensor, images: slice, rows: slice) -> Tensor:
-    """Rows of tiles of some padded images [B, H', W', C] -> [36, N, C], N tiles."""
-    some = padded[images, TILE * rows.start :]
+def _transformed_inputs(x: Tensor, images: slice, rows: slice) -> Tensor:
+    """Rows of tiles of some images of x [B, H, W, C] -> [36, N, C], N tiles."""
+    height, width, channels = x.shape[1:]
+    shape = _shape(images, rows, width)
+    first, last = TILE * rows.start - 1, TILE * rows.stop + 1  # rows of pixels, one more than outputs at each end
+    some = x[images, max(first, 0) : min(last, height)]
+    beyond = 1, TILE * shape[2] - width + 1, max(-first, 0), max(last - height, 0)  # left, right, above, below
+    padded = F.pad(some, (0, 0, *beyond))  # zeros
     to_image, to_row, to_column, _ = padded.stride()
-    shape = (6, 6, *_shape(images, rows, padded.shape[2] - 2), padded.shape[3])
     strides = (to_row, to_column, to_image, TILE * to_row, TILE * to_column, 1)
-    overlapping = some.as_strided(shape, strides, some.storage_offset())  # [6, 6, b, rows, columns, C]
-    return (INPUT @ overlapping.reshape(36, -1)).view(36, -1, padded.shape[3])
+    overlapping = padded.as_strided((6, 6, *shape, channels), strides)  # [6, 6, b, rows, columns, C]
+    return (INPUT @ overlapping.reshape(36, -1)).view(36, -1, channels)
 
 
-def _padded(x: Tensor) -> Tensor:
-    """x [B, C, H, W] with channels last, a border of 1, and zeros to the end of the last tiles: [B, H', W', C]."""
-    (height, width), (rows, columns) = x.shape[2:], _tiles(*x.shape[2:])
-    below, right = TILE * rows - height + 1, TILE * columns - width + 1
-    return F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, right, 1, below)).contiguous()
+def _with_patches(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [B, H, W, C], weight [9, C, O] -> [B, H, W, O], by one matrix product."""
+    batch, height, width, channels = x.shape
+    padded = F.pad(x, (0, 0, 1, 1, 1, 1))
+    to_image, to_row, to_column, _ = padded.stride()
+    strides = (to_image, to_row, to_column, to_row, to_column, 1)
+    patches = padded.as_strided((batch, height, width, 3, 3, channels), strides).reshape(-1, 9 * channels)
+    matrix = weight.flatten(0, 1)  # [9 C, O]
+    result = patches @ matrix if bias is None else torch.addmm(bias, patches, matrix)
+    return result.view(batch, height, width, -1)
 
 
 def _tiles(height: int, width: int) -> tuple[int, int]:

@@ -1,11 +1,11 @@
 """UNets in the single files of CompVis and Stability: their keys, and what keys and shapes say of the network.
 
-Names here are without the prefix `model.diffusion_model.`; `ema_weights` takes it off.
+Names here are without the prefix `model.diffusion_model.`; `unet_keys` takes it off.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ldm.compvis_names import attentions, module_names, renamed
 from ldm.unet import UNet, UNetConfig
-from storage.weights import misfits, require_fit
+from storage.weights import averaged_keys, misfits, require_fit
 
-NETWORK, AVERAGE = "model.diffusion_model.", "model_ema."  # prefixes in the whole file
+NETWORK = "model.diffusion_model."  # prefix in the whole file
 QKV = ("to_q", "to_k", "to_v")
 
 
@@ -206,22 +206,15 @@ def _split(weights: Mapping[str, Tensor], config: UNetConfig) -> dict[str, Tenso
     return split
 
 
-def ema_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The UNet's weights in a whole file, averaged over training where the file has the average, without prefix.
+def unet_keys(names: Collection[str]) -> dict[str, str]:
+    """Where in a whole file the UNet's weights are, by names without prefix.
 
-    CompVis' LitEma keeps them as `model_ema.` and the name without its dots.
+    They are those of averages over training, if there are any.
 
     Raises:
         ValueError: there is no UNet, or an average of a part of it.
     """
-    keys = {key.removeprefix(NETWORK): key for key in state if key.startswith(NETWORK)}
+    keys = [name for name in names if name.startswith(NETWORK)]
     if not keys:
         raise ValueError(f"no key begins with {NETWORK}; this is no file of a CompVis UNet")
-    averages = {name: AVERAGE + key.removeprefix("model.").replace(".", "") for name, key in keys.items()}
-    missing = [average for average in averages.values() if average not in state]
-    if missing and len(missing) < len(keys):
-        raise ValueError(
-            f"{len(missing)} of {len(keys)} averaged weights are missing, the first {missing[0]}; "
-            f"remove the keys that begin with {AVERAGE}, or get the file again"
-        )
-    return {name: state[key] for name, key in (keys if missing else averages).items()}
+    return {key.removeprefix(NETWORK): place for key, place in averaged_keys(keys, names).items()}

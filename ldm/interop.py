@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ldm.options import unet_from_diffusers, unet_to_diffusers
 from ldm.scheduling import Scheduling, scheduling_from_diffusers, scheduling_to_diffusers
 from ldm.unet import UNet, UNetConfig
-from storage.weights import find_weights, place, read_folder, rename_old_attention, write_weights
+from storage.weights import (
+    find_weights,
+    place,
+    read_folder,
+    read_json,
+    rename_old_attention,
+    write_json,
+    write_weights,
+)
 
 CONFIG = "config.json"
 STEM = "diffusion_pytorch_model"
@@ -23,7 +28,7 @@ def save_unet(unet: UNet, model_folder: str | os.PathLike, dtype: torch.dtype | 
     """Write MODEL_FOLDER/unet: config.json and the weights, in `dtype` (None: as they are)."""
     folder = Path(model_folder) / "unet"
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(unet_to_diffusers(unet.config), folder / CONFIG)
+    write_json(unet_to_diffusers(unet.config), folder / CONFIG)
     state = {name: value.to("cpu", dtype) for name, value in unet.state_dict().items()}
     write_weights(state, folder / f"{STEM}.safetensors")
 
@@ -41,7 +46,7 @@ def load_unet(model_folder: str | os.PathLike, dtype: torch.dtype = torch.float3
         ValueError: for an option that we don't implement, named; for weights that do not fit, the first five named.
     """
     folder = Path(model_folder) / "unet"
-    unet = empty_unet(unet_from_diffusers(_read_json(folder / CONFIG)))
+    unet = empty_unet(unet_from_diffusers(read_json(folder / CONFIG)))
     place(unet, rename_old_attention(read_folder(folder, STEM, variant)), find_weights(folder, STEM, variant))
     return unet.to(dtype).eval()
 
@@ -56,27 +61,9 @@ def save_scheduling(scheduling: Scheduling, model_folder: str | os.PathLike) -> 
     """Write MODEL_FOLDER/scheduler/scheduler_config.json."""
     folder = Path(model_folder) / "scheduler"
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(scheduling_to_diffusers(scheduling), folder / "scheduler_config.json")
+    write_json(scheduling_to_diffusers(scheduling), folder / "scheduler_config.json")
 
 
 def load_scheduling(model_folder: str | os.PathLike) -> Scheduling:
     """Read MODEL_FOLDER/scheduler/scheduler_config.json. Raises FileNotFoundError, or ValueError naming the option."""
-    return scheduling_from_diffusers(_read_json(Path(model_folder) / "scheduler" / "scheduler_config.json"))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; is this the folder of a whole model?")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not readable JSON ({error}); get it again") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object; get it again")
-    return value
-
-
-def _write_json(value: Mapping[str, Any], path: Path) -> None:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
+    return scheduling_from_diffusers(read_json(Path(model_folder) / "scheduler" / "scheduler_config.json"))

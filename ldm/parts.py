@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,18 @@ from autoencoder import Autoencoder
 from conditioning.conditioner import AnyConditioner, Conditioner
 from ldm.interop import load_scheduling, load_unet, save_scheduling, save_unet
 from ldm.options import unet_to_diffusers
-from ldm.scheduling import CLASSES, Scheduling, scheduling_to_diffusers
+from ldm.scheduling import CLASSES, Scheduling, as_pipeline, scheduling_to_diffusers
+from ldm.settings import Settings
 from ldm.unet import UNet
-from storage.weights import read_weights, write_weights
+from storage.weights import read_json, read_weights, write_json, write_weights
 
 INDEX = "model_index.json"
 OWN = "_stipple"  # our key in model_index.json; diffusers ignores keys that begin with an underscore
 TRAINED = "text_encoder_trained"  # in it: the text encoder was trained with the UNet
 COND_STAGE = "cond_stage/model.safetensors"
+# settings that a model of ours has its own defaults for, and those of diffusers' pipelines for models of others
+DEFAULTS = ("guidance_scale", "guidance_rescale", "steps", "sampler", "eta")
+THEIR_DEFAULTS = {"guidance_scale": 7.5, "steps": 50}
 
 
 @dataclass(frozen=True)
@@ -42,12 +45,20 @@ class Parts:
         """How many channels the UNet reads besides those of z_t: of a mask, a picture, a map."""
         return self.unet.config.in_channels - self.autoencoder.latent_channels
 
+    @property
+    def settings(self) -> Settings:
+        """How a picture is made where the caller says nothing: by our own defaults, else by diffusers'."""
+        said = self.defaults or THEIR_DEFAULTS | {"sampler": self.scheduling.sampler or Settings().sampler}
+        return Settings(**{name: said[name] for name in DEFAULTS if name in said})
+
 
 def open_model(
     path: str | os.PathLike,
     dtype: torch.dtype = torch.float32,
     variant: str | None = None,
-    **single_file: Any,
+    config_yaml: str | os.PathLike | None = None,
+    tokenizer: str | os.PathLike | None = None,
+    prediction: str | None = None,
 ) -> Parts:
     """Open a model folder, or a single file of CompVis' or Stability's, on the CPU.
 
@@ -55,18 +66,21 @@ def open_model(
         path: a folder with model_index.json in it, or a .ckpt or .safetensors file.
         dtype: of the weights in memory, whatever the files hold.
         variant: of a folder: such as "fp16", see `storage.weights.read_folder`.
-        single_file: of a file: see `ldm.single_file.open_single_file`.
+        config_yaml, tokenizer, prediction: of a file: see `ldm.single_file.open_single_file`.
 
     Raises:
-        FileNotFoundError, ValueError: in one line naming what is missing, or does not fit, or is not implemented.
+        FileNotFoundError, ValueError: in one line naming what is missing, or does not fit, or is not implemented; or an
+            option of the other kind of source.
     """
     if Path(path).is_file():
         from ldm.single_file import open_single_file  # which builds on this module
 
-        return open_single_file(path, dtype=dtype, **single_file)
-    index, folder, scheduling = read_index(path), Path(path), load_scheduling(path)
-    if str(index.get("_class_name")).startswith("StableDiffusion"):
-        scheduling = replace(scheduling, offset=1)  # as those pipelines do, whatever the scheduler's file says
+        _refuse(f"{path} is a single file", "a model folder", variant=variant)
+        return open_single_file(path, config_yaml, tokenizer, prediction, dtype)
+    index, folder = read_index(path), Path(path)
+    said = {"config_yaml": config_yaml, "tokenizer": tokenizer, "prediction": prediction}
+    _refuse(f"{path} is a model folder", "a single file", **said)
+    scheduling = as_pipeline(load_scheduling(path), str(index.get("_class_name")))
     own = index.get(OWN) or {}
     cond_stage = read_weights(folder / COND_STAGE) if (folder / COND_STAGE).is_file() else {}
     conditioner = None if cond_stage else Conditioner.load(folder, dtype, bool(own.get(TRAINED)), variant).eval()
@@ -96,9 +110,7 @@ def save_model(parts: Parts, folder: str | os.PathLike, dtype: torch.dtype | Non
         (folder / COND_STAGE).parent.mkdir(exist_ok=True)
         write_weights({name: value.to(dtype) for name, value in parts.cond_stage.items()}, folder / COND_STAGE)
     save_scheduling(parts.scheduling, folder)
-    unfinished = folder / f".{INDEX}.{os.getpid()}"
-    unfinished.write_text(json.dumps(_index(parts), indent=2) + "\n", encoding="utf-8")
-    os.replace(unfinished, folder / INDEX)
+    write_json(_index(parts), folder / INDEX)
 
 
 def purpose(parts: Parts) -> str:
@@ -107,23 +119,20 @@ def purpose(parts: Parts) -> str:
     wants = f"its UNet reads {extra} channels beside the {latents} of z_t"
     if extra == latents + 1:
         return f"{wants}, a masked picture and the mask (inpainting)"
-    if extra:
-        return f"{wants}, of a picture or a map (super-resolution, a semantic map)"
-    return "its UNet reads a layout"
+    return f"{wants}, of a picture or a map (super-resolution, a semantic map)"
 
 
 def read_index(folder: str | os.PathLike) -> dict[str, Any]:
     """model_index.json of a model folder. Raises FileNotFoundError or ValueError, in one line."""
-    path = Path(folder) / INDEX
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} is not a model folder: there is no {INDEX} in it; give one that has it")
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not readable JSON ({error}); get it again") from None
-    if not isinstance(index, dict):
-        raise ValueError(f"{path} holds no JSON object; get it again")
-    return index
+    absent = f"{folder} is not a model folder: there is no {INDEX} in it; give one that has it"
+    return read_json(Path(folder) / INDEX, absent)
+
+
+def _refuse(found: str, wanted: str, **options: Any) -> None:
+    """Raise ValueError naming the first option that is given, which is of the other kind of source."""
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(f"{found}, and {name} is an option of {wanted}; leave it out")
 
 
 def _index(parts: Parts) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from conditioning import Conditioner, Context
 from kernels.winograd import lay_out
 from ldm.denoiser import Denoiser
 from ldm.guidance import classifier_free, extrapolate, rescaled
-from ldm.parts import Parts, open_model, purpose, save_model
+from ldm.parts import DEFAULTS, Parts, open_model, purpose, save_model
+from ldm.reading import Reader
 from ldm.samplers import SAMPLERS
 from ldm.schedule import make_schedule
 from ldm.scheduling import Scheduling
@@ -31,10 +32,6 @@ from ldm.times import times
 from ldm.unet import UNet
 from ldm.walk import Step, initial_noise
 from storage.images import tensor_to_image
-
-# settings that a model folder of ours has its own defaults for, and those of diffusers for folders that it wrote
-DEFAULTS = ("guidance_scale", "guidance_rescale", "steps", "sampler", "eta")
-THEIR_DEFAULTS = {"guidance_scale": 7.5, "steps": 50}
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,7 @@ class TextToImage:
         defaults = defaults or Settings()
         sides = {"height": defaults.height or side, "width": defaults.width or side}
         self.defaults = replace(defaults, **sides, spacing=defaults.spacing or scheduling.spacing)
-        self.denoiser = Denoiser(_Reading(unet), self.schedule, scheduling.prediction)
+        self.denoiser = Denoiser(Reader(unet), self.schedule, scheduling.prediction)
 
     @property
     def device(self) -> torch.device:
@@ -159,16 +156,16 @@ class TextToImage:
         guidance_scale = 1.0 if context is None else same.guidance_scale  # nothing to be guided by
         if guidance_scale != 1:
             null = self._context([picture.negative_prompt for picture in batch])
-        walk = times(self.schedule, same.steps, same.spacing, habit, scheduling.offset, scheduling.ends_clean)
+        visited = times(self.schedule, same.steps, same.spacing, habit, scheduling.offset, scheduling.ends_clean)
         shape = (len(batch), self.autoencoder.latent_channels, same.height // f, same.width // f)
         noise_only = habit.noise_only and same.spacing != "leading"
-        z = initial_noise(shape, generators, self.schedule, walk[0].item(), noise_only).to(self.device)
-        denoiser = replace(self.denoiser, network=_Reading(self.unet), at_levels=not habit.fractional)
+        z = initial_noise(shape, generators, self.schedule, visited[0].item(), noise_only).to(self.device)
+        denoiser = replace(self.denoiser, network=Reader(self.unet), at_levels=not habit.fractional)
         combine = rescaled(same.guidance_rescale, denoiser.coefficients) if same.guidance_rescale else extrapolate
         denoise = classifier_free(denoiser, context, null, guidance_scale, combine)
         known = {"eta": same.eta, "averaged": scheduling.prediction}
         options = {name: known[name] for name in sampler.options}
-        yield from sampler.walk(denoise, z, walk, self.schedule, generators, **options)
+        yield from sampler.run(denoise, z, visited, self.schedule, generators, **options)
 
     def finish(self, batch: Sequence[Settings], latents: Tensor) -> Iterator[Picture]:
         """Decode latents [B, c, h, w], one by one; pictures that are not at their own place in the batch are left out.
@@ -216,7 +213,9 @@ class TextToImage:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         variant: str | None = None,
-        **single_file: Any,
+        config_yaml: str | os.PathLike | None = None,
+        tokenizer: str | os.PathLike | None = None,
+        prediction: str | None = None,
     ) -> TextToImage:
         """Open a model folder (model_index.json, vae/, unet/, text_encoder/, ...), or a single file of CompVis' kind.
 
@@ -225,26 +224,25 @@ class TextToImage:
             device: where to compute.
             dtype: to compute in, whatever the files hold; on a CPU half precision is many times slower.
             variant: such as "fp16": which weights of a folder that has several.
-            single_file: config_yaml, tokenizer, prediction: see `ldm.single_file.open_single_file`.
+            config_yaml, tokenizer, prediction: of a single file: see `ldm.single_file.open_single_file`.
 
         Raises:
-            FileNotFoundError, ValueError: naming what is missing, or the option that we don't implement.
+            FileNotFoundError, ValueError: naming what is missing, or the option that we don't implement, or that is of
+                the other kind of source.
         """
         if torch.device(device).type == "cpu" and dtype != torch.float32:
             warnings.warn(f"{dtype} is 40 to 100 times slower than float32 on most CPUs", stacklevel=2)
-        parts = open_model(path, dtype, variant, **single_file)
+        parts = open_model(path, dtype, variant, config_yaml, tokenizer, prediction)
         if parts.extra_channels or parts.conditioner is None:
             raise ValueError(
                 f"{path} draws from more than prompts: {purpose(parts)}; TextToImage gives it prompts only"
             )
-        defaults = parts.defaults or THEIR_DEFAULTS | {"sampler": parts.scheduling.sampler or Settings().sampler}
-        known = {name: defaults[name] for name in DEFAULTS if name in defaults}
         return cls(
             lay_out(parts.autoencoder.to(device)),
             lay_out(parts.unet.to(device)),
             parts.conditioner.to(device),
             parts.scheduling,
-            Settings(**known),
+            parts.settings,
         )
 
     def _context(self, prompts: Sequence[str]) -> Context | None:
@@ -258,28 +256,6 @@ class TextToImage:
             low = side // f * f
             mend = f"{low} or {low + f}" if low > 0 else f"{f} or more"
             raise ValueError(f"{name} {side} is not a multiple of {f} (autoencoder downsampling); use {mend}")
-
-
-class _Reading:
-    """A UNet in its own dtype, on latents in theirs, that does nothing twice.
-
-    It reads a context once for as long as it is told the same object. On a CPU it looks whether both halves of a batch
-    are the same latents, told different things, as guidance wants them.
-    """
-
-    def __init__(self, unet: UNet):
-        self.unet, self.context, self.read = unet, None, None
-
-    def __call__(self, z_t: Tensor, timestep: Tensor, context: Context | None) -> Tensor:
-        if context is None:  # an unconditional model
-            return self.unet(z_t.to(self.unet.conv_in.weight.dtype), timestep)
-        if context is not self.context:
-            self.context, self.read = context, self.unet.read(context)
-        half = len(z_t) // 2
-        if z_t.is_cpu and self.read.keys_values and self.read.vector is None and self.read.latents is None:
-            if torch.equal(z_t[:half], z_t[half:]) and torch.equal(timestep[:half], timestep[half:]):
-                z_t, timestep = z_t[:half], timestep[:half]
-        return self.unet(z_t.to(self.unet.conv_in.weight.dtype), timestep, self.read)
 
 
 def _shared(picture: Settings) -> Settings:

@@ -19,18 +19,18 @@ from ldm.walk import Step
 class Sampler:
     """A sampler and what there is to know of it."""
 
-    walk: Callable[..., Iterator[Step]]  # (denoise, z, times, schedule, generators, **options) -> steps
+    run: Callable[..., Iterator[Step]]  # (denoise, z, times, schedule, generators, **options) -> steps
     order: int  # the error falls with steps^-order; of stochastic ones, that of moments
     calls: str = "S"  # of the network in S steps
     draws: bool = False  # whether noise is drawn on the way, whatever eta
-    options: tuple[str, ...] = ()  # what `walk` takes besides
+    options: tuple[str, ...] = ()  # what `run` takes besides
     habit: Habit  # how it chooses its times
 
     @property
     def summary(self) -> str:
         """One line: its order, whether it draws, its network calls in S steps, its spacing, what it does."""
         draws = "stochastic" if self.draws else "either by eta" if "eta" in self.options else "deterministic"
-        does = (self.walk.__doc__ or "").strip().splitlines()[0].rstrip(".")
+        does = (self.run.__doc__ or "").strip().splitlines()[0].rstrip(".")
         return f"order {self.order}  {draws:14} {self.calls:7} calls  {self.habit.spacing:9} {does}"
 
 
@@ -39,14 +39,14 @@ SIGMAS = Habit(spacing="linspace", fractional=True, noise_only=True)  # of Karra
 SOLVER = Habit(spacing="linspace", drops_lowest=True)  # of Lu et al. 2022
 
 SAMPLERS: dict[str, Sampler] = {
-    "ddim": Sampler(walk=ddim, order=1, options=("eta",), habit=LATTICE),
-    "ddpm": Sampler(walk=ddpm, order=1, draws=True, habit=Habit(spacing="leading")),
+    "ddim": Sampler(run=ddim, order=1, options=("eta",), habit=LATTICE),
+    "ddpm": Sampler(run=ddpm, order=1, draws=True, habit=Habit(spacing="leading")),
     "pndm": Sampler(
-        walk=pndm, order=2, calls="S + 1", options=("averaged",), habit=Habit(spacing="leading", ends_clean=False)
+        run=pndm, order=2, calls="S + 1", options=("averaged",), habit=Habit(spacing="leading", ends_clean=False)
     ),
-    "euler": Sampler(walk=euler, order=1, habit=SIGMAS),
-    "euler_ancestral": Sampler(walk=euler_ancestral, order=1, draws=True, habit=SIGMAS),
-    "heun": Sampler(walk=heun, order=2, calls="2 S - 1", habit=SIGMAS),
-    "dpmpp_2m": Sampler(walk=dpmpp_2m, order=2, habit=SOLVER),
-    "unipc": Sampler(walk=unipc, order=3, habit=SOLVER),
+    "euler": Sampler(run=euler, order=1, habit=SIGMAS),
+    "euler_ancestral": Sampler(run=euler_ancestral, order=1, draws=True, habit=SIGMAS),
+    "heun": Sampler(run=heun, order=2, calls="2 S - 1", habit=SIGMAS),
+    "dpmpp_2m": Sampler(run=dpmpp_2m, order=2, habit=SOLVER),
+    "unipc": Sampler(run=unipc, order=3, habit=SOLVER),
 }

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, get_args, get_type_hints
 
 from ldm.prediction import check_prediction
 from ldm.schedule import ScheduleConfig, make_schedule
@@ -68,6 +68,17 @@ FIXED: dict[str, dict[str, Any]] = {
     },
     FLOW_CLASS: _SIGMAS | {"invert_sigmas": False, "shift_terminal": None, "use_dynamic_shifting": False},
 }
+TYPES = {  # of the options that are read; null is what their classes write where an option has no value
+    "_class_name": str | None,
+    "beta_end": float | None,
+    "beta_start": float | None,
+    "num_train_timesteps": int,
+    "rescale_betas_zero_snr": bool,
+    "set_alpha_to_one": bool | None,
+    "shift": float,
+    "steps_offset": int,
+    "use_karras_sigmas": bool | None,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +91,15 @@ class Scheduling:
     offset: int = 1  # leading: the index of the lowest time
     ends_clean: bool | None = True  # DDIM, PNDM: at t = 0, or at the first noise level; None: as is the sampler's habit
     sampler: str | None = "ddim"  # a key of SAMPLERS; None: one that we don't have
+
+
+def as_pipeline(scheduling: Scheduling, name: str) -> Scheduling:
+    """How a pipeline of diffusers samples, by its class name, whatever its scheduler's file says.
+
+    Those of Stable Diffusion set steps_offset to 1: it was missing in the files of the first models, and CompVis' DDIM,
+    whose leading times these are, counts from 1.
+    """
+    return replace(scheduling, offset=1) if name.startswith("StableDiffusion") else scheduling
 
 
 def scheduling_to_diffusers(scheduling: Scheduling) -> dict[str, Any]:
@@ -116,12 +136,12 @@ def scheduling_from_diffusers(options: Mapping[str, Any]) -> Scheduling:
     """Read a scheduler_config.json, of any of diffusers' schedulers that has betas, of its flow matching, or ours.
 
     Raises:
-        ValueError: naming the option that we don't implement.
+        ValueError: naming the option that we don't implement, or whose value is of the wrong type.
     """
+    _check_types({name: value for name, value in options.items() if name in TYPES}, TYPES)
     kind = options.get("_class_name")
     if kind == OWN_CLASS:
-        said = {name: options[name] for name in Scheduling.__dataclass_fields__ if name in options}
-        return Scheduling(**said | {"schedule": make_schedule(ScheduleConfig(**options["schedule"])).config})
+        return _own({name: value for name, value in options.items() if not name.startswith("_")})
     _check_fixed(options)
     if kind == FLOW_CLASS:
         schedule = ScheduleConfig(
@@ -139,6 +159,33 @@ def scheduling_from_diffusers(options: Mapping[str, Any]) -> Scheduling:
         ends_clean=options.get("set_alpha_to_one"),
         sampler=next((ours for ours, theirs in CLASSES.items() if theirs == kind), None),
     )
+
+
+def _own(options: Mapping[str, Any]) -> Scheduling:
+    """Read what is in our own words."""
+    schedule = options.get("schedule")
+    if not isinstance(schedule, Mapping):
+        raise ValueError(f"scheduler option schedule = {schedule!r} must hold the keys of ScheduleConfig")
+    _check_types(schedule, get_type_hints(ScheduleConfig))
+    told = {"prediction": None} | {name: value for name, value in options.items() if name != "schedule"}
+    _check_types(told, get_type_hints(Scheduling))
+    check_prediction(told["prediction"])
+    for name, known in (("spacing", SPACINGS), ("sampler", CLASSES)):
+        if told.get(name) is not None and told[name] not in known:
+            raise ValueError(f"scheduler option {name} = {told[name]!r} is unknown; use one of {', '.join(known)}")
+    return Scheduling(schedule=make_schedule(ScheduleConfig(**schedule)).config, **told)
+
+
+def _check_types(options: Mapping[str, Any], types: Mapping[str, Any]) -> None:
+    """Raise ValueError for an option that is not among `types`, or not of its type; a whole number is a float too."""
+    for name, value in options.items():
+        if name not in types:
+            raise ValueError(f"scheduler option {name} is unknown; use one of {', '.join(types)}")
+        kinds = get_args(types[name]) or (types[name],)
+        kinds += (int,) if float in kinds else ()
+        if type(value) not in kinds:
+            words = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+            raise ValueError(f"scheduler option {name} = {value!r:.80} is of the wrong type; it must be {words}")
 
 
 def _schedule_from_diffusers(options: Mapping[str, Any]) -> ScheduleConfig:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,25 +20,24 @@ from torch import Tensor
 
 from autoencoder import Autoencoder
 from autoencoder.compvis import PREFIX as FIRST_STAGE
-from autoencoder.compvis import SCALE, SCALES, first_stage, to_compvis
+from autoencoder.compvis import SCALE, SCALES, first_stage_keys, read_scale, to_compvis
 from conditioning.clip import Clip
-from conditioning.compvis import kind_of_text
 from conditioning.conditioner import AnyConditioner, Conditioner
 from conditioning.interop import conditioner_from_compvis, conditioner_to_compvis
-from ldm.compvis import AVERAGE, NETWORK, ema_weights, unet_config, unet_from_compvis, unet_to_compvis
+from ldm.compvis import NETWORK, unet_config, unet_from_compvis, unet_keys, unet_to_compvis
 from ldm.compvis_schedule import schedule_from_compvis
 from ldm.interop import empty_unet
 from ldm.parts import Parts
+from ldm.schedule import ScheduleConfig
 from ldm.schedule_buffers import BUFFERS, schedule_buffers
 from ldm.scheduling import PREDICTION_TYPES, Scheduling
 from ldm.unet import UNetConfig
 from storage.config import read_yaml
-from storage.weights import place, read_metadata, read_weights, write_weights
+from storage.weights import AVERAGE, outline, place, read_metadata, read_weights, write_weights
 
 COND_STAGE = "cond_stage_model."
 MARKS = {"v_pred": "predicts velocity", "ztsnr": "no signal at t = 1"}  # empty tensors, a habit of ComfyUI's
 OTHERS = {*BUFFERS, *MARKS, SCALE, "logvar", "lvlb_weights"}  # logvar: weights of the loss, not of the model
-BERT_WORDS = 30522  # a table of LDM's transformer of another length holds no words, but the boxes of a layout
 SPATIAL = "channel_mapper.weight"  # makes latents of a semantic map
 PROBE, PROBE_IDS = "a photo of a cat", [49406, 320, 1125, 539, 320, 2368, 49407]  # as CLIP's tokenizer has it
 SD2 = (320, 1024)  # features on the finest level and width of the context
@@ -64,17 +63,22 @@ def open_single_file(
     Raises:
         FileNotFoundError, ValueError: in one line naming the file, and the first five keys that are wrong.
     """
-    state = read_weights(path)
+    names = outline(path).keys()
     try:
         params = {} if config_yaml is None else compvis_params(config_yaml)
-        _require_whole(state)
-        weights = ema_weights(state)
+        _require_whole(names)
+        network, stage = unet_keys(names), first_stage_keys(names)
+        others = (name for name in names if name.startswith(COND_STAGE) or name in OTHERS)
+        state = read_weights(path, {*network.values(), *stage.values(), *others}.__contains__)
+        weights = {name: state[key] for name, key in network.items()}
         config = unet_config(weights, params.get("unet_config", {}).get("params"))
         schedule, said = schedule_from_compvis(state, params)
         metadata = read_metadata(path)
-        prediction = prediction or (said if "parameterization" in params else _prediction(state, config, metadata))
-        scale = state[SCALE].item() if SCALE in state else params.get("scale_factor")
-        autoencoder = Autoencoder.from_compvis(first_stage(state), scale)
+        if prediction is None:
+            told = "parameterization" in params
+            prediction = said if told else _prediction(weights, config, metadata, "v_pred" in names)
+        scale = read_scale(state, params.get("scale_factor"))
+        autoencoder = Autoencoder.from_compvis({name: state[key] for name, key in stage.items()}, scale)
         config = replace(config, sample_size=_sample_size(config, autoencoder.downsampling, prediction, metadata))
         side = config.sample_size * autoencoder.downsampling
         autoencoder.config = replace(autoencoder.config, sample_size=side)
@@ -88,13 +92,23 @@ def open_single_file(
         raise ValueError(f"{path} can't be opened: {error}") from None
     except (LookupError, RuntimeError) as error:  # shapes where nobody would look for any
         raise ValueError(f"{path} can't be opened: its shapes are of no known network ({error})") from None
-    if "ztsnr" in state:
+    del state, weights  # which the networks hold, until they are in another dtype
+    if "ztsnr" in names:
         schedule = replace(schedule, zero_terminal_snr=True)
-    spacing = "trailing" if schedule.zero_terminal_snr else "leading"
-    scheduling = Scheduling(schedule=schedule, prediction=prediction, spacing=spacing, ends_clean=False)  # LDM's DDIM
+    habits = _habits(schedule, conditioner)
+    scheduling = Scheduling(schedule=schedule, prediction=prediction, ends_clean=False, **habits)
     return Parts(
         autoencoder.to(dtype=dtype).eval(), unet.to(dtype).eval(), conditioner, scheduling, cond_stage=cond_stage
     )
+
+
+def _habits(schedule: ScheduleConfig, conditioner: AnyConditioner | None) -> dict[str, str | None]:
+    """Sampler and spacing of a file: those that diffusers has for Stable Diffusion, else LDM's DDIM."""
+    if schedule.zero_terminal_snr:
+        return {"spacing": "trailing", "sampler": "ddim"}
+    if conditioner is not None and conditioner.components["text_encoder"][1] == "CLIPTextModel":
+        return {"spacing": None, "sampler": "pndm"}
+    return {"spacing": "leading", "sampler": "ddim"}
 
 
 def save_single_file(parts: Parts, path: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
@@ -116,19 +130,18 @@ def save_single_file(parts: Parts, path: str | os.PathLike, dtype: torch.dtype |
     if prediction not in PREDICTION_TYPES:
         raise ValueError(f"prediction {prediction!r} can't be said in a CompVis file; only noise, clean, velocity can")
     text = isinstance(parts.conditioner, Conditioner)
-    autoencoder = copy.deepcopy(parts.autoencoder).float()
-    own_scale = autoencoder.config.regularizer == "kl" and not text  # programs read it from the file
-    autoencoder.rescale(autoencoder.scaling_factor if own_scale else SCALES[autoencoder.config.regularizer])
+    kind, scale = parts.autoencoder.config.regularizer, parts.autoencoder.scaling_factor
+    own_scale = kind == "kl" and not text  # programs read it from the file
     networks = {
         NETWORK: unet_to_compvis(parts.unet.state_dict(), parts.unet.config),
-        FIRST_STAGE: to_compvis(autoencoder.state_dict(), autoencoder.config),
+        FIRST_STAGE: _first_stage(parts.autoencoder, scale if own_scale else SCALES[kind]),
         COND_STAGE: _cond_stage(parts),
     }
     state = {f"{prefix}{name}": value for prefix, part in networks.items() for name, value in part.items()}
     state = {name: value.to(dtype if value.is_floating_point() else None) for name, value in state.items()}
     state |= schedule_buffers(schedule)
     if own_scale:
-        state[SCALE] = torch.tensor(autoencoder.scaling_factor)
+        state[SCALE] = torch.tensor(scale)
     marks = {"v_pred": prediction == "velocity", "ztsnr": schedule.zero_terminal_snr}
     state |= {name: torch.empty(0) for name, holds in marks.items() if holds}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -137,9 +150,7 @@ def save_single_file(parts: Parts, path: str | os.PathLike, dtype: torch.dtype |
 
 def save_first_stage(autoencoder: Autoencoder, path: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
     """Write an autoencoder alone, in CompVis' names without prefix, at the scale that its kind always has there."""
-    autoencoder = copy.deepcopy(autoencoder).float()
-    autoencoder.rescale(SCALES[autoencoder.config.regularizer])
-    state = to_compvis(autoencoder.state_dict(), autoencoder.config)
+    state = _first_stage(autoencoder, SCALES[autoencoder.config.regularizer])
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_weights({name: value.to(dtype) for name, value in state.items()}, path)
 
@@ -171,15 +182,24 @@ def compvis_params(path: str | os.PathLike) -> dict[str, Any]:
     return dict(node)
 
 
-def _require_whole(state: Mapping[str, Tensor]) -> None:
+def _first_stage(autoencoder: Autoencoder, scale: float) -> dict[str, Tensor]:
+    """An autoencoder's weights at another scale of latents, in CompVis' names and the dtypes that they have."""
+    rescaled = copy.deepcopy(autoencoder).float()
+    rescaled.rescale(scale)
+    given = autoencoder.state_dict()
+    state = {name: value.to(given[name].dtype) for name, value in rescaled.state_dict().items()}
+    return to_compvis(state, autoencoder.config)
+
+
+def _require_whole(names: Collection[str]) -> None:
     """Raise ValueError unless the keys are those of a UNet with its first stage, and no others."""
     prefixes = (NETWORK, AVERAGE, FIRST_STAGE, COND_STAGE)
-    unknown = [name for name in state if not name.startswith(prefixes) and name not in OTHERS]
-    missing = [prefix for prefix in (NETWORK, FIRST_STAGE) if not any(name.startswith(prefix) for name in state)]
-    if missing and first_stage(state):
+    unknown = [name for name in names if not name.startswith(prefixes) and name not in OTHERS]
+    missing = [prefix for prefix in (NETWORK, FIRST_STAGE) if not any(name.startswith(prefix) for name in names)]
+    if missing and first_stage_keys(names):
         raise ValueError("it holds a first stage only; give it as autoencoder, or convert it to a folder")
     if missing:
-        raise ValueError(f"no key begins with {missing[0]}; the first keys are {', '.join(sorted(state)[:5])}")
+        raise ValueError(f"no key begins with {missing[0]}; the first keys are {', '.join(sorted(names)[:5])}")
     if unknown:
         more = f"; and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         raise ValueError(f"keys of no known part: {', '.join(unknown[:5])}{more}")
@@ -190,8 +210,7 @@ def _conditioner(
 ) -> tuple[AnyConditioner | None, dict[str, Tensor]]:
     """The conditioner; or None, and the weights of one that has no module here yet."""
     weights = {name.removeprefix(COND_STAGE): value for name, value in state.items() if name.startswith(COND_STAGE)}
-    layout = kind_of_text(weights) == "bert" and len(weights["transformer.token_emb.weight"]) != BERT_WORDS
-    if layout or set(weights) == {SPATIAL}:
+    if set(weights) == {SPATIAL}:
         return None, {name: value.to(dtype) for name, value in weights.items()}
     return conditioner_from_compvis(weights, None if tokenizer is None else str(tokenizer), dtype).eval(), {}
 
@@ -208,18 +227,18 @@ def _cond_stage(parts: Parts) -> dict[str, Tensor]:
     return conditioner_to_compvis(conditioner)
 
 
-def _prediction(state: Mapping[str, Tensor], config: UNetConfig, metadata: Mapping[str, str]) -> str:
+def _prediction(weights: Mapping[str, Tensor], config: UNetConfig, metadata: Mapping[str, str], marked: bool) -> str:
     """What the UNet predicts: as the metadata or marks say; noise; of Stable Diffusion 2 a guess, with a warning.
 
     The guess is ComfyUI's: the last norm's biases spread wider than 0.09 in the published velocity models.
     """
     said = metadata.get("modelspec.prediction_type", metadata.get("modelspec.predict_key"))
     named = {"epsilon": "noise", "v": "velocity", "clean": "clean"}.get(said)
-    if named or "v_pred" in state:
+    if named or marked:
         return named or "velocity"
     if (config.block_out_channels[0], config.cross_attention_dim) != SD2 or config.in_channels != 4:
         return "noise"
-    guess = "velocity" if state[f"{NETWORK}{SD2_NORM}"].float().std(correction=0) > 0.09 else "noise"
+    guess = "velocity" if weights[SD2_NORM].float().std(correction=0) > 0.09 else "noise"
     warnings.warn(f"the file does not say what it predicts; by its weights it is {guess}", stacklevel=3)
     return guess
 

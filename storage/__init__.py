@@ -10,6 +10,6 @@ Nothing is imported here, so that `storage.config` can be had without loading to
     storage.order       Address, Order
     storage.dataset     ImageDataset, Sample, Batch, collate, make_loader, draw_caption
     storage.shards      ShardWriter, CachedLatents, CachedSample, CachedBatch, cached_collate
-    storage.weights     read_weights, read_folder, write_weights, place, misfits; also for the other rooms
+    storage.weights     read_weights, read_folder, outline, write_weights, place, misfits, read_json; for all rooms
     storage.randomness  generator
 """

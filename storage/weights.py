@@ -1,4 +1,4 @@
-"""Weight files: safetensors and pickled state dicts, one or in shards, read without running any code of theirs.
+"""Weight files: safetensors and pickled state dicts, one or in shards, read without running any code of theirs; JSON.
 
 Nothing of ours is imported here, so that every room can read and write weights in the same way.
 """
@@ -10,7 +10,7 @@ import os
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,29 +25,44 @@ BIN_STEMS = {"model": "pytorch_model"}  # transformers' .bin files have another 
 INERT = ("pytorch_lightning.", "lightning.", "numpy.", "_codecs.encode")
 # names that diffusers gave the layers of plain attention before 0.17; such files are still in use
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+DAMAGES = (SafetensorError, OSError, KeyError, RuntimeError, ValueError)  # what reading a bad safetensors file raises
 MAPPED_TOGETHER = 8  # tensors of a safetensors file that are mapped into memory at a time
 ALIGNMENT = 64  # bytes, of a cache line, at which torch places tensors itself
-MAX_INDEX = 1 << 26  # bytes; the index of a sharded model with 100,000 weights has about 10 MB
+MAX_JSON = 1 << 26  # bytes; the index of a sharded model with 100,000 weights has about 10 MB
+AVERAGE = "model_ema."  # before the averages over training in CompVis' files, whose names have no dots
 
 
-def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
+def read_weights(path: str | os.PathLike, wanted: Callable[[str], bool] | None = None) -> dict[str, Tensor]:
     """Read one weight file: .safetensors, or a pickled state dict of tensors and nothing else.
+
+    Args:
+        path: of the file.
+        wanted: which names are read; None: all. (`outline` tells them beforehand.)
 
     Raises:
         FileNotFoundError: it does not exist.
-        ValueError: in one line: damaged, not a weight file, or it holds code, which is not run.
+        ValueError: in one line: damaged, not a weight file, replaced meanwhile, or it holds code, which is not run.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"weight file {path} does not exist; is the model whole?")
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"{path} is not a weight file; give one of {', '.join(SUFFIXES)}")
+    path, wanted = Path(path), wanted or (lambda name: True)
+    _require_weight_file(path)
     if path.suffix == ".safetensors":
-        try:
-            return _read_safetensors(path)
-        except (SafetensorError, OSError, KeyError, RuntimeError, ValueError) as error:
-            raise ValueError(f"{path} is not a readable safetensors file ({_line(error)}); get it again") from None
-    return _state_dict(_read_pickle(path), path)
+        return _read_safetensors(path, wanted)
+    return {name: _owned(value) for name, value in _state_dict(_read_pickle(path), path).items() if wanted(name)}
+
+
+def outline(path: str | os.PathLike) -> dict[str, Tensor]:
+    """Names, shapes and dtypes of a weight file, or of an index of shards: tensors on "meta"."""
+    if Path(path).suffix == ".json":
+        return {name: value for shard in _shards(Path(path)) for name, value in outline(shard).items()}
+    path = Path(path)
+    _require_weight_file(path)
+    if path.suffix != ".safetensors":
+        return {name: value.to("meta") for name, value in _state_dict(_read_pickle(path), path).items()}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name).to("meta") for name in file.keys()}  # maps, but reads no weight
+    except DAMAGES as error:
+        raise ValueError(f"{path} is not a readable safetensors file ({_line(error)}); get it again") from None
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, str]:
@@ -57,7 +72,7 @@ def read_metadata(path: str | os.PathLike) -> dict[str, str]:
     try:
         with safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
+    except DAMAGES as error:
         raise ValueError(f"{path} is not a readable safetensors file ({_line(error)}); get it again") from None
 
 
@@ -73,14 +88,8 @@ def read_folder(folder: str | os.PathLike, stem: str, variant: str | None = None
         FileNotFoundError, ValueError: in one line naming the file.
     """
     file = find_weights(folder, stem, variant)
-    if file.suffix != ".json":
-        return read_weights(file)
-    weights: dict[str, Tensor] = {}
-    for shard in _shards(file):
-        if not shard.is_file():
-            raise FileNotFoundError(f"{file} names {shard.name}, which is not there; get the missing shard")
-        weights |= read_weights(shard)
-    return weights
+    shards = _shards(file) if file.suffix == ".json" else [file]
+    return {name: value for shard in shards for name, value in read_weights(shard).items()}
 
 
 def find_weights(folder: str | os.PathLike, stem: str, variant: str | None = None) -> Path:
@@ -126,20 +135,45 @@ def place(module: nn.Module, weights: Mapping[str, Tensor], source: str | os.Pat
     model would draw other pictures from another file.
 
     Raises:
-        ValueError: naming the first five keys that are missing, left over or of another shape.
+        ValueError: naming the first five keys that are missing, left over, of another shape, or no floating-point
+            numbers where the module has some.
     """
     require_fit(misfits(module.state_dict(), weights), source)
     module.load_state_dict({name: _aligned(weight) for name, weight in weights.items()}, strict=True, assign=True)
 
 
-def misfits(expected: Mapping[str, Any], weights: Mapping[str, Any]) -> list[str]:
-    """What differs between expected and given names and shapes (of anything with a `shape`), a sentence for each."""
+def misfits(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[str]:
+    """What differs between expected and given names, shapes and kinds of numbers of tensors, a sentence for each."""
     wrong = [f"{name} is missing" for name in expected if name not in weights]
     wrong += [f"{name} is not known" for name in weights if name not in expected]
-    for name, value in expected.items():
-        if name in weights and tuple(weights[name].shape) != tuple(value.shape):
-            wrong.append(f"{name} is {list(weights[name].shape)}, not {list(value.shape)}")
+    both = [(name, value, weights[name]) for name, value in expected.items() if name in weights]
+    wrong += [f"{name} is {list(b.shape)}, not {list(a.shape)}" for name, a, b in both if a.shape != b.shape]
+    for name, ours, given in both:
+        if ours.is_floating_point() and not given.is_floating_point():
+            wrong.append(f"{name} is {str(given.dtype).removeprefix('torch.')}, not a floating-point number")
     return wrong
+
+
+def averaged_keys(keys: Iterable[str], there: Container[str]) -> dict[str, str]:
+    """For each key of a CompVis file where its weights are best taken from: their average over training, or itself.
+
+    CompVis' LitEma keeps averages as `model_ema.` and the name without its dots, for all weights or none.
+
+    Args:
+        keys: of weights, not averages.
+        there: all keys of the file.
+
+    Raises:
+        ValueError: some are averaged and others not.
+    """
+    averages = {key: AVERAGE + key.removeprefix("model.").replace(".", "") for key in keys}
+    missing = [average for average in averages.values() if average not in there]
+    if missing and len(missing) < len(averages):
+        raise ValueError(
+            f"{len(missing)} of {len(averages)} averaged weights are missing, the first {missing[0]}; "
+            f"remove the keys that begin with {AVERAGE}, or get the file again"
+        )
+    return {key: key for key in averages} if missing else averages
 
 
 def rename_old_attention(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -155,15 +189,87 @@ def require_fit(wrong: list[str], source: str | os.PathLike) -> None:
         raise ValueError(f"{source} does not fit its configuration: {'; '.join(wrong[:5])}{more}")
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def read_json(path: str | os.PathLike, absent: str | None = None) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Args:
+        path: of the file.
+        absent: what to say where there is none.
+
+    Raises:
+        FileNotFoundError: it does not exist.
+        ValueError: in one line: it is not JSON, or holds another value than an object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(absent or f"{path} does not exist; is this the folder of a whole model?")
+    if path.stat().st_size > MAX_JSON:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes, JSON of a model at most {MAX_JSON}; get it again")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not readable JSON ({_line(error)}); get it again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object; get it again")
+    return value
+
+
+def write_json(value: Mapping[str, Any], path: str | os.PathLike) -> None:
+    """Write an object as a JSON file in one step, its keys in order."""
+    path = Path(path)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _require_weight_file(path: Path) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"weight file {path} does not exist; is the model whole?")
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{path} is not a weight file; give one of {', '.join(SUFFIXES)}")
+
+
+def _read_safetensors(path: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+    """The wanted tensors of a file that stays the same meanwhile."""
+    before, weights, fault = _identity(path), {}, None
+    try:
+        weights = _copies(path, wanted)
+    except DAMAGES as error:
+        fault = f"is not a readable safetensors file ({_line(error)}); get it again"
+    if _identity(path) != before:  # whatever else went wrong
+        fault = "was replaced while it was read; try again"
+    if fault:
+        raise ValueError(f"{path} {fault}")
+    return weights
+
+
+def _copies(path: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
     """The tensors of a file, copied out of its mapping, which is given up every few of them: it fills memory, too."""
     with safe_open(path, framework="pt") as file:
-        names = list(file.keys())
+        names = [name for name in file.keys() if wanted(name)]
     weights: dict[str, Tensor] = {}
     for first in range(0, len(names), MAPPED_TOGETHER):
         with safe_open(path, framework="pt") as file:
             weights |= {name: file.get_tensor(name).clone() for name in names[first : first + MAPPED_TOGETHER]}
     return weights
+
+
+def _identity(path: Path) -> tuple[int, ...] | None:
+    """Numbers that differ when a file was written anew; None where it is gone."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _owned(value: Tensor) -> Tensor:
+    """A copy of a tensor of a mapped file; of one that repeats its memory, which a copy could not hold, itself."""
+    plain = value.layout == torch.strided and value.nbytes <= value.untyped_storage().nbytes()
+    return value.clone() if plain else value
 
 
 def _read_pickle(path: Path) -> Any:
@@ -207,17 +313,18 @@ def _state_dict(value: Any, path: Path) -> dict[str, Tensor]:
 
 
 def _shards(index: Path) -> list[Path]:
-    """The files that an index.json names, each beside it."""
-    if index.stat().st_size > MAX_INDEX:
-        raise ValueError(f"{index} has {index.stat().st_size} bytes, an index at most {MAX_INDEX}; get it again")
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{index} is no index of shards ({_line(error)}); get it again") from None
-    for name in names:
+    """The files that an index.json names, each beside it. Raises FileNotFoundError for one that is not there."""
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict):
+        raise ValueError(f"{index} is no index of shards: it has no weight_map; get it again")
+    for name in names.values():
         if not isinstance(name, str) or Path(name).name != name:
             raise ValueError(f"{index} names {name!r}, which is not a file beside it; get it again")
-    return [index.parent / name for name in sorted(names)]
+    shards = [index.parent / name for name in sorted(set(names.values()))]
+    for shard in shards:
+        if not shard.is_file():
+            raise FileNotFoundError(f"{index} names {shard.name}, which is not there; get the missing shard")
+    return shards
 
 
 def _aligned(weight: Tensor) -> Tensor:

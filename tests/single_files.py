@@ -9,6 +9,7 @@ from conditioning.classes import ClassConditioner, Unconditional
 from conditioning.clip import Clip, clip_config
 from conditioning.conditioner import AnyConditioner, Conditioner
 from conditioning.known_tokenizers import bert_tokenizer, clip_tokenizer
+from conditioning.layouts import LayoutTokenizer
 from conditioning.ldm_bert import LdmBert, ldm_bert_config
 from ldm.parts import Parts
 from ldm.schedule import ScheduleConfig, make_schedule
@@ -17,7 +18,8 @@ from ldm.unet import UNet, UNetConfig
 
 KINDS = ("sd1", "sd2", "inpainting", "bert", "class", "unconditional", "churches", "semantic", "layout")
 TEXT = ("sd1", "sd2", "inpainting", "bert")
-PROMPTS = {"class": "7", "unconditional": "", "churches": ""}  # of the kinds that read no text
+# of the kinds that read no text
+PROMPTS = {"class": "7", "unconditional": "", "churches": "", "layout": "3 0.1 0.1 0.5 0.5"}
 VAE = dict(block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=32, sample_size=16)
 UNET = dict(sample_size=8, block_out_channels=(64, 128), layers_per_block=1, attention_levels=(True, False))
 WIDTH = 64  # of tokens: one head of CLIP's and of LDM's transformer
@@ -57,14 +59,16 @@ def bert_encoder(words: int) -> LdmBert:
 
 
 def conditioner(kind: str, folder: Path) -> AnyConditioner | None:
-    """What the UNet is told by; None for kinds that have no module yet."""
+    """What the UNet is told by; None for the semantic map, for which there is no module."""
     if kind == "bert":
         return Conditioner(bert_tokenizer(save_words(folder), 20), bert_encoder(30522), False)
     if kind == "class":
         return ClassConditioner(torch.zeros(1001, WIDTH), 1000)
     if kind in ("unconditional", "churches"):
         return Unconditional()
-    return None if kind in ("semantic", "layout") else clip("gelu" if kind == "sd2" else "quick_gelu")
+    if kind == "layout":
+        return Conditioner(LayoutTokenizer(8192, 20), bert_encoder(8192), False)
+    return None if kind == "semantic" else clip("gelu" if kind == "sd2" else "quick_gelu")
 
 
 def randomize(module: torch.nn.Module) -> None:
@@ -99,12 +103,6 @@ def build_parts(kind: str, folder: Path, seed: int = 0) -> Parts:
     cond_stage = {}
     if kind == "semantic":
         cond_stage = {"channel_mapper.weight": torch.randn(4, 182, 1, 1)}
-    if kind == "layout":
-        from conditioning.compvis import text_to_compvis
-
-        layout = bert_encoder(50)
-        randomize(layout)
-        cond_stage = text_to_compvis(layout.weights(), "bert")
     return Parts(autoencoder, unet, told, scheduling, cond_stage=cond_stage)
 
 

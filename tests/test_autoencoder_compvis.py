@@ -7,9 +7,8 @@ import torch
 from compvis_shapes import FIRST_STAGES, first_stage, lines
 
 from autoencoder import Autoencoder, AutoencoderConfig
-from autoencoder.compvis import GROUPS, compvis_config, from_compvis, to_compvis
-from autoencoder.compvis import first_stage as only_networks
-from storage.weights import misfits, place
+from autoencoder.compvis import GROUPS, SCALE, compvis_config, first_stage_keys, from_compvis, read_scale, to_compvis
+from storage.weights import misfits, place, write_weights
 
 SMALL = dict(block_out_channels=(32, 64, 64), layers_per_block=1, norm_num_groups=GROUPS)
 DIGESTS = {  # of names and shapes in the state dicts of CompVis' own classes
@@ -86,17 +85,40 @@ def test_ours_to_compvis_and_back_is_the_identity_and_tells_its_architecture(opt
 def test_losses_and_discriminators_are_left_out():
     weights = compvis_small()
     others = dict.fromkeys(["loss.logvar", "loss.discriminator.main.0.weight", "model_ema.decay", "colorize"])
-    assert only_networks(weights | others).keys() == weights.keys()
-    whole = {f"first_stage_model.{name}": value for name, value in weights.items()} | {"betas": None}
-    assert only_networks(whole).keys() == weights.keys()
+    assert first_stage_keys(weights | others) == {name: name for name in weights}
+    whole = {name: f"first_stage_model.{name}" for name in weights}
+    assert first_stage_keys([*whole.values(), "betas", "first_stage_model.loss.logvar", "encoder.x"]) == whole
 
 
-def test_averages_over_training_are_preferred_where_all_are_there():
+@pytest.mark.parametrize("prefix", ["", "first_stage_model."])
+def test_averages_over_training_are_preferred_and_half_of_them_refused(prefix):
+    names = list(compvis_small())
+    averages = {name: f"{prefix}model_ema.{name.replace('.', '')}" for name in names}
+    keys = [f"{prefix}{name}" for name in names] + list(averages.values())
+    assert first_stage_keys(keys) == averages
+    with pytest.raises(ValueError, match="averaged weights are missing, the first model_ema."):
+        first_stage_keys(keys[:-1])
+
+
+def test_a_file_gives_its_averages_and_its_own_scale(tmp_path):
     weights = compvis_small()
     averages = {f"model_ema.{name.replace('.', '')}": value + 1 for name, value in weights.items()}
-    assert all(torch.equal(value, weights[name] + 1) for name, value in only_networks(weights | averages).items())
-    averages.popitem()
-    assert all(value is weights[name] for name, value in only_networks(weights | averages).items())
+    write_weights(weights | averages | {SCALE: torch.tensor(0.5)}, tmp_path / "x.safetensors")
+    loaded = Autoencoder.load(tmp_path / "x.safetensors")
+    assert loaded.scaling_factor == 0.5
+    theirs = to_compvis(loaded.state_dict(), loaded.config)
+    assert all(torch.equal(value, weights[name] + 1) for name, value in theirs.items())
+
+
+def test_the_scale_is_one_positive_number_of_the_file_then_of_the_yaml():
+    assert read_scale({}) is None and read_scale({}, 0.5) == 0.5
+    assert read_scale({SCALE: torch.tensor([0.25])}, 0.5) == 0.25
+    for value in (0.0, -1.0, torch.nan, torch.inf, [1.0, 2.0], [], 1j):
+        with pytest.raises(ValueError, match="scale_factor is .*; the scale of latents is one positive number"):
+            read_scale({SCALE: torch.tensor(value)})
+    for value in (0, "a", torch.nan, [1.0]):
+        with pytest.raises(ValueError, match="scale_factor is .*; the scale of latents is one positive number"):
+            read_scale({}, value)
 
 
 @pytest.mark.parametrize("regularizer", ["kl", "vq"])

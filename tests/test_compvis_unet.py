@@ -11,7 +11,7 @@ from compvis_shapes import lines
 from compvis_unets import Reference, unet_shapes
 from test_unet import PUBLISHED, close
 
-from ldm.compvis import KNOWN, ema_weights, unet_config, unet_from_compvis, unet_to_compvis
+from ldm.compvis import KNOWN, unet_config, unet_from_compvis, unet_keys, unet_to_compvis
 from ldm.compvis_schedule import PUBLISHED_BETAS, schedule_from_compvis
 from ldm.schedule import ScheduleConfig, make_schedule
 from ldm.unet import UNet, UNetConfig
@@ -261,19 +261,19 @@ def whole_file() -> dict[str, torch.Tensor]:
 
 def test_weights_averaged_over_training_are_preferred_where_there_are_any():
     state, names = whole_file(), set(unet_shapes(**OPTIONS["SD1"]))
-    averaged = ema_weights(state)
-    assert set(averaged) == names and all(value == 1 for value in averaged.values())
-    without = ema_weights({key: value for key, value in state.items() if not key.startswith("model_ema.diffusion")})
-    assert set(without) == names and all(value == 0 for value in without.values())
+    averaged = unet_keys(state)
+    assert set(averaged) == names and all(state[key] == 1 for key in averaged.values())
+    without = unet_keys([key for key in state if not key.startswith("model_ema.diffusion")])
+    assert set(without) == names and all(state[key] == 0 for key in without.values())
 
 
 def test_half_an_average_is_refused():
     state = whole_file()
     del state["model_ema.diffusion_modelout2bias"]
     with pytest.raises(ValueError, match="1 of 686 averaged weights are missing, .* model_ema.diffusion_modelout2bias"):
-        ema_weights(state)
+        unet_keys(state)
     with pytest.raises(ValueError, match="no key begins with model.diffusion_model."):
-        ema_weights({"unet.conv_in.weight": torch.zeros(1)})
+        unet_keys(["unet.conv_in.weight"])
 
 
 def buffers(betas: torch.Tensor, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:

@@ -106,6 +106,7 @@ def test_targets_that_exist_and_flags_that_do_not_are_refused(given, tmp_path, c
     (tmp_path / "taken").mkdir()
     assert "exists already" in refused(capsys, given / "good.safetensors", tmp_path / "taken")
     assert "both files" in refused(capsys, given / "good.safetensors", tmp_path / "x.safetensors")
+    assert "must end in .safetensors" in refused(capsys, tmp_path / "taken", tmp_path / "x.ckpt")
     assert "--precision" in refused(capsys, given / "good.safetensors", tmp_path / "m", "--precision", "fp8")
     assert "heads of a UNet" in refused(capsys, given / "good.safetensors", tmp_path / "m")  # its YAML is not given
     assert "is this the folder of a whole model" in refused(capsys, tmp_path / "taken", tmp_path / "x.safetensors")

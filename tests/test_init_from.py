@@ -2,26 +2,27 @@
 
 import itertools
 import json
-import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from single_files import build_parts
+from single_files import build_parts, write_yaml
 from tiny_runs import SETTINGS, losses, run_here
 
 from autoencoder import Autoencoder
 from ldm.parts import open_model, save_model
-from ldm.single_file import save_first_stage
+from ldm.single_file import save_first_stage, save_single_file
 from storage.checkpoint import problem
+from storage.weights import read_weights
 
 PICTURES = "data.folder=tests/pictures"
 SHORT = [
     "data.validation=0.2",
     "trainer.steps=2",
     "trainer.batch_size=2",
-    "trainer.save_every=1",
+    "trainer.save_every=2",
     "trainer.log_every=1",
 ]
 FEW = [*SHORT, "samples.every=0", "samples.steps=2", "samples.prompts=[a red heart]", "validation.every=0"]
@@ -45,6 +46,10 @@ def given(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("given")
     for kind in ("sd1", "sd2", "inpainting", "unconditional"):
         save_model(build_parts(kind, folder / "words"), folder / kind)
+    without = build_parts("class", folder / "words")
+    without.conditioner.null_class = None
+    save_model(without, folder / "no null")
+    save_single_file(build_parts("class", folder / "words"), folder / "class.safetensors")
     save_first_stage(build_parts("sd1", folder / "words").autoencoder, folder / "vae.safetensors")
     return folder
 
@@ -61,21 +66,22 @@ def test_train_ldm_goes_on_from_a_model_with_nothing_but_a_folder_of_pictures(gi
     before, after = open_model(given / "sd2"), open_model(tmp_path / "run" / "model")
     assert problem(tmp_path / "run" / "model") is None and len(losses(tmp_path / "run")) == 2
     assert after.unet.config == before.unet.config and after.autoencoder.config == before.autoencoder.config
-    assert after.scheduling.schedule == before.scheduling.schedule and after.scheduling.prediction == "velocity"
+    assert after.scheduling == before.scheduling and after.scheduling.prediction == "velocity"
+    assert after.settings == replace(before.settings, steps=2) and after.settings.guidance_scale == 7.5
     assert 0 < change(after.unet, before.unet) < 1e-3  # two steps from there, not from anywhere
     assert change(after.autoencoder, before.autoencoder) == change(after.conditioner, before.conditioner) == 0
 
 
 def test_the_config_that_is_left_behind_resumes_the_run(given, tmp_path):
     run = tmp_path / "run"
-    run_here("train_ldm.py", f"init_from={given}/sd1", PICTURES, f"run={run}", *FEW)
+    run_here("train_ldm.py", f"init_from={given}/sd1", PICTURES, f"run={run}", *FEW, "trainer.steps=1")
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["autoencoder"] == config["init_from"] == f"{given}/sd1"
     assert config["unet"]["block_out_channels"] == [64, 128] and config["data"]["image_size"] == 16
-    run_here("train_ldm.py", "--config", f"{run}/config.yaml", "trainer.steps=3", f"run={run}")
-    assert [step for step, _ in losses(run)] == [1, 2, 3]
+    run_here("train_ldm.py", "--config", f"{run}/config.yaml", "trainer.steps=2", f"run={run}")
+    assert [step for step, _ in losses(run)] == [1, 2]
     whole = tmp_path / "whole"
-    run_here("train_ldm.py", f"init_from={given}/sd1", PICTURES, f"run={whole}", *FEW, "trainer.steps=3")
+    run_here("train_ldm.py", f"init_from={given}/sd1", PICTURES, f"run={whole}", *FEW)
     assert change(open_model(run / "model").unet, open_model(whole / "model").unet) == 0
 
 
@@ -132,6 +138,8 @@ def test_what_does_not_fit_the_model_is_one_line(given, tmp_path, capsys):
     assert "unet.norm_eps" in said(sd1, "unet.norm_eps=1e-6")
     assert "5 channels beside the 4 of z_t, a masked picture" in said(f"init_from={given}/inpainting")
     assert "it reads no prompts" in said(f"init_from={given}/unconditional")
+    assert "has no null class" in said(f"init_from={given}/no null")
+    assert "give its YAML, which says num_heads (convert_checkpoint.py" in said(f"init_from={given}/class.safetensors")
     assert "is not a model folder" in said(f"init_from={tmp_path}/nowhere")
     assert "init_from" in said("init_from=5", "autoencoder=x")
     assert not list(tmp_path.glob("run*/model"))
@@ -154,13 +162,15 @@ def test_an_autoencoder_of_another_shape_is_one_line(given, tmp_path, capsys):
     assert "autoencoder.layers_per_block is 2, not 1; leave out what differs" in wide
 
 
-def test_a_run_owns_its_weights_and_outlives_the_model_it_came_from(given, tmp_path):
-    from storage.config import load_config
-    from train_ldm import RunConfig, inherited, make_unet, opened
+def test_overwriting_the_checkpoint_that_a_run_came_from_does_not_change_its_weights(tmp_path):
+    from train_ldm import DataConfig, RunConfig, make_unet
 
-    shutil.copytree(given / "sd1", tmp_path / "model")
-    config = load_config(RunConfig, None, [f"init_from={tmp_path}/model", PICTURES], inherited)
-    unet, before = make_unet(config, opened(config)), open_model(given / "sd1").unet
-    path = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
-    path.write_bytes(b"\0" * path.stat().st_size)  # in place, where the weights were mapped into memory
-    assert change(unet, before) == 0 and all(parameter.requires_grad for parameter in unet.parameters())
+    parts, path, yaml = build_parts("sd1", tmp_path), tmp_path / "model.ckpt", write_yaml(tmp_path)
+    save_single_file(parts, tmp_path / "model.safetensors")
+    torch.save({"state_dict": read_weights(tmp_path / "model.safetensors")}, path)  # which is mapped into memory
+    init = open_model(path, config_yaml=yaml)
+    config = RunConfig(init_from=str(path), data=DataConfig(folder=""), autoencoder="", unet=init.unet.config)
+    unet = make_unet(config, init)
+    with open(path, "r+b") as file:
+        file.write(b"\0" * path.stat().st_size)  # in place
+    assert change(unet, parts.unet) == 0 and all(parameter.requires_grad for parameter in unet.parameters())

@@ -41,6 +41,7 @@ INSIDE_LDM = {  # what each module of ldm may import of ldm
     "settings": {"samplers", "times"},
     "scheduling": {"schedule", "prediction", "times"},
     "unet": {"attention", "blocks", "unet_config"},
+    "reading": {"unet"},
     "known_options": set(),
     "options": {"unet", "known_options"},
     "compvis_names": {"unet"},

@@ -269,6 +269,17 @@ def test_a_part_that_is_missing_is_named(models, part, tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("option", ["config_yaml", "tokenizer", "prediction", "variant"])
+def test_an_option_that_does_not_go_with_the_source_is_refused(models, option, tmp_path):
+    folder, file = models["KL, CLIP"][1], tmp_path / "model.safetensors"
+    file.touch()
+    source, other = (file, "a model folder") if option == "variant" else (folder, "a single file")
+    with pytest.raises(ValueError, match=f"{option} is an option of {other}; leave it out"):
+        TextToImage.load(source, **{option: "noise"})
+    with pytest.raises(TypeError, match="varaint"):
+        TextToImage.load(folder, varaint="fp16")
+
+
 def test_half_precision_on_a_cpu_warns(models):
     with pytest.warns(UserWarning, match="torch.bfloat16 is 40 to 100 times slower"):
         loaded = TextToImage.load(models["KL, BERT, flow"][1], dtype=torch.bfloat16)

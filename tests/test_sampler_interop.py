@@ -28,7 +28,7 @@ def ours(sampler, prediction, spacing, steps, generators, schedule=SCHEDULE, **o
     denoise = Denoiser(network, schedule, prediction)
     z = initial_noise((len(generators), 2, 5, 5), generators, schedule)
     walk = times(schedule, steps, spacing, SAMPLERS[sampler].habit)
-    *_, last = SAMPLERS[sampler].walk(denoise, z, walk, schedule, generators, **options)
+    *_, last = SAMPLERS[sampler].run(denoise, z, walk, schedule, generators, **options)
     return last.z
 
 
@@ -103,7 +103,7 @@ def test_pndm_is_that_of_diffusers(prediction, steps):
     walk = times(SCHEDULE, steps, "leading")
     z = initial_noise((2, 2, 5, 5), seeds(2), SCHEDULE)
     denoise = Denoiser(network, SCHEDULE, prediction)
-    *_, last = SAMPLERS["pndm"].walk(denoise, z, walk, SCHEDULE, seeds(2), averaged=prediction)
+    *_, last = SAMPLERS["pndm"].run(denoise, z, walk, SCHEDULE, seeds(2), averaged=prediction)
     torch.testing.assert_close(last.z, end, rtol=1e-5, atol=1e-5)
 
 

@@ -48,7 +48,7 @@ def test_deterministic_samplers_converge_to_the_probability_flow_at_their_order(
     errors = []
     for steps in (160, 320) if inside else (80, 160):
         end = last(
-            SAMPLERS[sampler].walk(denoiser_of(data, schedule), z, walk_from(start, stop, steps), schedule, seeds(9))
+            SAMPLERS[sampler].run(denoiser_of(data, schedule), z, walk_from(start, stop, steps), schedule, seeds(9))
         )
         assert end.t == stop
         errors.append((end.z - exact).abs().mean().item())
@@ -64,7 +64,7 @@ def test_samplers_end_in_the_last_estimate_however_few_the_steps(name, sampler, 
     """At t = 0 there is no noise; with one step from t = 1 the result is the estimate made there."""
     schedule = SCHEDULES[name]
     z = initial_noise((3, 2, 4, 4), seeds(3), schedule).double()
-    walked = list(SAMPLERS[sampler].walk(denoiser_of(TWO, schedule), z, times(schedule, steps), schedule, seeds(3)))
+    walked = list(SAMPLERS[sampler].run(denoiser_of(TWO, schedule), z, times(schedule, steps), schedule, seeds(3)))
     assert [step.index for step in walked] == list(range(steps)) and walked[-1].t == 0
     assert [step.t for step in walked] == times(schedule, steps)[1:].tolist()
     assert all(step.z.isfinite().all() for step in walked)
@@ -80,7 +80,7 @@ def test_ddim_is_euler_for_rectified_flow():
     walk = times(schedule, 13)
     by_hand = z
     walked = zip(
-        ddim(denoise, z, walk, schedule, []), SAMPLERS["euler"].walk(denoise, z, walk, schedule, []), strict=True
+        ddim(denoise, z, walk, schedule, []), SAMPLERS["euler"].run(denoise, z, walk, schedule, []), strict=True
     )
     for i, (one, other) in enumerate(walked):
         t, s = walk[i].item(), walk[i + 1].item()
@@ -93,7 +93,7 @@ def test_ddim_is_euler_for_rectified_flow():
 def test_euler_along_straight_lines_is_ddim_for_every_schedule(name):
     schedule, denoise = SCHEDULES[name], denoiser_of(TWO, SCHEDULES[name])
     z = initial_noise((4, 1, 3, 3), seeds(4), schedule).double()
-    ends = [last(SAMPLERS[s].walk(denoise, z, times(schedule, 20), schedule, [])).z for s in ("ddim", "euler")]
+    ends = [last(SAMPLERS[s].run(denoise, z, times(schedule, 20), schedule, [])).z for s in ("ddim", "euler")]
     torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=1e-10)
 
 
@@ -152,7 +152,7 @@ def test_a_picture_does_not_depend_on_its_batch(name, sampler):
         generators = [torch.Generator().manual_seed(100 + i) for i in which]
         z = initial_noise((len(which), 2, 4, 4), generators, schedule)
         walk = times(schedule, 9)
-        return last(SAMPLERS[sampler].walk(denoiser_of(TWO, schedule), z, walk, schedule, generators, **options)).z
+        return last(SAMPLERS[sampler].run(denoiser_of(TWO, schedule), z, walk, schedule, generators, **options)).z
 
     together = sample([0, 1, 2, 3])
     for i in range(4):
@@ -165,9 +165,7 @@ def test_deterministic_samplers_do_not_draw(sampler):
     generators = seeds(2)
     before = [g.get_state() for g in generators]
     schedule = SCHEDULES["scaled_linear"]
-    last(
-        SAMPLERS[sampler].walk(denoiser_of(TWO, schedule), torch.zeros(2, 3), times(schedule, 5), schedule, generators)
-    )
+    last(SAMPLERS[sampler].run(denoiser_of(TWO, schedule), torch.zeros(2, 3), times(schedule, 5), schedule, generators))
     assert all(torch.equal(g.get_state(), state) for g, state in zip(generators, before, strict=True))
 
 
@@ -182,7 +180,7 @@ def test_samplers_call_the_denoiser_as_often_as_they_say_and_keep_the_dtype(samp
         return denoiser_of(TWO, schedule)(z, t)
 
     z = torch.ones(2, 3, dtype=dtype)
-    assert last(SAMPLERS[sampler].walk(denoise, z, times(schedule, 10), schedule, seeds(2))).z.dtype == dtype
+    assert last(SAMPLERS[sampler].run(denoise, z, times(schedule, 10), schedule, seeds(2))).z.dtype == dtype
     assert len(called) == eval(SAMPLERS[sampler].calls.replace("2 S", "2 * S"), {"S": 10})
 
 
@@ -190,7 +188,7 @@ def test_samplers_call_the_denoiser_as_often_as_they_say_and_keep_the_dtype(samp
 def test_a_sampler_stops_where_its_caller_stops(sampler):
     schedule, called = SCHEDULES["scaled_linear"], []
     walk = times(schedule, 10)
-    steps = SAMPLERS[sampler].walk(lambda z, t: called.append(t) or z, torch.ones(1, 3), walk, schedule, seeds(1))
+    steps = SAMPLERS[sampler].run(lambda z, t: called.append(t) or z, torch.ones(1, 3), walk, schedule, seeds(1))
     next(steps)
     next(steps)
     steps.close()
@@ -224,7 +222,7 @@ def test_a_walk_may_end_at_the_first_noise_level_and_stay_there(sampler, spacing
     schedule = SCHEDULES["scaled_linear"]
     walk = times(schedule, 6, spacing, SAMPLERS[sampler].habit, offset=0, ends_clean=False)
     z = initial_noise((2, 3), seeds(2), schedule).double()
-    *_, before, end = SAMPLERS[sampler].walk(denoiser_of(TWO, schedule), z, walk, schedule, seeds(2))
+    *_, before, end = SAMPLERS[sampler].run(denoiser_of(TWO, schedule), z, walk, schedule, seeds(2))
     assert end.t == 0.001 and end.z.isfinite().all()
     if spacing != "trailing":
         assert before.t == pytest.approx(end.t)
@@ -260,7 +258,7 @@ def test_every_sampler_walks_every_spacing(name, spacing):
         for steps in (1, 2, 7):
             walk = times(SCHEDULES[name], steps, spacing, sampler.habit)
             z = initial_noise((1, 50), seeds(1), SCHEDULES[name], walk[0].item()).double()
-            end = last(sampler.walk(denoiser_of(GAUSSIAN, SCHEDULES[name]), z, walk, SCHEDULES[name], seeds(1)))
+            end = last(sampler.run(denoiser_of(GAUSSIAN, SCHEDULES[name]), z, walk, SCHEDULES[name], seeds(1)))
             assert end.z.isfinite().all()
 
 
@@ -276,6 +274,6 @@ def test_samplers_hold_no_more_estimates_than_their_order_needs():
 
     for name, most in {"ddim": 1, "ddpm": 1, "euler": 1, "heun": 2, "dpmpp_2m": 2, "unipc": 3, "pndm": 2}.items():
         counts, alive[:] = [], []
-        for step in SAMPLERS[name].walk(denoise, torch.ones(1, 3), times(schedule, 12), schedule, seeds(1)):
+        for step in SAMPLERS[name].run(denoise, torch.ones(1, 3), times(schedule, 12), schedule, seeds(1)):
             del step
         assert max(counts) <= most, name

@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from single_files import build_parts, write_yaml
 from small_models import SIDE, build_model
 
 import txt2img
 from ldm import TextToImage
 from ldm.samplers import SAMPLERS
+from ldm.single_file import save_single_file
 from storage.pictures import RECORD, a1111_parameters, encode_png, read_record, write_numbered
 
 SCRIPT = Path(txt2img.__file__)
@@ -113,6 +115,23 @@ def test_like_makes_the_same_bytes(run, batch):
         (again,) = run("--like", path)
         assert again != path
         assert again.read_bytes() == path.read_bytes()
+
+
+def test_a_single_file_is_opened_as_flags_say_and_again_as_the_record_says(run, tmp_path, capsys):
+    file, yaml = tmp_path / "model.safetensors", write_yaml(tmp_path)
+    save_single_file(build_parts("bert", tmp_path / "words"), file)
+    plain = ["--checkpoint", file, "--yaml", yaml, "--tokenizer", tmp_path / "words"]
+    (path,) = run("a cat", *plain, "--prediction", "velocity", "--steps", 1)
+    opening = {"config_yaml": str(yaml), "tokenizer": f"{tmp_path}/words", "prediction": "velocity"}
+    assert opening.items() <= read_record(path).items() and "variant" not in read_record(path)
+    (again,) = run("--like", path)
+    assert again.read_bytes() == path.read_bytes()
+    (other,) = run("--like", path, *plain)  # of another checkpoint the record says nothing
+    assert not np.array_equal(pixels(other), pixels(path)) and "prediction" not in read_record(other)
+    for wrong, said in ((plain[:2], "give its YAML"), ([*plain, "--variant", "fp16"], "variant is an option of")):
+        with pytest.raises(SystemExit):
+            run("a cat", *wrong)
+        assert said in capsys.readouterr().err
 
 
 def test_flags_override_what_like_finds(run, checkpoint):

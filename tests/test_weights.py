@@ -11,7 +11,20 @@ import types
 import pytest
 import torch
 
-from storage.weights import find_weights, misfits, place, read_folder, read_metadata, read_weights, write_weights
+import storage.weights
+from storage.weights import (
+    averaged_keys,
+    find_weights,
+    misfits,
+    outline,
+    place,
+    read_folder,
+    read_json,
+    read_metadata,
+    read_weights,
+    write_json,
+    write_weights,
+)
 
 STEM = "diffusion_pytorch_model"
 
@@ -40,6 +53,49 @@ def save_as(kind, weights, folder):
 @pytest.mark.parametrize("kind", ["safetensors", "bare", "nested", "legacy"])
 def test_every_kind_of_file_gives_the_same_tensors(kind, tmp_path):
     assert same(read_weights(save_as(kind, tensors(), tmp_path)), tensors())
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bare", "nested", "legacy"])
+def test_only_wanted_tensors_are_read_and_the_outline_tells_of_them_all(kind, tmp_path):
+    given = tensors() | {"half": torch.ones(2, dtype=torch.float16), "steps": torch.tensor(3)}
+    path = save_as(kind, given, tmp_path)
+    assert same(read_weights(path, lambda name: name == "half"), {"half": given["half"]})
+    told = outline(path)
+    assert all(value.is_meta for value in told.values())
+    described = [{name: (value.shape, value.dtype) for name, value in state.items()} for state in (told, given)]
+    assert described[0] == described[1]
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bare"])
+def test_tensors_are_their_own_after_reading_whatever_becomes_of_the_file(kind, tmp_path):
+    path = save_as(kind, tensors(), tmp_path)
+    weights = read_weights(path)
+    with open(path, "r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert same(weights, tensors())
+
+
+def test_a_tensor_that_repeats_one_number_takes_no_memory(tmp_path):
+    torch.save({"a": torch.ones(1).expand(1 << 40)}, tmp_path / "x.ckpt")
+    assert read_weights(tmp_path / "x.ckpt")["a"].shape == (1 << 40,)
+
+
+@pytest.mark.parametrize("other", [tensors(20, seed=1), tensors(3), {"a": torch.zeros(3)}, None])
+def test_a_file_that_is_replaced_while_it_is_read_is_an_error_and_no_mixture(other, tmp_path, monkeypatch):
+    path, opened = tmp_path / "x.safetensors", []
+    write_weights(tensors(20), path)
+    safe_open = storage.weights.safe_open
+
+    def replacing(*arguments, **options):
+        opened.append(1)
+        if len(opened) == 3:  # the header and eight tensors are read
+            path.unlink() if other is None else write_weights(other, path)
+        return safe_open(*arguments, **options)
+
+    monkeypatch.setattr(storage.weights, "safe_open", replacing)
+    with pytest.raises(ValueError, match="x.safetensors was replaced while it was read; try again") as caught:
+        read_weights(path)
+    assert "\n" not in str(caught.value)
 
 
 def test_written_files_are_whole_readable_by_all_and_carry_their_metadata(tmp_path):
@@ -77,6 +133,7 @@ def test_folders_are_read_whole_or_in_shards_with_or_without_a_variant(suffix, v
         torch.save(tensors(), path) if suffix == "bin" else write_weights(tensors(), path)
     assert same(read_folder(tmp_path, STEM, variant), tensors())
     assert same(read_folder(tmp_path, STEM), tensors())  # the only variant there is
+    assert outline(find_weights(tmp_path, STEM)).keys() == tensors().keys()
 
 
 def test_transformers_bin_files_have_their_own_stem(tmp_path):
@@ -110,10 +167,13 @@ def test_a_missing_shard_is_named(tmp_path):
         read_folder(tmp_path, STEM)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": "../x.safetensors"}}'])
+NO_INDEX = ["{", "[]", "[" * 100_000, "{}", '{"weight_map": 3}', '{"weight_map": {"a": ["../x.safetensors"]}}']
+
+
+@pytest.mark.parametrize("text", [*NO_INDEX, '{"weight_map": {"a": "../x.safetensors"}}'])
 def test_an_index_that_is_none_or_leads_elsewhere_is_refused(text, tmp_path):
     (tmp_path / f"{STEM}.safetensors.index.json").write_text(text)
-    with pytest.raises(ValueError, match="no index of shards|not a file beside it") as caught:
+    with pytest.raises(ValueError, match="not readable|no JSON object|no index of shards|not a file beside") as caught:
         read_folder(tmp_path, STEM)
     assert "\n" not in str(caught.value)
 
@@ -228,6 +288,15 @@ def test_placing_names_the_first_five_differences():
     assert misfits(module.state_dict(), weights)[-1] == "0.weight is [3, 2], not [2, 2]"
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
+def test_placing_refuses_numbers_that_are_not_floating_point_where_some_are_needed(dtype):
+    module = torch.nn.BatchNorm1d(2)  # which counts batches in int64
+    place(module, module.state_dict(), "x")
+    kind = str(dtype).removeprefix("torch.")
+    with pytest.raises(ValueError, match=f"x does not fit .*: weight is {kind}, not a floating-point number$"):
+        place(module, module.state_dict() | {"weight": torch.zeros(2, dtype=dtype)}, "x")
+
+
 def test_placing_fills_a_module_that_has_no_memory_yet():
     full = torch.nn.Linear(3, 2)
     with torch.device("meta"):
@@ -236,15 +305,36 @@ def test_placing_fills_a_module_that_has_no_memory_yet():
     assert same(empty.state_dict(), full.state_dict())
 
 
-def test_weights_at_odd_places_of_a_file_are_moved_and_others_stay_where_they_are(tmp_path):
+def test_weights_at_odd_places_are_moved_and_others_stay_where_they_are():
     full = torch.nn.Linear(16, 16)
-    for name, others in (("odd", {"0": torch.zeros(3)}), ("even", {})):
-        write_weights(others | full.state_dict(), tmp_path / f"{name}.safetensors")
-        weights = {key: value for key, value in read_weights(tmp_path / f"{name}.safetensors").items() if key != "0"}
-        before = weights["weight"].data_ptr()
+    for offset in (0, 1):  # memory that torch allots begins at a multiple of 64 bytes
+        views = {name: torch.empty(value.numel() + offset)[offset:] for name, value in full.state_dict().items()}
+        weights = {name: views[name].view_as(value).copy_(value) for name, value in full.state_dict().items()}
         with torch.device("meta"):
             module = torch.nn.Linear(16, 16)
         place(module, weights, "x")
         assert all(value.data_ptr() % 64 == 0 for value in module.state_dict().values())
-        assert (module.weight.data_ptr() == before) == (before % 64 == 0)
+        assert (module.weight.data_ptr() == weights["weight"].data_ptr()) == (offset == 0)
         assert same(module.state_dict(), full.state_dict())
+
+
+def test_averages_are_taken_for_all_weights_or_none():
+    keys = ["model.a.weight", "b.bias"]
+    averages = ["model_ema.aweight", "model_ema.bbias"]
+    assert averaged_keys(keys, keys) == dict(zip(keys, keys, strict=True))
+    assert averaged_keys(keys, keys + averages) == dict(zip(keys, averages, strict=True))
+    with pytest.raises(ValueError, match="1 of 2 averaged weights are missing, the first model_ema.bbias; remove"):
+        averaged_keys(keys, keys + averages[:1])
+
+
+def test_json_is_read_as_written_and_anything_else_is_one_line(tmp_path):
+    path = tmp_path / "x.json"
+    write_json({"b": [1, None], "a": "ü"}, path)
+    assert read_json(path) == {"a": "ü", "b": [1, None]} and [*tmp_path.iterdir()] == [path]
+    for data in (b"{", b"\xff", b"[" * 100_000, b"[1]", b"3", b""):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match="is not readable JSON|holds no JSON object") as caught:
+            read_json(path)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(FileNotFoundError, match="^nothing here$"):
+        read_json(tmp_path / "absent.json", "nothing here")
