@@ -50,6 +50,20 @@ def stored_dtype(weights: dict[str, torch.Tensor]) -> torch.dtype:
     return torch.float16 if all(value.dtype == torch.float16 for value in matrices) else torch.float32
 
 
+def require_finite(source: Path, **networks: torch.nn.Module | None) -> None:
+    """Raise a ValueError that names the first five weights which hold NaN or infinity, if there are any."""
+    wrong = [
+        f"{name} of the {part}"
+        for part, network in networks.items()
+        if network is not None
+        for name, value in network.state_dict().items()
+        if not value.isfinite().all()
+    ]
+    if wrong:
+        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise ValueError(f"{source} has weights that are not finite: {'; '.join(wrong[:5])}{more}; get it again")
+
+
 def convert_first_stage(arguments: argparse.Namespace, dtype: torch.dtype) -> None:
     """An autoencoder alone: a file of it to a folder with vae/, or such a folder to a file."""
     from autoencoder import Autoencoder
@@ -57,6 +71,7 @@ def convert_first_stage(arguments: argparse.Namespace, dtype: torch.dtype) -> No
     from storage.checkpoint import write_folder
 
     autoencoder = Autoencoder.load(arguments.source, variant=arguments.variant)
+    require_finite(arguments.source, autoencoder=autoencoder)
     if arguments.target.suffix == FILE:
         save_first_stage(autoencoder, arguments.target, dtype)
     else:
@@ -71,6 +86,7 @@ def convert_model(arguments: argparse.Namespace, stored: torch.dtype, dtype: tor
 
     said = {"config_yaml": arguments.yaml, "tokenizer": arguments.tokenizer, "prediction": arguments.prediction}
     parts = open_model(arguments.source, stored, arguments.variant, **said)
+    require_finite(arguments.source, UNet=parts.unet, autoencoder=parts.autoencoder, conditioner=parts.conditioner)
     if arguments.target.suffix == FILE:
         save_single_file(parts, arguments.target, dtype)
     else:

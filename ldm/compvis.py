@@ -5,6 +5,7 @@ Names here are without the prefix `model.diffusion_model.`; `unet_keys` takes it
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +48,13 @@ KNOWN = {  # by features per level and width of the context
 }
 
 
+DIMENSIONS = {  # of weights, by the ends of their names
+    r"bias$": 1,
+    r"(^input_blocks\.0\.0|^out\.2|in_layers\.2|out_layers\.3|conv|op|skip_connection)\.weight$": 4,
+    r"(^time_embed\.[02]|emb_layers\.1|attn\d\.to_[qkv])\.weight$": 2,
+}
+
+
 def unet_config(weights: Mapping[str, Tensor], params: Mapping[str, Any] | None = None) -> UNetConfig:
     """Recognize a UNet of LDM, SD1 or SD2 by its keys and shapes.
 
@@ -65,7 +73,10 @@ def unet_config(weights: Mapping[str, Tensor], params: Mapping[str, Any] | None 
     except KeyError as error:
         raise ValueError(f"this is no UNet of LDM: {error.args[0]} is missing") from None
     except (IndexError, ValueError):
-        raise ValueError("this is no UNet of LDM: its weights have other numbers or dimensions") from None
+        odd = [f"{name} is {list(value.shape)}" for name, value in weights.items() if _is_odd(name, value)]
+        more = f"; and {len(odd) - 5} more" if len(odd) > 5 else ""
+        found = f": {'; '.join(odd[:5])}{more}" if odd else ""
+        raise ValueError(f"this is no UNet of LDM: its weights have other numbers or dimensions{found}") from None
     _require_same(shape, params)
     known = KNOWN.get((shape["block_out_channels"], shape["cross_attention_dim"]))
     return UNetConfig(
@@ -120,6 +131,14 @@ def _shape(weights: Mapping[str, Tensor]) -> dict[str, Any]:
         "scale_shift": weights["middle_block.0.emb_layers.1.weight"].shape[0] == 2 * channels[-1],
         **({"cross_attention_dim": None} if plain else _transformers(weights)),
     }
+
+
+def _is_odd(name: str, value: Tensor) -> bool:
+    """Whether a weight has other dimensions than its name tells."""
+    for pattern, dimensions in DIMENSIONS.items():
+        if re.search(pattern, name):
+            return value.ndim != dimensions
+    return False
 
 
 def _transformers(weights: Mapping[str, Tensor]) -> dict[str, Any]:

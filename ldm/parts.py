@@ -72,6 +72,8 @@ def open_model(
         FileNotFoundError, ValueError: in one line naming what is missing, or does not fit, or is not implemented; or an
             option of the other kind of source.
     """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{path} does not exist; give a model folder, or a .ckpt or .safetensors file")
     if Path(path).is_file():
         from ldm.single_file import open_single_file  # which builds on this module
 

@@ -117,7 +117,11 @@ class TextToImage:
         return 1 if self.device.type == "cpu" else 4
 
     def plan(self, prompt: str | Sequence[str], *, num_images: int = 1, **settings: Any) -> list[Settings]:
-        """The complete settings of each picture that `generate` would make; warns of prompts that are too long."""
+        """The complete settings of each picture that `generate` would make; warns of prompts that are too long.
+
+        Raises:
+            ValueError: in one line, for settings and prompts that this model can't take.
+        """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not isinstance(num_images, Integral) or num_images < 1:
             raise ValueError(f"num images {num_images!r} must be a whole number, at least 1")
@@ -129,7 +133,9 @@ class TextToImage:
         times(self.schedule, first.steps, first.spacing)
         for name in ("height", "width"):
             self._check_side(name, getattr(first, name))
-        for text in dict.fromkeys([*prompts, first.negative_prompt]):
+        texts = dict.fromkeys([*prompts, *([first.negative_prompt] if first.guidance_scale != 1 else [])])
+        self.conditioner.tokenize([*texts])  # what is no prompt to this model, no class, no layout, is found now
+        for text in texts:
             if cut := self.conditioner.cut(text):
                 limit = self.conditioner.max_length
                 warnings.warn(f"a prompt is longer than {limit} tokens; not seen by the model: {cut!r}", stacklevel=2)

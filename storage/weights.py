@@ -307,7 +307,9 @@ def _state_dict(value: Any, path: Path) -> dict[str, Tensor]:
     if not isinstance(value, Mapping) or not value:
         raise ValueError(f"{path} holds no weights by name (a state dict); give a file that does")
     for name, item in value.items():
-        if not isinstance(name, str) or not isinstance(item, Tensor):
+        if not isinstance(name, str):
+            raise ValueError(f"{path} is no state dict: it has the key {name!r}, which is not a name")
+        if not isinstance(item, Tensor):
             raise ValueError(f"{path} is no state dict: {name!r} is a {type(item).__name__}, not a tensor")
     return dict(value)
 

@@ -36,6 +36,9 @@ def given(tmp_path_factory):
     prefix = "model.diffusion_model.input_blocks.1."
     names = [name for name in state if name.startswith(prefix) and "out_layers.3" not in name]
     write_weights(state | {name: torch.zeros(7) for name in names[:8]}, folder / "misshapen.safetensors")
+    kernels = [name for name in state if name.startswith("model.diffusion_model.") and state[name].ndim == 4]
+    write_weights(state | {name: torch.zeros(3) for name in kernels[:8]}, folder / "flat.safetensors")
+    write_weights(state | {kernels[0]: torch.full_like(state[kernels[0]], torch.nan)}, folder / "nan.safetensors")
     few = {name: value for name, value in state.items() if not name.startswith("first_stage_model.decoder.up.0.b")}
     write_weights(few, folder / "incomplete.safetensors")
     write_weights({f"layers.{i}.weight": torch.zeros(2) for i in range(9)}, folder / "unknown.safetensors")
@@ -72,6 +75,8 @@ FAULTS = {
     "truncated.safetensors": "is not a readable safetensors file",
     "web page.ckpt": "is not a readable file of torch.save",
     "pickled.ckpt": "holds more than tensors, and reading it would run code of its maker's",
+    "flat.safetensors": r"other numbers or dimensions: (\S* is \[3\];? ?){5}; and 3 more",
+    "nan.safetensors": r"weights that are not finite: conv_in.weight of the UNet; get it again",
     "misshapen.safetensors": r"input_blocks.1.0.in_layers.0.weight is \[7\], not \[64\]; (\S* is .*){4}; and 3 more",
     "incomplete.safetensors": r"decoder.up.0.block.0.norm1.weight is missing; (\S* is missing; ){4}and 13 more",
     "unknown.safetensors": "no key begins with model.diffusion_model.; the first keys are layers.0.weight, layers.1",

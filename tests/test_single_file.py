@@ -421,3 +421,10 @@ def test_txt2img_draws_from_a_single_file_and_records_its_hash(files, tmp_path, 
     moved = path.rename(path.with_name("moved.safetensors"))
     assert model_hash(moved) == record["model_hash"]
     moved.rename(path)
+
+
+@pytest.mark.parametrize("kind, message", [("class", "prompt 'a cat'"), ("unconditional", "leave it empty")])
+def test_a_prompt_that_a_model_cannot_read_is_found_before_anything_is_computed(kind, message, files, yaml):
+    model = TextToImage.load(files(kind)[0], config_yaml=yaml)
+    with pytest.raises(ValueError, match=message):
+        model.plan("a cat")
