@@ -26,7 +26,7 @@ INERT = ("pytorch_lightning.", "lightning.", "numpy.", "_codecs.encode")
 # names that diffusers gave the layers of plain attention before 0.17; such files are still in use
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 DAMAGES = (SafetensorError, OSError, KeyError, RuntimeError, ValueError)  # what reading a bad safetensors file raises
-MAPPED_TOGETHER = 8  # tensors of a safetensors file that are mapped into memory at a time
+MAPPED_TOGETHER = 1 << 25  # bytes of a safetensors file that are mapped into memory at a time, but for the last tensor
 ALIGNMENT = 64  # bytes, of a cache line, at which torch places tensors itself
 MAX_JSON = 1 << 26  # bytes; the index of a sharded model with 100,000 weights has about 10 MB
 AVERAGE = "model_ema."  # before the averages over training in CompVis' files, whose names have no dots
@@ -251,9 +251,13 @@ def _copies(path: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
     with safe_open(path, framework="pt") as file:
         names = [name for name in file.keys() if wanted(name)]
     weights: dict[str, Tensor] = {}
-    for first in range(0, len(names), MAPPED_TOGETHER):
+    while len(weights) < len(names):
         with safe_open(path, framework="pt") as file:
-            weights |= {name: file.get_tensor(name).clone() for name in names[first : first + MAPPED_TOGETHER]}
+            mapped = 0
+            while len(weights) < len(names) and mapped < MAPPED_TOGETHER:
+                name = names[len(weights)]
+                weights[name] = file.get_tensor(name).clone()
+                mapped += weights[name].nbytes
     return weights
 
 

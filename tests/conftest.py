@@ -2,5 +2,22 @@
 
 import os
 
+import pytest
+
 # the tests' tensors are small: a second thread costs more than it brings, and two busy processes with two each crawl
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="module")
+def settings_of_runs():
+    """One thread, and the environment of small runs, also for what tests run in this process."""
+    import torch
+    from tiny_runs import SETTINGS
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in SETTINGS.items():
+            patch.setenv(name, value)
+        yield
+    torch.set_num_threads(before)

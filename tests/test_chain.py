@@ -7,25 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 from small_encoders import save_bert
-from tiny_runs import CACHE, SETTINGS, STAGE_1, STAGE_2, differing, final_state, launch, losses, metrics, run_here
+from tiny_runs import CACHE, STAGE_1, STAGE_2, differing, final_state, launch, losses, metrics, run_here
 
 from storage.checkpoint import problem
 
 TWO_MICRO_BATCHES = "trainer.micro_batch_size=2"  # of the batch of 4
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in SETTINGS.items():
-            patch.setenv(name, value)
-        yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("settings_of_runs")
 
 
 @dataclass(frozen=True)

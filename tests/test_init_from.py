@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from single_files import build_parts, write_yaml
-from tiny_runs import SETTINGS, losses, run_here
+from tiny_runs import losses, run_here
 
 from autoencoder import Autoencoder
 from ldm.parts import open_model, save_model
@@ -29,15 +29,7 @@ FEW = [*SHORT, "samples.every=0", "samples.steps=2", "samples.prompts=[a red hea
 STAGE_1 = [*SHORT, "perceptual.kind=ssim", "discriminator_start=null", "validation.scale_images=8"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in SETTINGS.items():
-            patch.setenv(name, value)
-        yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("settings_of_runs")
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +132,7 @@ def test_what_does_not_fit_the_model_is_one_line(given, tmp_path, capsys):
     assert "it reads no prompts" in said(f"init_from={given}/unconditional")
     assert "has no null class" in said(f"init_from={given}/no null")
     assert "give its YAML, which says num_heads (convert_checkpoint.py" in said(f"init_from={given}/class.safetensors")
-    assert "is not a model folder" in said(f"init_from={tmp_path}/nowhere")
+    assert "nowhere does not exist" in said(f"init_from={tmp_path}/nowhere")
     assert "init_from" in said("init_from=5", "autoencoder=x")
     assert not list(tmp_path.glob("run*/model"))
 

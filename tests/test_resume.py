@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import SETTINGS, STAGE_1, STAGE_2, differing, files, launch, metrics, run_here, start
+from tiny_runs import STAGE_1, STAGE_2, differing, files, launch, metrics, run_here, start
 
 from autoencoder import Autoencoder, AutoencoderConfig
 from storage import checkpoint
@@ -35,15 +35,7 @@ class Killed(BaseException):
     """Ends a run in this process where SIGKILL would."""
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in SETTINGS.items():
-            patch.setenv(name, value)
-        yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("settings_of_runs")
 
 
 @pytest.fixture

@@ -8,21 +8,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
-from tiny_runs import SETTINGS, STAGE_1, STAGE_2, run_here
+from tiny_runs import STAGE_1, STAGE_2, run_here
 
 PICTURES = Path(__file__).parent / "pictures" / "photos"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _settings():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in SETTINGS.items():
-            patch.setenv(name, value)
-        yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("settings_of_runs")
 
 
 @pytest.fixture(scope="module")
