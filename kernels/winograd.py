@@ -5,7 +5,8 @@ overlapping 6x6 tiles of the input and the 3x3 weights are mapped to 36 numbers 
 products run over channels, and one more fixed matrix maps the sums to 4x4 tiles of the output. What makes it pay
 without four times the memory for weights: they are transformed anew at each call, in blocks that stay in the cache,
 from an order of memory in which a block is a plain matrix (`lay_out`). Features too large for the cache are taken in
-bands, for which all transformed weights of that one layer are kept. GPUs have such algorithms in cuDNN.
+bands, for which all transformed weights of that one layer are made at once. `keep_transforms` is for those who have four
+times the memory. GPUs have such algorithms in cuDNN.
 """
 
 from __future__ import annotations
@@ -55,16 +56,25 @@ class Convolution(nn.Conv2d):
 
     Where its weight is laid out (see `lay_out`) and input and weight are float32 on the CPU, `convolve` is used, with a
     relative error of about 3e-6; otherwise, under autocast and by torch.compile, PyTorch's own convolution.
+
+    Attributes:
+        keeps: whether the transformed weight is kept from the first call on, see `keep_transforms`.
     """
 
     def __init__(self, channels: int, out_channels: int):
         super().__init__(channels, out_channels, 3, padding=1)
+        self.keeps = False
+        self._kept: Tensor | None = None  # [36, C, O]
 
     def forward(self, x: Tensor) -> Tensor:
         plain = x.is_cpu and x.dtype == self.weight.dtype == torch.float32 and is_laid_out(self.weight)
-        if plain and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling():
-            return convolve(x, self.weight, self.bias)
-        return super().forward(x)
+        if not plain or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+            return super().forward(x)
+        if self.keeps and not torch.is_grad_enabled() and x[:, 0].numel() > FEW_PIXELS:
+            if self._kept is None:
+                self._kept = _transform(_taps(self.weight))
+            return _convolve(x, _taps(self.weight), self.bias, self._kept)
+        return convolve(x, self.weight, self.bias)
 
 
 def lay_out(module: nn.Module) -> nn.Module:
@@ -81,6 +91,17 @@ def lay_out(module: nn.Module) -> nn.Module:
                 weight.data = weight.data.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
             else:
                 weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+    return module
+
+
+def keep_transforms(module: nn.Module) -> nn.Module:
+    """Spend memory for time: each `Convolution` of a module keeps its transformed weight when it has made it.
+
+    For laid out weights that stay what they are, outside training. Returns the module.
+    """
+    for convolution in module.modules():
+        if isinstance(convolution, Convolution):
+            convolution.keeps, convolution._kept = True, None
     return module
 
 
@@ -109,7 +130,7 @@ class _Winograd(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _convolve(x, weight.permute(2, 3, 1, 0).flatten(0, 1), bias)
+        return _convolve(x, _taps(weight), bias)
 
     @staticmethod
     @once_differentiable
@@ -126,15 +147,21 @@ class _Winograd(torch.autograd.Function):
         return to_x, to_weight, to_bias
 
 
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [B, C, H, W], weight [9, C, O] -> [B, O, H, W]."""
+def _taps(weight: Tensor) -> Tensor:
+    """Weights [O, C, 3, 3] -> [9, C, O], which is how they lie in memory."""
+    return weight.permute(2, 3, 1, 0).flatten(0, 1)
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, whole: Tensor | None = None) -> Tensor:
+    """x [B, C, H, W], weight [9, C, O] -> [B, O, H, W]; `whole` is the transformed weight [36, C, O] if it is kept."""
     (batch, channels, height, width), out = x.shape, weight.shape[2]
     x = x.permute(0, 2, 3, 1).contiguous()  # as it lies in memory, channels last
     if batch * height * width <= FEW_PIXELS:
         return _with_patches(x, weight, bias).permute(0, 3, 1, 2)
     result = x.new_empty(batch, *(TILE * tiles for tiles in _tiles(height, width)), out)
     bands = list(_bands(batch, *_tiles(height, width), channels + out))
-    whole = _transform(weight) if len(bands) > 1 else None
+    if whole is None and len(bands) > 1:
+        whole = _transform(weight)
     for images, rows in bands:
         inputs = _transformed_inputs(x, images, rows)  # [36, N, C]
         if whole is not None:

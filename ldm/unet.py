@@ -8,7 +8,7 @@ identity.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -40,6 +40,8 @@ from ldm.blocks import (
 )
 from ldm.unet_config import UNetConfig
 
+OUTER = 2  # the input convolution and the first layer; and the last two layers, which read them
+
 
 class Told(Protocol):
     """What the UNet reads of a context (`conditioning.Context`); each may be None."""
@@ -59,6 +61,14 @@ class ReadContext:
     vector: Tensor | None
     latents: Tensor | None
     keys_values: Mapping[Attention, KeysValues]
+    perturbed: Mapping[Attention, int] | None = None  # self-attentions: see `Signal`
+
+
+@dataclass
+class InnerFeatures:
+    """What all but the outermost layers made of an earlier z_t, which changes slowly (Ma et al. 2024, DeepCache)."""
+
+    features: Tensor | None = None  # [B, C, h, w]; None: to be computed, and kept
 
 
 class UNet(nn.Module):
@@ -134,7 +144,9 @@ class UNet(nn.Module):
                 upsampler = self._residual(ResidualUpsample, dim, dim) if residual else Upsample(dim)
             yield self._level(level, inputs, attentions, upsampler=upsampler)
 
-    def forward(self, z_t: Tensor, timestep: Tensor, context: Told | None = None) -> Tensor:
+    def forward(
+        self, z_t: Tensor, timestep: Tensor, context: Told | None = None, inner: InnerFeatures | None = None
+    ) -> Tensor:
         """Run the network.
 
         Args:
@@ -143,15 +155,28 @@ class UNet(nn.Module):
             context: tokens [B, L, d], mask [B, L], vector [B, v], latents [B, in_channels - c, h, w], as configured.
                 Tokens (and mask) may be a batch of k B: then each picture is told k things, and what comes before the
                 first cross-attention is computed once for all of them.
+            inner: features of an earlier call to be used again, or the place to keep those of this one.
         Returns: [B, out_channels, h, w], or [k B, out_channels, h, w].
         Raises:
             ValueError: if the context lacks what the network was built for, or has what it can't read.
         """
         signal = self._signal(z_t, timestep, context)
-        x = self.conv_in(self._input(z_t, context))  # [B, C0, h, w]
-        skips = [x]
+        skips = [self.conv_in(self._input(z_t, context))]  # [B, C0, h, w]
+        skips.append(self._run(self.down_blocks[0].layer, 0, skips[0], signal))
+        if inner is None:
+            x = self._inner(skips, signal)
+        else:
+            x = inner.features = self._inner(skips, signal) if inner.features is None else inner.features
+        last = self.up_blocks[-1]
+        for index in range(len(last.resnets) - OUTER, len(last.resnets)):
+            x = self._run(last.layer, index, x, signal, skips.pop())
+        return self.conv_out(norm_silu(self.conv_norm_out, x))  # [B, out_channels, h, w]
+
+    def _inner(self, outer: Sequence[Tensor], signal: Signal) -> Tensor:
+        """From the skip connections of the `OUTER` layers, through all others, to what the last `OUTER` layers read."""
+        skips, x = list(outer), outer[-1]
         for level in self.down_blocks:
-            for index in range(len(level.resnets)):
+            for index in range(OUTER - 1 if level is self.down_blocks[0] else 0, len(level.resnets)):
                 x = self._run(level.layer, index, x, signal)
                 skips.append(x)
             for downsampler in level.downsamplers:
@@ -160,11 +185,11 @@ class UNet(nn.Module):
         for index in range(len(self.mid_block.resnets)):
             x = self._run(self.mid_block.layer, index, x, signal)
         for level in self.up_blocks:
-            for index in range(len(level.resnets)):
+            for index in range(len(level.resnets) - (OUTER if level is self.up_blocks[-1] else 0)):
                 x = self._run(level.layer, index, x, signal, skips.pop())
             for upsampler in level.upsamplers:
                 x = self._run(upsampler, x, signal, skips[-1].shape[2:])  # [B, C, 2h, 2w]
-        return self.conv_out(norm_silu(self.conv_norm_out, x))  # [B, out_channels, h, w]
+        return x
 
     def read(self, context: Told) -> ReadContext:
         """The context with keys and values for every cross-attention, which no step of a sampler then makes again."""
@@ -206,8 +231,9 @@ class UNet(nn.Module):
         bias = None
         if tokens is not None and mask is not None:
             bias = (~mask.bool()).to(z_t.dtype)[:, None, None, :] * MASKED  # [B, 1, 1, L]
-        read = context.keys_values if isinstance(context, ReadContext) and tokens is not None else None
-        return Signal(F.silu(embedding), tokens, bias, read)
+        read = context if isinstance(context, ReadContext) else None
+        keys_values = read.keys_values if read is not None and tokens is not None else None
+        return Signal(F.silu(embedding), tokens, bias, keys_values, None if read is None else read.perturbed)
 
 
 def _check_width(name: str, value: Tensor | None, width: int | None) -> None:

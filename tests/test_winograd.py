@@ -7,7 +7,7 @@ from torch import nn
 
 from autoencoder import Autoencoder, AutoencoderConfig
 from kernels import winograd
-from kernels.winograd import Convolution, convolve, is_laid_out, lay_out
+from kernels.winograd import Convolution, convolve, is_laid_out, keep_transforms, lay_out
 from ldm.unet import UNet, UNetConfig
 
 SHAPES = [  # batch, channels, out, height, width
@@ -117,3 +117,31 @@ class Told:
 
     def __init__(self, tokens: torch.Tensor):
         self.tokens = tokens
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_kept_transforms_give_the_same_and_are_made_once_where_they_are_of_use(shape, monkeypatch):
+    batch, channels, out, height, width = shape
+    torch.manual_seed(0)
+    convolution = keep_transforms(lay_out(Convolution(channels, out)))
+    x = torch.randn(batch, channels, height, width)
+    made = []
+    transform = winograd._transform
+    monkeypatch.setattr(winograd, "_transform", lambda weight: made.append(len(weight)) or transform(weight))
+    with torch.no_grad():
+        results = [convolution(x) for _ in range(3)]
+    assert len(made) == (1 if batch * height * width > winograd.FEW_PIXELS else 0)
+    expected = F.conv2d(x.double(), convolution.weight.double(), convolution.bias.double(), padding=1)
+    assert relative(results[0], expected) < 5e-6
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_what_is_trained_is_transformed_anew():
+    convolution = keep_transforms(lay_out(Convolution(96, 96)))
+    x = torch.randn(1, 96, 16, 16)
+    with torch.no_grad():
+        before = convolution(x)
+        convolution.weight.mul_(2)
+        convolution.bias.zero_()
+    assert not torch.allclose(convolution(x), before)  # with gradients
+    assert convolution(x).requires_grad
