@@ -24,8 +24,9 @@ from conditioning.conditioner import AnyConditioner, Conditioner, ConditionerCon
 from conditioning.context import Context, drop_context
 from kernels.winograd import lay_out
 from ldm.denoiser import Denoiser
+from ldm.densities import DensityConfig, Importance, make_density
 from ldm.interop import empty_unet
-from ldm.loss import WEIGHTINGS, diffusion_loss
+from ldm.loss import check_weighting, diffusion_loss
 from ldm.parts import Parts, open_model, purpose
 from ldm.pipeline import TextToImage
 from ldm.schedule import ScheduleConfig, make_schedule
@@ -62,17 +63,17 @@ DEFAULT_SAMPLES = ("sampler", "steps", "guidance_scale")  # fields of SamplesCon
 class DiffusionConfig:
     """What is learned."""
 
-    prediction: str = "noise"  # what the network outputs: noise, clean, velocity or flow
-    weighting: str = "simple"  # of the squared error over noise levels: simple or min_snr
-    gamma: float = 5.0  # of min_snr
+    prediction: str = "noise"  # what the network outputs: noise, clean, velocity, flow, score or edm
+    weighting: str = "simple"  # of the squared error over noise levels: simple, min_snr, vlb, p2, edm or sigmoid
+    gamma: float | None = None  # of min_snr, p2 and sigmoid; null: the paper's
     caption_dropout: float = 0.1  # share of captions replaced by the empty one, for classifier-free guidance
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    density: DensityConfig = field(default_factory=DensityConfig)  # how often each time is drawn
 
     def __post_init__(self):
         if not 0 <= self.caption_dropout <= 1:
             raise ValueError(f"diffusion.caption_dropout {self.caption_dropout} is a share; use 0 to 1, often 0.1")
-        if self.weighting not in WEIGHTINGS:
-            raise ValueError(f"diffusion.weighting {self.weighting!r} is unknown; use one of {', '.join(WEIGHTINGS)}")
+        check_weighting(self.weighting, self.gamma)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,6 +283,14 @@ def validate(trainer: Trainer, denoiser: Denoiser, held_out: ImageDataset, input
     trainer.print(f"step {trainer.step + 1}: validation loss {sum(losses) / levels:.4f}")
 
 
+def learn(trainer: Trainer, importance: Importance, losses: torch.Tensor, seen: torch.Tensor, seed: int) -> None:
+    """Note a micro-batch's losses [B] among those of the global batch, and show them when the step is complete."""
+    seen[trainer.positions()] = losses.detach().to(seen.dtype)
+    if trainer.last_micro:
+        importance.learn(uniform(seed, "t", trainer.step, range(len(seen))), trainer.sum(seen))
+        seen.zero_()
+
+
 def draw_samples(trainer: Trainer, model: TextToImage, prompts: list[str], config: RunConfig) -> None:
     """A captioned grid of the fixed prompts, on the main process."""
     pictures = model(prompts, seed=config.seed)
@@ -328,6 +337,10 @@ def train(config: RunConfig) -> None:
         trained.append(conditioner)
         trainer.keep("tokenizer", conditioner.tokenizer)  # learnt from the captions, which may change between starts
         text_network = trainer.network("conditioner", conditioner)
+    density = make_density(config.diffusion.density, schedule)
+    seen = torch.zeros(config.trainer.batch_size, device=device)  # losses of a step, for a density that learns
+    if isinstance(density, Importance):
+        trainer.keep("importance", density)
     averages = [Ema(module, config.ema) for module in trained]
     optimizer = trainer.optimizer("optimizer", trained, config.optimizer, averages)
     model = TextToImage(autoencoder, unet, conditioner, scheduling, defaults)
@@ -375,12 +388,15 @@ def train(config: RunConfig) -> None:
         z_0 = posterior.sample(normal(seed, "posterior", step, positions, shape).to(device))
         z_0 = z_0.to(memory_format=torch.channels_last)
         noise = normal(seed, "noise", step, positions, shape).to(device, memory_format=torch.channels_last)
-        t = schedule.quantize(uniform(seed, "t", step, positions))
+        t, weight = density.draw(uniform(seed, "t", step, positions))
         drop = uniform(seed, "caption dropout", step, positions) < diffusion.caption_dropout
         context = drop_context(*inputs.contexts(batch, device), drop.to(device))
-        loss = diffusion_loss(denoiser, z_0, context, t, noise, diffusion.weighting, diffusion.gamma).mean()
+        losses = diffusion_loss(denoiser, z_0, context, t, noise, diffusion.weighting, diffusion.gamma)
+        loss = (losses * weight.to(losses)).mean()
         trainer.update(loss, optimizer)
         trainer.log(loss=loss)
+        if isinstance(density, Importance):
+            learn(trainer, density, losses, seen, seed)
         if trainer.due(config.validation.every) and len(held_out):
             with averaged():
                 validate(trainer, Denoiser(unet, schedule, diffusion.prediction), held_out, inputs, config)

@@ -42,16 +42,9 @@ HERE = Path(__file__).resolve().parent
 CHECKPOINT = "checkpoints/emoji"  # in the folder of this script
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 FLAGS = (
-    "negative_prompt",
-    "guidance_scale",
-    "guidance_rescale",
-    "steps",
-    "sampler",
-    "spacing",
-    "eta",
-    "height",
-    "width",
-    "num_images",
+    *("negative_prompt", "also", "guidance_scale", "guidance_method", "guidance_rescale", "guidance_start"),
+    *("guidance_stop", "guidance_bound", "guidance_percentile", "guidance_norm", "perturbed_scale", "steps", "sampler"),
+    *("spacing", "eta", "churn", "variance", "tolerance", "shift", "reuse", "height", "width", "num_images"),
 )
 OPENING = ("config_yaml", "tokenizer", "prediction", "variant")  # flags that say how to open the checkpoint
 SEED = 42
@@ -79,12 +72,28 @@ def parser() -> Parser:
     add("--prediction", metavar="NAME", help="of a checkpoint that is a file: what it outputs: noise, velocity, clean")
     add("--variant", metavar="NAME", help="of a checkpoint that is a folder: which of its weights, such as fp16")
     add("--negative-prompt", metavar="TEXT", help="what to lead away from")
+    add(
+        "--also", action="append", metavar="'W TEXT'", help="what else to show, by a weight; below 0 leads away from it"
+    )
     add("--guidance-scale", "--scale", "--cfg-scale", type=float, metavar="W", help="1: none; default: the model's")
+    add("--guidance-method", metavar="NAME", help="`help` lists them (default: classifier_free)")
+    add("--guidance-model", metavar="PATH", help="of autoguidance: a weaker version of the checkpoint")
     add("--guidance-rescale", type=float, metavar="PHI", help="take back added contrast: 0 none, 0.7 usual, 1 all")
+    add("--guidance-start", type=float, metavar="T", help="guide only at times from here, 1: noise (default: 1)")
+    add("--guidance-stop", type=float, metavar="T", help="down to here, 0: the picture (default: 0)")
+    add("--guidance-bound", type=float, metavar="B", help="clip estimated latents to B; 4 is usual (default: no bound)")
+    add("--guidance-percentile", type=float, metavar="P", help="scale them so that P percent are within it; 99.5 usual")
+    add("--guidance-norm", type=float, metavar="R", help="of apg: longest difference to be guided by (default: any)")
+    add("--perturbed-scale", type=float, metavar="S", help="of perturbed_attention (default: 3)")
     add("--steps", "--ddim-steps", type=int, metavar="N", help="sampling steps; default: the model's")
     add("--sampler", metavar="NAME", help="`help` lists them; default: the model's")
-    add("--spacing", metavar="NAME", help="of its times: trailing, leading, linspace, karras; default: the model's")
-    add("--eta", type=float, help="noise drawn anew at each step, 0 to 1, for samplers that have the choice")
+    add("--spacing", metavar="NAME", help="of its times; `help` lists them; default: the model's")
+    add("--eta", type=float, help="of ddim: noise drawn anew at each step, 0 to 1")
+    add("--churn", type=float, metavar="S", help="of heun: noise added and taken away, over all steps; 40 is usual")
+    add("--variance", metavar="NAME", help="of ddpm: small, large, or learned by the model (default: small)")
+    add("--tolerance", type=float, metavar="E", help="of ode: largest error of a step (default: 0.001)")
+    add("--shift", type=float, metavar="S", help="of a rectified flow's times, 3 is usual for large pictures")
+    add("--reuse", type=int, metavar="N", help="faster, not exact: compute inner layers at every Nth call (default: 1)")
     add("--height", "-H", type=int, metavar="PIXELS", help="default: as trained")
     add("--width", "-W", type=int, metavar="PIXELS", help="default: as trained")
     add("--num-images", "-n", type=int, metavar="N", help="pictures per prompt (default: 1)")
@@ -93,6 +102,7 @@ def parser() -> Parser:
     add("--outdir", default="outputs", metavar="FOLDER", help="pictures are numbered in it, never overwritten")
     add("--grid", action="store_true", help="also write all pictures as one")
     add("--precision", choices=["auto", *DTYPES], help="auto: fp16 on CUDA, else fp32")
+    add("--keep-transforms", action="store_true", help="on a CPU: more speed for 4 times the convolutions' memory")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--preview-every", type=int, metavar="N", help="show the running estimate in a PNG every N steps")
     add("--no-metadata", action="store_true", help="do not write into PNG files how they were made")
@@ -108,6 +118,8 @@ def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1")
+    if arguments.also is not None:
+        arguments.also = "\n".join(arguments.also)
     return arguments
 
 
@@ -142,11 +154,12 @@ def number(jobs: Sequence[dict[str, Any]], seed: int) -> Iterator[dict[str, Any]
     Raises:
         ValueError: settings that are wrong with any model, found before one is loaded.
     """
-    from ldm.settings import Settings, random_seed
+    from ldm.settings import Settings, random_seed, with_usual_scale
 
     seed, count = random_seed() if seed == -1 else seed, 0
     for job in jobs:
         job = {name: value for name, value in ({"seed": seed + count} | job).items() if value is not None}
+        job = with_usual_scale(job)
         if job["seed"] == -1:
             job["seed"] = random_seed()
         Settings(**{name: value for name, value in job.items() if name != "num_images"})
@@ -204,7 +217,12 @@ def load_model(arguments: argparse.Namespace, record: Mapping[str, Any]) -> tupl
     again = {} if arguments.checkpoint else record  # of another checkpoint it says nothing
     opening = {name: getattr(arguments, name) or again.get(name) for name in OPENING}
     opening = {name: str(value) for name, value in opening.items() if value}
-    model = TextToImage.load(path, device, getattr(torch, DTYPES[precision]), **opening)
+    dtype, keep = getattr(torch, DTYPES[precision]), arguments.keep_transforms
+    model = TextToImage.load(path, device, dtype, **opening, keep_transforms=keep)
+    weaker = arguments.guidance_model or again.get("guidance_model")
+    if weaker is not None:
+        opening["guidance_model"] = str(weaker)
+        model.guide_by(TextToImage.load(weaker, device, dtype, keep_transforms=keep))
     about = {"checkpoint": arguments.checkpoint or recorded or CHECKPOINT, "model_hash": sign, "precision": precision}
     return model, about | opening | {"device": kind, "torch": torch.__version__}
 
@@ -273,8 +291,8 @@ def run(argv: Sequence[str]) -> None:
     """Check all that can be checked, load the model, make the pictures."""
     with one_line_errors():
         arguments = read_arguments(argv)
-        if arguments.sampler == "help":
-            return list_samplers()
+        if "help" in (arguments.sampler, arguments.guidance_method, arguments.spacing):
+            return list_choices(arguments)
         jobs, record = read_jobs(arguments)
         check_writable(Path(arguments.outdir))
         model, about = load_model(arguments, record)
@@ -293,12 +311,18 @@ def run(argv: Sequence[str]) -> None:
             print(output.write(grid(images, columns(images)), [p.settings for p in made], "grid-", 4))
 
 
-def list_samplers() -> None:
-    """Print a line for each sampler."""
+def list_choices(arguments: argparse.Namespace) -> None:
+    """Print a line for each sampler, guidance method or spacing, whichever `help` was asked for."""
+    from ldm.guidances import GUIDANCES
     from ldm.samplers import SAMPLERS
+    from ldm.times import SPACINGS
 
-    for name, sampler in SAMPLERS.items():
-        print(f"{name:16}{sampler.summary}")
+    asked = {"sampler": SAMPLERS, "guidance_method": GUIDANCES, "spacing": SPACINGS}
+    for flag, choices in asked.items():
+        if getattr(arguments, flag) == "help":
+            for name, choice in choices.items():
+                does = choice.summary if flag != "spacing" else (choice.__doc__ or "").splitlines()[0]
+                print(f"{name:21}{does}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -28,16 +28,22 @@ class Signal:
         tokens: [B, L, d] for cross-attention, or None.
         bias: [B, 1, 1, L] added to the scores of cross-attention: 0 for a token, `MASKED` for padding; or None.
         keys_values: of each cross-attention that has read the tokens before (`UNet.read`), or None.
+        perturbed: self-attentions that are the identity for so many pictures at the end of the batch, or None.
     """
 
     embedding: Tensor
     tokens: Tensor | None = None
     bias: Tensor | None = None
     keys_values: Mapping[Attention, KeysValues] | None = None
+    perturbed: Mapping[Attention, int] | None = None
 
     def source(self, attention: Attention) -> Tensor | KeysValues | None:
         """What a cross-attention reads."""
         return self.tokens if self.keys_values is None else self.keys_values[attention]
+
+    def blind(self, attention: Attention) -> int:
+        """For how many pictures at the end of the batch a self-attention is the identity."""
+        return 0 if self.perturbed is None else self.perturbed.get(attention, 0)
 
 
 def spread(x: Tensor, batch: int) -> Tensor:
@@ -67,8 +73,16 @@ class Attention(nn.Module):
         """Keys and values of a source [B, L, context_dim or dim]."""
         return self._heads(self.to_k(source)), self._heads(self.to_v(source))
 
-    def forward(self, x: Tensor, source: Tensor | KeysValues | None = None, bias: Tensor | None = None) -> Tensor:
-        """Attend from x [B, N, dim] to a source [B, L, context_dim], to what was read of one, or to x itself."""
+    def forward(
+        self, x: Tensor, source: Tensor | KeysValues | None = None, bias: Tensor | None = None, blind: int = 0
+    ) -> Tensor:
+        """Attend from x [B, N, dim] to a source [B, L, context_dim], to what was read of one, or to x itself.
+
+        In self-attention, each pixel of the last `blind` pictures sees itself alone (Ahn et al. 2024, eq. 15).
+        """
+        if blind:
+            seen, alone = Attention.forward(self, x[:-blind]), self.to_out[0](self.to_v(x[-blind:]))
+            return torch.cat([seen, alone])  # [B, N, dim]
         keys, values = source if isinstance(source, tuple) else self.read(x if source is None else source)
         attended = F.scaled_dot_product_attention(self._heads(self.to_q(x)), keys, values, attn_mask=bias)
         return self.to_out[0](attended.transpose(1, 2).flatten(2))  # [B, N, dim]
@@ -91,7 +105,8 @@ class PlainAttention(Attention):
         zeroed(self.to_out[0])
 
     def forward(self, x: Tensor, signal: Signal) -> Tensor:
-        h = super().forward(self.group_norm(x).permute(0, 2, 3, 1).flatten(1, 2))  # [B, H * W, C]
+        h = self.group_norm(x).permute(0, 2, 3, 1).flatten(1, 2)  # [B, H * W, C]
+        h = super().forward(h, blind=signal.blind(self))
         return x + h.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)  # [B, C, H, W]
 
 
@@ -137,7 +152,10 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(dim)
 
     def forward(self, x: Tensor, signal: Signal) -> Tensor:
-        x = x + self.attn1(self.norm1(x))
+        blind = signal.blind(self.attn1)
+        if blind and signal.tokens is not None:
+            x = spread(x, len(signal.tokens))
+        x = x + self.attn1(self.norm1(x), blind=blind)
         if signal.tokens is not None:
             x = spread(x, len(signal.tokens))  # up to here, pictures that are told several things are computed once
         x = x + self.attn2(self.norm2(x), signal.source(self.attn2), signal.bias)

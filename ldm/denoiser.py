@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ldm.prediction import check_prediction, clean_coefficients, mix, per_image, target, to_clean
+from ldm.prediction import NOISE_ALONE, check_prediction, clean_coefficients, mix, per_image, target, to_clean
 from ldm.schedule import Schedule
+
+
+class Numbers(NamedTuple):
+    """Of one time: what z_t is divided by, z_0 = from_z_in * that + from_output * output, what the network embeds."""
+
+    scale: float
+    from_z_in: float
+    from_output: float
+    timestep: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,30 +31,44 @@ class Denoiser:
     Where the schedule asks for it (variance exploding, whose z_t has a standard deviation of up to sigma_max), z_t,
     alpha and sigma are divided by sqrt(alpha^2 + sigma^2) before network and prediction meet them. z_t / that is again
     a z_0 + b noise, now with a^2 + b^2 = 1: the network lives in variance-preserving coordinates, its input has unit
-    variance, and velocity prediction is Karras et al. 2022's preconditioning with sigma_data = 1 (up to sign).
+    variance, and edm prediction is all of Karras et al. 2022's preconditioning. Their sigma_data is 1, since latents
+    have unit scale; a model of pictures with sigma_data 0.5 is the same model with pictures and sigmas doubled.
 
     Raises:
-        ValueError: unknown prediction, or noise prediction on a schedule that ends in pure noise.
+        ValueError: unknown prediction, or noise or score prediction on a schedule that ends in pure noise.
     """
 
     network: Callable[[Tensor, Tensor, Any], Tensor]
     schedule: Schedule
     prediction: str
     at_levels: bool = False  # tell a network that knows noise levels only the nearest one, where t is between two
+    known: Mapping[float, Numbers] = field(default_factory=dict)  # by time, see `prepared`
 
     def __post_init__(self) -> None:
         check_prediction(self.prediction)
-        if self.prediction == "noise" and self.schedule.ends_in_pure_noise:
+        if self.prediction in NOISE_ALONE and self.schedule.ends_in_pure_noise:
             raise ValueError(
-                f"noise prediction is undefined on schedule {self.schedule.config.name!r}, which has no signal left "
-                "at t = 1; use prediction velocity, flow or clean"
+                f"{self.prediction} prediction is undefined on schedule {self.schedule.config.name!r}, which has no "
+                "signal left at t = 1; use prediction velocity, flow, clean or edm"
             )
 
     def __call__(self, z_t: Tensor, t: Tensor | float, context: Any = None) -> Tensor:
         """z_0 [B, c, h, w] from z_t [B, c, h, w] at times t (one, or [B]; best on the CPU), told a context."""
+        if not isinstance(t, Tensor) and t in self.known:
+            at = self.known[t]
+            z_in = z_t / at.scale if self.schedule.unit_input else z_t
+            timestep = torch.full((len(z_t),), at.timestep, device=z_t.device)
+            return mix(z_in, self.network(z_in, timestep, context).to(z_t.dtype), at.from_z_in, at.from_output)
         alpha, sigma, scale = self.levels(t)
         z_in = self._scaled(z_t, scale)
         return to_clean(self.network(z_in, self._timestep(z_t, t), context), z_in, alpha, sigma, self.prediction)
+
+    def prepared(self, times: Tensor) -> Denoiser:
+        """The same denoiser, which has all numbers of these times [S] at hand: a walk is not held up by small sums."""
+        alpha, sigma, scale = self.levels(times)
+        columns = scale, *clean_coefficients(alpha, sigma, self.prediction), self._timesteps(times).double()
+        numbers = (Numbers(*row) for row in torch.stack(columns, 1).tolist())
+        return replace(self, known=dict(zip(times.tolist(), numbers, strict=True)))
 
     def output(self, z_t: Tensor, t: Tensor | float, context: Any = None) -> Tensor:
         """The bare network's output at z_t [B, ...] and times t (one, or [B])."""
@@ -80,7 +103,8 @@ class Denoiser:
         return z_t / per_image(scale, z_t) if self.schedule.unit_input else z_t
 
     def _timestep(self, z_t: Tensor, t: Tensor | float) -> Tensor:
+        return self._timesteps(t).to(z_t.device).expand(len(z_t))
+
+    def _timesteps(self, t: Tensor | float) -> Tensor:
         timestep = self.schedule.timestep(t)
-        if self.at_levels and self.schedule.discrete:
-            timestep = timestep.round()
-        return timestep.to(z_t.device).expand(len(z_t))
+        return timestep.round() if self.at_levels and self.schedule.discrete else timestep

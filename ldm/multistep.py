@@ -1,13 +1,16 @@
-"""Samplers that remember what the network said in the steps before: higher orders at one network call per step."""
+"""Samplers that remember what the network said in the steps before: higher orders at one network call per step.
+
+Their first steps, for want of a past, are of lower order. They begin in noise, where estimates hardly change.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from ldm.interpolation import MIDDLE, mean_between, moments
 from ldm.prediction import target, to_clean
 from ldm.schedule import Schedule
 from ldm.walk import Denoise, Generators, Point, Step, noise_in, signal_remains, towards, walk
@@ -20,6 +23,7 @@ ADAMS_BASHFORTH = (
     (23 / 12, -16 / 12, 5 / 12),
     (55 / 24, -59 / 24, 37 / 24, -9 / 24),
 )
+FEW = 15  # in fewer steps the last ones are of lower order: long extrapolation at low noise does harm (Lu et al. 2022b)
 
 
 def pndm(
@@ -39,12 +43,12 @@ def pndm(
             that leave no signal. diffusers averages the network's output; for velocity, which is another mixture of z_0
             and noise at each time, that leaves a method of first order.
     """
-    averaged = averaged or ("noise" if signal_remains(schedule) else "flow")
+    averaged = averaged or _slope(schedule)
     past: list[Tensor] = []
     steps = walk(times, schedule)
     for index, (t, s) in enumerate(steps):
         z_0 = denoise(z, t.time)
-        past = [_output(z, z_0, t, averaged), *past[:3]]
+        past = [_output(z, z_0, t, averaged), *past]
         if index == 0 and len(steps) > 1:
             ahead = towards(z, z_0, t, s)
             mean = (past[0] + _output(ahead, denoise(ahead, s.time), s, averaged)) / 2
@@ -52,6 +56,49 @@ def pndm(
             mean = sum(weight * output for weight, output in zip(ADAMS_BASHFORTH[len(past) - 1], past, strict=True))
         z_0 = to_clean(mean, z, *_levels(t), averaged)
         z = towards(z, z_0, t, s)
+        past = past[:3]
+        yield Step(index, s.time, z, z_0)
+
+
+def lms(
+    denoise: Denoise, z: Tensor, times: Tensor, schedule: Schedule, generators: Generators, order: int = 4
+) -> Iterator[Step]:
+    """Adams-Bashforth of order 4 with steps of any length, in sigma / alpha (Katherine Crowson's k-diffusion, LMS).
+
+    Along the line that `euler` walks, on whose slope a polynomial through up to four estimates is integrated. On
+    schedules that leave no signal that is the line of rectified flow: see `Point`.
+    """
+    slope = _slope(schedule)
+    past: list[tuple[float, Tensor]] = []  # places on the line and slopes there, newest first
+    for index, (t, s) in enumerate(walk(times, schedule)):
+        z_0 = denoise(z, t.time)
+        past = [(t.sigma / t.scale, _output(z, z_0, t, slope)), *past]
+        if len(past) > 1:
+            places = t.sigma / t.scale, s.sigma / s.scale
+            z_0 = to_clean(mean_between(past, *places, moments(0, len(past))), z, *_levels(t), slope)
+        z = towards(z, z_0, t, s)
+        past = past[: order - 1]
+        yield Step(index, s.time, z, z_0)
+
+
+def deis(
+    denoise: Denoise, z: Tensor, times: Tensor, schedule: Schedule, generators: Generators, order: int = 2
+) -> Iterator[Step]:
+    """DEIS: noise on a line through two steps in log(sigma / alpha) (Zhang & Chen 2022, log-rho Adams-Bashforth).
+
+    Steps from or to an infinite logarithm are of first order.
+    """
+    steps = walk(times, schedule)
+    past: list[tuple[float, Tensor]] = []  # log(alpha / sigma) and noise, newest first
+    for index, (t, s) in enumerate(steps):
+        z_0 = denoise(z, t.time)
+        past = [(t.growth, noise_in(z, z_0, t)), *past]
+        used = min(len(past), len(steps) - index) if len(steps) < FEW else len(past)
+        if used > 1:
+            means = moments(t.growth - s.growth, used)
+            z_0 = to_clean(mean_between(past[:used], t.growth, s.growth, means), z, *_levels(t), "noise")
+        z = towards(z, z_0, t, s)
+        past = past[: order - 1]
         yield Step(index, s.time, z, z_0)
 
 
@@ -60,51 +107,72 @@ def dpmpp_2m(denoise: Denoise, z: Tensor, times: Tensor, schedule: Schedule, gen
 
     Steps from or to an infinite logarithm are of first order.
     """
-    before, grown = None, math.inf  # z_0 of the step before, and how much log(alpha / sigma) grew in it
+    past: list[tuple[float, Tensor]] = []  # log(alpha / sigma) and z_0, newest first
     for index, (t, s) in enumerate(walk(times, schedule)):
         z_0 = denoise(z, t.time)
-        growth = s.growth - t.growth
-        z = towards(z, _extrapolated(z_0, before, growth, grown), t, s)
-        before, grown = z_0, growth
+        past = [(t.growth, z_0), *past]
+        z = towards(z, mean_between(past, t.growth, s.growth, MIDDLE), t, s)
+        past = past[:1]
         yield Step(index, s.time, z, z_0)
 
 
-def unipc(denoise: Denoise, z: Tensor, times: Tensor, schedule: Schedule, generators: Generators) -> Iterator[Step]:
+def dpmpp_3m(
+    denoise: Denoise, z: Tensor, times: Tensor, schedule: Schedule, generators: Generators, curvature: float = 1.0
+) -> Iterator[Step]:
+    """DPM-Solver++(3M): z_0 on a parabola through three steps, in log(alpha / sigma) (Lu et al. 2022b, appendix B).
+
+    Steps from or to an infinite logarithm are of first order.
+
+    Args:
+        curvature: how much of the mean of x^2 counts. 1 is exact; 1/2 is what the authors' code, k-diffusion and
+            diffusers compute, which leaves a method of second order.
+    """
+    steps = walk(times, schedule)
+    past: list[tuple[float, Tensor]] = []  # log(alpha / sigma) and z_0, newest first
+    for index, (t, s) in enumerate(steps):
+        z_0 = denoise(z, t.time)
+        past = [(t.growth, z_0), *past]
+        used = min(len(past), len(steps) - index) if len(steps) < FEW else len(past)
+        mean_x, *mean_square = moments(s.growth - t.growth, 3)[1:] if used == 3 else MIDDLE[1:]
+        means = [1.0, mean_x, *(curvature * square for square in mean_square)]
+        z = towards(z, mean_between(past[:used], t.growth, s.growth, means), t, s)
+        past = past[:2]
+        yield Step(index, s.time, z, z_0)
+
+
+def unipc(
+    denoise: Denoise, z: Tensor, times: Tensor, schedule: Schedule, generators: Generators, order: int = 2
+) -> Iterator[Step]:
     """UniPC-2: `dpmpp_2m`, whose every step is taken again when z_0 at its end is known (Zhao et al. 2023, B_2).
 
-    That needs no network call: z_0 is estimated only before the step is taken again.
+    That needs no network call, since z_0 is estimated only before the step is taken again, and gains an order.
+    Theorem 3.1 (arXiv:2302.04867) is that means of polynomials are exact; as in their code, a line through two steps,
+    and one through both ends of the first step, count in the middle.
+
+    Args:
+        order: of the steps before they are taken again, the p of UniPC-p.
     """
-    begun, before, before_that = None, None, None  # (z, t) where the last step began; z_0 of the last two steps
-    grown = growth = math.inf  # of the step before the last one, and of the last one
-    for index, (t, s) in enumerate(walk(times, schedule)):
+    steps = walk(times, schedule)
+    begun: tuple[Tensor, Point] | None = None  # z and t where the last step began
+    past: list[tuple[float, Tensor]] = []  # log(alpha / sigma) and z_0, newest first
+    used = 0  # of them, for the last step
+    for index, (t, s) in enumerate(steps):
         z_0 = denoise(z, t.time)
+        past = [(t.growth, z_0), *past]
         if begun is not None:
-            z = towards(begun[0], _corrected(z_0, before, before_that, growth, grown), begun[1], t)
-        begun, before, before_that, grown, growth = (z, t), z_0, before, growth, s.growth - t.growth
-        z = towards(z, _extrapolated(z_0, before_that, growth, grown), t, s)
+            growth = t.growth - begun[1].growth
+            means = MIDDLE if used == 1 else moments(growth, used + 1)
+            z = towards(begun[0], mean_between(past[: used + 1], begun[1].growth, t.growth, means), begun[1], t)
+        past, begun = past[:order], (z, t)
+        used = len(past) if steps[-1][1].sigma else min(len(past), len(steps) - index)
+        means = MIDDLE if used == 2 else moments(s.growth - t.growth, used)
+        z = towards(z, mean_between(past[:used], t.growth, s.growth, means), t, s)
         yield Step(index, s.time, z, z_0)
 
 
-def _extrapolated(z_0: Tensor, before: Tensor | None, growth: float, grown: float) -> Tensor:
-    """z_0 in the middle of a step that grows by `growth`, on the line through the two estimates before it."""
-    if before is None or math.isinf(growth):
-        return z_0
-    return z_0 + growth / grown / 2 * (z_0 - before)
-
-
-def _corrected(end: Tensor, begin: Tensor, before: Tensor | None, growth: float, grown: float) -> Tensor:
-    """The mean z_0 of a step that grew by `growth`, of a line through both ends, or of a parabola through `before` too.
-
-    Zhao et al. 2023 (arXiv:2302.04867), theorem 3.1 with B(h) = e^h - 1; the line is weighed 1 to 1, as in their code.
-    """
-    if before is None:
-        return begin + (end - begin) / 2
-    decay = -math.expm1(-growth)
-    whole = 1 / decay - 1 / growth
-    square = 2 / growth**2 + (1 - 2 / growth) / decay
-    ratio = -grown / growth  # where `before` is, as the step goes from 0 to 1
-    bend = (whole - square) / (1 - ratio)
-    return begin + bend / ratio * (before - begin) + (whole - bend) * (end - begin)
+def _slope(schedule: Schedule) -> str:
+    """The prediction that is the slope of the line along which z_t / scale runs: see `Point`."""
+    return "noise" if signal_remains(schedule) else "flow"
 
 
 def _levels(t: Point) -> tuple[Tensor, Tensor]:

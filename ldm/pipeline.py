@@ -19,15 +19,17 @@ from torch import Tensor
 
 from autoencoder import Autoencoder, preview
 from conditioning import Conditioner, Context
+from kernels import winograd
 from kernels.winograd import lay_out
 from ldm.denoiser import Denoiser
-from ldm.guidance import classifier_free, extrapolate, rescaled
+from ldm.guidances import Ingredients, guided
+from ldm.learned_variance import LearnedVariance
 from ldm.parts import DEFAULTS, Parts, open_model, purpose, save_model
 from ldm.reading import Reader
 from ldm.samplers import SAMPLERS
-from ldm.schedule import make_schedule
+from ldm.schedule import Schedule, make_schedule
 from ldm.scheduling import Scheduling
-from ldm.settings import Settings, random_seed
+from ldm.settings import Settings, random_seed, with_usual_scale
 from ldm.times import times
 from ldm.unet import UNet
 from ldm.walk import Step, initial_noise
@@ -50,6 +52,9 @@ class TextToImage:
         scheduling: the noise levels that the UNet was trained on, what it outputs, how it is to be sampled.
         defaults: the settings of a picture where the caller does not say otherwise.
 
+    Attributes:
+        weaker: what autoguidance leads away from, see `guide_by`.
+
     Raises:
         ValueError: the parts do not fit together.
     """
@@ -63,9 +68,12 @@ class TextToImage:
         defaults: Settings | None = None,
     ):
         channels, dim = autoencoder.latent_channels, unet.config.cross_attention_dim
-        if (unet.config.in_channels, unet.config.out_channels) != (channels, channels):
+        if unet.config.in_channels != channels or unet.config.out_channels not in (channels, 2 * channels):
             shape = f"{unet.config.in_channels} channels to {unet.config.out_channels}"
-            raise ValueError(f"the UNet maps {shape}, the autoencoder's latents have {channels}; they must be the same")
+            raise ValueError(
+                f"the UNet maps {shape}, the autoencoder's latents have {channels}; it must map "
+                "these to as many, or to twice as many where it learned variances"
+            )
         if dim != conditioner.context_dim:
             raise ValueError(f"the UNet reads tokens of width {dim}, the text encoder's have {conditioner.context_dim}")
         self.autoencoder, self.unet, self.conditioner = autoencoder, unet, conditioner
@@ -75,6 +83,18 @@ class TextToImage:
         sides = {"height": defaults.height or side, "width": defaults.width or side}
         self.defaults = replace(defaults, **sides, spacing=defaults.spacing or scheduling.spacing)
         self.denoiser = Denoiser(Reader(unet), self.schedule, scheduling.prediction)
+        self.weaker: TextToImage | None = None
+
+    def guide_by(self, weaker: TextToImage) -> None:
+        """Give autoguidance a weaker version of this model: smaller, or trained for less (Karras et al. 2024).
+
+        Raises:
+            ValueError: it reads other latents or other text than this model.
+        """
+        same = self.autoencoder.fingerprint() == weaker.autoencoder.fingerprint()
+        if not same or self.conditioner.fingerprint() != weaker.conditioner.fingerprint():
+            raise ValueError("the weaker model must have the same autoencoder and text encoder as this one")
+        self.weaker = weaker
 
     @property
     def device(self) -> torch.device:
@@ -125,15 +145,17 @@ class TextToImage:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not isinstance(num_images, Integral) or num_images < 1:
             raise ValueError(f"num images {num_images!r} must be a whole number, at least 1")
-        given = {name: value for name, value in settings.items() if value is not None}
+        given = with_usual_scale({name: value for name, value in settings.items() if value is not None})
         if given.get("seed") == -1:
             given["seed"] = random_seed()
         first = replace(self.defaults, **given)
         first = replace(first, spacing=first.spacing or SAMPLERS[first.sampler].habit.spacing)
-        times(self.schedule, first.steps, first.spacing)
+        times(self._schedule(first), first.steps, first.spacing)
+        self._check_able(first)
         for name in ("height", "width"):
             self._check_side(name, getattr(first, name))
-        texts = dict.fromkeys([*prompts, *([first.negative_prompt] if first.guidance_scale != 1 else [])])
+        others = [prompt for prompt, _ in first.prompts()[1:]]
+        texts = dict.fromkeys([*prompts, *others, *([first.negative_prompt] if self._reads_null(first) else [])])
         self.conditioner.tokenize([*texts])  # what is no prompt to this model, no class, no layout, is found now
         for text in texts:
             if cut := self.conditioner.cut(text):
@@ -147,9 +169,9 @@ class TextToImage:
         """Neighbours that differ in nothing but prompts and seed, at most `size` together."""
         if not isinstance(size, Integral) or size < 1:
             raise ValueError(f"batch size {size!r} must be a whole number, at least 1")
-        for _, alike in itertools.groupby(pictures, _shared):
-            alike = list(alike)
-            for batch in (alike[first : first + size] for first in range(0, len(alike), size)):
+        for shared, alike in itertools.groupby(pictures, _shared):
+            alike, most = list(alike), 1 if SAMPLERS[shared.sampler].alone else size
+            for batch in (alike[first : first + most] for first in range(0, len(alike), most)):
                 yield [replace(picture, batch=len(batch), place=place) for place, picture in enumerate(batch)]
 
     @torch.inference_mode()
@@ -158,20 +180,26 @@ class TextToImage:
         same, f = batch[0], self.autoencoder.downsampling
         sampler, habit, scheduling = SAMPLERS[same.sampler], SAMPLERS[same.sampler].habit, self.scheduling
         generators = [torch.Generator().manual_seed(picture.seed) for picture in batch]
-        context = null = self._context([picture.prompt for picture in batch])
-        guidance_scale = 1.0 if context is None else same.guidance_scale  # nothing to be guided by
-        if guidance_scale != 1:
-            null = self._context([picture.negative_prompt for picture in batch])
-        visited = times(self.schedule, same.steps, same.spacing, habit, scheduling.offset, scheduling.ends_clean)
+        schedule = self._schedule(same)
+        visited = times(schedule, same.steps, same.spacing, habit, scheduling.offset, scheduling.ends_clean)
         shape = (len(batch), self.autoencoder.latent_channels, same.height // f, same.width // f)
         noise_only = habit.noise_only and same.spacing != "leading"
-        z = initial_noise(shape, generators, self.schedule, visited[0].item(), noise_only).to(self.device)
-        denoiser = replace(self.denoiser, network=Reader(self.unet), at_levels=not habit.fractional)
-        combine = rescaled(same.guidance_rescale, denoiser.coefficients) if same.guidance_rescale else extrapolate
-        denoise = classifier_free(denoiser, context, null, guidance_scale, combine)
-        known = {"eta": same.eta, "averaged": scheduling.prediction}
-        options = {name: known[name] for name in sampler.options}
-        yield from sampler.run(denoise, z, visited, self.schedule, generators, **options)
+        z = initial_noise(shape, generators, schedule, visited[0].item(), noise_only).to(self.device)
+        network = Reader(self.unet, same.reuse)
+        network = LearnedVariance(network) if self.unet.config.out_channels > shape[1] else network
+        told = {"schedule": schedule, "at_levels": not habit.fractional}
+        ingredients = Ingredients(
+            denoiser=replace(self.denoiser, network=network, **told).prepared(visited),
+            context=self._context([picture.prompt for picture in batch]),
+            null=self._context([picture.negative_prompt for picture in batch]) if self._reads_null(same) else None,
+            times=visited,
+            weak=self.weaker and replace(self.weaker.denoiser, network=Reader(self.weaker.unet, same.reuse), **told),
+            others=[(self._context([prompt]), weight) for prompt, weight in same.prompts()[1:]],
+        )
+        denoise = guided(same.guidance(), ingredients)
+        known = {"averaged": scheduling.prediction, "interpolation": getattr(network, "interpolation", None)}
+        options = {name: known[name] if name in known else getattr(same, name) for name in sampler.options}
+        yield from sampler.run(denoise, z, visited, schedule, generators, **options)
 
     def finish(self, batch: Sequence[Settings], latents: Tensor) -> Iterator[Picture]:
         """Decode latents [B, c, h, w], one by one; pictures that are not at their own place in the batch are left out.
@@ -222,6 +250,7 @@ class TextToImage:
         config_yaml: str | os.PathLike | None = None,
         tokenizer: str | os.PathLike | None = None,
         prediction: str | None = None,
+        keep_transforms: bool = False,
     ) -> TextToImage:
         """Open a model folder (model_index.json, vae/, unet/, text_encoder/, ...), or a single file of CompVis' kind.
 
@@ -231,6 +260,7 @@ class TextToImage:
             dtype: to compute in, whatever the files hold; on a CPU half precision is many times slower.
             variant: such as "fp16": which weights of a folder that has several.
             config_yaml, tokenizer, prediction: of a single file: see `ldm.single_file.open_single_file`.
+            keep_transforms: spend memory for time on a CPU, see `kernels.winograd.keep_transforms`.
 
         Raises:
             FileNotFoundError, ValueError: naming what is missing, or the option that we don't implement, or that is of
@@ -243,9 +273,13 @@ class TextToImage:
             raise ValueError(
                 f"{path} draws from more than prompts: {purpose(parts)}; TextToImage gives it prompts only"
             )
+        autoencoder, unet = lay_out(parts.autoencoder.to(device)), lay_out(parts.unet.to(device))
+        if keep_transforms:
+            for network in (autoencoder, unet):
+                winograd.keep_transforms(network)
         return cls(
-            lay_out(parts.autoencoder.to(device)),
-            lay_out(parts.unet.to(device)),
+            autoencoder,
+            unet,
             parts.conditioner.to(device),
             parts.scheduling,
             parts.settings,
@@ -255,6 +289,32 @@ class TextToImage:
         """What the UNet is told, in its own dtype; None where that is nothing."""
         context = self.conditioner.encode(prompts)
         return None if self.conditioner.context_dim is None else context.to(self.device, self.dtype)
+
+    def _schedule(self, picture: Settings) -> Schedule:
+        """The noise levels that a picture walks over: the model's, shifted where it asks for that."""
+        if picture.shift is None:
+            return self.schedule
+        if self.schedule.config.name != "flow":
+            raise ValueError(
+                f"shift {picture.shift} is for schedule flow, not {self.schedule.config.name}; leave it out"
+            )
+        return make_schedule(replace(self.schedule.config, shift=picture.shift))
+
+    def _reads_null(self, picture: Settings) -> bool:
+        """Whether the negative prompt is computed."""
+        return self.conditioner.context_dim is not None and (
+            picture.guidance().reads_null or len(picture.prompts()) > 1
+        )
+
+    def _check_able(self, picture: Settings) -> None:
+        """Raise ValueError for what this model can't do."""
+        learned = self.unet.config.out_channels > self.autoencoder.latent_channels
+        if picture.variance == "learned" and not learned:
+            raise ValueError("variance learned needs a model that learned it; use small or large")
+        if picture.guidance_method == "autoguidance" and self.weaker is None:
+            raise ValueError("guidance method autoguidance needs a weaker model; give one with --guidance-model")
+        if len(picture.prompts()) > 1 and self.conditioner.context_dim is None:
+            raise ValueError(f"also {picture.also!r} is for models that read prompts; leave it out")
 
     def _check_side(self, name: str, side: int) -> None:
         f = self.autoencoder.downsampling

@@ -1,6 +1,8 @@
 """What a network predicts: a z_0 + b noise, and the one formula that turns every such output into z_0.
 
-Noise: Ho et al. 2020. Velocity: Salimans & Ho 2022. Flow: Liu et al. 2022.
+Noise: Ho et al. 2020. Velocity: Salimans & Ho 2022. Flow: Liu et al. 2022. Score, the gradient of the log density of
+z_t: Song et al. 2021. EDM, the F of Karras et al. 2022, table 1 with sigma_data 1: z_0 less what is known of it from
+z_t, in units of its spread, which is velocity with the other sign where alpha^2 + sigma^2 = 1.
 """
 
 from __future__ import annotations
@@ -15,7 +17,10 @@ PREDICTIONS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor | float, Tensor |
     "clean": lambda alpha, sigma: (1.0, 0.0),
     "velocity": lambda alpha, sigma: (-sigma, alpha),
     "flow": lambda alpha, sigma: (-1.0, 1.0),
+    "score": lambda alpha, sigma: (0.0, -1 / sigma),
+    "edm": lambda alpha, sigma: (sigma / torch.hypot(alpha, sigma), -alpha / torch.hypot(alpha, sigma)),
 }
+NOISE_ALONE = ("noise", "score")  # a = 0: where no signal is left they repeat z_t, and say nothing about z_0
 
 
 def check_prediction(prediction: str) -> None:
@@ -47,7 +52,7 @@ def to_clean(output: Tensor, z_t: Tensor, alpha: Tensor, sigma: Tensor, predicti
         prediction: a key of PREDICTIONS.
 
     Raises:
-        ValueError: unknown prediction, or the output says nothing about z_0 (noise, where no signal is left).
+        ValueError: unknown prediction, or the output says nothing about z_0 (noise or score, where no signal is left).
     """
     from_z_t, from_output = clean_coefficients(alpha, sigma, prediction)
     return mix(z_t, output.to(z_t.dtype), from_z_t, from_output)
@@ -63,7 +68,7 @@ def clean_coefficients(alpha: Tensor, sigma: Tensor, prediction: str) -> tuple[T
     if ((determinant == 0) & ~clean).any():
         raise ValueError(
             f"{prediction} prediction says nothing about z_0 where alpha is 0 (zero signal-to-noise ratio); "
-            "train with velocity, flow or clean prediction"
+            "train with velocity, flow, clean or edm prediction"
         )
     determinant = torch.where(clean, 1.0, determinant)
     return torch.where(clean, 1 / alpha, b / determinant), torch.where(clean, 0.0, -sigma / determinant)

@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ldm.schedule import ScheduleConfig, VariancePreserving, make_schedule
+from ldm.schedule import ScheduleConfig, make_schedule
+from ldm.tables import VariancePreserving
 
 BUFFERS = (
     "betas",

@@ -6,77 +6,30 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args, get_type_hints
 
+from ldm.known_schedulers import BETAS, CLASSES, FIXED, FLOW_CLASS, OTHER_BETAS, VARIANTS, WITHOUT_SPACING
 from ldm.prediction import check_prediction
+from ldm.samplers import SAMPLERS
 from ldm.schedule import ScheduleConfig, make_schedule
 from ldm.times import SPACINGS
 
 BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
 PREDICTION_TYPES = {"noise": "epsilon", "clean": "sample", "velocity": "v_prediction"}
-CLASSES = {  # our samplers as diffusers' classes
-    "ddim": "DDIMScheduler",
-    "ddpm": "DDPMScheduler",
-    "pndm": "PNDMScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler_ancestral": "EulerAncestralDiscreteScheduler",
-    "heun": "HeunDiscreteScheduler",
-    "dpmpp_2m": "DPMSolverMultistepScheduler",
-    "unipc": "UniPCMultistepScheduler",
-}
-FLOW_CLASS = "FlowMatchEulerDiscreteScheduler"
+THEIR_SPACINGS = ("trailing", "leading", "linspace")
+SWITCHES = {"karras": "use_karras_sigmas", "log_snr": "use_exponential_sigmas"}  # spacings that are switches of theirs
 OWN_CLASS = "Schedule"  # the class name in scheduler_config.json where diffusers has none of the kind
-
-# Options of diffusers' classes for which we implement one value, which is the default but for skip_prk_steps. What a
-# class does not read may say anything. Nobody clips latents, whatever clip_sample says: nor do diffusers' pipelines.
-_SIGMAS = {"use_exponential_sigmas": False, "use_beta_sigmas": False}
-_SOLVER = _SIGMAS | {
-    "final_sigmas_type": "zero",
-    "lower_order_final": True,
-    "solver_order": 2,
-    "thresholding": False,
-    "use_dynamic_shifting": False,
-    "use_flow_sigmas": False,
-}
-FIXED: dict[str, dict[str, Any]] = {
-    "DDIMScheduler": {"thresholding": False},
-    "DDPMScheduler": {"thresholding": False, "variance_type": "fixed_small"},
-    "PNDMScheduler": {"skip_prk_steps": True},
-    "EulerDiscreteScheduler": _SIGMAS
-    | {
-        "final_sigmas_type": "zero",
-        "interpolation_type": "linear",
-        "sigma_max": None,
-        "sigma_min": None,
-        "timestep_type": "discrete",
-    },
-    "HeunDiscreteScheduler": _SIGMAS,
-    "DPMSolverMultistepScheduler": _SOLVER
-    | {
-        "algorithm_type": "dpmsolver++",
-        "lambda_min_clipped": -float("inf"),
-        "solver_type": "midpoint",
-        "use_lu_lambdas": False,
-        "variance_type": None,
-    },
-    "UniPCMultistepScheduler": _SOLVER
-    | {
-        "disable_corrector": [],
-        "predict_x0": True,
-        "sigma_max": None,
-        "sigma_min": None,
-        "solver_p": None,
-        "solver_type": "bh2",
-    },
-    FLOW_CLASS: _SIGMAS | {"invert_sigmas": False, "shift_terminal": None, "use_dynamic_shifting": False},
-}
 TYPES = {  # of the options that are read; null is what their classes write where an option has no value
     "_class_name": str | None,
     "beta_end": float | None,
     "beta_start": float | None,
+    "continuous": bool,  # an option of ours, which diffusers hands on unread
     "num_train_timesteps": int,
     "rescale_betas_zero_snr": bool,
+    "sampler": str | None,  # an option of ours, where diffusers has no such sampler
     "set_alpha_to_one": bool | None,
     "shift": float,
+    "spacing": str | None,  # an option of ours, where diffusers has no such spacing
     "steps_offset": int,
+    "use_exponential_sigmas": bool | None,
     "use_karras_sigmas": bool | None,
 }
 
@@ -108,7 +61,7 @@ def scheduling_to_diffusers(scheduling: Scheduling) -> dict[str, Any]:
     check_prediction(prediction)
     if schedule.name in BETA_SCHEDULES and prediction in PREDICTION_TYPES:
         return {
-            "_class_name": CLASSES[scheduling.sampler or "ddim"],
+            "_class_name": CLASSES.get(scheduling.sampler, "DDIMScheduler"),  # which opens whatever has betas
             "beta_schedule": BETA_SCHEDULES[schedule.name],
             "clip_sample": False,
             "num_train_timesteps": schedule.timesteps,
@@ -117,8 +70,13 @@ def scheduling_to_diffusers(scheduling: Scheduling) -> dict[str, Any]:
             "skip_prk_steps": True,
             "steps_offset": scheduling.offset,
             **_where_said(
-                beta_start=schedule.beta_start, beta_end=schedule.beta_end, set_alpha_to_one=scheduling.ends_clean
+                beta_start=schedule.beta_start,
+                beta_end=schedule.beta_end,
+                continuous=schedule.continuous or None,
+                sampler=None if scheduling.sampler in CLASSES else scheduling.sampler,
+                set_alpha_to_one=scheduling.ends_clean,
             ),
+            **VARIANTS.get(scheduling.sampler, {}),
             **_spacing_to_diffusers(scheduling.spacing),
         }
     if (schedule.name, prediction) == ("flow", "flow"):
@@ -157,7 +115,7 @@ def scheduling_from_diffusers(options: Mapping[str, Any]) -> Scheduling:
         spacing=_spacing_from_diffusers(options),
         offset=options.get("steps_offset", 0),
         ends_clean=options.get("set_alpha_to_one"),
-        sampler=next((ours for ours, theirs in CLASSES.items() if theirs == kind), None),
+        sampler=_sampler_from_diffusers(options),
     )
 
 
@@ -170,9 +128,9 @@ def _own(options: Mapping[str, Any]) -> Scheduling:
     told = {"prediction": None} | {name: value for name, value in options.items() if name != "schedule"}
     _check_types(told, get_type_hints(Scheduling))
     check_prediction(told["prediction"])
-    for name, known in (("spacing", SPACINGS), ("sampler", CLASSES)):
-        if told.get(name) is not None and told[name] not in known:
-            raise ValueError(f"scheduler option {name} = {told[name]!r} is unknown; use one of {', '.join(known)}")
+    for name, known in (("spacing", SPACINGS), ("sampler", SAMPLERS)):
+        if told.get(name) is not None:
+            _known(name, told[name], known)
     return Scheduling(schedule=make_schedule(ScheduleConfig(**schedule)).config, **told)
 
 
@@ -189,32 +147,56 @@ def _check_types(options: Mapping[str, Any], types: Mapping[str, Any]) -> None:
 
 
 def _schedule_from_diffusers(options: Mapping[str, Any]) -> ScheduleConfig:
-    name = _translate("beta_schedule", options.get("beta_schedule", "linear"), BETA_SCHEDULES)
-    start, end = (0.00085, 0.012) if options.get("_class_name") == CLASSES["heun"] else (1e-4, 0.02)  # their defaults
+    beta_schedule, start, end = OTHER_BETAS.get(options.get("_class_name"), BETAS)
+    name = _translate("beta_schedule", options.get("beta_schedule", beta_schedule), BETA_SCHEDULES)
     return ScheduleConfig(
         name=name,
         timesteps=options.get("num_train_timesteps", 1000),
         beta_start=None if name == "cosine" else options.get("beta_start", start),
         beta_end=None if name == "cosine" else options.get("beta_end", end),
         zero_terminal_snr=options.get("rescale_betas_zero_snr", False),
+        continuous=options.get("continuous", False),
     )
+
+
+def _sampler_from_diffusers(options: Mapping[str, Any]) -> str | None:
+    """Ours that is theirs; None where we have none."""
+    if (own := options.get("sampler")) is not None:
+        return _known("sampler", own, SAMPLERS)
+    found = [ours for ours, theirs in CLASSES.items() if theirs == options.get("_class_name")]
+    for name, default in VARIANTS.get(found[0], {}).items() if found else ():
+        said, known = options.get(name, default), {VARIANTS[ours][name] for ours in found}
+        found = [ours for ours in found if VARIANTS[ours][name] == said]
+        if not found:
+            words = " and ".join(repr(value) for value in sorted(known))
+            raise ValueError(f"scheduler option {name} = {said!r} is not implemented; only {words} are")
+    return found[0] if found else None
 
 
 def _spacing_to_diffusers(spacing: str | None) -> dict[str, Any]:
     """diffusers' Karras is a switch beside the spacing, and between the ends of that."""
-    return (
-        {"timestep_spacing": "linspace", "use_karras_sigmas": True}
-        if spacing == "karras"
-        else _where_said(timestep_spacing=spacing)
-    )
+    if spacing in SWITCHES:
+        return {"timestep_spacing": "linspace", SWITCHES[spacing]: True}
+    if spacing in THEIR_SPACINGS:
+        return {"timestep_spacing": spacing}
+    return _where_said(spacing=spacing)
 
 
 def _spacing_from_diffusers(options: Mapping[str, Any]) -> str | None:
-    if options.get("use_karras_sigmas"):
-        return "karras"
-    names = {name: name for name in SPACINGS if name != "karras"}
-    said = options.get("timestep_spacing")
-    return None if said is None else _translate("timestep_spacing", said, names)
+    if (own := options.get("spacing")) is not None:
+        return _known("spacing", own, SPACINGS)
+    for ours, switch in SWITCHES.items():
+        if options.get(switch):
+            return ours
+    said = None if options.get("_class_name") in WITHOUT_SPACING else options.get("timestep_spacing")
+    return None if said is None else _translate("timestep_spacing", said, {name: name for name in THEIR_SPACINGS})
+
+
+def _known(option: str, said: str, known: Mapping[str, Any]) -> str:
+    """What an option of ours says, if there is one of that name."""
+    if said not in known:
+        raise ValueError(f"scheduler option {option} = {said!r} is unknown; use one of {', '.join(known)}")
+    return said
 
 
 def _where_said(**options: Any) -> dict[str, Any]:

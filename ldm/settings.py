@@ -5,10 +5,13 @@ from __future__ import annotations
 import difflib
 import math
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
+from typing import Any
 
+from ldm.guidances import GUIDANCES, GuidanceConfig
+from ldm.onestep import VARIANCES
 from ldm.samplers import SAMPLERS
 from ldm.times import SPACINGS
 
@@ -27,12 +30,25 @@ class Settings:
 
     prompt: str = ""  # what the picture shows; "": whatever the model likes
     negative_prompt: str = ""  # what guidance leads away from
+    also: str = ""  # what else the picture shows: a line each of a weight and a prompt; below 0 leads away
     guidance_scale: float = 5.0  # 1: no guidance; above: closer to the prompt, less variety
+    guidance_method: str = "classifier_free"  # a key of GUIDANCES
     guidance_rescale: float = 0.0  # share of the contrast that guidance adds, which is taken back
+    guidance_start: float = 1.0  # guided at times from here (1: noise)
+    guidance_stop: float = 0.0  # down to here (0: the picture)
+    guidance_bound: float | None = None  # largest absolute value of estimated latents; None: there is no bound
+    guidance_percentile: float | None = None  # of each estimate, which is scaled to the bound; None: it is clipped
+    guidance_norm: float | None = None  # of apg: longest difference that an image is guided by; None: any
+    perturbed_scale: float = 3.0  # of perturbed_attention
     steps: int = 50  # of the sampler
     sampler: str = "ddim"  # a key of SAMPLERS
-    eta: float = 0.0  # share of the noise that is drawn anew at each step, by samplers that have the choice
+    eta: float = 0.0  # of ddim: share of the noise that is drawn anew at each step
+    churn: float = 0.0  # of heun: noise added and taken away again, over all steps (Karras et al. 2022: 0 to 100)
+    variance: str = "small"  # of ddpm: small, large, or learned by the model
+    tolerance: float = 1e-3  # of ode: largest error of a step, relative and absolute
     spacing: str | None = None  # how the sampler chooses its times, a key of SPACINGS; None: its habit
+    shift: float | None = None  # of rectified flow's times: above 1 more at high noise; None: as trained
+    reuse: int = 1  # compute the inner layers of the UNet at every so many network calls; above 1 is not exact
     height: int | None = None  # pixels; None: as trained
     width: int | None = None  # pixels; None: as trained
     seed: int = 42  # of the picture's own generator
@@ -45,23 +61,58 @@ class Settings:
         _check_name("sampler", self.sampler, SAMPLERS)
         if self.spacing is not None:
             _check_name("spacing", self.spacing, SPACINGS)
-        if not math.isfinite(self.guidance_scale):
-            raise ValueError(f"guidance scale {self.guidance_scale} is not a finite number; 1 is none, 2 to 10 usual")
-        if not 0 <= self.guidance_rescale <= 1:
-            raise ValueError(f"guidance rescale {self.guidance_rescale} must be between 0 (off) and 1; 0.7 is usual")
+        self.guidance()
+        self.prompts()
         if self.steps < 1:
             raise ValueError(f"steps {self.steps} must be at least 1; 20 to 50 are usual")
-        if not 0 <= self.eta <= 1:
-            raise ValueError(f"eta {self.eta} must be between 0 (nothing is drawn anew) and 1")
-        if self.eta and "eta" not in SAMPLERS[self.sampler].options:
-            takers = ", ".join(name for name, sampler in SAMPLERS.items() if "eta" in sampler.options)
-            raise ValueError(f"eta {self.eta} does not go with sampler {self.sampler}; leave it out or use {takers}")
+        self._check_options()
+        if self.shift is not None and not 0 < self.shift < math.inf:
+            raise ValueError(f"shift {self.shift} must be a positive number; 1 is none, 3 usual for large pictures")
+        if self.reuse < 1:
+            raise ValueError(f"reuse {self.reuse} must be at least 1, which is exact; 2 and 3 are usual")
         if not 0 <= self.seed < SEEDS:
             raise ValueError(f"seed {self.seed} must be between 0 and 2^64 - 1; -1 alone draws one at random")
         if self.batch > MAX_BATCH:
             raise ValueError(f"batch {self.batch} is more than {MAX_BATCH} pictures computed together; use less")
         if not 0 <= self.place < self.batch:
             raise ValueError(f"place {self.place} must be between 0 and batch - 1, and batch is {self.batch}")
+
+    def guidance(self) -> GuidanceConfig:
+        """How the picture is guided. Raises ValueError."""
+        named = {f"guidance_{field.name}": field.name for field in fields(GuidanceConfig)}
+        named["perturbed_scale"] = "perturbed_scale"
+        return GuidanceConfig(**{named[f.name]: getattr(self, f.name) for f in fields(self) if f.name in named})
+
+    def prompts(self) -> list[tuple[str, float]]:
+        """The prompt of weight 1 and all others with theirs. Raises ValueError where there is no number."""
+        found = [(self.prompt, 1.0)]
+        for line in filter(str.strip, self.also.split("\n")):
+            weight, _, prompt = line.strip().partition(" ")
+            try:
+                found.append((prompt.strip(), float(weight)))
+            except ValueError:
+                raise ValueError(f'also {line!r} must be a weight and a prompt, as in "0.5 a blue fish"') from None
+            if not prompt.strip() or not math.isfinite(found[-1][1]):
+                raise ValueError(f'also {line!r} must be a finite weight and a prompt, as in "0.5 a blue fish"')
+        if len(found) > 1 and self.guidance_method != "classifier_free":
+            raise ValueError(f"also {self.also!r} goes with guidance method classifier_free; leave one of them out")
+        return found
+
+    def _check_options(self) -> None:
+        """Raise ValueError for a sampler's option that is out of range, or given to a sampler that has it not."""
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta {self.eta} must be between 0 (nothing is drawn anew) and 1")
+        if not 0 <= self.churn < math.inf:
+            raise ValueError(f"churn {self.churn} must be 0 (nothing is added) or a positive number; 40 is usual")
+        _check_name("variance", self.variance, VARIANCES)
+        if not 0 < self.tolerance < 1:
+            raise ValueError(f"tolerance {self.tolerance} must be between 0 and 1; 0.001 is usual")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            takers = [name for name, sampler in SAMPLERS.items() if field.name in sampler.options]
+            if takers and value != field.default and self.sampler not in takers:
+                mend = f"leave it out or use {', '.join(takers)}"
+                raise ValueError(f"{field.name} {value} does not go with sampler {self.sampler}; {mend}")
 
     def _check_type(self, name: str, annotation: str) -> None:
         value, (kind, words) = getattr(self, name), KINDS[annotation.split(" ")[0]]
@@ -71,6 +122,13 @@ class Settings:
             raise ValueError(f"{name.replace('_', ' ')} {value!r} is not {words}; give one")
         if kind is not str:  # 5 and 5.0, or numpy's numbers, are to be written alike
             object.__setattr__(self, name, float(value) if kind is Real else int(value))
+
+
+def with_usual_scale(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that are given, with the guidance scale of a method that has its own, where none is given."""
+    guidance = GUIDANCES.get(values.get("guidance_method"))
+    usual = {} if guidance is None or guidance.default is None else {"guidance_scale": guidance.default}
+    return usual | dict(values)
 
 
 def random_seed() -> int:

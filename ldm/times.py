@@ -6,6 +6,7 @@ where nobody says otherwise is its `Habit`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,6 +18,9 @@ from ldm.schedule import Schedule
 
 LARGEST_RATIO = 4096.0  # sigma / alpha that stands for infinity where a logarithm or a root of it is needed
 KARRAS_RHO = 7.0  # Karras et al. 2022, table 1
+# sigma / alpha where ten steps on Stable Diffusion 1's schedule begin, and where the last of them ends, optimized for
+# its samples (Sabour et al. 2024, "Align Your Steps", arXiv:2404.14507, and its project page).
+ALIGNED = (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,10 +78,46 @@ def _linspace(ask: Layout) -> Tensor:
 
 def _karras(ask: Layout) -> Tensor:
     """(sigma / alpha)^(1/7) in equal parts from the last noise level to the first (Karras et al. 2022, eq. 5)."""
-    ends = torch.tensor([ask.levels, 1.0], dtype=torch.float64) / ask.levels
-    alpha, sigma = ask.schedule(ends)
-    high, low = torch.where(alpha == 0, LARGEST_RATIO, sigma / alpha).pow(1 / KARRAS_RHO)
-    ratios = (high + torch.linspace(0, 1, ask.steps, dtype=torch.float64) * (low - high)).pow(KARRAS_RHO)
+    high, low = _ends(ask).pow(1 / KARRAS_RHO)
+    return _positions(ask, (high + _parts(ask) * (low - high)).pow(KARRAS_RHO))
+
+
+def _log_snr(ask: Layout) -> Tensor:
+    """log(sigma / alpha) in equal parts from the last noise level to the first (Lu et al. 2022, arXiv:2206.00927)."""
+    high, low = _ends(ask).log()
+    return _positions(ask, (high + _parts(ask) * (low - high)).exp())
+
+
+def _ays(ask: Layout) -> Tensor:
+    """The noise levels of `ALIGNED`, for other numbers of steps with equal parts of logs between them.
+
+    It begins at t = 1 whatever sigma / alpha is there, and leaves out levels that the schedule does not reach.
+    """
+    (high, low), last = _ends(ask).log().tolist(), len(ALIGNED) - 1
+    reached = {index: math.log(ratio) for index, ratio in enumerate(ALIGNED) if low < math.log(ratio) < high}
+    known = torch.tensor(sorted(({last: low} | reached | {0: high}).items()), dtype=torch.float64)
+    at, logs = known[:, 0] * (ask.steps / last), known[:, 1].contiguous()
+    step = torch.arange(ask.steps, dtype=torch.float64)
+    after = torch.searchsorted(at, step, right=True)
+    share = (step - at[after - 1]) / (at[after] - at[after - 1])
+    positions = _positions(ask, torch.lerp(logs[after - 1], logs[after], share).exp())
+    positions[0] = ask.levels
+    return positions
+
+
+def _ends(ask: Layout) -> Tensor:
+    """sigma / alpha of the last noise level and of the first."""
+    alpha, sigma = ask.schedule(torch.tensor([ask.levels, 1.0], dtype=torch.float64) / ask.levels)
+    return torch.where(alpha == 0, LARGEST_RATIO, sigma / alpha)
+
+
+def _parts(ask: Layout) -> Tensor:
+    """0 to 1 in equal parts; a single one is 0."""
+    return torch.linspace(0, 1, ask.steps, dtype=torch.float64)
+
+
+def _positions(ask: Layout, ratios: Tensor) -> Tensor:
+    """Where sigma / alpha has these values; between levels, and so as strictly falling as they are."""
     return (ask.schedule.time(ratios) * ask.levels).clamp(min=1)  # a last bit below the first level is not
 
 
@@ -86,6 +126,8 @@ SPACINGS: dict[str, Callable[[Layout], Tensor]] = {  # -> [S] falling positions,
     "leading": _leading,
     "linspace": _linspace,
     "karras": _karras,
+    "log_snr": _log_snr,
+    "ays": _ays,
 }
 
 

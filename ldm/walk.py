@@ -65,6 +65,12 @@ def walk(times: Tensor, schedule: Schedule) -> list[tuple[Point, Point]]:
     return list(zip(points[:-1], points[1:], strict=True))
 
 
+def middle(t: Point, s: Point, schedule: Schedule) -> Point:
+    """The point halfway from t to s in log(alpha / sigma), which must be finite at both."""
+    time = schedule.time(math.exp(-(t.growth + s.growth) / 2)).clamp(s.time, t.time).item()
+    return walk(torch.tensor([time, s.time], dtype=torch.float64), schedule)[0][0]
+
+
 def _growths(ratios: Tensor) -> Tensor:
     """log(alpha / sigma), with a finite number for no signal at all where the next level leaves room for it."""
     begins_in_noise = ratios[0] == 0 and ratios[1] * LARGEST_RATIO > 1
@@ -114,6 +120,25 @@ def towards(z: Tensor, z_0: Tensor, t: Point, s: Point) -> Tensor:
     """z_s from z_t where z_0 and noise stay what they are: the step that `ddim` takes (Song et al. 2020, eq. 12)."""
     kept = s.sigma / t.sigma
     return kept * z + (s.alpha - t.alpha * kept) * z_0
+
+
+def drawn(
+    z: Tensor, z_0: Tensor, t: Point, s: Point, generators: Generators, noise_scale: float | Tensor = 1.0
+) -> Tensor:
+    """z_s drawn from q(z_s | z_t, z_0), the posterior of the noising process (Ho et al. 2020, eq. 6 and 7).
+
+    Its noise is multiplied by `noise_scale`, a number or like z; at t = 0 there is none.
+    """
+    share = max(renewed(t, s), 0.0)  # a last bit below 0 where s is t
+    z = t.alpha / s.alpha * (s.sigma / t.sigma) ** 2 * z + s.alpha * share * z_0
+    return z + s.sigma * math.sqrt(share) * noise_scale * noise_like(z, generators) if s.sigma else z
+
+
+def noised(z: Tensor, t: Point, u: Point, generators: Generators, noise_scale: float = 1.0) -> Tensor:
+    """z_u drawn from q(z_u | z_t) at a noisier point u, the noising process, its noise times `noise_scale`."""
+    kept = u.alpha / t.alpha
+    added = math.sqrt(max(u.sigma**2 - (kept * t.sigma) ** 2, 0.0))
+    return kept * z + noise_scale * added * noise_like(z, generators)
 
 
 def along(z: Tensor, lines: list[tuple[Tensor, Tensor]], t: Point, s: Point) -> Tensor:

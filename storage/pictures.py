@@ -26,8 +26,15 @@ A1111_SAMPLERS = {
     "euler": "Euler",
     "euler_ancestral": "Euler a",
     "heun": "Heun",
+    "dpm2": "DPM2",
+    "lms": "LMS",
     "dpmpp_2m": "DPM++ 2M",
+    "dpmpp_sde": "DPM++ SDE",
+    "dpmpp_2m_sde": "DPM++ 2M SDE",
+    "dpmpp_3m_sde": "DPM++ 3M SDE",
     "unipc": "UniPC",
+    "restart": "Restart",
+    "lcm": "LCM",
 }
 
 

@@ -15,10 +15,13 @@ CONFIGS = {
     "scaled_linear": ScheduleConfig(),
     "scaled_linear_0195": ScheduleConfig(beta_start=0.0015, beta_end=0.0195),
     "linear": ScheduleConfig(name="linear"),
+    "linear_continuous": ScheduleConfig(name="linear", continuous=True),
     "cosine": ScheduleConfig(name="cosine"),
     "zero_terminal": ScheduleConfig(zero_terminal_snr=True),
     "ve": ScheduleConfig(name="ve"),
     "ve_large": ScheduleConfig(name="ve", sigma_max=1000.0),
+    "sub_vp": ScheduleConfig(name="sub_vp"),
+    "edm": ScheduleConfig(name="edm"),
     "flow": ScheduleConfig(name="flow"),
     "flow_shift": ScheduleConfig(name="flow", shift=3.0),
 }

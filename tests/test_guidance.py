@@ -5,11 +5,12 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from oracles import SCHEDULES
 
 from conditioning.context import Context
 from ldm.denoiser import Denoiser
-from ldm.guidance import classifier_free, extrapolate, in_interval, rescaled
+from ldm.guidance import autoguidance, classifier_free, composed, extrapolate, in_interval, rescaled, thresholded
 from ldm.onestep import heun
 from ldm.prediction import PREDICTIONS
 from ldm.times import times
@@ -173,3 +174,145 @@ def test_wrong_options_say_what_is_wrong():
         rescaled(1.2, None)
     with pytest.raises(ValueError, match="guidance interval from t = 0.2 to 0.6"):
         in_interval(None, None, start=0.2, stop=0.6)
+
+
+@dataclass
+class Told:
+    """The exact denoiser of normal data whose mean and standard deviation are the context's vector."""
+
+    schedule: object
+
+    def __call__(self, z_t, t, context):
+        mean, std = context.vector[:, :1], context.vector[:, 1:]
+        alpha, sigma = (level.reshape(-1, 1) for level in self.schedule(t))
+        return mean + alpha * std**2 / (alpha**2 * std**2 + sigma**2) * (z_t - alpha * mean)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("scale", [-0.5, 0.5, 3.0, 8.0])
+def test_guidance_of_two_gaussians_is_their_product_of_powers(name, scale):
+    """p(z_t | told)^scale p(z_t)^(1 - scale) is a Gaussian with the precision P = scale / V_1 + (1 - scale) / V_0 and
+    the mean (scale M_1 / V_1 + (1 - scale) M_0 / V_0) / P, V = alpha^2 std^2 + sigma^2 and M = alpha mean. Its score is
+    -P (z_t - mean), and by Tweedie's formula z_0 = (z_t + sigma^2 score) / alpha."""
+    schedule, (m_1, std_1), (m_0, std_0) = SCHEDULES[name], (1.5, 0.4), (0.2, 0.9)
+    contexts = (Context(vector=torch.tensor([pair], dtype=torch.float64)) for pair in ((m_1, std_1), (m_0, std_0)))
+    guided = classifier_free(Told(schedule), *contexts, scale)
+    for t in (0.001, 0.1, 0.5, 0.9, 0.99):
+        alpha, sigma = (level.item() for level in schedule(t))
+        z_t = torch.linspace(-3, 3, 13, dtype=torch.float64)[None] * math.hypot(alpha, sigma)
+        v_1, v_0 = ((alpha * std) ** 2 + sigma**2 for std in (std_1, std_0))
+        precision = scale / v_1 + (1 - scale) / v_0
+        mean = alpha * (scale * m_1 / v_1 + (1 - scale) * m_0 / v_0) / precision
+        expected = (z_t - sigma**2 * precision * (z_t - mean)) / alpha
+        torch.testing.assert_close(guided(z_t, t), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_scale_may_be_a_function_of_time_which_saves_the_same_passes(z_t):
+    denoiser = Counting(SCHEDULES["flow"])
+    scales = {0.9: 1.0, 0.5: 4.0, 0.1: 0.0}
+    guided = classifier_free(denoiser, CONTEXT, NULL, scales.get)
+    for t, scale in scales.items():
+        assert torch.equal(guided(z_t, t), classifier_free(Counting(SCHEDULES["flow"]), CONTEXT, NULL, scale)(z_t, t))
+    assert [size for size, _ in denoiser.sizes] == [3, 6, 3]
+    with pytest.raises(ValueError, match="guidance scale nan must be a finite number"):
+        classifier_free(denoiser, CONTEXT, NULL, lambda t: math.nan)(z_t, 0.4)
+
+
+def test_guidance_in_an_interval_of_noise_levels_is_one_of_times():
+    """Kynkaanniemi et al. 2024 give theirs in sigma / alpha."""
+    schedule = SCHEDULES["scaled_linear"]
+    start, stop = schedule.time(5.42).item(), schedule.time(0.28).item()
+    denoise = in_interval(lambda z, t: True, lambda z, t: False, start, stop)
+    for t in (0.05, 0.2, 0.5, 0.85, 0.95):
+        alpha, sigma = schedule(t)
+        assert denoise(None, t) == (0.28 <= sigma / alpha <= 5.42)
+
+
+def test_thresholds_that_nothing_passes_change_nothing(z_t):
+    for percentile in (None, 99.5):
+        assert torch.equal(thresholded(lambda z, t: z, 50.0, percentile)(z_t, 0.4), z_t)
+
+
+def test_a_static_threshold_clips():
+    z = torch.tensor([[-3.0, -0.5, 2.0, 0.25]])
+    assert thresholded(lambda z, t: z, 1.0)(z, 0.4).tolist() == [[-1.0, -0.5, 1.0, 0.25]]
+
+
+@pytest.mark.parametrize("bound", [1.0, 2.5])
+def test_a_dynamic_threshold_is_the_percentile_of_each_image(bound):
+    """Saharia et al. 2022, section 2.3, with a bound of 1; an image within the bound stays as it is."""
+    z = torch.randn(3, 4, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    z *= torch.tensor([0.2, 4.0, 9.0]).view(-1, 1, 1, 1)
+    found = thresholded(lambda z, t: z, bound, 90.0)(z, 0.4)
+    for image, result in zip(z, found, strict=True):
+        s = max(bound, torch.quantile(image.abs(), 0.9).item())
+        torch.testing.assert_close(result, image.clamp(-s, s) / s * bound)
+    assert torch.equal(found[0], z[0])
+    assert found.abs().max() <= bound
+    both = thresholded(lambda z, t: z, 1.0, 90.0)(z.float(), 0.4)
+    theirs = DDIMScheduler(thresholding=True, dynamic_thresholding_ratio=0.9, sample_max_value=1e9)
+    torch.testing.assert_close(both, theirs._threshold_sample(z.float()))
+
+
+@pytest.mark.parametrize("scale", [-2.0, 0.0, 1.0, 0.5, 7.5])
+def test_one_prompt_is_composed_to_classifier_free_guidance_to_the_last_bit(z_t, scale):
+    denoiser = Counting(SCHEDULES["flow"])
+    one = composed(denoiser, [CONTEXT], [scale], NULL)(z_t, 0.4)
+    assert torch.equal(one, classifier_free(denoiser, CONTEXT, NULL, scale)(z_t, 0.4))
+    assert denoiser.sizes[0] == denoiser.sizes[1]
+
+
+def test_prompts_are_composed_from_one_call_without_those_that_weigh_nothing(z_t):
+    """Liu et al. 2022, eq. 11; the weight below 0 is a negative prompt."""
+    denoiser, others = Counting(SCHEDULES["flow"]), [means([2.0]), means([-1.0, 0.0, 4.0]), means([9.0])]
+    found = composed(denoiser, [CONTEXT, *others], [3.0, 1.5, -0.5, 0.0], NULL)(z_t, 0.4)
+    assert denoiser.sizes == [(12, [1, 2, 3, 2, 2, 2, -1, 0, 4, 0.5, 0.5, 0.5])]
+    first, second, third, null = (
+        denoiser(z_t, 0.4, told.repeat(3) if len(told.vector) == 1 else told) for told in (CONTEXT, *others[:2], NULL)
+    )
+    torch.testing.assert_close(found, null + 3 * (first - null) + 1.5 * (second - null) - 0.5 * (third - null))
+
+
+def test_composed_gaussians_have_the_mean_of_both(z_t):
+    """Where the weights add up to 1, null falls out of the sum, and is not computed."""
+    denoiser = Counting(SCHEDULES["flow"])
+    found = composed(denoiser, [means([1.0]), means([2.0])], [0.5, 0.5], None)(z_t, 0.4)
+    assert denoiser.sizes == [(6, [1, 1, 1, 2, 2, 2])]
+    torch.testing.assert_close(found, denoiser(z_t, 0.4, means([1.5]).repeat(3)))
+    t = torch.tensor([0.2, 0.5, 1.0], dtype=torch.float64)
+    expected = denoiser(z_t, t, means([0.5 + 2 * 0.5 + 3 * 1.5]).repeat(3))
+    torch.testing.assert_close(composed(denoiser, [means([1.0]), means([2.0])], [2.0, 3.0], NULL)(z_t, t), expected)
+
+
+@pytest.mark.parametrize("scale", [-1.0, 0.0, 1.0, 2.5])
+def test_autoguidance_extrapolates_from_the_weaker_model_and_calls_what_it_needs(z_t, scale):
+    called = []
+
+    def strong(z, t):
+        called.append("strong")
+        return z.sin()
+
+    def weak(z, t):
+        called.append("weak")
+        return z.cos()
+
+    found = autoguidance(strong, weak, scale)(z_t, 0.4)
+    torch.testing.assert_close(found, z_t.cos() + scale * (z_t.sin() - z_t.cos()))
+    assert called == {0.0: ["weak"], 1.0: ["strong"]}.get(scale, ["strong", "weak"])
+    torch.testing.assert_close(autoguidance(strong, strong, scale)(z_t, 0.4), z_t.sin())
+
+
+def test_wrong_options_of_other_guidances_say_what_is_wrong():
+    for bound, percentile, words in (
+        (0.0, None, "guidance bound 0.0 must be a positive number"),
+        (math.nan, None, "guidance bound nan"),
+        (1.0, 0.995, "guidance percentile 0.995 must be between 50 and 100; 99.5 is usual"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            thresholded(None, bound, percentile)
+    with pytest.raises(ValueError, match="guidance scale nan must be a finite number"):
+        composed(None, [CONTEXT], [math.nan], NULL)
+    with pytest.raises(ValueError, match="2 contexts need as many weights, not 1"):
+        composed(None, [CONTEXT, CONTEXT], [1.0], NULL)
+    with pytest.raises(ValueError, match="guidance scale inf must be a finite number"):
+        autoguidance(None, None, math.inf)

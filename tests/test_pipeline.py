@@ -1,5 +1,6 @@
 """From prompts to pictures: what a picture depends on, and what a model folder keeps."""
 
+import itertools
 import json
 import warnings
 from dataclasses import replace
@@ -10,9 +11,11 @@ import torch
 from small_encoders import build_scratch
 from small_models import SIDE, build_model
 
+from kernels.winograd import Convolution
 from ldm import TextToImage
 from ldm.samplers import SAMPLERS
 from ldm.settings import Settings
+from ldm.unet import UNet
 
 KINDS = {
     "KL, CLIP": dict(regularizer="kl", encoder="clip"),
@@ -219,13 +222,13 @@ def test_overflow_in_half_precision_is_an_error_not_a_black_picture(model):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sampler": "dpm2m"}, "sampler 'dpm2m' is unknown; did you mean dpmpp_2m\\?"),
+        ({"sampler": "dpmp_2m"}, "sampler 'dpmp_2m' is unknown; did you mean dpmpp_2m\\?"),
         ({"steps": 0}, "steps 0 must be at least 1"),
         ({"steps": 1001}, "1001 steps is not between 1 and 1000"),
         ({"steps": "ten"}, "steps 'ten' is not a whole number"),
         ({"steps": True}, "steps True is not a whole number"),
-        ({"guidance_scale": float("nan")}, "guidance scale nan is not a finite number"),
-        ({"guidance_scale": float("-inf")}, "guidance scale -inf is not a finite number"),
+        ({"guidance_scale": float("nan")}, "guidance scale nan must be a finite number"),
+        ({"guidance_scale": float("-inf")}, "guidance scale -inf must be a finite number"),
         ({"eta": 1.5, "sampler": "ddim"}, "eta 1.5 must be between 0"),
         ({"eta": 0.5}, "eta 0.5 does not go with sampler dpmpp_2m; leave it out or use ddim"),
         ({"height": 30}, "height 30 is not a multiple of 4 .*; use 28 or 32"),
@@ -313,3 +316,50 @@ def test_only_a_model_that_stable_diffusion_pipeline_computes_is_called_one(mode
     assert kinds["KL, CLIP"]["_class_name"] == "StableDiffusionPipeline"
     assert kinds["VQ, BERT"]["_class_name"] == kinds["KL, BERT, flow"]["_class_name"] == "TextToImage"
     assert kinds["VQ, BERT"]["vae"] == ["diffusers", "VQModel"]
+
+
+def test_a_model_that_learned_variances_draws_by_them(tmp_path):
+    model = build_model(tmp_path, encoder="bert")
+    config = replace(model.unet.config, out_channels=2 * model.unet.config.out_channels)
+    torch.manual_seed(0)
+    unet = UNet(config).eval().requires_grad_(False)
+    for parameter in unet.parameters():
+        torch.nn.init.normal_(parameter, std=0.1 if parameter.ndim == 1 else parameter[0].numel() ** -0.5)
+    learned = TextToImage(model.autoencoder, unet, model.conditioner, model.scheduling, model.defaults)
+    same = dict(sampler="ddpm", steps=5, seed=3)
+    pictures = [pixels(learned("a red heart", variance=variance, **same)) for variance in ("small", "large", "learned")]
+    assert all((a != b).any() for a, b in itertools.combinations(pictures, 2))
+    channels = model.unet.config.out_channels
+    for output, exponent in ((-1.0, 0), (1.0, 1)):  # what stands for v = 0 and 1
+        with torch.no_grad():
+            unet.conv_out.weight[channels:].zero_()
+            unet.conv_out.bias[channels:].fill_(output)
+        assert (pixels(learned("a red heart", variance="learned", **same)) == pictures[exponent]).all()
+
+
+def test_kept_transforms_change_no_picture_but_in_the_last_bits(models):
+    model, folder = models["KL, CLIP"]
+    kept = TextToImage.load(folder, keep_transforms=True)
+    assert all(module.keeps for module in kept.unet.modules() if isinstance(module, Convolution))
+    assert abs(pixels(kept(PROMPTS)) - pixels(model(PROMPTS))).max() <= 1
+
+
+def test_shift_moves_the_times_of_a_flow(model):
+    plain, shifted, same = (pixels(model(PROMPTS[0], shift=shift)) for shift in (None, 3.0, 1.0))
+    assert (plain == same).all() and (plain != shifted).any()
+
+
+def test_several_weighted_prompts_are_composed(model):
+    """Of weight 0 nothing is added; a prompt besides itself is more of it; against itself, nothing is left of it."""
+    plain = pixels(model(PROMPTS[0], guidance_scale=3.0))
+    assert (pixels(model(PROMPTS[0], guidance_scale=3.0, also=f"0 {PROMPTS[1]}")) == plain).all()
+    twice = pixels(model(PROMPTS[0], guidance_scale=3.0, also=f"1 {PROMPTS[0]}"))
+    assert abs(twice - pixels(model(PROMPTS[0], guidance_scale=6.0))).max() <= 1
+    nothing = pixels(model(PROMPTS[0], guidance_scale=3.0, also=f"-1 {PROMPTS[0]}"))
+    assert abs(nothing - pixels(model(PROMPTS[0], guidance_scale=0.0))).max() <= 1
+
+
+def test_only_a_model_of_the_same_latents_and_text_can_be_the_weaker_one(models):
+    model, _ = models["KL, CLIP"]
+    with pytest.raises(ValueError, match="same autoencoder and text encoder"):
+        model.guide_by(models["VQ, BERT"][0])

@@ -1,27 +1,34 @@
 """ldm/samplers.py against exact solutions and against each other. For diffusers see test_sampler_interop.py."""
 
-import math
-import weakref
+import gc
+from dataclasses import replace
 
 import pytest
 import torch
 from oracles import GAUSSIAN, SCHEDULES, TWO, denoiser_of
 
-from ldm.multistep import dpmpp_2m, pndm, unipc
 from ldm.onestep import ddim, ddpm
 from ldm.samplers import SAMPLERS
 from ldm.times import SPACINGS, times
 from ldm.walk import initial_noise
 
+ALL_LEVELS = {  # walks of nearly all noise levels, and of all
+    "scaled_linear": ((1000, torch.float32),),
+    "zero_terminal": ((999, torch.float64),),
+}
+HELD = {  # z and the last estimate, which is also in the hands of the caller; and what else the order needs
+    **dict.fromkeys(("ddim", "ddpm", "euler", "euler_ancestral", "lcm", "langevin", "dpmpp_2m"), 3),
+    **dict.fromkeys(("dpmpp_2s", "dpmpp_3m", "dpmpp_sde", "dpmpp_2m_sde", "deis"), 3),
+    **dict.fromkeys(("dpm2", "dpmpp_3m_sde", "unipc", "predictor_corrector"), 4),
+    **dict.fromkeys(("heun", "restart", "lms"), 5),
+    "pndm": 7,  # three outputs, their mean, and the other end of the first step
+    "ode": 11,  # seven slopes
+}
 DETERMINISTIC = [name for name, sampler in SAMPLERS.items() if not sampler.draws]
 
 
 def levels(schedule, t):
     return tuple(level.item() for level in schedule(t))
-
-
-def walk_from(start, stop, steps):
-    return torch.linspace(start, stop, steps + 1, dtype=torch.float64)
 
 
 def seeds(count, first=0):
@@ -33,44 +40,35 @@ def last(steps):
     return step
 
 
-@pytest.mark.parametrize("sampler", DETERMINISTIC)
-@pytest.mark.parametrize("data", [GAUSSIAN, TWO], ids=["gaussian", "mixture"])
-@pytest.mark.parametrize("name", ["scaled_linear", "linear", "cosine", "zero_terminal", "ve", "flow"])
-def test_deterministic_samplers_converge_to_the_probability_flow_at_their_order(name, data, sampler):
-    """From t = 1 even where no signal is left there. The logarithm of dpmpp_2m and unipc makes their constants large
-    there and at t = 0 (on flow 2.9, 3.2, 3.4, ... for 4), so there they start and stop inside. pndm is better than its
-    order on flow, where it is a plain Adams-Bashforth method."""
-    schedule, order = SCHEDULES[name], SAMPLERS[sampler].order
-    inside = name in ("cosine", "zero_terminal", "flow") and sampler in ("dpmpp_2m", "unipc")
-    start, stop = (0.9 if inside else 1.0), (0.0 if name == "flow" and not inside else 0.2)
-    z = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None] * math.hypot(*levels(schedule, start))
-    exact = data.flow(z, levels(schedule, start), levels(schedule, stop))
-    errors = []
-    for steps in (160, 320) if inside else (80, 160):
-        end = last(
-            SAMPLERS[sampler].run(denoiser_of(data, schedule), z, walk_from(start, stop, steps), schedule, seeds(9))
-        )
-        assert end.t == stop
-        errors.append((end.z - exact).abs().mean().item())
-    gain = errors[0] / errors[1]
-    assert gain == pytest.approx(2**order, rel=0.2) or (name, sampler) == ("flow", "pndm") and gain > 2**order
-    assert errors[1] < (0.02 if order == 1 else 5e-4)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_samplers_end_in_the_last_estimate_however_few_the_steps(name, sampler):
+    """At t = 0 there is no noise; with one step from t = 1 the result is the estimate made there."""
+    schedule = SCHEDULES[name]
+    z = initial_noise((3, 2, 2, 2), seeds(3), schedule).double()
+    for steps in (1, 2, 5, 13):
+        walked = list(SAMPLERS[sampler].run(denoiser_of(TWO, schedule), z, times(schedule, steps), schedule, seeds(3)))
+        assert walked[-1].t == 0 and all(step.z.isfinite().all() for step in walked)
+        assert [step.index for step in walked] == list(range(len(walked)))
+        torch.testing.assert_close(walked[-1].z, walked[-1].z_0, rtol=1e-9, atol=1e-9)
+        if sampler != "ode":  # which takes steps of its own
+            assert [step.t for step in walked] == times(schedule, steps)[1:].tolist()
+        if steps == 1:
+            torch.testing.assert_close(walked[0].z_0, denoiser_of(TWO, schedule)(z, 1.0))
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize("steps", [1, 2, 5])
-def test_samplers_end_in_the_last_estimate_however_few_the_steps(name, sampler, steps):
-    """At t = 0 there is no noise; with one step from t = 1 the result is the estimate made there."""
+def test_samplers_walk_numbers_of_steps_that_do_not_divide_the_levels_and_all_of_them(name, sampler):
+    """In float32, too, and whatever they are told: here always the same."""
     schedule = SCHEDULES[name]
-    z = initial_noise((3, 2, 4, 4), seeds(3), schedule).double()
-    walked = list(SAMPLERS[sampler].run(denoiser_of(TWO, schedule), z, times(schedule, steps), schedule, seeds(3)))
-    assert [step.index for step in walked] == list(range(steps)) and walked[-1].t == 0
-    assert [step.t for step in walked] == times(schedule, steps)[1:].tolist()
-    assert all(step.z.isfinite().all() for step in walked)
-    torch.testing.assert_close(walked[-1].z, walked[-1].z_0, rtol=1e-9, atol=1e-9)
-    if sampler != "pndm" or steps == 1:  # which estimates from both ends of its first step
-        torch.testing.assert_close(walked[0].z_0, denoiser_of(TWO, schedule)(z, 1.0))
+    for steps, dtype in ((7, torch.float32), (30, torch.float64), *ALL_LEVELS.get(name, ())):
+        z = initial_noise((1, 3), seeds(1), schedule).to(dtype)
+        end = last(
+            SAMPLERS[sampler].run(lambda z, t: torch.full_like(z, 0.3), z, times(schedule, steps), schedule, seeds(1))
+        )
+        assert end.t == 0 and end.z.dtype == dtype
+        torch.testing.assert_close(end.z, torch.full_like(z, 0.3), rtol=0, atol=1e-3)
 
 
 def test_ddim_is_euler_for_rectified_flow():
@@ -155,9 +153,10 @@ def test_a_picture_does_not_depend_on_its_batch(name, sampler):
         return last(SAMPLERS[sampler].run(denoiser_of(TWO, schedule), z, walk, schedule, generators, **options)).z
 
     together = sample([0, 1, 2, 3])
+    bound = 5e-4 if sampler == "ode" else 0  # ode: pictures of one batch share their steps
     for i in range(4):
-        assert torch.equal(sample([i])[0], together[i])
-    assert torch.equal(sample([3, 1]), together[[3, 1]])
+        torch.testing.assert_close(sample([i])[0], together[i], rtol=0, atol=bound)
+    torch.testing.assert_close(sample([3, 1]), together[[3, 1]], rtol=0, atol=bound)
 
 
 @pytest.mark.parametrize("sampler", DETERMINISTIC)
@@ -181,7 +180,8 @@ def test_samplers_call_the_denoiser_as_often_as_they_say_and_keep_the_dtype(samp
 
     z = torch.ones(2, 3, dtype=dtype)
     assert last(SAMPLERS[sampler].run(denoise, z, times(schedule, 10), schedule, seeds(2))).z.dtype == dtype
-    assert len(called) == eval(SAMPLERS[sampler].calls.replace("2 S", "2 * S"), {"S": 10})
+    if sampler != "ode":
+        assert len(called) == eval(SAMPLERS[sampler].calls.replace(" S", " * S"), {"S": 10})
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -192,7 +192,7 @@ def test_a_sampler_stops_where_its_caller_stops(sampler):
     next(steps)
     next(steps)
     steps.close()
-    assert len(called) <= 4
+    assert len(called) <= {"langevin": 10, "ode": 25}.get(sampler, 4)
 
 
 def test_initial_noise_has_the_variance_of_noised_unit_latents_or_of_noise_alone():
@@ -215,40 +215,18 @@ def test_wrong_requests_say_what_is_wrong():
             next(ddim(lambda z, t: z, torch.ones(1, 1), torch.tensor(walk), schedule, seeds(1)))
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "pndm"])
+@pytest.mark.parametrize("sampler", DETERMINISTIC)
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_a_walk_may_end_at_the_first_noise_level_and_stay_there(sampler, spacing):
     """As Stable Diffusion's DDIM and PNDM do; where the last step begins there already, it changes nothing."""
     schedule = SCHEDULES["scaled_linear"]
-    walk = times(schedule, 6, spacing, SAMPLERS[sampler].habit, offset=0, ends_clean=False)
+    walk = times(schedule, 6, spacing, replace(SAMPLERS[sampler].habit, ends_clean=False), offset=0)
     z = initial_noise((2, 3), seeds(2), schedule).double()
     *_, before, end = SAMPLERS[sampler].run(denoiser_of(TWO, schedule), z, walk, schedule, seeds(2))
     assert end.t == 0.001 and end.z.isfinite().all()
-    if spacing != "trailing":
+    if walk[-2] == walk[-1] and sampler != "ode":  # which counts no such step
         assert before.t == pytest.approx(end.t)
         torch.testing.assert_close(end.z, before.z)
-
-
-def test_pndm_is_of_second_order_for_what_has_one_meaning_at_all_times_and_of_first_for_velocity():
-    """Velocity is -sigma z_0 + alpha noise: what it says at one time is no velocity at another."""
-    schedule, z = SCHEDULES["scaled_linear"], torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
-    exact = TWO.flow(z, levels(schedule, 1.0), levels(schedule, 0.2))
-    for averaged, order in {"noise": 2, "clean": 2, "flow": 2, "velocity": 1}.items():
-        ends = [
-            last(pndm(denoiser_of(TWO, schedule), z, walk_from(1, 0.2, steps), schedule, [], averaged=averaged)).z
-            for steps in (80, 160)
-        ]
-        first, second = ((end - exact).abs().mean().item() for end in ends)
-        assert first / second == pytest.approx(2**order, rel=0.2), averaged
-
-
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_the_first_step_of_solvers_is_ddim(name):
-    schedule, denoise = SCHEDULES[name], denoiser_of(TWO, SCHEDULES[name])
-    z, walk = initial_noise((2, 5), seeds(2), schedule).double(), times(schedule, 12)
-    plain = next(ddim(denoise, z, walk, schedule, []))
-    for solver in (dpmpp_2m, unipc):
-        torch.testing.assert_close(next(solver(denoise, z, walk, schedule, [])).z, plain.z, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", ["scaled_linear", "zero_terminal", "cosine", "ve", "flow"])
@@ -262,18 +240,27 @@ def test_every_sampler_walks_every_spacing(name, spacing):
             assert end.z.isfinite().all()
 
 
-def test_samplers_hold_no_more_estimates_than_their_order_needs():
-    """Tensors made by the network that are alive while it is called again."""
-    schedule, alive = SCHEDULES["scaled_linear"], []
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_samplers_hold_no_more_than_their_order_needs(sampler):
+    """Tensors like z that are alive while the network is called, but for z itself and what it was given before."""
+    schedule, counts = SCHEDULES["scaled_linear"], []
+    shape = (1, 3, 1, 7)
+
+    def alive():
+        return sum(type(thing) is torch.Tensor and thing.shape == shape for thing in gc.get_objects())
 
     def denoise(z, t):
-        z_0 = denoiser_of(TWO, schedule)(z, t)
-        counts.append(sum(ref() is not None for ref in alive))
-        alive.append(weakref.ref(z_0))
-        return z_0
+        if 0.2 < t < 0.5:  # looking through all objects takes long, and by then the past is full
+            counts.append(alive() - before)
+        return 0.3 * z
 
-    for name, most in {"ddim": 1, "ddpm": 1, "euler": 1, "heun": 2, "dpmpp_2m": 2, "unipc": 3, "pndm": 2}.items():
-        counts, alive[:] = [], []
-        for step in SAMPLERS[name].run(denoise, torch.ones(1, 3), times(schedule, 12), schedule, seeds(1)):
-            del step
-        assert max(counts) <= most, name
+    gc.collect()
+    before = alive()
+    for step in SAMPLERS[sampler].run(denoise, torch.ones(shape), times(schedule, 8), schedule, seeds(1)):
+        del step
+    assert max(counts) <= HELD[sampler]
+
+
+def test_no_steps_are_an_error_of_one_line():
+    with pytest.raises(ValueError, match="^0 steps is not between 1 and 1000[^\n]*$"):
+        times(SCHEDULES["scaled_linear"], 0)

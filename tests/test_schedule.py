@@ -5,10 +5,13 @@ import pytest
 import torch
 from oracles import CONFIGS, SCHEDULES
 
+from ldm.continuous import resolution_shift
 from ldm.schedule import ScheduleConfig, make_schedule
+from ldm.tables import TableSchedule, VariancePreserving
 
-TABLES = [name for name in CONFIGS if not name.startswith("flow")]
-PRESERVING = [name for name in TABLES if not name.startswith("ve")]
+TABLES = [name for name in CONFIGS if isinstance(SCHEDULES[name], TableSchedule)]
+PRESERVING = [name for name in CONFIGS if isinstance(SCHEDULES[name], VariancePreserving)]
+CONTINUOUS = ["linear_continuous", "sub_vp", "edm", "flow", "flow_shift"]
 
 
 def grid(count: int = 1000) -> torch.Tensor:
@@ -94,6 +97,44 @@ def test_variance_explodes_geometrically_from_sigma_min_to_sigma_max():
     torch.testing.assert_close(sigma[1:] / sigma[:-1], torch.full((999,), 5000 ** (1 / 999), dtype=torch.float64))
 
 
+def test_sub_vp_has_the_mean_of_linear_and_the_square_of_its_variance():
+    """Song et al. 2021, eq. 29: sigma is 1 - exp(-B) where that of variance preserving is its root."""
+    t = grid()
+    alpha, sigma = SCHEDULES["sub_vp"](t)
+    integral = 0.1 * t + (20 - 0.1) * t**2 / 2
+    torch.testing.assert_close(alpha, torch.exp(-integral / 2), rtol=1e-12, atol=0)
+    torch.testing.assert_close(sigma, 1 - torch.exp(-integral), rtol=1e-10, atol=0)
+    torch.testing.assert_close(sigma, 1 - alpha**2, rtol=1e-10, atol=0)
+    assert (alpha**2 + sigma**2).min().item() == pytest.approx(0.75, abs=1e-4)
+    linear = SCHEDULES["linear_continuous"](t)[0]
+    assert (linear / alpha - 1).abs().max() < 0.06  # the sum of betas over levels is their integral, a little more
+
+
+def test_sub_vp_of_any_number_of_timesteps_has_the_papers_betas():
+    few = make_schedule(ScheduleConfig(name="sub_vp", timesteps=10))
+    for t in (0.1, 0.35, 1.0):
+        assert few(t)[1].item() == pytest.approx(SCHEDULES["sub_vp"](t)[1].item(), rel=1e-12)
+
+
+def test_edm_levels_are_those_of_the_paper():
+    """Karras et al. 2022, eq. 5, its i counted from the highest of N levels down, and table 1's default constants."""
+    i, n, rho = torch.arange(1000, dtype=torch.float64), 1000, 7
+    paper = (80 ** (1 / rho) + i / (n - 1) * (0.002 ** (1 / rho) - 80 ** (1 / rho))) ** rho
+    alpha, sigma = SCHEDULES["edm"](grid())
+    assert (alpha == 1).all() and SCHEDULES["edm"].unit_input
+    torch.testing.assert_close(sigma.flip(0), paper, rtol=1e-11, atol=0)
+    below = SCHEDULES["edm"](torch.tensor([0.0, 0.0005, 0.001], dtype=torch.float64))[1]
+    assert below.tolist() == pytest.approx([0, 0.001, 0.002], rel=1e-12)
+
+
+def test_edm_tells_the_network_a_linear_function_of_a_quarter_of_the_logarithm_of_sigma():
+    t = grid()
+    noise = SCHEDULES["edm"](t)[1].log() / 4  # c_noise of table 1
+    told = SCHEDULES["edm"].timestep(t).double()
+    assert (told[0].item(), told[-1].item()) == (0, 1000) and SCHEDULES["edm"].timestep(0.0) == 0
+    torch.testing.assert_close(told, (noise - noise[0]) / (noise[-1] - noise[0]) * 1000, rtol=1e-6, atol=1e-4)
+
+
 def test_flow_is_straight_and_shift_keeps_its_ends():
     t = torch.linspace(0, 1, 101, dtype=torch.float64)
     torch.testing.assert_close(SCHEDULES["flow"](t)[1], t)
@@ -102,6 +143,36 @@ def test_flow_is_straight_and_shift_keeps_its_ends():
     assert (sigma[0].item(), sigma[-1].item()) == (0, 1)
     ratio = sigma[1:-1] / alpha[1:-1]
     torch.testing.assert_close(ratio, 3 * t[1:-1] / (1 - t[1:-1]))  # shift multiplies sigma / alpha
+
+
+def test_resolution_shift_makes_pictures_of_either_size_equally_uncertain():
+    """Esser et al. 2024, eq. 22: of one value seen n times, the spread is sigma / alpha sqrt(1 / n)."""
+    assert resolution_shift(1024**2, 512**2) == 2 and resolution_shift(64, 64) == 1
+    shift = resolution_shift(3 * 64**2, 64**2)
+    for t in (0.1, 0.5, 0.9):
+        small, large = (make_schedule(ScheduleConfig(name="flow", shift=s))(t) for s in (1.0, shift))
+        spread = [(sigma / alpha).item() / n**0.5 for (alpha, sigma), n in ((small, 64**2), (large, 3 * 64**2))]
+        assert spread[0] == pytest.approx(spread[1])
+    with pytest.raises(ValueError, match="0 pixels and 64 trained pixels must both be above 0"):
+        resolution_shift(0, 64)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_fading_is_the_derivative_of_log_snr(name):
+    schedule, h = SCHEDULES[name], 1e-7
+    t = (torch.arange(1, 999, dtype=torch.float64) + 0.5) / 1000  # between levels, where tables have a derivative
+    slope = (schedule.snr(t - h).log() - schedule.snr(t + h).log()) / (2 * h)
+    torch.testing.assert_close(schedule.fading(t), slope, rtol=2e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_fading_at_a_level_is_that_of_the_interval_that_ends_there(name):
+    schedule, t = SCHEDULES[name], grid()
+    logs = schedule.snr(t).log()
+    if not schedule.ends_in_pure_noise:
+        torch.testing.assert_close(schedule.fading(t)[1:], -logs.diff() * 1000, rtol=1e-8, atol=1e-8)
+    assert schedule.fading(t)[0] == schedule.fading(t)[1]
+    assert schedule.fading(1.0).isinf() == schedule.ends_in_pure_noise
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -135,7 +206,18 @@ def test_levels_come_in_the_dtype_of_the_time_or_the_one_asked_for(name):
     assert schedule(0.3)[0].dtype == torch.float64 and schedule(t.reshape(2, 1))[0].shape == (2, 1)
 
 
-@pytest.mark.parametrize("name", TABLES)
+def test_networks_of_formulas_and_of_continuous_tables_know_all_times():
+    assert [name for name in SCHEDULES if not SCHEDULES[name].discrete] == CONTINUOUS
+
+
+def test_a_continuous_table_has_the_levels_of_the_discrete_one():
+    t = torch.linspace(0, 1, 777, dtype=torch.float64)
+    for one, other in zip(SCHEDULES["linear"](t), SCHEDULES["linear_continuous"](t), strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(SCHEDULES["linear"].timestep(t), SCHEDULES["linear_continuous"].timestep(t))
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEDULES if name not in CONTINUOUS])
 def test_quantize_draws_each_level_equally_often(name):
     u = (torch.arange(5000) + 0.5) / 5000
     drawn = SCHEDULES[name].timestep(SCHEDULES[name].quantize(u)).long()
@@ -143,10 +225,17 @@ def test_quantize_draws_each_level_equally_often(name):
     assert SCHEDULES[name].quantize(torch.tensor([0.0, 1 - 2**-24])).tolist() == pytest.approx([0.001, 1])
 
 
-def test_quantize_of_flow_covers_its_times():
-    drawn = SCHEDULES["flow"].quantize(torch.linspace(0, 1 - 2**-24, 101))
+@pytest.mark.parametrize("name", CONTINUOUS)
+def test_quantize_of_continuous_schedules_covers_their_times_evenly(name):
+    drawn = SCHEDULES[name].quantize(torch.linspace(0, 1, 1001, dtype=torch.float64))
     assert drawn[0].item() == pytest.approx(0.001) and drawn[-1].item() == pytest.approx(1)
-    assert (drawn.diff() > 0).all()
+    torch.testing.assert_close(drawn.diff(), torch.full((1000,), 0.000999, dtype=torch.float64))
+
+
+def test_the_nearest_time_is_that_of_a_level_or_in_the_trained_range():
+    t = torch.tensor([0.0, 0.0014, 0.5, 0.50051, 1.0], dtype=torch.float64)
+    assert SCHEDULES["linear"].nearest(t).tolist() == pytest.approx([0.001, 0.001, 0.5, 0.501, 1], abs=1e-15)
+    assert SCHEDULES["edm"].nearest(t).tolist() == pytest.approx([0.001, 0.0014, 0.5, 0.50051, 1], abs=1e-15)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -171,8 +260,11 @@ def test_tables_are_those_of_diffusers(name, theirs):
         (ScheduleConfig(timesteps=1), "timesteps 1 must be at least 2"),
         (ScheduleConfig(beta_start=0.1, beta_end=0.01), "beta_start 0.1 and beta_end 0.01"),
         (ScheduleConfig(name="ve", sigma_min=0.0), "sigma_min 0.0"),
+        (ScheduleConfig(name="edm", sigma_max=0.001), "sigma_min 0.002 must be above 0 and below sigma_max 0.001"),
+        (ScheduleConfig(name="sub_vp", beta_start=0.0), "0 < beta_start <= beta_end < inf"),
         (ScheduleConfig(name="flow", shift=0.0), "shift 0.0"),
         (ScheduleConfig(name="flow", zero_terminal_snr=True), "zero_terminal_snr is for"),
+        (ScheduleConfig(name="edm", zero_terminal_snr=True), "zero_terminal_snr is for .* not edm"),
     ],
 )
 def test_a_wrong_config_says_what_is_wrong(config, says):
@@ -180,7 +272,11 @@ def test_a_wrong_config_says_what_is_wrong(config, says):
         make_schedule(config)
 
 
-def test_a_schedule_knows_the_betas_it_was_made_of():
+def test_a_schedule_knows_the_constants_it_was_made_of():
+    for name, ends in {"ve": (0.01, 50), "edm": (0.002, 80)}.items():
+        config = make_schedule(ScheduleConfig(name=name)).config
+        assert (config.sigma_min, config.sigma_max) == ends
+    assert make_schedule(ScheduleConfig(name="sub_vp")).config.beta_end == 0.02
     assert make_schedule(ScheduleConfig(name="linear")).config.beta_end == 0.02
     assert make_schedule(ScheduleConfig(beta_end=0.0155)).config.beta_start == 0.00085
 

@@ -9,10 +9,11 @@ import torch
 
 from ldm.compvis_schedule import schedule_from_compvis
 from ldm.interop import load_scheduling, save_scheduling
+from ldm.known_schedulers import CLASSES, FIXED, VARIANTS
 from ldm.samplers import SAMPLERS
 from ldm.schedule import ScheduleConfig, make_schedule
-from ldm.scheduling import CLASSES, Scheduling, scheduling_from_diffusers, scheduling_to_diffusers
-from ldm.times import times
+from ldm.scheduling import THEIR_SPACINGS, Scheduling, scheduling_from_diffusers, scheduling_to_diffusers
+from ldm.times import SPACINGS, times
 
 TABLES = {
     "DDPM": ScheduleConfig(name="linear"),
@@ -24,6 +25,10 @@ TABLES = {
 }
 OTHERS = {
     "VE": Scheduling(schedule=ScheduleConfig(name="ve", sigma_max=80.0), prediction="noise"),
+    "sub-VP": Scheduling(schedule=ScheduleConfig(name="sub_vp"), prediction="score"),
+    "EDM": Scheduling(schedule=ScheduleConfig(name="edm", sigma_max=160.0), prediction="edm"),
+    "continuous": Scheduling(schedule=ScheduleConfig(name="linear", continuous=True), prediction="noise"),
+    "table, EDM": Scheduling(schedule=ScheduleConfig(continuous=True), prediction="edm"),
     "flow": Scheduling(schedule=ScheduleConfig(name="flow", shift=3.0), prediction="flow"),
     "flow, velocity": Scheduling(schedule=ScheduleConfig(name="flow"), prediction="velocity"),
     "table, flow": Scheduling(schedule=ScheduleConfig(), prediction="flow", spacing=None, offset=0, ends_clean=None),
@@ -70,20 +75,49 @@ def read(**options):
     return scheduling_from_diffusers(betas | options)
 
 
-@pytest.mark.parametrize("sampler", CLASSES)
+@pytest.mark.parametrize("sampler", [name for name in CLASSES if name != "dpmpp_sde"])  # which needs torchsde
 def test_the_scheduler_classes_of_diffusers_are_read_and_written(sampler, tmp_path):
     kind = getattr(diffusers, CLASSES[sampler])
-    options = {"skip_prk_steps": True} if sampler == "pndm" else {}
+    options = {"skip_prk_steps": True} if sampler == "pndm" else VARIANTS.get(sampler, {})
     kind(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, **options).save_pretrained(
         tmp_path / "scheduler"
     )
     found = load_scheduling(tmp_path)
+    habit = SAMPLERS[sampler].habit
     assert (found.schedule, found.sampler, found.offset) == (TABLES["SD"], sampler, 0)
-    assert found.spacing == SAMPLERS[sampler].habit.spacing  # what they write out is their default
-    assert found.ends_clean == SAMPLERS[sampler].habit.ends_clean
+    assert found.spacing in (habit.spacing, None)  # what they write out is their default, if they read it
+    assert found.ends_clean in (habit.ends_clean, None) or sampler == "lcm"  # which always ends at 0, whatever it says
     written = scheduling_to_diffusers(found)
+    assert scheduling_from_diffusers(written) == found
     again = kind.from_config(written)
+    assert {name: again.config[name] for name in options} == options
     assert torch.equal(again.alphas_cumprod, kind.from_config(kind.load_config(tmp_path / "scheduler")).alphas_cumprod)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_every_sampler_and_spacing_survives_its_file_which_diffusers_opens(sampler, spacing):
+    """Where diffusers has no such sampler its DDIM opens the model, and we find ours again."""
+    scheduling = Scheduling(schedule=TABLES["SD"], prediction="velocity", spacing=spacing, sampler=sampler)
+    written = scheduling_to_diffusers(scheduling)
+    assert written["_class_name"] == CLASSES.get(sampler, "DDIMScheduler")
+    back = scheduling_from_diffusers(written)
+    assert (back.schedule, back.prediction, back.sampler) == (scheduling.schedule, "velocity", sampler)
+    assert back.spacing == (None if sampler in ("dpmpp_2s", "lcm") and spacing in THEIR_SPACINGS else spacing)
+    if sampler != "dpmpp_sde":  # whose class needs torchsde
+        opened = getattr(diffusers, written["_class_name"]).from_config(written)
+        opened.set_timesteps(7)
+        assert len(set(opened.timesteps.tolist())) >= 7
+
+
+def test_what_diffusers_fixes_is_its_default():
+    """A file that leaves an option out means that."""
+    for kind, fixed in FIXED.items():
+        if kind != "DPMSolverSDEScheduler":  # which needs torchsde
+            config = getattr(diffusers, kind)().config
+            assert {name: config[name] for name in fixed if name != "skip_prk_steps"} == {
+                name: value for name, value in fixed.items() if name != "skip_prk_steps"
+            }
 
 
 # The files of the models that everybody has.
@@ -149,7 +183,7 @@ def test_the_files_of_known_models_are_read(options, sampler, prediction, spacin
     assert scheduling_from_diffusers(options) == expected
 
 
-SAMPLED = ["ddim", "pndm", "euler", "euler_ancestral", "heun", "dpmpp_2m", "unipc"]
+SAMPLED = ["ddim", "pndm", "euler", "euler_ancestral", "heun", "lms", "dpmpp_2m", "dpmpp_3m", "unipc", "deis"]
 MODELS = {"SD 1": STABLE_DIFFUSION_1, "turbo": SD_TURBO | {"steps_offset": 0}}
 WALKS = [(*x, y, z) for x in MODELS.items() for y in SAMPLED for z in ("as said", "leading", "trailing", "linspace")]
 # diffusers lays Karras between the ends of the other spacing, so where that is not linspace, elsewhere than we
@@ -195,10 +229,14 @@ REFUSED = [
     ("EulerDiscreteScheduler", {"interpolation_type": "log_linear"}),
     ("EulerDiscreteScheduler", {"timestep_type": "continuous"}),
     ("HeunDiscreteScheduler", {"use_beta_sigmas": True}),
-    ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
-    ("DPMSolverMultistepScheduler", {"solver_order": 3}),
+    ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver"}),
+    ("DPMSolverMultistepScheduler", {"solver_order": 1}),
+    ("DPMSolverSinglestepScheduler", {"solver_order": 3}),
+    ("DEISMultistepScheduler", {"solver_order": 3}),
+    ("LMSDiscreteScheduler", {"use_beta_sigmas": True}),
     ("DPMSolverMultistepScheduler", {"final_sigmas_type": "sigma_min"}),
-    ("UniPCMultistepScheduler", {"use_exponential_sigmas": True}),
+    ("UniPCMultistepScheduler", {"use_beta_sigmas": True}),
+    ("FlowMatchEulerDiscreteScheduler", {"use_exponential_sigmas": True}),
     ("UniPCMultistepScheduler", {"solver_type": "bh1"}),
     ("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True}),
 ]
@@ -259,7 +297,7 @@ def test_a_table_of_noise_levels_that_is_none_is_named(name, table):
 def test_options_that_another_sampler_reads_refuse_nothing():
     strange = {"solver_order": 3, "algorithm_type": "sde-dpmsolver++", "interpolation_type": "log_linear"}
     assert read(_class_name="DDIMScheduler", **strange) == read(_class_name="DDIMScheduler")
-    assert read(_class_name="LMSDiscreteScheduler").sampler is None
+    assert read(_class_name="TCDScheduler").sampler is None
 
 
 def test_latents_are_not_clipped_whatever_the_file_says():

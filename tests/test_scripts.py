@@ -60,6 +60,7 @@ def test_stage_1_refuses_what_cannot_work_before_it_begins(tmp_path, capsys, ove
         ("samples.steps=2000", "2000 steps"),
         ("samples.sampler=ddmi", "ddim"),
         ("diffusion.weighting=foo", "min_snr"),
+        ("diffusion.density.name=foo", "logit_normal"),
         ("diffusion.caption_dropout=2", "caption_dropout 2"),
         ("diffusion.prediction=epsilon", "velocity"),
         ("validation.levels=0", "validation.levels 0"),

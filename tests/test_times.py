@@ -7,6 +7,7 @@ import torch
 from oracles import SCHEDULES
 
 from ldm.samplers import SAMPLERS
+from ldm.schedule import ScheduleConfig, make_schedule
 from ldm.times import SPACINGS, Habit, times
 
 VP = SCHEDULES["scaled_linear"]
@@ -20,13 +21,12 @@ def indices(*arguments, **options):
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("habit", HABITS.values(), ids=HABITS.keys())
-@pytest.mark.parametrize("steps", [1, 2, 3, 7, 50, 499, 500, 600, 999, 1000])
-def test_times_fall_from_at_most_one_to_zero(name, spacing, habit, steps):
-    walk = times(SCHEDULES[name], steps, spacing, habit)
-    assert walk.shape == (steps + 1,) and walk.dtype == torch.float64 and walk[-1] == 0
-    assert (walk.diff() < 0).all() and walk[0] <= 1
-    if spacing in ("trailing", "linspace"):
-        assert walk[0] == 1
+def test_times_fall_from_at_most_one_to_zero(name, spacing, habit):
+    for steps in (1, 2, 3, 7, 13, 50, 499, 500, 600, 999, 1000):
+        walk = times(SCHEDULES[name], steps, spacing, habit)
+        assert walk.shape == (steps + 1,) and walk.dtype == torch.float64 and walk[-1] == 0
+        assert (walk.diff() < 0).all() and walk[0] <= 1
+        assert walk[0] == 1 or spacing not in ("trailing", "linspace", "ays")
 
 
 @pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
@@ -68,10 +68,67 @@ def test_karras_spaces_the_seventh_root_of_the_noise_evenly(name):
     torch.testing.assert_close(roots[[0, -1]], (sigma / alpha) ** (1 / 7))
 
 
-def test_where_no_signal_is_left_karras_begins_at_a_large_ratio():
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_log_snr_falls_evenly_from_the_last_noise_level_to_the_first(name):
+    schedule = SCHEDULES[name]
+    logs = schedule.snr(times(schedule, 20, "log_snr")[:-1]).log()
+    torch.testing.assert_close(logs.diff(), logs.diff().mean().expand(19), rtol=1e-6, atol=0)
+    first, last = schedule.snr(torch.tensor([0.001, 1.0], dtype=torch.float64))
+    first, last = first.log(), (torch.tensor(4096.0**-2) if last == 0 else last).log()
+    assert (logs[0].item(), logs[-1].item()) == pytest.approx((last.item(), first.item()), abs=1e-6)
+
+
+@pytest.mark.parametrize("spacing", ["karras", "log_snr"])
+def test_where_no_signal_is_left_logs_and_roots_begin_at_a_large_ratio(spacing):
     for name in ("zero_terminal", "flow"):
-        alpha, sigma = SCHEDULES[name](times(SCHEDULES[name], 5, "karras")[0])
+        alpha, sigma = SCHEDULES[name](times(SCHEDULES[name], 5, spacing)[0])
         assert (sigma / alpha).item() == pytest.approx(4096)
+
+
+def test_log_snr_is_the_exponential_spacing_of_diffusers():
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", use_exponential_sigmas=True
+    )
+    theirs.set_timesteps(13)
+    alpha, sigma = VP(times(VP, 13, "log_snr"))
+    torch.testing.assert_close((sigma / alpha).float(), theirs.sigmas, rtol=1e-4, atol=0)  # theirs are float32
+
+
+def test_aligned_steps_are_the_published_timesteps_of_stable_diffusion():
+    published = [999, 850, 736, 645, 545, 455, 343, 233, 124, 24]  # of noise levels rounded to three digits
+    assert indices(10, "ays") == pytest.approx(published, abs=0.6)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("steps", [10, 20, 70])
+def test_aligned_steps_keep_their_noise_levels_on_every_schedule_that_reaches_them(name, steps):
+    """Where steps are a multiple of ten each tenth part begins at one of the published levels."""
+    schedule = SCHEDULES[name]
+    alpha, sigma = schedule(times(schedule, steps, "ays")[: steps : steps // 10][1:])
+    published = [6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152]
+    assert (sigma / alpha).tolist() == pytest.approx(published, rel=1e-9)
+
+
+def test_aligned_steps_between_the_published_levels_are_even_in_logs():
+    alpha, sigma = VP(times(VP, 20, "ays")[:-1])
+    logs = (sigma / alpha).log()
+    torch.testing.assert_close(logs[1:-1:2], (logs[:-2:2] + logs[2::2]) / 2)
+
+
+def test_aligned_steps_fall_on_schedules_that_do_not_reach_their_levels():
+    for ends in ({"sigma_max": 3.0}, {"sigma_min": 0.5}, {"sigma_min": 1.0, "sigma_max": 1.1}, {"sigma_max": 0.02}):
+        schedule = make_schedule(ScheduleConfig(name="ve", **ends))
+        for steps in (1, 7, 10, 999, 1000):
+            walk = times(schedule, steps, "ays")
+            assert walk[0] == 1 and (walk.diff() < 0).all() and walk[-2] >= 0.001
+
+
+@pytest.mark.parametrize("spacing", ["karras", "log_snr", "ays"])
+def test_spacings_of_noise_fall_between_levels_so_that_no_two_times_are_one(spacing):
+    """Of a thousand, many have the same level of a table as the nearest: the network is told where between they are."""
+    found = torch.tensor(indices(1000, spacing), dtype=torch.float64)
+    assert len(found.unique()) == 1000 and len(found.round().unique()) < 900
 
 
 def test_a_walk_ends_clean_unless_habit_or_model_say_otherwise():

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,11 @@ from small_models import SIDE, build_model
 
 import txt2img
 from ldm import TextToImage
+from ldm.guidances import GUIDANCES
 from ldm.samplers import SAMPLERS
+from ldm.settings import Settings
 from ldm.single_file import save_single_file
+from ldm.times import SPACINGS
 from storage.pictures import RECORD, a1111_parameters, encode_png, read_record, write_numbered
 
 SCRIPT = Path(txt2img.__file__)
@@ -67,7 +71,7 @@ def test_every_flag_reaches_the_picture_under_each_of_its_names(run):
     )  # fmt: skip
     expected = dict(prompt="a heart", negative_prompt="a cat", guidance_scale=2.0, steps=3, sampler="ddim", eta=0.5)
     expected |= dict(height=24, width=40, seed=9, batch=1, place=0, spacing="karras", guidance_rescale=0.7)
-    assert settings(path) == expected
+    assert settings(path) == asdict(Settings()) | expected
     assert Image.open(path).size == (40, 24)
     (same,) = run(
         "--scale=2", "--negative-prompt", "a cat", "--steps=3", "--sampler=ddim", "--eta=.5", "--height=24",
@@ -75,6 +79,79 @@ def test_every_flag_reaches_the_picture_under_each_of_its_names(run):
         "--width=40", "--seed=9", "--", "a heart",
     )  # fmt: skip
     assert same.read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"guidance-method": "apg", "guidance-norm": 2.0, "guidance-start": 0.9, "guidance-stop": 0.2},
+        {"guidance-method": "perturbed_attention", "perturbed-scale": 2.0, "reuse": 2},
+        {"guidance-method": "cfg_plus_plus", "sampler": "ddim"},
+        {"guidance-method": "cfg_zero_star", "guidance-bound": 2.0, "guidance-percentile": 95.0},
+        {"sampler": "heun", "churn": 3.0},
+        {"sampler": "ddpm", "variance": "large"},
+        {"sampler": "ode", "tolerance": 0.1},
+        {"also": "0.5 a blue fish", "negative-prompt": "a sun"},
+    ],
+    ids=lambda flags: next(iter(flags.values())),
+)
+def test_every_way_to_guide_and_to_sample_has_its_flags_and_makes_another_picture(run, flags):
+    words = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    sampler = flags.get("sampler", "dpmpp_2m")
+    (plain,), (path,) = run("a heart", "--steps", 4, "--sampler", sampler), run("a heart", "--steps", 4, *words)
+    assert settings(path).items() >= {name.replace("-", "_"): value for name, value in flags.items()}.items()
+    assert not np.array_equal(pixels(path), pixels(plain))
+    (again,) = run("--like", path)
+    assert again.read_bytes() == path.read_bytes()
+
+
+def test_a_weaker_model_guides_and_is_recorded(run, checkpoint, tmp_path):
+    weaker = tmp_path / "weaker"
+    model = TextToImage.load(checkpoint)
+    with torch.no_grad():
+        model.unet.conv_in.weight.mul_(0.5)
+    model.save(weaker)
+    flags = ["--guidance-method", "autoguidance", "--guidance-model", weaker, "--guidance-scale", 2]
+    (path,) = run("a heart", "--steps", 2, *flags)
+    assert read_record(path)["guidance_model"] == str(weaker)
+    (same,), (plain,) = run("--like", path), run("a heart", "--steps", 2, "--guidance-scale", 1)
+    assert same.read_bytes() == path.read_bytes() and not np.array_equal(pixels(path), pixels(plain))
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--guidance-method", "apgg"], "did you mean apg?"),
+        (["--guidance-method", "autoguidance"], "give one with --guidance-model"),
+        (["--guidance-norm", 3], "is for method apg"),
+        (["--guidance-start", 0.2, "--guidance-stop", 0.5], "must satisfy 1 >= start >= stop >= 0"),
+        (["--guidance-percentile", 99], "needs a guidance bound"),
+        (["--guidance-scale", "nan"], "finite"),
+        (["--guidance-scale", "inf"], "finite"),
+        (["--churn", 3], "churn 3.0 does not go with sampler"),
+        (["--sampler", "heun", "--churn", -1], "churn -1.0 must be 0"),
+        (["--sampler", "ddpm", "--variance", "learned"], "needs a model that learned it"),
+        (["--sampler", "ode", "--tolerance", 0], "between 0 and 1"),
+        (["--shift", 3], "is for schedule flow"),
+        (["--reuse", 0], "at least 1"),
+        (["--steps", 0], "at least 1"),
+        (["--also", "a blue fish"], "must be a weight and a prompt"),
+        (["--also", "nan a blue fish"], "finite"),
+        (["--also", "1 a fish", "--guidance-method", "apg"], "goes with guidance method classifier_free"),
+    ],
+)
+def test_what_can_not_be_done_is_one_line(run, flags, complaint, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run("a heart", *flags)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and complaint in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("flag", ["sampler", "guidance-method", "spacing"])
+def test_help_lists_what_there_is_without_a_prompt(run, flag, capsys):
+    txt2img.main([f"--{flag}", "help"])
+    names = {"sampler": SAMPLERS, "guidance-method": GUIDANCES, "spacing": SPACINGS}[flag]
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(names)
 
 
 def test_a_prompt_may_begin_with_a_dash_after_two_dashes(run):
@@ -257,7 +334,7 @@ def test_sampler_help_lists_the_samplers(capsys):
     txt2img.main(["--sampler", "help"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(SAMPLERS)
-    assert "order 2  deterministic  2 S - 1 calls  linspace  Heun's rule" in lines[list(SAMPLERS).index("heun")]
+    assert "order 2  either by churn 2 S - 1 calls  linspace  Heun's rule" in lines[list(SAMPLERS).index("heun")]
 
 
 def test_the_default_checkpoint_is_in_the_folder_of_the_script(checkpoint, monkeypatch, tmp_path, capsys):
@@ -278,11 +355,11 @@ BAD = {
     "no prompt": ([], "there is no prompt; give one"),
     "unknown flag": (["a", "--stepz", "3"], "unrecognized arguments: --stepz"),
     "no number": (["a", "--steps", "many"], "argument --steps/--ddim-steps: invalid int value: 'many'"),
-    "sampler": (["a", "--sampler", "dpm2m"], "sampler 'dpm2m' is unknown; did you mean dpmpp_2m? There are ddim"),
+    "sampler": (["a", "--sampler", "dpmp_2m"], "sampler 'dpmp_2m' is unknown; did you mean dpmpp_2m? There are ddim"),
     "steps 0": (["a", "--steps", "0"], "steps 0 must be at least 1"),
     "steps above T": (["a", "--steps", "2000"], "2000 steps is not between 1 and 1000"),
-    "nan": (["a", "--scale", "nan"], "guidance scale nan is not a finite number"),
-    "inf": (["a", "--guidance-scale=-inf"], "guidance scale -inf is not a finite number"),
+    "nan": (["a", "--scale", "nan"], "guidance scale nan must be a finite number"),
+    "inf": (["a", "--guidance-scale=-inf"], "guidance scale -inf must be a finite number"),
     "eta": (["a", "--sampler", "ddim", "--eta", "2"], "eta 2.0 must be between 0"),
     "eta without use": (["a", "--eta", "1", "--sampler", "euler"], "eta 1.0 does not go with sampler euler"),
     "height": (["a", "--height", "30"], "height 30 is not a multiple of 4 (autoencoder downsampling); use 28 or 32"),
