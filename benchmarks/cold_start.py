@@ -26,6 +26,7 @@ def command(contender: str, options, folder: Path) -> list[str]:
     checkpoint, steps, seed = str(Path(options.checkpoint).resolve()), str(options.steps), str(options.seed)
     if contender == contest.OURS:
         flags = ["--checkpoint", checkpoint, "--steps", steps, "--seed", seed, "--sampler", "dpmpp_2m"]
+        flags += ["--spacing", "trailing"]  # as diffusers reads the folder
         return [str(contest.ROOT / "txt2img.py"), PROMPT, "--outdir", str(folder), *flags]
     script = str(contest.ROOT / "benchmarks/diffusers_emoji.py")
     return [script, checkpoint, PROMPT, str(folder / "picture.png"), steps, seed]
