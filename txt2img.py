@@ -158,7 +158,7 @@ def number(jobs: Sequence[dict[str, Any]], seed: int) -> Iterator[dict[str, Any]
 
     seed, count = random_seed() if seed == -1 else seed, 0
     for job in jobs:
-        job = {name: value for name, value in ({"seed": seed + count} | job).items() if value is not None}
+        job = {"seed": seed + count, "prompt": ""} | {name: value for name, value in job.items() if value is not None}
         job = with_usual_scale(job)
         if job["seed"] == -1:
             job["seed"] = random_seed()
@@ -294,6 +294,8 @@ def run(argv: Sequence[str]) -> None:
         if "help" in (arguments.sampler, arguments.guidance_method, arguments.spacing):
             return list_choices(arguments)
         jobs, record = read_jobs(arguments)
+        if arguments.guidance_model and all(job.get("guidance_method") != "autoguidance" for job in jobs):
+            raise ValueError("--guidance-model is for --guidance-method autoguidance; give both, or none")
         check_writable(Path(arguments.outdir))
         model, about = load_model(arguments, record)
         pictures = [picture for job in jobs for picture in model.plan(**job)]

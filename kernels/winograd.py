@@ -5,7 +5,7 @@ overlapping 6x6 tiles of the input and the 3x3 weights are mapped to 36 numbers 
 products run over channels, and one more fixed matrix maps the sums to 4x4 tiles of the output. What makes it pay
 without four times the memory for weights: they are transformed anew at each call, in blocks that stay in the cache,
 from an order of memory in which a block is a plain matrix (`lay_out`). Features too large for the cache are taken in
-bands, for which all transformed weights of that one layer are made at once. `keep_transforms` is for those who have four
+bands, for which all transformed weights of that one layer are made at once. `keep_transforms` is for who has four
 times the memory. GPUs have such algorithms in cuDNN.
 """
 

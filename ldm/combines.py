@@ -72,7 +72,8 @@ def zero_output(coefficients: Callable[[Any], tuple[Tensor, Tensor]]) -> Denoise
     """The estimate of a network that says 0, which costs nothing (Fan et al. 2025, section 4.2: zero-init).
 
     For the first steps, `in_interval` outside of which this is: there a flow is better left standing than guided by an
-    estimate that is off. For noise prediction it means that z_t holds no noise, and does harm.
+    estimate that is off. For noise prediction it means that z_t holds no noise, for clean prediction that there is
+    nothing in it, and does harm.
     """
     return lambda z_t, t: coefficients(t)[0].to(z_t).reshape(-1, *[1] * (z_t.dim() - 1)) * z_t
 

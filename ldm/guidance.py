@@ -137,7 +137,7 @@ def composed(
         raise ValueError(f"{len(contexts)} contexts need as many weights, not {len(weights)}")
     weighed = [(context, scale_of(weight)(None)) for context, weight in zip(contexts, weights, strict=True) if weight]
     weights = [weight for _, weight in weighed]
-    asked = [context for context, _ in weighed] + ([] if sum(weights) == 1 else [null])
+    asked = [context for context, _ in weighed] + ([] if math.isclose(sum(weights), 1) else [null])
 
     @functools.cache
     def told(batch: int) -> Any:

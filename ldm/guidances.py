@@ -29,7 +29,11 @@ from ldm.guidance import (
 from ldm.perturbed_attention import perturbed_attention
 
 ZERO_INIT = 0.04  # share of a walk's steps for which CFG-Zero* leaves a flow standing (Fan et al. 2025, section 4.2)
-NOT_ZEROED = ("noise", "score")  # predictions whose 0 means that there is no noise; 0 of others is a direction of rest
+RESTING = (
+    "velocity",
+    "flow",
+    "edm",
+)  # predictions whose 0 is a direction of rest; of others it is no noise, or no data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +56,7 @@ class GuidanceConfig:
 
     def __post_init__(self) -> None:
         if self.method not in GUIDANCES:
-            nearest = difflib.get_close_matches(self.method, GUIDANCES, n=1, cutoff=0.0)[0]
+            nearest = difflib.get_close_matches(self.method.lower(), GUIDANCES, n=1, cutoff=0.0)[0]
             names = ", ".join(GUIDANCES)
             raise ValueError(f"guidance method {self.method!r} is unknown; did you mean {nearest}? There are {names}")
         if self.method == "cfg_plus_plus" and not 0 <= self.scale <= 1:
@@ -61,6 +65,8 @@ class GuidanceConfig:
             raise ValueError(f"guidance percentile {self.percentile} needs a guidance bound; 4 is usual for latents")
         if self.norm is not None and self.method != "apg":
             raise ValueError(f"guidance norm {self.norm} is for method apg, not {self.method}; leave it out")
+        if self.method == "cfg_plus_plus" and (self.rescale or self.bound is not None):
+            raise ValueError("cfg_plus_plus guides beyond its estimate: leave out guidance rescale and guidance bound")
         scale_of(self.scale)  # from here on, each part checks its own numbers
         rescaled(self.rescale, None)
         apg(norm=self.norm)
@@ -144,7 +150,7 @@ def _cfg_zero_star(config: GuidanceConfig, given: Ingredients) -> Denoise:
     coefficients = given.denoiser.coefficients
     inside = _free(config, given, zero_star(coefficients))
     still = round(ZERO_INIT * (len(given.times) - 1))
-    if config.scale == 1 or given.context is None or not still or given.denoiser.prediction in NOT_ZEROED:
+    if config.scale == 1 or given.context is None or not still or given.denoiser.prediction not in RESTING:
         return inside
     return in_interval(inside, zero_output(coefficients), start=given.times[still].item(), stop=0.0)
 
@@ -199,6 +205,7 @@ GUIDANCES: dict[str, Guidance] = {
         build=_autoguidance,
         calls="1 of B, 1 of B weaker",
         scale="1.5 to 3",
+        default=2.0,
         does="Away from a weaker model (Karras et al. 2024)",
     ),
 }

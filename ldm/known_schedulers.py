@@ -30,6 +30,7 @@ VARIANTS: dict[str, dict[str, Any]] = {  # what tells apart the samplers of one 
     "dpmpp_3m_sde": {"algorithm_type": "sde-dpmsolver++", "solver_order": 3},
 }
 FLOW_CLASS = "FlowMatchEulerDiscreteScheduler"
+WITHOUT_SWITCHES = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler")  # which read no use_karras_sigmas
 WITHOUT_SPACING = ("DPMSolverSinglestepScheduler", "LCMScheduler")  # which do not read timestep_spacing
 
 # Options of diffusers' classes for which we implement one value, which is the default but for skip_prk_steps. What a

@@ -25,7 +25,8 @@ def langevin(
 
     From level to level z / alpha stays as it is, or z where alpha is next to nothing. No steps are taken at the first
     level, where z has its distribution already. At t = 0 z is the last z_0 (Jolicoeur-Martineau et al.
-    2020, section 3.1). Steps of finite size leave some noise too much, up to step_size / 4 of that of their level.
+    2020, section 3.1). Steps of finite size leave too much variance, step_size / (4 - step_size) of
+    their level's.
 
     Args:
         corrections: steps per noise level; the paper takes 100 at 10 levels, Song & Ermon 2020 5 at hundreds.
@@ -62,7 +63,8 @@ def predictor_corrector(
 
     A correction is as long as makes its mean `snr` times the size of its noise, for each image by itself (algorithms 4
     and 5, whose factor of 0.98 to 1 for variance-preserving schedules is left out). It leaves z of a Gaussian with
-    1 + snr^2 times its variance. At t = 0 z is the last z_0.
+    1 + snr^2 times its variance. At t = 0 z is the last z_0. Where no signal is left at t = 1 the first step, by the
+    paper's eq. 46, leaves twice the variance, which later ones take away.
 
     Args:
         corrections: Langevin steps at each noise level; 0 is the predictor alone.

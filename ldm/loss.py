@@ -84,7 +84,7 @@ def loss_weight(denoiser: Denoiser, t: Tensor, weighting: str, gamma: float | No
         denoiser: whose schedule and prediction count.
         t: times [B] in [1/T, 1].
         weighting: a key of WEIGHTINGS.
-        gamma: the constant of min_snr, p2 or sigmoid; None: the paper's 5, 1 or 0.
+        gamma: the constant of min_snr, p2 or sigmoid; None: 5 and 1 as in the papers, or 0.
 
     Raises:
         ValueError: unknown weighting, or gamma is no number that it can have.
@@ -101,7 +101,7 @@ def check_weighting(weighting: str, gamma: float | None) -> None:
     chosen = WEIGHTINGS[weighting]
     if None not in (gamma, chosen.gamma) and not chosen.lowest < gamma < math.inf:
         rule = "finite" if math.isinf(chosen.lowest) else "positive"
-        raise ValueError(f"gamma {gamma} must be a {rule} number; the paper of {weighting} uses {chosen.gamma:g}")
+        raise ValueError(f"gamma {gamma} must be a {rule} number; {chosen.gamma:g} is usual")
 
 
 def diffusion_loss(

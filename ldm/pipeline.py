@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from numbers import Integral
 from typing import Any
@@ -22,17 +22,18 @@ from conditioning import Conditioner, Context
 from kernels import winograd
 from kernels.winograd import lay_out
 from ldm.denoiser import Denoiser
+from ldm.guidance import Denoise
 from ldm.guidances import Ingredients, guided
 from ldm.learned_variance import LearnedVariance
 from ldm.parts import DEFAULTS, Parts, open_model, purpose, save_model
 from ldm.reading import Reader
 from ldm.samplers import SAMPLERS
 from ldm.schedule import Schedule, make_schedule
-from ldm.scheduling import Scheduling
+from ldm.scheduling import PREDICTION_TYPES, Scheduling
 from ldm.settings import Settings, random_seed, with_usual_scale
 from ldm.times import times
 from ldm.unet import UNet
-from ldm.walk import Step, initial_noise
+from ldm.walk import Step, initial_noise, walk
 from storage.images import tensor_to_image
 
 
@@ -89,8 +90,10 @@ class TextToImage:
         """Give autoguidance a weaker version of this model: smaller, or trained for less (Karras et al. 2024).
 
         Raises:
-            ValueError: it reads other latents or other text than this model.
+            ValueError: it reads other latents or other text than this model, or knows other noise levels.
         """
+        if self.schedule.config != weaker.schedule.config:
+            raise ValueError("the weaker model must have the same noise levels as this one")
         same = self.autoencoder.fingerprint() == weaker.autoencoder.fingerprint()
         if not same or self.conditioner.fingerprint() != weaker.conditioner.fingerprint():
             raise ValueError("the weaker model must have the same autoencoder and text encoder as this one")
@@ -150,7 +153,8 @@ class TextToImage:
             given["seed"] = random_seed()
         first = replace(self.defaults, **given)
         first = replace(first, spacing=first.spacing or SAMPLERS[first.sampler].habit.spacing)
-        times(self._schedule(first), first.steps, first.spacing)
+        schedule = self._schedule(first)
+        walk(times(schedule, first.steps, first.spacing, SAMPLERS[first.sampler].habit), schedule)  # raises
         self._check_able(first)
         for name in ("height", "width"):
             self._check_side(name, getattr(first, name))
@@ -175,8 +179,13 @@ class TextToImage:
                 yield [replace(picture, batch=len(batch), place=place) for place, picture in enumerate(batch)]
 
     @torch.inference_mode()
-    def sample(self, batch: Sequence[Settings]) -> Iterator[Step]:
-        """Walk a batch of B pictures from noise to latents [B, c, h, w]; each draws from its own CPU generator."""
+    def sample(self, batch: Sequence[Settings], around: Callable[[Denoise], Denoise] | None = None) -> Iterator[Step]:
+        """Walk a batch of B pictures from noise to latents [B, c, h, w]; each draws from its own CPU generator.
+
+        Args:
+            batch: as `batches` makes it.
+            around: what is put around the guided denoiser, such as guidance by a gradient; `generate` has none.
+        """
         same, f = batch[0], self.autoencoder.downsampling
         sampler, habit, scheduling = SAMPLERS[same.sampler], SAMPLERS[same.sampler].habit, self.scheduling
         generators = [torch.Generator().manual_seed(picture.seed) for picture in batch]
@@ -185,19 +194,21 @@ class TextToImage:
         shape = (len(batch), self.autoencoder.latent_channels, same.height // f, same.width // f)
         noise_only = habit.noise_only and same.spacing != "leading"
         z = initial_noise(shape, generators, schedule, visited[0].item(), noise_only).to(self.device)
-        network = Reader(self.unet, same.reuse)
-        network = LearnedVariance(network) if self.unet.config.out_channels > shape[1] else network
+        network = _network(self, same)
         told = {"schedule": schedule, "at_levels": not habit.fractional}
         ingredients = Ingredients(
             denoiser=replace(self.denoiser, network=network, **told).prepared(visited),
             context=self._context([picture.prompt for picture in batch]),
             null=self._context([picture.negative_prompt for picture in batch]) if self._reads_null(same) else None,
             times=visited,
-            weak=self.weaker and replace(self.weaker.denoiser, network=Reader(self.weaker.unet, same.reuse), **told),
+            weak=self.weaker
+            and replace(self.weaker.denoiser, network=_network(self.weaker, same), **told).prepared(visited),
             others=[(self._context([prompt]), weight) for prompt, weight in same.prompts()[1:]],
         )
         denoise = guided(same.guidance(), ingredients)
-        known = {"averaged": scheduling.prediction, "interpolation": getattr(network, "interpolation", None)}
+        denoise = denoise if around is None else around(denoise)
+        averaged = scheduling.prediction if scheduling.prediction in PREDICTION_TYPES else None  # as diffusers' PNDM
+        known = {"averaged": averaged, "interpolation": getattr(network, "interpolation", None)}
         options = {name: known[name] if name in known else getattr(same, name) for name in sampler.options}
         yield from sampler.run(denoise, z, visited, schedule, generators, **options)
 
@@ -216,7 +227,9 @@ class TextToImage:
         images = self.autoencoder.decode(latents.to(self.dtype)).float()  # [B, 3, f * h, f * w]
         if not images.isfinite().all():
             name = str(self.dtype).removeprefix("torch.")
-            mend = "get the weights again" if self.dtype == torch.float32 else "use float32, or bfloat16 on a GPU"
+            mend = "use float32, or bfloat16 on a GPU"
+            if self.dtype == torch.float32:
+                mend = "use a smaller guidance scale, or get the weights again if none helps"
             raise ValueError(f"a picture has values that are not finite in {name}; {mend}")
         return [tensor_to_image(image) for image in images]
 
@@ -312,7 +325,7 @@ class TextToImage:
         if picture.variance == "learned" and not learned:
             raise ValueError("variance learned needs a model that learned it; use small or large")
         if picture.guidance_method == "autoguidance" and self.weaker is None:
-            raise ValueError("guidance method autoguidance needs a weaker model; give one with --guidance-model")
+            raise ValueError("guidance method autoguidance needs a weaker model: guide_by, or --guidance-model")
         if len(picture.prompts()) > 1 and self.conditioner.context_dim is None:
             raise ValueError(f"also {picture.also!r} is for models that read prompts; leave it out")
 
@@ -322,6 +335,13 @@ class TextToImage:
             low = side // f * f
             mend = f"{low} or {low + f}" if low > 0 else f"{f} or more"
             raise ValueError(f"{name} {side} is not a multiple of {f} (autoencoder downsampling); use {mend}")
+
+
+def _network(model: TextToImage, picture: Settings) -> Reader | LearnedVariance:
+    """A model's network as a denoiser of one run wants it."""
+    reader = Reader(model.unet, picture.reuse)
+    learned = model.unet.config.out_channels > model.autoencoder.latent_channels
+    return LearnedVariance(reader) if learned else reader
 
 
 def _shared(picture: Settings) -> Settings:

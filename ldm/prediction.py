@@ -78,6 +78,6 @@ def per_image(value: Tensor | float, images: Tensor) -> Tensor | float:
     """Numbers [B] -> [B, 1, 1, ...] in the dtype and on the device of images [B, ...]; one number serves them all."""
     if not isinstance(value, Tensor):
         return value
-    if value.dim() == 0:
-        return value.to(images.device, images.dtype)
+    if value.dim() == 0 and value.is_cpu:
+        return value.item()  # a number needs no copy to a device, which would wait for it
     return value.to(images.device, images.dtype).view(-1, *[1] * (images.dim() - 1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from ldm.ode import adaptive
@@ -21,9 +22,9 @@ def ode(
 ) -> Iterator[Step]:
     """Solve the probability-flow ODE with steps of its own, as the tolerance asks (Song et al. 2021, section 4.3).
 
-    From the first time to the last noisy one, whose estimate is the end where that is t = 0. It is solved as what it is
-    in every schedule, y = z_t / (alpha + sigma) with slope noise - z_0 along x = sigma / (alpha + sigma), which knows
-    neither infinities nor the kinks of a table of noise levels. Pictures of one batch share their steps, so each
+    From the first time to the first noise level, whose estimate is the end where that is t = 0. It is solved as what
+    it is in every schedule, y = z_t / (alpha + sigma) with slope noise - z_0 along x = sigma / (alpha + sigma), which
+    knows neither infinities nor the kinks of a table of noise levels. Pictures of one batch share their steps, so each
     depends on the others, by less than the tolerance.
 
     Args:
@@ -34,6 +35,9 @@ def ode(
     """
     steps = walk(times, schedule)
     first, (t, end) = steps[0][0], steps[-1]
+    lowest = 1 / schedule.config.timesteps
+    if not end.sigma and t.time > lowest:  # however few steps are asked for
+        t = walk(torch.tensor([lowest, end.time], dtype=torch.float64), schedule)[0][0]
     last = end if end.sigma else t
     start, stop = (point.sigma / (point.alpha + point.sigma) for point in (first, last))
     index, z_0 = -1, None

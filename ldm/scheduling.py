@@ -6,7 +6,16 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args, get_type_hints
 
-from ldm.known_schedulers import BETAS, CLASSES, FIXED, FLOW_CLASS, OTHER_BETAS, VARIANTS, WITHOUT_SPACING
+from ldm.known_schedulers import (
+    BETAS,
+    CLASSES,
+    FIXED,
+    FLOW_CLASS,
+    OTHER_BETAS,
+    VARIANTS,
+    WITHOUT_SPACING,
+    WITHOUT_SWITCHES,
+)
 from ldm.prediction import check_prediction
 from ldm.samplers import SAMPLERS
 from ldm.schedule import ScheduleConfig, make_schedule
@@ -77,14 +86,16 @@ def scheduling_to_diffusers(scheduling: Scheduling) -> dict[str, Any]:
                 set_alpha_to_one=scheduling.ends_clean,
             ),
             **VARIANTS.get(scheduling.sampler, {}),
-            **_spacing_to_diffusers(scheduling.spacing),
+            **_spacing_to_diffusers(scheduling.spacing, CLASSES.get(scheduling.sampler, "DDIMScheduler")),
         }
     if (schedule.name, prediction) == ("flow", "flow"):
         return {
             "_class_name": FLOW_CLASS,
             "num_train_timesteps": schedule.timesteps,
             "shift": schedule.shift,
-            **_spacing_to_diffusers(scheduling.spacing),  # for us; diffusers' flow matching knows only linspace
+            **_spacing_to_diffusers(
+                scheduling.spacing, FLOW_CLASS
+            ),  # for us; diffusers' flow matching knows only linspace
         }
     own = asdict(scheduling) | {"schedule": asdict(schedule)}
     return {"_class_name": OWN_CLASS, **own}
@@ -173,8 +184,10 @@ def _sampler_from_diffusers(options: Mapping[str, Any]) -> str | None:
     return found[0] if found else None
 
 
-def _spacing_to_diffusers(spacing: str | None) -> dict[str, Any]:
-    """diffusers' Karras is a switch beside the spacing, and between the ends of that."""
+def _spacing_to_diffusers(spacing: str | None, kind: str) -> dict[str, Any]:
+    """diffusers' Karras is a switch beside the spacing, and between the ends of that; some classes lack it."""
+    if spacing in SWITCHES and kind in WITHOUT_SWITCHES:
+        return {"timestep_spacing": "trailing", "spacing": spacing}
     if spacing in SWITCHES:
         return {"timestep_spacing": "linspace", SWITCHES[spacing]: True}
     if spacing in THEIR_SPACINGS:

@@ -94,8 +94,9 @@ class Settings:
                 raise ValueError(f'also {line!r} must be a weight and a prompt, as in "0.5 a blue fish"') from None
             if not prompt.strip() or not math.isfinite(found[-1][1]):
                 raise ValueError(f'also {line!r} must be a finite weight and a prompt, as in "0.5 a blue fish"')
-        if len(found) > 1 and self.guidance_method != "classifier_free":
-            raise ValueError(f"also {self.also!r} goes with guidance method classifier_free; leave one of them out")
+        if len(found) > 1 and (self.guidance_method != "classifier_free" or self.guidance_rescale):
+            mend = "goes with guidance method classifier_free and no guidance rescale"
+            raise ValueError(f"also {self.also!r} {mend}; leave one of them out")
         return found
 
     def _check_options(self) -> None:
@@ -105,6 +106,13 @@ class Settings:
         if not 0 <= self.churn < math.inf:
             raise ValueError(f"churn {self.churn} must be 0 (nothing is added) or a positive number; 40 is usual")
         _check_name("variance", self.variance, VARIANCES)
+        if self.perturbed_scale != 3 and self.guidance_method != "perturbed_attention":
+            method = self.guidance_method
+            raise ValueError(
+                f"perturbed scale {self.perturbed_scale} is for perturbed_attention, not {method}; leave it out"
+            )
+        if self.variance == "learned" and self.guidance_method == "cfg_zero_star":
+            raise ValueError("variance learned does not go with cfg_zero_star, which asks no network at first")
         if not 0 < self.tolerance < 1:
             raise ValueError(f"tolerance {self.tolerance} must be between 0 and 1; 0.001 is usual")
         for field in fields(self):
@@ -121,12 +129,18 @@ class Settings:
         if not isinstance(value, kind) or isinstance(value, bool):
             raise ValueError(f"{name.replace('_', ' ')} {value!r} is not {words}; give one")
         if kind is not str:  # 5 and 5.0, or numpy's numbers, are to be written alike
-            object.__setattr__(self, name, float(value) if kind is Real else int(value))
+            try:
+                object.__setattr__(self, name, float(value) if kind is Real else int(value))
+            except OverflowError:
+                raise ValueError(
+                    f"{name.replace('_', ' ')} has {len(str(value))} digits; use a smaller number"
+                ) from None
 
 
 def with_usual_scale(values: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that are given, with the guidance scale of a method that has its own, where none is given."""
-    guidance = GUIDANCES.get(values.get("guidance_method"))
+    method = values.get("guidance_method")
+    guidance = GUIDANCES.get(method) if isinstance(method, str) else None
     usual = {} if guidance is None or guidance.default is None else {"guidance_scale": guidance.default}
     return usual | dict(values)
 
@@ -138,5 +152,5 @@ def random_seed() -> int:
 
 def _check_name(kind: str, name: str, names: Iterable[str]) -> None:
     if name not in names:
-        nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+        nearest = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.0)[0]
         raise ValueError(f"{kind} {name!r} is unknown; did you mean {nearest}? There are {', '.join(names)}")

@@ -101,7 +101,7 @@ def test_what_has_no_context_is_not_guided_but_by_itself(method):
     assert torch.equal(found, given.denoiser(Z, 0.5, None)) == (method not in ("perturbed_attention", "autoguidance"))
 
 
-@pytest.mark.parametrize("method", GUIDANCES)
+@pytest.mark.parametrize("method", [name for name in GUIDANCES if name != "cfg_plus_plus"])
 def test_interval_threshold_and_rescaling_go_around_every_guidance(method):
     given = ingredients()
     config = GuidanceConfig(
@@ -126,14 +126,21 @@ def test_every_sampler_takes_every_guidance(method, sampler):
     options = {"tolerance": 0.1} if "tolerance" in SAMPLERS[sampler].options else {}
     for name, prediction in (("scaled_linear", "noise"), ("zero_terminal", "velocity"), ("flow", "flow")):
         given = replace(ingredients(name, prediction), times=times(SCHEDULES[name], 5, "trailing", habit))
-        config = GuidanceConfig(method=method, scale=SCALES[method], rescale=0.5, start=1.0, stop=0.3, bound=3.0)
+        around = {} if method == "cfg_plus_plus" else {"rescale": 0.5, "bound": 3.0}
+        config = GuidanceConfig(method=method, scale=SCALES[method], start=1.0, stop=0.3, **around)
         generators = [torch.Generator().manual_seed(i) for i in range(2)]
         with torch.inference_mode():
             *_, last = run(guided(config, given), Z, given.times, SCHEDULES[name], generators, **options)
         assert last.z.isfinite().all() and last.z.shape == Z.shape and last.z.dtype == Z.dtype
 
 
-@pytest.mark.parametrize("prediction, still", [("flow", 2), ("velocity", 2), ("noise", 0)])
+@pytest.mark.parametrize("around", [{"rescale": 0.5}, {"bound": 3.0}], ids=str)
+def test_cfg_plus_plus_whose_estimate_is_not_one_takes_nothing_that_reads_it(around):
+    with pytest.raises(ValueError, match="leave out guidance rescale and guidance bound"):
+        GuidanceConfig(method="cfg_plus_plus", scale=0.5, **around)
+
+
+@pytest.mark.parametrize("prediction, still", [("flow", 2), ("velocity", 2), ("noise", 0), ("clean", 0)])
 def test_cfg_zero_star_leaves_the_first_25th_of_a_walk_standing(prediction, still):
     """Not where a network predicts noise, whose 0 is no direction of rest."""
     name = "flow" if prediction == "flow" else "scaled_linear"

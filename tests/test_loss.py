@@ -206,7 +206,7 @@ def test_a_wrong_weighting_says_what_is_wrong():
     denoiser = Denoiser(guess, SCHEDULES["scaled_linear"], "noise")
     with pytest.raises(ValueError, match="unknown loss weighting 'snr'; use one of simple, min_snr"):
         diffusion_loss(denoiser, z_0, None, T, noise, weighting="snr")
-    with pytest.raises(ValueError, match="gamma 0 must be a positive number; the paper of min_snr uses 5"):
+    with pytest.raises(ValueError, match="gamma 0 must be a positive number; 5 is usual"):
         diffusion_loss(denoiser, z_0, None, T, noise, weighting="min_snr", gamma=0)
-    with pytest.raises(ValueError, match="gamma inf must be a finite number; the paper of sigmoid uses 0"):
+    with pytest.raises(ValueError, match="gamma inf must be a finite number; 0 is usual"):
         loss_weight(denoiser, T, "sigmoid", float("inf"))

@@ -122,7 +122,7 @@ def test_a_weaker_model_guides_and_is_recorded(run, checkpoint, tmp_path):
     ("flags", "complaint"),
     [
         (["--guidance-method", "apgg"], "did you mean apg?"),
-        (["--guidance-method", "autoguidance"], "give one with --guidance-model"),
+        (["--guidance-method", "autoguidance"], "or --guidance-model"),
         (["--guidance-norm", 3], "is for method apg"),
         (["--guidance-start", 0.2, "--guidance-stop", 0.5], "must satisfy 1 >= start >= stop >= 0"),
         (["--guidance-percentile", 99], "needs a guidance bound"),
@@ -137,6 +137,10 @@ def test_a_weaker_model_guides_and_is_recorded(run, checkpoint, tmp_path):
         (["--steps", 0], "at least 1"),
         (["--also", "a blue fish"], "must be a weight and a prompt"),
         (["--also", "nan a blue fish"], "finite"),
+        (["--guidance-model", "checkpoints/emoji"], "give both, or none"),
+        (["--perturbed-scale", 9], "is for perturbed_attention"),
+        (["--also", "1 a fish", "--guidance-rescale", 1], "no guidance rescale"),
+        (["--guidance-method", "cfg_plus_plus", "--guidance-bound", 1], "leave out guidance rescale"),
         (["--also", "1 a fish", "--guidance-method", "apg"], "goes with guidance method classifier_free"),
     ],
 )
@@ -145,6 +149,30 @@ def test_what_can_not_be_done_is_one_line(run, flags, complaint, capsys):
         run("a heart", *flags)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and complaint in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"prompt": "a", "guidance_method": ["apg"]},
+        {"prompt": "a", "guidance_method": {"a": 1}},
+        {"prompt": "a", "guidance_scale": 10**400},
+        {"prompt": None, "steps": "two"},
+    ],
+    ids=["list", "dict", "digits", "null"],
+)
+def test_a_wrong_type_in_a_line_of_json_is_one_line(run, line, tmp_path, capsys):
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(line))
+    with pytest.raises(SystemExit) as stop:
+        run("--from-file", tmp_path / "prompts.jsonl")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_null_in_a_line_of_json_leaves_a_setting_to_the_model(run, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "a", "seed": None, "steps": 1, "sampler": None}))
+    (path,) = run("--from-file", tmp_path / "prompts.jsonl")
+    assert settings(path)["seed"] == 42 and settings(path)["sampler"] == "dpmpp_2m"
 
 
 @pytest.mark.parametrize("flag", ["sampler", "guidance-method", "spacing"])
