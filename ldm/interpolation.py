@@ -12,6 +12,12 @@ from collections.abc import Sequence
 from torch import Tensor
 
 MIDDLE = (1.0, 1 / 2)  # moments of a step that counts in its middle only: right for lines, good enough for short steps
+FEW = 15  # in fewer steps the last ones are of lower order: long extrapolation at low noise does harm (Lu et al. 2022b)
+
+
+def usable(past: Sequence[object], index: int, steps: int) -> int:
+    """How many of the places that are known serve at a step: all, or fewer towards the end of a short walk."""
+    return min(len(past), steps - index) if steps < FEW else len(past)
 
 
 def moments(rate: float, count: int) -> list[float]:

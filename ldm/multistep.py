@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ldm.interpolation import MIDDLE, mean_between, moments
+from ldm.interpolation import MIDDLE, mean_between, moments, usable
 from ldm.prediction import target, to_clean
 from ldm.schedule import Schedule
 from ldm.walk import Denoise, Generators, Point, Step, noise_in, signal_remains, towards, walk
@@ -23,7 +23,6 @@ ADAMS_BASHFORTH = (
     (23 / 12, -16 / 12, 5 / 12),
     (55 / 24, -59 / 24, 37 / 24, -9 / 24),
 )
-FEW = 15  # in fewer steps the last ones are of lower order: long extrapolation at low noise does harm (Lu et al. 2022b)
 
 
 def pndm(
@@ -93,7 +92,7 @@ def deis(
     for index, (t, s) in enumerate(steps):
         z_0 = denoise(z, t.time)
         past = [(t.growth, noise_in(z, z_0, t)), *past]
-        used = min(len(past), len(steps) - index) if len(steps) < FEW else len(past)
+        used = usable(past, index, len(steps))
         if used > 1:
             means = moments(t.growth - s.growth, used)
             z_0 = to_clean(mean_between(past[:used], t.growth, s.growth, means), z, *_levels(t), "noise")
@@ -132,7 +131,7 @@ def dpmpp_3m(
     for index, (t, s) in enumerate(steps):
         z_0 = denoise(z, t.time)
         past = [(t.growth, z_0), *past]
-        used = min(len(past), len(steps) - index) if len(steps) < FEW else len(past)
+        used = usable(past, index, len(steps))
         mean_x, *mean_square = moments(s.growth - t.growth, 3)[1:] if used == 3 else MIDDLE[1:]
         means = [1.0, mean_x, *(curvature * square for square in mean_square)]
         z = towards(z, mean_between(past[:used], t.growth, s.growth, means), t, s)

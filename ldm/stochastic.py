@@ -8,8 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ldm.interpolation import MIDDLE, mean_between, moments
-from ldm.multistep import FEW
+from ldm.interpolation import MIDDLE, mean_between, moments, usable
 from ldm.onestep import heun_step
 from ldm.schedule import Schedule
 from ldm.times import KARRAS_RHO
@@ -117,7 +116,7 @@ def _multistep(
     for index, (t, s) in enumerate(steps):
         z_0 = denoise(z, t.time)
         past = [(t.growth, z_0), *past]
-        used = min(len(past), len(steps) - index) if len(steps) < FEW else len(past)
+        used = usable(past, index, len(steps))
         means = moments(2 * (s.growth - t.growth), 3) if used == 3 else MIDDLE
         z = drawn(z, mean_between(past[:used], t.growth, s.growth, means), t, s, generators)
         past = past[: order - 1]

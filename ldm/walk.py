@@ -129,7 +129,7 @@ def drawn(
 
     Its noise is multiplied by `noise_scale`, a number or like z; at t = 0 there is none.
     """
-    share = max(renewed(t, s), 0.0)  # a last bit below 0 where s is t
+    share = max(renewed(t, s), 0.0)  # where s is t, nothing is drawn
     z = t.alpha / s.alpha * (s.sigma / t.sigma) ** 2 * z + s.alpha * share * z_0
     return z + s.sigma * math.sqrt(share) * noise_scale * noise_like(z, generators) if s.sigma else z
 

@@ -51,7 +51,7 @@ INSIDE_LDM = {  # what each module of ldm may import of ldm
     "singlestep": {"schedule", "walk"},
     "probability_flow": {"ode", "schedule", "walk"},
     "ode": set(),
-    "stochastic": {"interpolation", "multistep", "onestep", "schedule", "times", "walk"},
+    "stochastic": {"interpolation", "onestep", "schedule", "times", "walk"},
     "langevin": {"schedule", "walk"},
     "learned_variance": set(),
     "samplers": {
