@@ -1,0 +1,126 @@
+"""Records: a picture and its captions wherever it lies, and a compact list of millions of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import IO, Protocol
+
+
+class Source(Protocol):
+    """A file that holds many pictures. Small, picklable and hashable: whichever process asks opens it for itself."""
+
+    path: str
+
+    def open(self, place: int, size: int) -> str | IO[bytes]:
+        """The picture of `size` bytes at a place: the offset in a tar, the row in a table."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A picture and its captions: one inner tuple for each template, holding that template's expansions."""
+
+    path: str  # of the file, absolute; or of the shard or table that it lies in
+    name: str  # within the data: relative to the data folder, with "/"; SHARD/KEY.EXT in a tar; TABLE:ROW in a table
+    captions: tuple[tuple[str, ...], ...]
+    bytes: int = 0  # size of the picture's file, for the fingerprint
+    source: Source | None = None  # None: a file of its own
+    place: int = 0  # in the source
+
+    def open(self) -> str | IO[bytes]:
+        """What `load_image` and `read_size` take: a plain file's path, or the bytes of what lies in a larger file.
+
+        Raises UnusableImage if there are none, OSError if they can't be reached.
+        """
+        return self.path if self.source is None else self.source.open(self.place, self.bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Skip:
+    """Something that can't be used: its name in the data, or FILE:LINE of a metadata file, and why."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Records:
+    """What `scan` found, in an order that depends on the data alone."""
+
+    train: Sequence[Record]
+    validation: Sequence[Record]
+    skipped: list[Skip]
+
+
+class RecordList(Sequence[Record]):
+    """Records in a few arrays: about 100 bytes and the text each, where a list of objects takes 600 bytes.
+
+    The objects are made when asked for. Forked workers share the arrays, which have no reference counts to write to.
+    """
+
+    def __init__(self, records: Iterable[Record] = ()):
+        self._texts = bytearray()  # JSON of name and captions, one after the other
+        self._ends, self._bytes, self._places = array("q", [0]), array("q"), array("q")
+        self._holders, self._numbers = [], array("i")  # (source; its path, or a folder; whether the name follows)
+        self._known: dict[tuple[Source | None, str, bool], int] = {}
+        for record in records:
+            self.append(record)
+
+    def append(self, record: Record) -> None:
+        """Add one at the end."""
+        joined = record.source is None and record.path.endswith(record.name)
+        holder = (record.source, record.path.removesuffix(record.name) if joined else record.path, joined)
+        number = self._known.setdefault(holder, len(self._holders))
+        if number == len(self._holders):
+            self._holders.append(holder)
+        self._numbers.append(number)
+        self._texts += json.dumps([record.name, record.captions]).encode()
+        self._ends.append(len(self._texts))
+        self._bytes.append(record.bytes)
+        self._places.append(record.place)
+
+    def __len__(self) -> int:
+        return len(self._bytes)
+
+    def __getitem__(self, index: int | slice) -> Record | list[Record]:
+        if isinstance(index, slice):
+            return [self[each] for each in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        name, captions = json.loads(self._texts[self._ends[index] : self._ends[index + 1]])
+        source, path, joined = self._holders[self._numbers[index]]
+        path, captions = path + name if joined else path, tuple(map(tuple, captions))
+        return Record(path, name, captions, self._bytes[index], source, self._places[index])
+
+
+def write_skipped(skips: Iterable[Skip], path: str) -> None:
+    """Write skips as JSON lines of path and reason."""
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(dataclasses.asdict(skip)) + "\n" for skip in skips)
+
+
+def read_skipped(path: str) -> list[Skip]:
+    """The skips in a file of JSON lines, each once."""
+    with open(path, encoding="utf-8") as file:
+        return [Skip(**json.loads(line)) for line in dict.fromkeys(file)]
+
+
+def totals(skips: Iterable[Skip]) -> str:
+    """How many were skipped for which kind of reason, the most frequent first: "9 can't be decoded, 3 no caption"."""
+    kinds: dict[str, int] = {}
+    for skip in skips:
+        kind = skip.reason.partition(":")[0]
+        kinds[kind] = kinds.get(kind, 0) + 1
+    ordered = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{count} {kind}" for kind, count in ordered)
+
+
+def fingerprint(records: Iterable[Record]) -> str:
+    """A sha256 of names, file sizes and captions: for the key of what is made from the records."""
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(json.dumps([record.name, record.bytes, record.captions]).encode())
+    return digest.hexdigest()
