@@ -9,21 +9,25 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-MAX_LENGTH = 10_000  # characters; longer ones are some other file's contents
+MAX_LENGTH = 10_000  # characters; what comes after is cut off
 MAX_EXPANSIONS = 1_000  # captions from one template, when several columns are lists
+SPACES = {code: " " for code in (*range(32), *range(127, 160))}  # control characters, NUL and line ends among them
 
 
 def clean(text: str) -> str:
-    """One line of NFC text: runs of whitespace become one space. ValueError if it is empty, too long, or not text."""
-    if len(text) > MAX_LENGTH:
-        raise ValueError(f"caption has {len(text)} characters, more than {MAX_LENGTH}")
-    text = " ".join(text.split()) if text.isascii() else " ".join(unicodedata.normalize("NFC", text).split())
+    """One line of NFC text of at most MAX_LENGTH characters; ValueError if nothing is left.
+
+    Each run of whitespace and control characters (NUL too) becomes one space, each half of a surrogate pair U+FFFD.
+    Undecodable bytes have become U+FFFD when the file was read (`storage.metadata`).
+    """
+    if not text.isprintable():  # cheap: most captions have nothing to replace
+        text = text.translate(SPACES).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    text = " ".join(text.split())[:MAX_LENGTH]  # before NFC, whose time grows with the square of a run of accents
+    if not text.isascii():
+        text = " ".join(unicodedata.normalize("NFC", text).split())[:MAX_LENGTH]
+    text = text.rstrip()
     if not text:
         raise ValueError("empty caption")
-    if not text.isprintable():  # cheap: spaces and emoji with joiners need the closer look
-        for character in text:
-            if unicodedata.category(character) in ("Cc", "Cs"):
-                raise ValueError(f"caption holds the control character U+{ord(character):04X}")
     return text
 
 
@@ -51,7 +55,7 @@ def expand(template: str, columns: Sequence[str], row: Mapping[str, Any]) -> tup
         columns: `columns_of(template)`.
         row: a metadata row.
 
-    Raises ValueError with the reason if the text can't be used.
+    Raises ValueError if there are too many captions, or one is empty.
     """
     choices = [_elements(row.get(column)) for column in columns]
     if not all(choices):
@@ -72,7 +76,7 @@ def _fill(template: str, values: Mapping[str, str]) -> str:
 def _elements(value: Any) -> list[str]:
     """A column's value as the texts it offers; blanks, null and mappings offer none."""
     if isinstance(value, str):
-        return [value.strip()] if value and not value.isspace() else []
+        return [value.strip()] if value.translate(SPACES).strip() else []
     if isinstance(value, list):
         return [text for item in value if not isinstance(item, list) for text in _elements(item)]
     if value is None or isinstance(value, Mapping):

@@ -15,14 +15,18 @@ import torch
 from PIL import ImageColor
 from torch.utils.data import DataLoader, Dataset
 
-from storage.folder import DataConfig, Record, Records, Skip, fingerprint, scan, write_skipped
+from storage.buckets import Buckets
+from storage.data_config import DataConfig
 from storage.images import UnusableImage, fit, load_image
 from storage.order import Address, Order
 from storage.randomness import generator
+from storage.records import Record, Records, Skip, fingerprint, write_skipped
+from storage.scan import scan
 
 __all__ = [
-    "Address", "Batch", "DataConfig", "ImageDataset", "Order", "Record", "Records", "Sample", "Skip", "collate",
-    "draw_caption", "draw_flip", "draw_nested", "fingerprint", "make_loader", "replacements", "scan", "write_skipped",
+    "Address", "Batch", "DataConfig", "ImageDataset", "Order", "Record", "Records", "Sample", "Skip", "TooManyBad",
+    "collate", "draw_caption", "draw_flip", "draw_nested", "fingerprint", "make_loader", "replacements", "scan",
+    "write_skipped",
 ]  # fmt: skip
 
 
@@ -30,7 +34,7 @@ __all__ = [
 class Sample:
     """One captioned image."""
 
-    image: torch.Tensor  # [3, S, S] in [-1, 1]
+    image: torch.Tensor  # [3, H, W] in [-1, 1]
     caption: str
     index: int  # of the record that was asked for
 
@@ -39,7 +43,7 @@ class Sample:
 class Batch:
     """Captioned images of one micro-batch."""
 
-    images: torch.Tensor  # [B, 3, S, S] in [-1, 1]
+    images: torch.Tensor  # [B, 3, H, W] in [-1, 1]
     captions: list[str]
     indices: torch.Tensor  # [B] int64
 
@@ -72,16 +76,27 @@ def replacements(seed: int, epoch: int, index: int, size: int) -> Iterator[int]:
         yield int(torch.randint(size, (), generator=draws))
 
 
+class TooManyBad(ValueError):
+    """More pictures can't be decoded than `data.max_bad_fraction` allows."""
+
+
 class ImageDataset(Dataset):
-    """Records decoded on demand: `dataset[epoch, index]` is a Sample.
+    """Records decoded on demand: `dataset[epoch, index]` is a Sample, square or of the shape of its record's bucket.
 
     A file that can't be decoded is replaced by another record, drawn by the same address; it is kept in `.skipped`
-    (once) and appended to the JSON-lines file `on_skip`, if that path is given. Raises ValueError when more than
+    (once) and appended to the JSON-lines file `on_skip`, if that path is given. Raises TooManyBad when more than
     `max_bad_fraction` fail.
     """
 
-    def __init__(self, records: Sequence[Record], config: DataConfig, seed: int = 0, on_skip: str | None = None):
-        self.records, self.config, self.seed, self.on_skip = records, config, seed, on_skip
+    def __init__(
+        self,
+        records: Sequence[Record],
+        config: DataConfig,
+        seed: int = 0,
+        on_skip: str | None = None,
+        buckets: Buckets | None = None,
+    ):
+        self.records, self.config, self.seed, self.on_skip, self.buckets = records, config, seed, on_skip, buckets
         self.background = ImageColor.getrgb(config.background)[:3]
         self.skipped: dict[int, Skip] = {}
 
@@ -93,29 +108,47 @@ class ImageDataset(Dataset):
         flip = self.config.flip and draw_flip(self.seed, epoch, index)
         for candidate in replacements(self.seed, epoch, index, len(self.records)):
             crop = generator(self.seed, "crop", epoch, index) if self.config.crop == "random" else None
-            image = self.picture(candidate, flip, crop)
+            image = self.picture(candidate, flip, crop, self.shape(index))  # a batch is of one shape, whoever stands in
             if image is not None:
                 caption = draw_caption(self.records[candidate], generator(self.seed, "caption", epoch, index))
                 return Sample(image, caption, index)
         raise ValueError(f"101 records in turn can't be decoded; the last is {self.records[candidate].path}")
 
-    def picture(self, index: int, flip: bool = False, crop: torch.Generator | None = None) -> torch.Tensor | None:
-        """A record's image [3, S, S], or None if it can't be decoded; `crop` draws the place of a random crop."""
+    def shape(self, index: int) -> tuple[int, int]:
+        """Width and height of a record's image, in pixels."""
+        square = (self.config.image_size, self.config.image_size)
+        return square if self.buckets is None else self.buckets.shape(index)
+
+    def picture(
+        self,
+        index: int,
+        flip: bool = False,
+        crop: torch.Generator | None = None,
+        shape: tuple[int, int] | None = None,
+    ) -> torch.Tensor | None:
+        """A record's image [3, H, W], or None if it can't be decoded.
+
+        Args:
+            index: of the record.
+            flip: mirror it.
+            crop: draws the place of a random crop.
+            shape: width and height, if not its own.
+        """
         if index in self.skipped:
             return None
         try:
-            image = load_image(self.records[index].path, self.background)
+            image = load_image(self.records[index].open(), self.background)
         except UnusableImage as error:
             self._skip(index, str(error))
             return None
-        return fit(image, self.config.image_size, "random" if crop is not None else "center", flip, crop)
+        return fit(image, shape or self.shape(index), "random" if crop is not None else "center", flip, crop)
 
     def _skip(self, index: int, reason: str) -> None:
         self.skipped[index] = Skip(self.records[index].name, reason)
         if self.on_skip:
             _append_once(self.on_skip, self.skipped[index])
         if len(self.skipped) > self.config.max_bad_fraction * len(self.records):
-            raise ValueError(
+            raise TooManyBad(
                 f"{len(self.skipped)} of {len(self.records)} images can't be decoded, more than data.max_bad_fraction "
                 f"{self.config.max_bad_fraction}; the last is {self.records[index].path}: {reason}"
             )
@@ -135,13 +168,13 @@ def _append_once(path: str, skip: Skip) -> None:
 def collate(samples: Sequence[Sample]) -> Batch:
     """Samples as a Batch."""
     # numpy: torch would split the copy over threads, 60 ms where other processes keep the cores busy
-    images = torch.from_numpy(np.stack([sample.image.numpy() for sample in samples]))  # [B, 3, S, S]
+    images = torch.from_numpy(np.stack([sample.image.numpy() for sample in samples]))  # [B, 3, H, W]
     return Batch(images, [sample.caption for sample in samples], torch.tensor([sample.index for sample in samples]))
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:
     """A signal sent to the process group must not kill the workers before the trainer has finished its step."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -1,10 +1,12 @@
 """The door for images: files of any usual kind to float [3, H, W] in [-1, 1], and back.
 
-Nothing but this file decodes or encodes pixels. Color profiles are not applied: values are taken as sRGB.
+Nothing but this file and `storage.deep_color` decodes or encodes pixels. Color profiles are not applied: values are
+taken as sRGB.
 """
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Sequence
 from typing import IO
@@ -12,6 +14,8 @@ from typing import IO
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+
+from storage.deep_color import LOW_BYTES, is_planar, load_deep_color, narrow_gray, raw_mode
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # nothing else is ever handed to a decoder
 MAX_PIXELS = 50_000_000  # own cap, checked on the header: Pillow only warns up to 179 Mpx
@@ -33,82 +37,93 @@ class UnusableImage(ValueError):
 
 
 def read_size(source: str | IO[bytes]) -> tuple[int, int]:
-    """Width and height from the header alone, as stored (before EXIF orientation); raises UnusableImage."""
+    """Width and height of the upright picture, from the header alone; raises UnusableImage."""
     with _open(source) as image:
-        return image.size
+        turned = image.format != "TIFF" and _orientation(image) >= 5  # Pillow gives a TIFF's upright size itself
+        return image.size[::-1] if turned else image.size
 
 
 def load_image(source: str | IO[bytes], background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
     """Decode a file to an upright PIL RGB image: EXIF orientation applied, alpha over `background`, first frame only.
 
-    16-bit gray is scaled by 1/257, so that 65535 becomes 255. Raises UnusableImage with the reason.
+    16-bit gray and color are scaled by 1/257, so that 65535 becomes 255. Raises UnusableImage with the reason.
     """
     with _open(source) as image:
         try:
-            image.load()
-            transpose = TRANSPOSE.get(_orientation(image))
-            image = _to_rgb(image, background)
+            if is_planar(image):
+                raise UnusableImage("can't be decoded: 16-bit color with each channel apart")
+            stored = raw_mode(image)
+            decoded = load_deep_color(image, lambda: _open(source)) if stored in LOW_BYTES else image
+            decoded.load()
+            transpose = TRANSPOSE.get(_orientation(image, whole=True))
+            decoded = _to_rgb(decoded, background, stored)
         except UnusableImage:
             raise
         except Exception as error:  # decoders raise OSError, SyntaxError, IndexError, struct.error, ... on damaged data
             raise UnusableImage(_reason(error)) from None
-    return image if transpose is None else image.transpose(transpose)
+    return decoded if transpose is None else decoded.transpose(transpose)
 
 
 def _open(source: str | IO[bytes]) -> Image.Image:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # bombs are refused below, by our own cap; the rest is noise about metadata
-            image = Image.open(source, formats=FORMATS)
+        if not isinstance(source, str):
+            source.seek(0)
+        _ignore_warnings()
+        image = Image.open(source, formats=FORMATS)
     except Exception as error:
         raise UnusableImage(_reason(error)) from None
     width, height = image.size
     if not 0 < width * height <= MAX_PIXELS:
         image.close()
-        raise UnusableImage(f"{width} x {height} pixels; usable are 1 to {MAX_PIXELS // 1_000_000} million")
+        kind = "too many" if width * height else "no"
+        raise UnusableImage(f"{kind} pixels: {width} x {height}, at most {MAX_PIXELS // 1_000_000} million")
     return image
 
 
+@functools.cache
+def _ignore_warnings() -> None:
+    """Silence Pillow, once and for all: threads would undo each other's `warnings.catch_warnings`."""
+    # of bombs: refused by our own cap; the rest is noise about metadata
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
 def _reason(error: Exception) -> str:
+    """What kind of thing is wrong, then ":" and the details."""
     if isinstance(error, FileNotFoundError):
         return "no such file"
     if isinstance(error, IsADirectoryError):
         return "a directory, not a file"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"too many pixels: {' '.join(str(error).split())[:100]}"
     if isinstance(error, Image.UnidentifiedImageError):
-        return f"not an image of a known format ({', '.join(FORMATS)})"
+        return f"not an image of a known format: {', '.join(FORMATS)}"
     return f"can't be decoded: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def _orientation(image: Image.Image) -> int:
+def _orientation(image: Image.Image, whole: bool = False) -> int:
+    """The EXIF orientation; of a PNG's header alone unless `whole`, as Pillow decodes it to look behind the pixels."""
     try:
-        return image.getexif().get(ORIENTATION, 1)
+        exif = image.getexif() if whole else Image.Image.getexif(image)
+        return int(exif.get(ORIENTATION, 1))
     except Exception:  # cameras and editors write broken EXIF around good pixels
         return 1
 
 
-def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+def _to_rgb(image: Image.Image, background: tuple[int, int, int], stored: str) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode == "F":
-        raise UnusableImage("floating-point pixels have no stated range")
+    if image.mode in ("I", "F"):
+        raise UnusableImage("pixels have no stated range: numbers of 32 bits, or with a sign")
     if image.mode.startswith("I"):
-        image = _from_16_bit(image)
+        image = narrow_gray(image, 12 if stored == "I;12" else 16)
+    if stored in ("L;2", "L;4") and isinstance(image.info.get("transparency"), int):
+        image.info["transparency"] *= 255 // (2 ** int(stored[2]) - 1)  # Pillow scales the pixels, but not this
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         canvas = Image.new("RGB", image.size, background)
         canvas.paste(image, mask=image.getchannel("A"))
         return canvas
     return image.convert("RGB")
-
-
-def _from_16_bit(image: Image.Image) -> Image.Image:
-    """Gray of 16 bits as 8-bit L or LA. Pillow's own conversion clips everything above 255 to white."""
-    values = np.asarray(image).astype(np.int64)
-    gray = Image.fromarray((np.clip(values, 0, 65535) / 257).round().astype(np.uint8))
-    transparent = image.info.get("transparency")
-    if isinstance(transparent, int):
-        gray.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
-    return gray
 
 
 def image_to_tensor(image: Image.Image) -> torch.Tensor:
@@ -128,28 +143,34 @@ def tensor_to_image(image: torch.Tensor) -> Image.Image:
 
 
 def fit(
-    image: Image.Image, size: int, crop: str = "center", flip: bool = False, generator: torch.Generator | None = None
+    image: Image.Image,
+    size: int | tuple[int, int],
+    crop: str = "center",
+    flip: bool = False,
+    generator: torch.Generator | None = None,
 ) -> torch.Tensor:
-    """Resize the short side to `size` with antialiasing (bicubic), crop to a square, mirror if `flip`.
+    """Resize with antialiasing (bicubic) until `size` is just covered, crop what stands over, mirror if `flip`.
 
     Args:
         image: PIL RGB.
-        size: side of the result, in pixels.
-        crop: "center", or "random" along the long side, drawn from `generator`.
+        size: of the result, in pixels: the side of a square, or width and height.
+        crop: "center", or "random" along the side that stands over, drawn from `generator`.
         flip: mirror left to right; this is the decision, not a permission: who calls has drawn it.
 
-    Returns: float32 [3, size, size] in [-1, 1].
+    Returns: float32 [3, height, width] in [-1, 1].
     """
+    to_width, to_height = (size, size) if isinstance(size, int) else size
     width, height = image.size
-    if (width, height) != (size, size):
-        side = min(width, height)
+    if (width, height) != (to_width, to_height):
         place = 0.5 if crop == "center" else float(torch.rand((), generator=generator))
-        left, top = (width - side) * place, (height - side) * place
-        if side == size:
-            image = image.crop((round(left), round(top), round(left) + size, round(top) + size))
+        inner_width = min(width, height * to_width / to_height)
+        inner_height = min(height, width * to_height / to_width)
+        left, top = (width - inner_width) * place, (height - inner_height) * place
+        if (inner_width, inner_height) == (to_width, to_height):
+            image = image.crop((round(left), round(top), round(left) + to_width, round(top) + to_height))
         else:  # the crop as the resize's source box: the same pixels, and a 1 x 50000 strip needs no huge intermediate
-            box = (left, top, left + side, top + side)
-            image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+            box = (left, top, left + inner_width, top + inner_height)
+            image = image.resize((to_width, to_height), Image.Resampling.BICUBIC, box=box)
     if flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return image_to_tensor(image)

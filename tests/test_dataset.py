@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from storage.buckets import Buckets
 from storage.dataset import DataConfig, ImageDataset, Order, collate, make_loader, scan
 
 PICTURES = Path(__file__).parent / "pictures"
@@ -95,6 +97,34 @@ def test_loaders_give_the_samples_of_the_order_and_leave_the_global_random_state
         want = collate([dataset[address] for address in addresses])
         assert torch.equal(batch.images, want.images) and batch.captions == want.captions
         assert batch.indices.tolist() == [address.index for address in addresses]
+
+
+@pytest.mark.parametrize("buckets", [False, True])
+def test_three_epochs_are_the_same_for_any_processes_workers_and_resume_point(tmp_path, buckets):
+    """24 steps of 12 are three epochs of the 96 records; every fourth micro-batch begins a step."""
+    names = tuple(f"{number:02}.png" for number in range(96))
+    make_folder(tmp_path, [{"file_name": name, "text": name} for name in names], names)
+    options = config(tmp_path, flip=True)
+    records = scan(options).train
+    shapes = Buckets([(16, 16), (24, 8)], (np.arange(96) % 5 == 0).astype(np.int16)) if buckets else None
+    dataset = ImageDataset(records, options, seed=4, buckets=shapes)
+    of = None if shapes is None else shapes.of
+
+    def loaded(world: int, workers: int, start: int, steps: int) -> list[tuple]:
+        loaders = (
+            make_loader(dataset, Order(96, 12, 3, rank, world, 4, start, steps, of), workers) for rank in range(world)
+        )
+        return [
+            (batch.captions, batch.images.sum().item(), tuple(batch.images.shape))
+            for turn in zip(*loaders, strict=True)
+            for batch in turn
+        ]
+
+    whole = loaded(1, 0, 0, 24)
+    for number, start in enumerate(range(0, 24, 2)):
+        assert loaded((1, 2, 4)[number % 3], 0, start, 24) == whole[4 * start :]
+    for world in (1, 2, 4):
+        assert loaded(world, 2, 5, 24) == whole[20:]
 
 
 def test_an_endless_order_can_be_left_at_any_time():

@@ -1,0 +1,126 @@
+"""Verification before training: what can't be used is known beforehand, remembered, and shared over processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import storage.verify
+from storage.dataset import DataConfig, Records, Skip, scan
+from storage.records import read_skipped, totals, write_skipped
+from storage.verify import Look, Memory, look_at, without_bad
+
+
+def folder_of(tmp_path: Path, count: int = 12) -> Path:
+    """Pictures of growing width, of which 3 and 7 are damaged."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for number in range(count):
+        Image.new("RGB", (number + 1, 8)).save(folder / f"{number:02}.png")
+    (folder / "03.png").write_bytes(b"no image")
+    (folder / "07.png").write_bytes((folder / "07.png").read_bytes()[:45])
+    return folder
+
+
+def scanned(folder: Path, **options) -> tuple[DataConfig, Records]:
+    config = DataConfig(folder=str(folder), image_size=16, validation=0.0, **options)
+    return config, scan(config, captioned=False)
+
+
+@pytest.fixture
+def decoded(monkeypatch) -> list[str]:
+    """The names of the pictures that were decoded."""
+    names = []
+
+    def decode(record):
+        names.append(record.name)
+        return original(record)
+
+    original = storage.verify._decode
+    monkeypatch.setattr(storage.verify, "_decode", decode)
+    return names
+
+
+def test_what_cannot_be_decoded_is_found_and_removed_with_its_reason(tmp_path):
+    config, records = scanned(folder_of(tmp_path))
+    looks = look_at(records.train, Memory(str(tmp_path / "run")))
+    assert [look.width for look in looks] == [1, 2, 3, 0, 5, 6, 7, 0, 9, 10, 11, 12]
+    assert "known format" in looks[3].reason and "can't be decoded" in looks[7].reason
+    left = without_bad(records, looks, [], config)
+    assert [record.name for record in left.train] == [f"{n:02}.png" for n in range(12) if n not in (3, 7)]
+    assert left.skipped == [Skip("03.png", looks[3].reason), Skip("07.png", looks[7].reason)]
+
+
+def test_the_shares_of_processes_make_up_the_whole(tmp_path):
+    _, records = scanned(folder_of(tmp_path))
+    whole = look_at(records.train, Memory(str(tmp_path / "run")))
+    for world in (2, 3, 5, 20):
+        shares = [look_at(records.train, Memory(str(tmp_path / str(world)), r), (r, world)) for r in range(world)]
+        assert [shares[i % world][i // world] for i in range(12)] == whole
+
+
+def test_what_is_known_is_not_decoded_again_until_it_changes(tmp_path, decoded):
+    folder = folder_of(tmp_path)
+    _, records = scanned(folder)
+    memories = [Memory(str(tmp_path / "run"), rank) for rank in (0, 1)]
+    for rank in (0, 1):  # written by two processes, read by one
+        look_at(records.train, memories[rank], (rank, 2))
+        memories[rank].flush()
+    assert sorted(decoded) == [record.name for record in records.train]
+    decoded.clear()
+    looks = look_at(records.train, Memory(str(tmp_path / "run")))
+    assert not decoded and looks[4] == Look(5, 8) and looks[3].reason and looks[7].reason
+    Image.new("RGB", (30, 8)).save(folder / "03.png")  # another size
+    stat = os.stat(folder / "05.png")
+    os.utime(folder / "05.png", ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))  # another time
+    again = look_at(scanned(folder)[1].train, Memory(str(tmp_path / "run")))
+    assert decoded == ["03.png", "05.png"] and again[3] == Look(30, 8)
+
+
+def test_torn_lines_of_a_killed_run_are_not_read_and_spoil_no_other(tmp_path, decoded):
+    _, records = scanned(folder_of(tmp_path))
+    memory = Memory(str(tmp_path))
+    look_at(records.train, memory)
+    memory.flush()
+    path = tmp_path / "verified-0.jsonl"
+    path.write_bytes(path.read_bytes()[:-20])
+    decoded.clear()
+    memory = Memory(str(tmp_path))
+    look_at(records.train, memory)
+    memory.flush()
+    assert decoded == ["11.png"]
+    decoded.clear()
+    path.write_bytes(path.read_bytes() + b'null\n[1]\n{"name": 3}\n\xff\n{"name": "x", "bytes": "y", "modified": 1}\n')
+    look_at(records.train, Memory(str(tmp_path)))
+    assert not decoded
+
+
+def test_a_short_verification_writes_nothing_before_the_run_begins_and_a_long_one_does(tmp_path, monkeypatch):
+    _, records = scanned(folder_of(tmp_path))
+    look_at(records.train, Memory(str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(storage.verify, "PATIENCE", -1)
+    monkeypatch.setattr(storage.verify, "CHUNK", 5)
+    look_at(records.train, Memory(str(tmp_path / "run")))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "verified-0.jsonl").read_text().split("\n") if line]
+    assert [line["name"] for line in lines] == [record.name for record in records.train]
+
+
+def test_more_bad_ones_than_allowed_are_an_error(tmp_path):
+    config, records = scanned(folder_of(tmp_path), max_bad_fraction=0.1)
+    looks = look_at(records.train, Memory(str(tmp_path / "run")))
+    with pytest.raises(ValueError, match="2 of 12 entries .* more than data.max_bad_fraction 0.1: 03.png: not an im"):
+        without_bad(records, looks, [], config)
+    without_bad(records, looks, [], dataclasses.replace(config, max_bad_fraction=0.17))
+
+
+def test_totals_count_kinds_of_reasons_and_skips_are_read_back_once(tmp_path):
+    skips = [Skip("a", "empty file"), Skip("b", "too small: 3 x 4"), Skip("c", "too small: 5 x 1"), Skip("\udcff", "x")]
+    assert totals(skips) == "2 too small, 1 empty file, 1 x" and totals([]) == ""
+    write_skipped([*skips, skips[1]], str(tmp_path / "skipped.jsonl"))
+    assert read_skipped(str(tmp_path / "skipped.jsonl")) == skips
