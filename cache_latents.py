@@ -18,11 +18,13 @@ from tqdm import tqdm
 
 from autoencoder import Autoencoder
 from conditioning.conditioner import Conditioner
-from kernels.winograd import lay_out
+from operators.winograd import lay_out
+from stages.ldm_parts import cache_key, caches_contexts, check_shapes, make_conditioner
+from stages.ldm_run import RunConfig, inherited, opened
+from stages.survey import bucketed
 from storage.config import load_config, one_line_errors
 from storage.dataset import ImageDataset, scan, write_skipped
 from storage.shards import CachedLatents, ShardWriter
-from train_ldm import RunConfig, cache_key, check_shapes, inherited, make_conditioner, opened
 
 BATCH = 16  # images, or captions, encoded at a time
 
@@ -31,21 +33,20 @@ BATCH = 16  # images, or captions, encoded at a time
 def cache_moments(writer: ShardWriter, dataset: ImageDataset, autoencoder: Autoencoder, state: Accelerator) -> None:
     """Encode this process's parts of the images, and their mirror images where the config has flips."""
     flips = (False, True) if dataset.config.flip else (False,)
-    channels, side = autoencoder.latent_channels, dataset.config.image_size // autoencoder.downsampling
     for part in tqdm(writer.missing("moments"), desc="images", disable=not state.is_main_process):
-        moments = torch.zeros(len(part), len(flips), 2 * channels, side, side)
-        unusable = []
-        for first in range(0, len(part), BATCH):
-            rows = range(first, min(first + BATCH, len(part)))
-            for column, flip in enumerate(flips):
-                pictures = {row: dataset.picture(part[row], flip) for row in rows}
-                usable = [row for row in rows if pictures[row] is not None]
-                if flip is flips[0]:
-                    unusable += [part[row] for row in rows if pictures[row] is None]
-                if usable:
-                    images = torch.stack([pictures[row] for row in usable]).to(state.device)
-                    moments[usable, column] = autoencoder.encode(images).moments.cpu()
-        writer.add_moments(part, moments, unusable)
+        moments: dict[int, torch.Tensor] = {}  # record -> [1 or 2, 2c, h, w]
+        for first in range(part.start, part.stop, BATCH):
+            pictures = {}
+            for record in range(first, min(first + BATCH, part.stop)):
+                views = [dataset.picture(record, flip) for flip in flips]
+                if views[0] is not None:
+                    pictures[record] = torch.stack(views)  # [1 or 2, 3, H, W]
+            for size in {views.shape for views in pictures.values()}:
+                alike = [record for record, views in pictures.items() if views.shape == size]
+                images = torch.cat([pictures[record] for record in alike]).to(state.device)
+                encoded = autoencoder.encode(images).moments.cpu().unflatten(0, (len(alike), len(flips)))
+                moments.update(zip(alike, encoded, strict=True))
+        writer.add_moments(part, [moments.get(record) for record in part])
 
 
 @torch.no_grad()
@@ -60,9 +61,7 @@ def cache_contexts(writer: ShardWriter, conditioner: Conditioner, state: Acceler
 
 
 def encode_captions(conditioner: Conditioner, captions: list[str], device: torch.device) -> list[torch.Tensor]:
-    """The context [L, d] of each caption, without masked tokens; nothing for a text encoder that is trained along."""
-    if conditioner.trainable:
-        return [torch.zeros(1, 1)] * len(captions)
+    """The context [L, d] of each caption, without masked tokens."""
     tokens = conditioner.tokenize(captions)
     context = conditioner(tokens.ids.to(device), tokens.mask.to(device))
     if context.mask is None:
@@ -86,21 +85,27 @@ def cache(config: RunConfig, arguments: Sequence[str]) -> None:
         check_shapes(config, autoencoder, conditioner)
         key = cache_key(config, records.train, autoencoder, conditioner)
         with state.main_process_first():  # the first one writes the key that the others check
-            writer = ShardWriter(config.cache, state.process_index, key, records.train, state.num_processes)
+            writer = ShardWriter(
+                config.cache, state.process_index, key, records.train, state.num_processes,
+                {"fp32": "float32", "fp16": "float16"}[config.cache_precision],
+                contexts=caches_contexts(config, conditioner),
+            )  # fmt: skip
         if state.is_main_process:
             write_skipped(records.skipped, f"{config.cache}/skipped.jsonl")
     lay_out(autoencoder.to(state.device))
     conditioner.to(state.device)
-    dataset = ImageDataset(records.train, config.data, config.seed, on_skip=f"{config.cache}/skipped.jsonl")
     with one_line_errors():
+        buckets = bucketed(records.train, config.data, (state.process_index, state.num_processes))
+        dataset = ImageDataset(records.train, config.data, config.seed, f"{config.cache}/skipped.jsonl", buckets)
         cache_moments(writer, dataset, autoencoder, state)
     cache_contexts(writer, conditioner, state)
     state.wait_for_everyone()
-    writer.close(encode_captions(conditioner, [""], state.device)[0])
+    writer.close(encode_captions(conditioner, [""], state.device)[0] if writer.contexts else None)
     state.wait_for_everyone()
     if state.is_main_process:
-        undecodable = len(CachedLatents(config.cache).unusable)
-        print(f"{len(records.train) - undecodable} images and {len(writer.captions)} captions are in {config.cache}")
+        cached = len(CachedLatents(config.cache))
+        undecodable = len(records.train) - cached
+        print(f"{cached} images and {len(writer.captions)} captions are in {config.cache}")
         print(f"{len(records.skipped)} skipped, {undecodable} not decoded (see {config.cache}/skipped.jsonl); next:")
         print("  " + shlex.join(["accelerate", "launch", "train_ldm.py", *arguments]))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -11,19 +12,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from storage.folder import Record, fingerprint
 from storage.ragged import pack, save_array, save_json, save_ragged
+from storage.records import Record, fingerprint
 
-FORMAT = 1
+FORMAT = 2
 DTYPES = ("float32", "float16")
 OWN_KEYS = ("moments_dtype", "part_size", "records")  # what the writer adds to the key
+KINDS = {"moments": [".npy"], "contexts": [".npy", ".starts.npy"]}  # the files of a part
 
 
 class ShardWriter:
     """One process's share of a latent cache.
 
     For each part of writer.missing("moments"): writer.add_moments(part, ...); the same for "contexts"; then, when all
-    processes are done, writer.close(...) in each. What is complete on disk is not asked for again.
+    processes are done, writer.close(...) in each. What is whole on disk, by its SHA-256 sums, is not asked for again.
 
     Args:
         folder: of the cache; made if need be.
@@ -32,6 +34,7 @@ class ShardWriter:
         records: as scanned; their order is the index.
         dtype: of the moments, "float32" or "float16".
         part_size: records, or captions, per part.
+        contexts: false keeps the captions only, for a text encoder that is trained or whose contexts are too many.
 
     Raises ValueError if the folder holds a cache with another key, dtype or part size, or of other records.
     """
@@ -45,11 +48,12 @@ class ShardWriter:
         world: int = 1,
         dtype: str = "float32",
         part_size: int = 1024,
+        contexts: bool = True,
     ):
         if dtype not in DTYPES:
             raise ValueError(f"moments can't be stored as {dtype!r}; use one of {', '.join(DTYPES)}")
         self.folder, self.rank, self.world, self.records = folder, rank, world, records
-        self.dtype, self.part_size = dtype, part_size
+        self.dtype, self.part_size, self.contexts = dtype, part_size, contexts
         self.captions = sorted({text for record in records for texts in record.captions for text in texts})
         own = {"moments_dtype": dtype, "part_size": part_size, "records": fingerprint(records)}
         self.key = {**as_json(key), **own}
@@ -64,45 +68,64 @@ class ShardWriter:
         """This process's parts still to make: of "moments", ranges of records; of "contexts", of `.captions`."""
         return [part for part in self._parts(kind)[self.rank :: self.world] if not self._is_complete(kind, part)]
 
-    def add_moments(self, part: range, moments: torch.Tensor, unusable: Sequence[int] = ()) -> None:
-        """Write a part's moments [n, 1 or 2, 2c, h, w]; `unusable` lists indices of records whose rows mean nothing."""
-        stored = _cast(moments, self.dtype)
-        hidden = set(unusable)
-        usable = [row for row, index in enumerate(part[: len(stored)]) if index not in hidden]
-        values = stored[usable]
-        logvar = values[:, :, values.shape[2] // 2 :]
-        logvar[np.isneginf(logvar)] = 0  # allowed: the posterior of a codebook is a point
-        self._check(part, len(stored), values)
-        save_array(self._path("moments", part) + ".npy", stored)
-        self._complete("moments", part, {"unusable": sorted(unusable), "shape": list(stored.shape[1:])})
+    def add_moments(self, part: range, moments: Sequence[torch.Tensor | None]) -> None:
+        """Write a part's moments, of each record [1 or 2, 2c, h, w]; None for one that is not usable.
+
+        Raises ValueError if they are too few, or not finite in the files' dtype.
+        """
+        if len(moments) != len(part):
+            raise ValueError(f"part {part.start} to {part.stop - 1} has {len(part)} rows, not {len(moments)}")
+        stored = [None if each is None else _cast(each, self.dtype) for each in moments]
+        usable = [each for each in stored if each is not None]
+        for each in usable:
+            finite = np.isfinite(each)
+            finite[:, each.shape[1] // 2 :] |= np.isneginf(each[:, each.shape[1] // 2 :])  # a codebook's are points
+            self._check(part, finite, each.dtype)
+        shape = usable[0].shape if usable else (0, 0, 0, 0)
+        if any(each.shape[:2] != shape[:2] for each in usable):
+            raise ValueError(f"part {part.start} to {part.stop - 1} mixes moments of {shape[:2]} and other channels")
+        values = np.concatenate([np.zeros(0, self.dtype), *(each.ravel() for each in usable)])
+        save_array(self._path("moments", part) + ".npy", values)
+        sizes = [[0, 0] if each is None else list(each.shape[2:]) for each in stored]
+        self._complete("moments", part, {"flips": shape[0], "channels": shape[1], "sizes": sizes})
 
     def add_contexts(self, part: range, contexts: Sequence[torch.Tensor]) -> None:
         """Write a part's contexts: for each caption its tokens [l, d], without those that the mask hides."""
+        if len(contexts) != len(part):
+            raise ValueError(f"part {part.start} to {part.stop - 1} has {len(part)} rows, not {len(contexts)}")
         packed = pack([_cast(context, "float16") for context in contexts])
-        self._check(part, len(packed), packed.values)
+        self._check(part, np.isfinite(packed.values), packed.values.dtype)
         save_ragged(self._path("contexts", part), packed)
         self._complete("contexts", part, {})
 
-    def close(self, null_tokens: torch.Tensor) -> None:
+    def close(self, null_tokens: torch.Tensor | None) -> None:
         """Write the index, in the process of rank 0, after all others have added their parts.
 
         Args:
-            null_tokens: the context [l, d] of the empty caption, without masked tokens.
+            null_tokens: the context [l, d] of the empty caption, without masked tokens; None if contexts are not kept.
 
-        Raises ValueError if a part is missing.
+        Raises ValueError if a part is missing, or nothing in it is usable.
         """
         if self.rank != 0:
             return
-        markers = {kind: [self._marker(kind, part) for part in self._parts(kind)] for kind in ("moments", "contexts")}
-        shapes = {tuple(marker["shape"]) for marker in markers["moments"]}
+        markers = [self._marker("moments", part) for part in self._parts("moments")]
+        for part in self._parts("contexts"):
+            self._marker("contexts", part)
+        shapes = {(marker["flips"], marker["channels"]) for marker in markers} - {(0, 0)}
         if len(shapes) != 1:
-            raise ValueError(f"{self.folder} holds moments of shapes {sorted(shapes)}; delete it and start again")
-        save_array(os.path.join(self.folder, "null.npy"), _cast(null_tokens, "float16"))
+            raise ValueError(f"{self.folder} holds moments of flips and channels {sorted(shapes)}; make it again")
+        sizes = np.array([size for marker in markers for size in marker["sizes"]], dtype=np.int32)  # [records, 2]
+        ((flips, channels),) = shapes
+        save_array(os.path.join(self.folder, "sizes.npy"), sizes)
+        ends = np.cumsum(flips * channels * sizes.astype(np.int64).prod(1))
+        save_array(os.path.join(self.folder, "ends.npy"), ends)
+        if null_tokens is not None:
+            save_array(os.path.join(self.folder, "null.npy"), _cast(null_tokens, "float16"))
         self._save_captions()
-        unusable = [index for marker in markers["moments"] for index in marker["unusable"]]
         for leftover in glob.glob(os.path.join(glob.escape(self.folder), "*.tmp-*")):
             os.remove(leftover)
-        index = {"format": FORMAT, "records": len(self.records), "captions": len(self.captions), "unusable": unusable}
+        index = {"format": FORMAT, "records": len(self.records), "captions": len(self.captions)}
+        index |= {"contexts": self.contexts, "flips": flips, "channels": channels}
         save_json(os.path.join(self.folder, "index.json"), index)
 
     def _save_captions(self) -> None:
@@ -115,32 +138,46 @@ class ShardWriter:
         save_array(os.path.join(self.folder, "records.npy"), starts)
 
     def _parts(self, kind: str) -> list[range]:
-        return parts(len(self.records if kind == "moments" else self.captions), self.part_size)
+        counts = {"moments": len(self.records), "contexts": len(self.captions) if self.contexts else 0}
+        return parts(counts[kind], self.part_size)
 
     def _path(self, kind: str, part: range) -> str:
         return part_path(self.folder, kind, part)
 
     def _is_complete(self, kind: str, part: range) -> bool:
-        return os.path.exists(self._path(kind, part) + ".json")
+        """Whether a part has its marker and its files the sums that the marker says; a damaged part is made again."""
+        try:
+            sums = read_json(self._path(kind, part) + ".json")["sha256"]
+            return sums == self._sums(kind, part)
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    def _sums(self, kind: str, part: range) -> list[str]:
+        return [_sha256(self._path(kind, part) + ending) for ending in KINDS[kind]]
 
     def _complete(self, kind: str, part: range, more: dict[str, Any]) -> None:
-        save_json(self._path(kind, part) + ".json", {"stop": part.stop, **more})
+        marker = {"stop": part.stop, "sha256": self._sums(kind, part), **more}
+        save_json(self._path(kind, part) + ".json", marker)
 
     def _marker(self, kind: str, part: range) -> dict[str, Any]:
-        if not self._is_complete(kind, part):
+        path = self._path(kind, part) + ".json"
+        if not os.path.exists(path):
             raise ValueError(f"{self.folder} lacks {kind} {part.start} to {part.stop - 1}; run cache_latents.py again")
-        return read_json(self._path(kind, part) + ".json")
+        return read_json(path)
 
-    def _check(self, part: range, rows: int, values: np.ndarray) -> None:
-        if rows != len(part):
-            raise ValueError(f"part {part.start} to {part.stop - 1} has {len(part)} rows, not {rows}")
-        if not np.isfinite(values).all():
-            raise ValueError(f"rows {part.start} to {part.stop - 1} are not finite as {values.dtype}; check the model")
+    def _check(self, part: range, finite: np.ndarray, dtype: np.dtype) -> None:
+        if not finite.all():
+            raise ValueError(f"rows {part.start} to {part.stop - 1} are not finite as {dtype}; check the model")
 
 
 def _cast(values: torch.Tensor, dtype: str) -> np.ndarray:
     with np.errstate(over="ignore"):  # what overflows is refused as not finite
         return values.detach().cpu().float().numpy().astype(dtype)
+
+
+def _sha256(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def parts(count: int, size: int) -> list[range]:
@@ -159,9 +196,12 @@ def as_json(key: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_json(path: str) -> dict[str, Any]:
-    """A JSON file of ours."""
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
+    """A JSON file of ours; ValueError if it is damaged."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path} is damaged; delete it, and run cache_latents.py again") from None
 
 
 def check_key(folder: str, stored: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

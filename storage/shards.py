@@ -1,15 +1,17 @@
 """The latent cache: posterior moments of every picture and the context of every caption, in memory-mapped shards.
 
     key.json                what the cache is made of; written first
-    moments-00000000.npy    [n, 1 or 2, 2c, h, w] of records 0 to n-1; the second is the mirror image, with flips
+    moments-00000000.npy    of records 0 to n-1 in a row, each [1 or 2, 2c, h, w]; the second is the mirror image
     contexts-00000000.npy   [tokens of n captions, d] float16, with .starts.npy [n + 1]: the tokens that the mask keeps
-    ...-00000000.json       beside each part, written after it: the part is complete
+    ...-00000000.json       beside each part, written after it: the part is complete, and its SHA-256
+    sizes.npy, ends.npy     [records, 2]: (h, w) of each record's moments, (0, 0) where it has none and is left out;
+                            [records]: where its numbers end, counted over all parts
     captions, templates     the distinct captions, and which of them belong to which record
     index.json              written last, when all parts are there
 
 Parts are ranges of records, not of processes: any number of processes can go on where others were stopped. A
-caption's context is stored once, however many pictures share it. `CachedLatents` draws caption, flip and replacement
-by the addresses that `ImageDataset` uses.
+caption's context is stored once, however many pictures share it. `CachedLatents` draws caption and flip by the
+addresses that `ImageDataset` uses. Pictures that could not be decoded are left out, as if they had never been there.
 
 Precision: moments are float32 by default and so exactly those that were added; "float16" halves the files at a relative
 error of 2^-11 (mean 1.0 is off by 0.0005 at most). Contexts are always float16.
@@ -28,7 +30,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from storage.dataset import draw_flip, draw_nested, replacements
+from storage.dataset import draw_flip, draw_nested
 from storage.ragged import map_array, map_ragged
 from storage.randomness import generator
 from storage.shard_writer import FORMAT, OWN_KEYS, ShardWriter, as_json, check_key, part_path, parts, read_json
@@ -41,9 +43,8 @@ class CachedSample:
     """What training needs of one captioned image."""
 
     moments: torch.Tensor  # [2c, h, w] float32; of the mirror image, where a flip was drawn
-    tokens: torch.Tensor  # [L, d] float16
-    mask: torch.Tensor  # [L] bool, all true
-    index: int  # of the record that was asked for
+    tokens: torch.Tensor | None  # [L, d] float16; None where contexts are not kept
+    index: int  # among the usable records
     caption: str
 
 
@@ -52,18 +53,21 @@ class CachedBatch:
     """Cached samples of one micro-batch, their contexts padded to the longest."""
 
     moments: torch.Tensor  # [B, 2c, h, w] float32
-    tokens: torch.Tensor  # [B, L, d] float32, zero where masked
-    mask: torch.Tensor  # [B, L] bool, true where there is a token
+    tokens: torch.Tensor | None  # [B, L, d] float32, zero where masked; None where contexts are not kept
+    mask: torch.Tensor | None  # [B, L] bool, true where there is a token
     indices: torch.Tensor  # [B] int64
     captions: list[str]
 
     def pin_memory(self) -> CachedBatch:
         """Called by the loader, so that the copy to a GPU does not wait."""
-        return replace(self, moments=self.moments.pin_memory(), tokens=self.tokens.pin_memory())
+        pinned = replace(self, moments=self.moments.pin_memory())
+        return pinned if self.tokens is None else replace(pinned, tokens=self.tokens.pin_memory())
 
 
 class CachedLatents(Dataset):
     """A finished latent cache: `cache[epoch, index]` is a CachedSample. Opening maps the files and reads none of them.
+
+    `index` counts the usable records, in the order of all records; `usable` [N] has their numbers among these.
 
     Args:
         folder: of the cache.
@@ -71,7 +75,7 @@ class CachedLatents(Dataset):
         seed: the run's seed, from which captions and flips are drawn.
 
     Raises FileNotFoundError if the cache is missing or not complete; ValueError, naming what changed, if its key is
-    another.
+    another, or if it is damaged.
     """
 
     def __init__(self, folder: str, expected_key: Mapping[str, Any] | None = None, seed: int = 0):
@@ -85,64 +89,85 @@ class CachedLatents(Dataset):
         if expected_key is not None:
             own = {name: self.key[name] for name in OWN_KEYS}
             check_key(folder, self.key, {**own, **as_json(expected_key)})
-        self.folder, self.seed, self.size = folder, seed, index["records"]
+        self.folder, self.seed = folder, seed
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # each mapped file keeps a descriptor: 3 per part
-        self.unusable = frozenset(index["unusable"])
-        self._moments = [map_array(f"{name}.npy") for name in self._paths("moments", self.size)]
-        self._contexts = [map_ragged(name) for name in self._paths("contexts", index["captions"])]
+        self.sizes = map_array(os.path.join(folder, "sizes.npy"))  # [records, 2]
+        self.usable = np.flatnonzero(self.sizes[:, 0])
+        self.flips, self.channels = index["flips"] == 2, index["channels"]
+        self._ends = map_array(os.path.join(folder, "ends.npy"))
+        self._moments = self._map_moments()
+        captions = index["captions"] if index["contexts"] else 0
+        self._contexts = [map_ragged(part_path(folder, "contexts", part)) for part in parts(captions, self.part_size)]
         self._captions = map_ragged(os.path.join(folder, "captions"))
         self._templates = map_ragged(os.path.join(folder, "templates"))
         self._records = map_array(os.path.join(folder, "records.npy"))
-        self.null_tokens = torch.from_numpy(np.array(map_array(os.path.join(folder, "null.npy")))).float()  # [L, d]
-        self.null_mask = torch.ones(len(self.null_tokens), dtype=torch.bool)  # [L]
-        self.flips = self._moments[0].shape[1] == 2
-        self.moments_shape = tuple(self._moments[0].shape[2:])  # (2c, h, w)
-        self.context_dim = self.null_tokens.shape[1]
+        self.null_tokens: torch.Tensor | None = None  # [L, d]
+        if index["contexts"]:
+            self.null_tokens = torch.from_numpy(np.array(map_array(os.path.join(folder, "null.npy")))).float()
 
     def __len__(self) -> int:
-        return self.size
+        return len(self.usable)
 
     def __reduce__(self) -> tuple:
         return CachedLatents, (self.folder, None, self.seed)  # workers map the files anew: pickling would copy them
 
     def __getitem__(self, address: tuple[int, int]) -> CachedSample:
         epoch, index = address
+        record = int(self.usable[index])
         flip = self.flips and draw_flip(self.seed, epoch, index)
-        for candidate in replacements(self.seed, epoch, index, self.size):
-            if candidate not in self.unusable:
-                number = int(draw_nested(self.captions_of(candidate), generator(self.seed, "caption", epoch, index)))
-                tokens, mask = self.context(number)
-                return CachedSample(self.moments(candidate, flip), tokens, mask, index, self.caption(number))
-        raise ValueError(f"101 records of {self.folder} in turn are unusable; make it again from better pictures")
+        number = int(draw_nested(self.captions_of(record), generator(self.seed, "caption", epoch, index)))
+        tokens = None if self.null_tokens is None else self.context(number)
+        return CachedSample(self.moments(record, flip), tokens, index, self.caption(number))
 
-    def moments(self, index: int, flip: bool = False) -> torch.Tensor:
+    def buckets(self) -> np.ndarray:
+        """The bucket [N] of each usable record: the number of its size among all sizes, in order of width."""
+        return np.unique(self.sizes[self.usable][:, ::-1], axis=0, return_inverse=True)[1].ravel()
+
+    def moments(self, record: int, flip: bool = False) -> torch.Tensor:
         """A record's posterior moments [2c, h, w], or its mirror image's; float32."""
-        part, row = divmod(index, self.part_size)
-        return torch.from_numpy(self._moments[part][row, int(flip)].astype(np.float32))
+        part, (height, width) = record // self.part_size, self.sizes[record].tolist()
+        area = self.channels * height * width
+        end = int(self._ends[record]) - self._end(part * self.part_size)
+        start = end - 2 * area if self.flips and not flip else end - area
+        values = self._moments[part][start : start + area].astype(np.float32)
+        return torch.from_numpy(values.reshape(self.channels, height, width))
 
-    def captions_of(self, index: int) -> list[np.ndarray]:
+    def captions_of(self, record: int) -> list[np.ndarray]:
         """Numbers of a record's captions: an array for each template."""
-        return [self._templates[template] for template in range(self._records[index], self._records[index + 1])]
+        return [self._templates[template] for template in range(self._records[record], self._records[record + 1])]
 
     def caption(self, number: int) -> str:
         """A caption's text."""
         return self._captions[number].tobytes().decode()
 
-    def context(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A caption's tokens [L, d], float16, and mask [L]."""
+    def context(self, number: int) -> torch.Tensor:
+        """A caption's tokens [L, d], float16."""
         part, row = divmod(number, self.part_size)
-        tokens = torch.from_numpy(np.array(self._contexts[part][row]))
-        return tokens, torch.ones(len(tokens), dtype=torch.bool)
+        return torch.from_numpy(np.array(self._contexts[part][row]))
 
-    def _paths(self, kind: str, count: int) -> list[str]:
-        return [part_path(self.folder, kind, part) for part in parts(count, self.part_size)]
+    def _end(self, stop: int) -> int:
+        """How many numbers the first `stop` records have."""
+        return int(self._ends[stop - 1]) if stop else 0
+
+    def _map_moments(self) -> list[np.ndarray]:
+        mapped = []
+        for part in parts(len(self.sizes), self.part_size):
+            path = part_path(self.folder, "moments", part) + ".npy"
+            mapped.append(map_array(path))
+            if mapped[-1].shape != (self._end(part.stop) - self._end(part.start),):
+                raise ValueError(f"{path} is damaged (its shape is {mapped[-1].shape}); run cache_latents.py again")
+        return mapped
 
 
 def cached_collate(samples: Sequence[CachedSample]) -> CachedBatch:
     """Cached samples as a CachedBatch."""
     moments = torch.from_numpy(np.stack([sample.moments.numpy() for sample in samples]))  # [B, 2c, h, w]
-    tokens = pad_sequence([sample.tokens for sample in samples], batch_first=True)  # [B, L, d]
-    mask = pad_sequence([sample.mask for sample in samples], batch_first=True)  # [B, L]
     indices = torch.tensor([sample.index for sample in samples])
-    return CachedBatch(moments, tokens.float(), mask, indices, [sample.caption for sample in samples])
+    captions = [sample.caption for sample in samples]
+    if samples[0].tokens is None:
+        return CachedBatch(moments, None, None, indices, captions)
+    tokens = pad_sequence([sample.tokens for sample in samples], batch_first=True)  # [B, L, d]
+    lengths = torch.tensor([len(sample.tokens) for sample in samples])
+    mask = torch.arange(tokens.shape[1]) < lengths[:, None]  # [B, L]
+    return CachedBatch(moments, tokens.float(), mask, indices, captions)

@@ -43,8 +43,7 @@ def context_of(caption: str) -> torch.Tensor:
 def fill(writer: ShardWriter, unusable: tuple[int, ...] = (), flips: bool = True) -> list[range]:
     made = []
     for part in writer.missing("moments"):
-        bad = [index for index in part if index in unusable]
-        writer.add_moments(part, torch.stack([moments_of(index, flips) for index in part]), bad)
+        writer.add_moments(part, [None if i in unusable else moments_of(i, flips) for i in part])
         made.append(part)
     for part in writer.missing("contexts"):
         writer.add_contexts(part, [context_of(writer.captions[number]) for number in part])
@@ -70,16 +69,15 @@ def test_ragged_rows_come_back(tmp_path):
 @pytest.mark.parametrize(("dtype", "error"), [("float32", 0.0), ("float16", 2.0**-11)])
 def test_what_was_added_comes_back(tmp_path, dtype, error):
     cache = CachedLatents(make_cache(tmp_path, dtype=dtype), KEY)
-    assert len(cache) == 42 and cache.flips and cache.moments_shape == (3, 16, 16) and cache.context_dim == 3
+    assert len(cache) == 42 and cache.flips and cache.channels == 3
     for index in range(42):
         for flip in (False, True):
             assert (cache.moments(index, flip) - moments_of(index)[int(flip)]).abs().max() <= error
         for numbers, texts in zip(cache.captions_of(index), RECORDS[index].captions, strict=True):
             assert tuple(cache.caption(number) for number in numbers) == texts
             for number, text in zip(numbers, texts, strict=True):
-                tokens, mask = cache.context(number)
-                assert torch.equal(tokens.float(), context_of(text)) and mask.all() and mask.shape == tokens.shape[:1]
-    assert torch.equal(cache.null_tokens, torch.full((2, 3), 0.25)) and cache.null_mask.tolist() == [True, True]
+                assert torch.equal(cache.context(number).float(), context_of(text))
+    assert torch.equal(cache.null_tokens, torch.full((2, 3), 0.25))
 
 
 @pytest.mark.parametrize("flips", [True, False])
@@ -95,15 +93,60 @@ def test_training_from_the_cache_sees_what_training_from_images_sees(tmp_path, f
         assert batch.captions == cached.captions and torch.equal(batch.indices, cached.indices)
 
 
-def test_unusable_records_are_replaced_as_they_are_among_images(tmp_path):
-    broken = list(RECORDS)
-    for index in (3, 17):
-        broken[index] = type(RECORDS[0])(str(tmp_path / "gone.webp"), "gone.webp", RECORDS[index].captions)
-    images = ImageDataset(broken, OPTIONS, seed=7)
-    cache = CachedLatents(make_cache(tmp_path / "cache", unusable=(3, 17)), KEY, seed=7)
-    for address in [(epoch, index) for epoch in range(5) for index in (3, 4, 17)]:
+@pytest.mark.parametrize("unusable", [(3, 17), tuple(range(16)), (41,)])
+def test_unusable_records_are_left_out_as_if_they_had_never_been_there(tmp_path, unusable):
+    good = [record for index, record in enumerate(RECORDS) if index not in unusable]
+    images = ImageDataset(good, OPTIONS, seed=7)
+    cache = CachedLatents(make_cache(tmp_path / "cache", unusable), KEY, seed=7)
+    assert len(cache) == len(good) and [RECORDS[number] for number in cache.usable] == good
+    for address in [(epoch, index) for epoch in range(3) for index in range(len(good))]:
         assert torch.equal(images[address].image, cache[address].moments)
         assert images[address].caption == cache[address].caption
+
+
+def test_moments_of_several_sizes_come_back(tmp_path):
+    sizes = [(4 + index % 3, 8 - index % 5) for index in range(len(RECORDS))]
+    moments = [torch.randn(2, 6, *size) for size in sizes]
+    writer = ShardWriter(str(tmp_path), 0, KEY, RECORDS, part_size=16, contexts=False)
+    for part in writer.missing("moments"):
+        writer.add_moments(part, [moments[index] for index in part])
+    writer.close(None)
+    cache = CachedLatents(str(tmp_path), KEY)
+    assert cache.sizes.tolist() == [list(size) for size in sizes]
+    for index, each in enumerate(moments):
+        assert torch.equal(torch.stack([cache.moments(index), cache.moments(index, flip=True)]), each)
+
+
+def test_a_cache_without_contexts_gives_captions(tmp_path):
+    writer = ShardWriter(str(tmp_path), 0, KEY, RECORDS, part_size=16, contexts=False)
+    assert writer.missing("contexts") == []
+    fill(writer)
+    writer.close(None)
+    cache = CachedLatents(str(tmp_path), KEY)
+    assert not list(tmp_path.glob("contexts*")) and cache.null_tokens is None
+    batch = cached_collate([cache[0, index] for index in range(4)])
+    assert batch.tokens is None and batch.mask is None
+    images = ImageDataset(RECORDS, OPTIONS)
+    assert batch.captions == [images[0, index].caption for index in range(4)]
+
+
+@pytest.mark.parametrize("name", ["moments-00000016.npy", "contexts-00000000.npy", "contexts-00000000.starts.npy"])
+def test_a_part_with_a_flipped_bit_is_made_again_and_no_other(tmp_path, name):
+    folder = make_cache(tmp_path)
+    whole = (tmp_path / name).read_bytes()
+    damaged = bytearray(whole)
+    damaged[-7] ^= 4
+    (tmp_path / name).write_bytes(damaged)
+    writer = ShardWriter(folder, 0, KEY, RECORDS, part_size=16)
+    assert [part.start for part in fill(writer)] == [int(name.split("-")[1][:8])]
+    assert (tmp_path / name).read_bytes() == whole
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"stop": 32}', '{"sha256": null}', "[" * 5000])
+def test_a_part_with_a_damaged_marker_is_made_again(tmp_path, text):
+    folder = make_cache(tmp_path)
+    (tmp_path / "moments-00000016.json").write_text(text)
+    assert [part.start for part in fill(ShardWriter(folder, 0, KEY, RECORDS, part_size=16))] == [16]
 
 
 def test_batches_are_padded_and_masked(tmp_path):
@@ -180,9 +223,11 @@ def test_a_cache_of_something_else_is_refused_by_what_changed(tmp_path):
 def test_damaged_parts_are_named(tmp_path):
     folder = make_cache(tmp_path)
     part = tmp_path / "moments-00000016.npy"
-    part.write_bytes(part.read_bytes()[:5000])
-    with pytest.raises(ValueError, match="moments-00000016.npy is damaged"):
-        CachedLatents(folder)
+    np.save(tmp_path / "shorter.npy", np.load(part)[:-1])
+    for data in (part.read_bytes()[:5000], (tmp_path / "shorter.npy").read_bytes()):
+        part.write_bytes(data)
+        with pytest.raises(ValueError, match="moments-00000016.npy is damaged"):
+            CachedLatents(folder)
 
 
 def test_pickles_are_never_loaded(tmp_path):
@@ -213,7 +258,7 @@ def test_the_point_posterior_of_a_codebook_is_kept_and_a_mean_of_minus_infinity_
     moments = torch.zeros(len(part), 1, 4, 2, 2)
     moments[:, :, 2:] = -torch.inf  # the log-variances
     writer.add_moments(part, moments)
-    stored = map_array(os.path.join(tmp_path, "moments-00000000.npy"))
+    stored = map_array(os.path.join(tmp_path, "moments-00000000.npy")).reshape(-1, 1, 4, 2, 2)
     assert np.isneginf(stored[:, :, 2:]).all() and (stored[:, :, :2] == 0).all()
     for place, value in ((0, -torch.inf), (3, torch.inf), (3, torch.nan)):
         wrong = moments.clone()
@@ -241,4 +286,5 @@ def test_caches_load_through_workers(tmp_path):
 def test_the_index_says_what_there_is(tmp_path):
     make_cache(tmp_path, unusable=(3, 40))
     index = json.loads((tmp_path / "index.json").read_text())
-    assert index["records"] == 42 and index["unusable"] == [3, 40]
+    assert index == {"format": 2, "records": 42, "captions": 103, "contexts": True, "flips": 2, "channels": 3}
+    assert np.flatnonzero(np.load(tmp_path / "sizes.npy")[:, 0] == 0).tolist() == [3, 40]
