@@ -1,4 +1,4 @@
-"""Training state on disk, as tensors and JSON, written so that a crash at any moment leaves a whole one.
+"""Folders of training state (`storage.state`) or a model, written so that a crash at any moment leaves a whole one.
 
 The order is: temporary folder, files, fsync, manifest with a SHA-256 per file, fsync, rename, fsync of the parent;
 older checkpoints are removed only after that. Nothing is pickled, so nothing is ever unpickled.
@@ -6,8 +6,6 @@ older checkpoints are removed only after that. Nothing is pickled, so nothing is
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 import sys
@@ -15,66 +13,48 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
+from storage.manifest import problem, sync_directory, write_manifest
+from storage.state import load_state, open_state, save_state, whole_state
 
-MANIFEST = "manifest.json"
+__all__ = [
+    "checkpoints", "clear_temporaries", "load_state", "newest_valid", "open_state", "problem", "prune", "save_state",
+    "temporary_folder", "whole_state", "write_folder",
+]  # fmt: skip
+
 TEMPORARY = ".tmp-"
 
 
-def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+def write_folder(folder: Path, write: Callable[[Path], Any]) -> None:
     """Make `folder` in one step: `write` fills a temporary folder beside it, which is made durable, then renamed.
 
     An existing `folder` is replaced; there is no moment at which neither is complete under its name or the aside name.
+    `write` may return the sums, by name, of files that other processes made durable (see `manifest.durable_sum`).
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.parent / f"{TEMPORARY}{folder.name}"
+    temporary = temporary_folder(folder)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
+    aside = folder.parent / f"{TEMPORARY}old-{folder.name}"
     try:
-        write(temporary)
-        files = sorted(path for path in temporary.rglob("*") if path.is_file())
-        for path in files:
-            path.chmod(0o644)  # safetensors makes its files readable to their owner alone
-        sums = {path.relative_to(temporary).as_posix(): _sha256_synced(path) for path in files}
-        manifest = temporary / MANIFEST
-        sizes = {path.relative_to(temporary).as_posix(): path.stat().st_size for path in files}
-        manifest.write_text(json.dumps({"sha256": sums, "bytes": sizes}, indent=1))
-        _sha256_synced(manifest)
-        for inner in [*(path for path in temporary.rglob("*") if path.is_dir()), temporary]:
-            _sync_directory(inner)
+        known = write(temporary)
+        write_manifest(temporary, known if isinstance(known, dict) else None)
+        if folder.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(folder, aside)
+        os.rename(temporary, folder)
     except BaseException:
+        if aside.exists() and not folder.exists():
+            os.rename(aside, folder)
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    aside = folder.parent / f"{TEMPORARY}old-{folder.name}"
-    if folder.exists():
-        shutil.rmtree(aside, ignore_errors=True)
-        os.rename(folder, aside)
-    os.rename(temporary, folder)
-    _sync_directory(folder.parent)
+    sync_directory(folder.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def problem(folder: Path, sums: bool = True) -> str | None:
-    """What is wrong with a folder that `write_folder` made; None when every file has its recorded sum.
-
-    With `sums` false only sizes are compared, which reads no file: for folders that were verified when written.
-    """
-    try:
-        manifest = json.loads((Path(folder) / MANIFEST).read_text())
-        expected_sums, expected_bytes = manifest["sha256"], manifest["bytes"]
-    except (OSError, ValueError, KeyError) as error:
-        return f"no readable {MANIFEST} ({type(error).__name__})"
-    for name, expected in expected_sums.items():
-        path = Path(folder) / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != expected_bytes[name]:
-            return f"{name} has {path.stat().st_size} bytes, not {expected_bytes[name]}"
-        if sums and _sha256(path) != expected:
-            return f"{name} is damaged (SHA-256 differs from the manifest's)"
-    return None
+def temporary_folder(folder: Path) -> Path:
+    """Where `write_folder` fills a folder."""
+    return folder.parent / f"{TEMPORARY}{folder.name}"
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -103,67 +83,16 @@ def clear_temporaries(folder: Path) -> None:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` (at least 2) valid checkpoints, and the broken ones older than them."""
-    kept = 0
-    for path in reversed(checkpoints(folder)):
-        if kept >= max(keep, 2):
+    """Remove all but the newest `keep` (at least 2) valid checkpoints, and the broken ones older than them.
+
+    Before anything is removed, two are verified: the newest was read back when it was written, of which only sizes are
+    compared, and another one is read in full here. What is kept besides is judged by its sizes.
+    """
+    newest_first, kept = checkpoints(folder)[::-1], 0
+    if len(newest_first) <= max(keep, 2):
+        return
+    for path in newest_first:
+        if kept >= max(keep, 2) and not path.is_symlink():
             shutil.rmtree(path)
-        elif problem(path, sums=False) is None:
+        elif problem(path, sums=kept == 1) is None:
             kept += 1
-
-
-def save_state(folder: Path, state: dict[str, Any]) -> None:
-    """Write nested dicts and lists of tensors, numbers, strings and None as `state.safetensors` + `state.json`."""
-    tensors: dict[str, torch.Tensor] = {}
-    skeleton = _take_tensors(state, "", tensors)
-    save_file(tensors, Path(folder) / "state.safetensors")
-    (Path(folder) / "state.json").write_text(json.dumps(skeleton))
-
-
-def load_state(folder: Path) -> dict[str, Any]:
-    """Read what `save_state` wrote, tensors on the CPU."""
-    tensors = load_file(Path(folder) / "state.safetensors")
-    return _put_tensors(json.loads((Path(folder) / "state.json").read_text()), tensors)
-
-
-def _take_tensors(node: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
-    if isinstance(node, torch.Tensor):
-        # clone: safetensors refuses tensors that share memory; contiguous: it refuses strides (channels_last weights)
-        tensors[name] = node.detach().to("cpu").contiguous().clone()
-        return {"$tensor": name}
-    if isinstance(node, dict):
-        return {"$dict": [[key, _take_tensors(value, f"{name}/{key}", tensors)] for key, value in node.items()]}
-    if isinstance(node, (list, tuple)):
-        return [_take_tensors(value, f"{name}/{i}", tensors) for i, value in enumerate(node)]
-    if node is None or isinstance(node, (bool, int, float, str)):
-        return node
-    raise TypeError(f"{name}: a {type(node).__name__} cannot be saved as tensors and JSON")
-
-
-def _put_tensors(node: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    if isinstance(node, dict):
-        if "$tensor" in node:
-            return tensors[node["$tensor"]]
-        return {key: _put_tensors(value, tensors) for key, value in node["$dict"]}
-    if isinstance(node, list):
-        return [_put_tensors(value, tensors) for value in node]
-    return node
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sha256_synced(path: Path) -> str:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync_directory(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -20,6 +20,7 @@ from conditioning.conditioner import Conditioner
 from conditioning.transformer import random_transformer, train_tokenizer
 from ldm.denoiser import Denoiser
 from ldm.schedule import make_schedule
+from ldm.settings import Settings
 from ldm.unet import UNet
 from storage.config import load_config, save_config
 from training.optimizer import SCHEDULES, learning_rate
@@ -165,7 +166,7 @@ def test_the_unet_of_a_second_stage_can_be_built_and_its_schedule_goes_with_its_
         unet = UNet(config.unet)
     schedule = make_schedule(config.diffusion.schedule)
     Denoiser(unet, schedule, config.diffusion.prediction)
-    train_ldm.Settings(sampler=config.samples.sampler, steps=config.samples.steps)
+    Settings(sampler=config.samples.sampler, steps=config.samples.steps)
     assert config.optimizer.schedule in SCHEDULES and config.save_precision in ("fp32", "fp16")
     assert not (schedule.ends_in_pure_noise and config.diffusion.weighting == "min_snr")  # would not learn t = 1
 
@@ -231,13 +232,15 @@ def test_accelerate_reads_its_configs(name):
     config = launch(name)
     assert config.mixed_precision == "no"  # the run's own trainer.precision decides; a bare no would be False
     assert config.num_processes % config.num_machines == 0
-    several = config.distributed_type.value == "MULTI_GPU"
+    several = config.distributed_type.value in ("MULTI_GPU", "FSDP")
     assert several == (config.num_processes > 1)
 
 
 def test_accelerate_configs_are_for_as_many_processes_as_their_names_say():
     processes = {name: (launch(name).num_processes, launch(name).num_machines) for name in LAUNCHES}
-    assert processes == {"cpu": (1, 1), "one_gpu": (1, 1), "eight_gpus": (8, 1), "two_nodes": (16, 2)}
+    assert processes == {
+        "cpu": (1, 1), "one_gpu": (1, 1), "eight_gpus": (8, 1), "two_nodes": (16, 2), "fsdp": (8, 1)
+    }  # fmt: skip
     assert launch("cpu").use_cpu and not launch("one_gpu").use_cpu
 
 

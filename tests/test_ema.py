@@ -100,3 +100,36 @@ def test_averages_of_another_model_are_refused_by_name():
     state = Ema(nn.Linear(2, 2), EmaConfig()).state_dict()
     with pytest.raises(ValueError, match="EMA weights do not fit this model: 0.bias, 0.weight"):
         Ema(model(), EmaConfig()).load_state_dict(state)
+
+
+def test_an_average_kept_on_the_cpu_is_the_one_kept_beside_the_model():
+    networks = model(), model()
+    beside, apart = Ema(networks[0], EmaConfig()), Ema(networks[1], EmaConfig(device="cpu"))
+    for network, ema in zip(networks, (beside, apart), strict=True):
+        walk(network, ema, 20)
+        with ema.applied():
+            assert same(dict(network.named_parameters()), ema.averages)
+    assert same(beside.averages, apart.averages)
+    assert not any(
+        a.data_ptr() == p.data_ptr() for a, p in zip(apart.averages.values(), networks[1].parameters(), strict=True)
+    )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_an_average_of_a_model_on_a_gpu_is_kept_on_the_cpu_with_the_same_numbers():
+    networks = model().cuda(), model().cuda()
+    beside, apart = Ema(networks[0], EmaConfig()), Ema(networks[1], EmaConfig(device="cpu"))
+    for step in range(20):
+        for network, ema in zip(networks, (beside, apart), strict=True):
+            draws = torch.Generator().manual_seed(step)
+            with torch.no_grad():
+                for p in network.parameters():
+                    p += torch.randn(p.shape, generator=draws).cuda()
+            ema.update()
+    for name, average in apart.averages.items():
+        assert not average.is_cuda and torch.allclose(average, beside.averages[name].cpu(), rtol=1e-6, atol=1e-6)
+
+
+def test_an_unknown_place_for_the_averages_is_refused():
+    with pytest.raises(ValueError, match="ema.device 'gpu' is unknown; use model or cpu"):
+        EmaConfig(device="gpu")

@@ -78,8 +78,8 @@ def test_the_config_that_is_left_behind_resumes_the_run(given, tmp_path):
 
 
 def test_yaml_and_overrides_lie_over_what_the_model_says(given, tmp_path):
+    from stages.ldm_run import RunConfig, inherited
     from storage.config import load_config
-    from train_ldm import RunConfig, inherited
 
     path = tmp_path / "c.yaml"
     path.write_text("diffusion: {prediction: noise, caption_dropout: 0.2}\nunet: {dropout: 0.1}\n")
@@ -91,8 +91,6 @@ def test_yaml_and_overrides_lie_over_what_the_model_says(given, tmp_path):
 
 
 def test_a_text_encoder_from_scratch_goes_on_learning_and_a_frozen_one_stays(tmp_path):
-    import train_ldm
-
     first, model = tmp_path / "first", tmp_path / "vae"
     build_parts("sd1", tmp_path / "words").autoencoder.save(model)
     text = ["conditioner.kind=scratch", "conditioner.scratch={vocab_size: 600, width: 32, layers: 1, heads: 2}"]
@@ -104,7 +102,7 @@ def test_a_text_encoder_from_scratch_goes_on_learning_and_a_frozen_one_stays(tmp
     run_here("train_ldm.py", f"init_from={first}/model", PICTURES, f"run={tmp_path}/second", *FEW)
     before, after = open_model(first / "model"), open_model(tmp_path / "second" / "model")
     assert after.conditioner.trainable and 0 < change(after.conditioner, before.conditioner) < 1e-2
-    assert train_ldm.open_model(tmp_path / "second" / "model").conditioner.tokenizer.fingerprint() == (
+    assert open_model(tmp_path / "second" / "model").conditioner.tokenizer.fingerprint() == (
         before.conditioner.tokenizer.fingerprint()
     )
 
@@ -155,7 +153,8 @@ def test_an_autoencoder_of_another_shape_is_one_line(given, tmp_path, capsys):
 
 
 def test_overwriting_the_checkpoint_that_a_run_came_from_does_not_change_its_weights(tmp_path):
-    from train_ldm import DataConfig, RunConfig, make_unet
+    from stages.ldm_parts import make_unet
+    from stages.ldm_run import DataConfig, RunConfig
 
     parts, path, yaml = build_parts("sd1", tmp_path), tmp_path / "model.ckpt", write_yaml(tmp_path)
     save_single_file(parts, tmp_path / "model.safetensors")

@@ -51,7 +51,8 @@ def refused(capsys, *command: str) -> str:
     ],
 )
 def test_stage_1_refuses_what_cannot_work_before_it_begins(tmp_path, capsys, override, words):
-    assert words in refused(capsys, *STAGE_1, f"run={tmp_path}", override)
+    assert words in refused(capsys, *STAGE_1, f"run={tmp_path / 'run'}", override)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -71,7 +72,8 @@ def test_stage_1_refuses_what_cannot_work_before_it_begins(tmp_path, capsys, ove
     ],
 )
 def test_stage_2_refuses_what_cannot_work_before_it_begins(tmp_path, capsys, autoencoder, override, words):
-    assert words in refused(capsys, *STAGE_2, f"autoencoder={autoencoder}", f"run={tmp_path}", override)
+    assert words in refused(capsys, *STAGE_2, f"autoencoder={autoencoder}", f"run={tmp_path / 'run'}", override)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_refused_command_leaves_the_config_of_the_run_alone(tmp_path, capsys):
@@ -122,6 +124,9 @@ def test_a_run_that_goes_on_with_other_data_says_so(tmp_path, capsys):
     run_here(*command, "trainer.steps=1")
     run_here(*command, "trainer.steps=2")
     assert "images and captions changed" not in capsys.readouterr().out
-    (folder / "damaged.jpg").unlink()
+    (folder / "damaged.jpg").unlink()  # which nothing was learnt from
     run_here(*command, "trainer.steps=3")
+    assert "images and captions changed" not in capsys.readouterr().out
+    sorted(folder.glob("*.txt"))[0].with_suffix(".webp").unlink()
+    run_here(*command, "trainer.steps=4")
     assert "images and captions changed" in capsys.readouterr().out

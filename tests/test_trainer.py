@@ -2,67 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
-import math
 import os
 import signal
 from pathlib import Path
 
 import pytest
 import torch
+from line_runs import OPTIMIZER, Run, at
 from tiny_runs import metrics
 from torch import nn
 
 from storage.checkpoint import checkpoints
-from training.ema import Ema, EmaConfig
-from training.optimizer import OptimizerConfig, learning_rate
+from training.optimizer import learning_rate
 from training.trainer import Trainer, TrainerConfig
-
-OPTIMIZER = OptimizerConfig(learning_rate=0.1, warmup_steps=3, schedule="cosine", clip_norm=1.0)
 
 
 @pytest.fixture(autouse=True)
 def _no_waiting_for_the_disk(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda handle: None)  # a process that dies loses nothing by it; a machine would
-
-
-class Run:
-    """A run on the line y = 3 x_0 - 2 x_1: batch `step`, sample `j` is drawn from its own seed."""
-
-    def __init__(self, folder: Path, **settings):
-        config = TrainerConfig(**{"steps": 8, "batch_size": 8, "save_every": 3, "log_every": 1, **settings})
-        self.trainer = Trainer(config, folder, {"trainer": {"steps": config.steps}})
-        torch.manual_seed(0)
-        self.model = nn.Linear(2, 1).double()
-        network = self.trainer.network("model", self.model)
-        self.ema = Ema(self.model, EmaConfig())
-        self.optimizer = self.trainer.optimizer("optimizer", [self.model], OPTIMIZER, [self.ema])
-        self.trainer.resume()
-        self.network, self.rates, self.batches = network, [], 0
-
-    def loader(self):
-        first, config = self.trainer.step, self.trainer.config
-        for step in range(first, config.steps):
-            for micro in range(self.trainer.accumulation):
-                positions = range(micro * self.trainer.micro_batch_size, (micro + 1) * self.trainer.micro_batch_size)
-                draws = [torch.Generator().manual_seed(1000 * step + j) for j in positions]
-                yield torch.stack([torch.randn(2, dtype=torch.float64, generator=g) for g in draws])
-
-    def train(self, each=lambda step, loss: loss, save_model=None) -> Run:
-        """Train to the end; `each` may change a loss, or do something at a step."""
-        for x in self.trainer.steps(self.loader(), save_model):
-            y = x @ torch.tensor([3.0, -2.0], dtype=torch.float64)
-            loss = (self.network(x)[:, 0] - y).square().mean()
-            self.trainer.update(each(self.trainer.step, loss), self.optimizer)
-            self.rates.append(self.optimizer.adamw.param_groups[0]["lr"])
-            self.trainer.log(loss=loss)
-            self.batches += 1
-        return self
-
-    def numbers(self) -> list[torch.Tensor]:
-        """Weights, averages and moments."""
-        moments = [value for state in self.optimizer.adamw.state.values() for value in state.values()]
-        return [value.detach().clone() for value in [*self.model.parameters(), *self.ema.averages.values(), *moments]]
 
 
 def equal(a: Run, b: Run) -> bool:
@@ -71,17 +30,6 @@ def equal(a: Run, b: Run) -> bool:
 
 def saved(folder: Path) -> list[int]:
     return [int(path.name[5:]) for path in checkpoints(folder / "state")]
-
-
-def at(wanted: int, action):
-    """For `Run.train`: do something at a step, before its update."""
-
-    def each(step: int, loss: torch.Tensor) -> torch.Tensor:
-        if step == wanted:
-            action()
-        return loss
-
-    return each
 
 
 def crash() -> None:
@@ -130,33 +78,6 @@ def test_positions_number_the_samples_of_the_global_batch(tmp_path):
     assert found == [[0, 1, 2, 3], [4, 5, 6, 7]] * 2
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_gradient_that_is_not_finite_leaves_weights_average_and_moments_untouched(bad, tmp_path, capsys):
-    run, seen = Run(tmp_path, steps=5), []
-
-    def each(step: int, loss: torch.Tensor) -> torch.Tensor:
-        seen.append(run.numbers())
-        return loss * bad if step == 3 else loss
-
-    run.train(each)
-    same = [all(torch.equal(a, b) for a, b in zip(seen[i], seen[i + 1], strict=True)) for i in (2, 3)]
-    assert same == [False, True] and run.ema.updates == 4
-    said = capsys.readouterr().out
-    assert said.startswith("step 4: gradient norm") and said.endswith("this update was left out\n")
-
-
-def test_too_many_bad_steps_in_a_row_end_the_run_with_the_checkpoint_intact(tmp_path):
-    run = Run(tmp_path, steps=20, max_bad_steps=3)
-    with pytest.raises(RuntimeError, match="3 steps in a row had no finite gradient.*lower the learning rate"):
-        run.train(lambda step, loss: loss * math.nan if step >= 6 else loss)
-    assert run.trainer.step == 8 and saved(tmp_path) == [3, 6]
-
-
-def test_a_good_step_starts_the_count_of_bad_ones_anew(tmp_path):
-    run = Run(tmp_path, max_bad_steps=3).train(lambda step, loss: loss if step in (2, 5) else loss * math.nan)
-    assert run.trainer.step == 8 and run.ema.updates == 2
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_exits_with_its_code_and_the_run_goes_on_as_if_uninterrupted(number, tmp_path):
     before = signal.getsignal(number)
@@ -167,6 +88,38 @@ def test_a_signal_saves_and_exits_with_its_code_and_the_run_goes_on_as_if_uninte
     assert again.trainer.step == 4 and equal(again.train(), whole)
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
     assert signal.getsignal(number) == before
+
+
+def test_a_run_asked_for_a_checkpoint_saves_it_at_the_end_of_the_step_and_goes_on(tmp_path):
+    whole, found = Run(tmp_path / "whole").train(), {}
+    run = Run(tmp_path / "run")
+
+    def each(step: int, loss: torch.Tensor) -> torch.Tensor:
+        found[step] = saved(tmp_path / "run")
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return loss
+
+    assert equal(run.train(each), whole)
+    assert found[3] == [3] and found[4] == [3, 4] and found[5] == [3, 4] and found[6] == [4, 6]
+
+
+@pytest.mark.parametrize("numbers", [[signal.SIGUSR1], [signal.SIGTERM], [signal.SIGUSR1, signal.SIGTERM]])
+@pytest.mark.parametrize("step", [2, 7])
+def test_a_step_is_saved_once_however_many_reasons_there_are(step, numbers, tmp_path, monkeypatch):
+    run, written = Run(tmp_path), []
+    monkeypatch.setattr(run.trainer, "save", lambda save_model: written.append(run.trainer.step))
+    with contextlib.suppress(SystemExit):
+        run.train(at(step, lambda: [os.kill(os.getpid(), number) for number in numbers]))
+    assert written.count(step + 1) == 1
+
+
+def test_a_second_signal_ends_the_process_at_once_with_nothing_saved(tmp_path):
+    child = os.fork()
+    if not child:
+        Run(tmp_path).train(at(4, lambda: [os.kill(os.getpid(), signal.SIGTERM) for _ in range(2)]))
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 143 and saved(tmp_path) == [3]
 
 
 def test_a_run_out_of_time_saves_and_exits_0_and_goes_on_when_started_again(tmp_path):
@@ -240,6 +193,9 @@ def test_batch_sizes_that_do_not_divide_and_unknown_precisions_are_refused_with_
         Run(tmp_path, batch_size=batch, micro_batch_size=micro)
     with pytest.raises(ValueError, match="trainer.precision 'fp8' is unknown; use no, bf16 or fp16"):
         Run(tmp_path, precision="fp8")
+    with pytest.raises(ValueError, match="trainer.timeout_minutes 0 must be above 0; use 60"):
+        Run(tmp_path, timeout_minutes=0)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_checkpoint_of_another_model_is_refused_by_the_part_that_does_not_fit(tmp_path):

@@ -1,28 +1,34 @@
-"""AdamW whose learning rate is a pure function of the step, with clipping and a guard against non-finite gradients."""
+"""An optimizer whose learning rate is a pure function of the step, with clipping and a guard against bad gradients."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
+from training.sharding import fill, whole
+from training.update_rules import RULES, as_matrix, check_rule, from_matrix, trained
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW (Loshchilov & Hutter 2019) and its learning rate."""
+    """The rule of the updates and its learning rate."""
 
+    kind: str = "adamw"  # adamw | adamw8bit (moments of one byte; needs bitsandbytes) | muon (AdamW beside it)
     learning_rate: float = 1e-4  # after the warm-up; never scaled behind your back by batch or processes
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # of AdamW; Muon's momentum is 0.95
     weight_decay: float = 0.01  # of matrices and convolutions; biases and norms are not decayed
-    epsilon: float = 1e-8
+    epsilon: float = 1e-8  # of AdamW
     warmup_steps: int = 1000  # optimizer steps of linear warm-up
     schedule: str = "constant"  # after the warm-up: constant, cosine or linear (both to zero at the last step)
     clip_norm: float = 1.0  # largest norm of the gradient of all parameters together; 0 does not clip
 
     def __post_init__(self):
+        check_rule(self.kind)
         if self.schedule not in SCHEDULES:
             raise ValueError(f"optimizer.schedule {self.schedule!r} is unknown; use one of {', '.join(SCHEDULES)}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
@@ -47,66 +53,109 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 
 
 class Optimizer:
-    """One AdamW over the trainable parameters of some modules, with its own fp16 loss scale where that is used."""
+    """The rule over the trainable parameters of some modules, with its own fp16 loss scale where that is used.
+
+    Attributes:
+        rules: torch's optimizers, each with some of the parameters.
+    """
 
     def __init__(
         self, modules: Iterable[nn.Module], config: OptimizerConfig, fp16: bool = False, name: str = "optimizer"
     ):
+        modules = list(modules)
         self.name, self.config = name, config
-        self.bad_steps = 0  # in a row, left out because the gradient was not finite
-        self.parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in self.parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-            {"params": [p for p in self.parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        self.adamw = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=config.learning_rate, betas=tuple(config.betas), eps=config.epsilon, fused=True,
-        )  # fmt: skip
+        self.bad_steps = 0  # in a row, left out because a loss or a gradient was not finite
+        self.parameters = trained(modules)
+        self.rules, self._views = RULES[config.kind](modules, config)
+        self._gradients = torch.optim.SGD(self.parameters)  # never steps: for the scaler to find all gradients at once
         self.scaler = torch.amp.GradScaler(self.parameters[0].device.type, enabled=fp16)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradients of a scalar loss to the parameters' (scaled, under fp16)."""
         self.scaler.scale(loss).backward()
 
-    def step(self, step: int, steps: int) -> tuple[torch.Tensor, bool]:
-        """Clip, update, clear the gradients.
+    def gradient_norm(self) -> torch.Tensor:
+        """The norm of the gradient of all parameters together, whose loss scale is taken out; once per step."""
+        self.scaler.unscale_(self._gradients)
+        return whole(nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
 
-        Returns the gradient norm before clipping, and whether the update was made: a norm that is not finite leaves
-        weights and moments as they were.
+    def step(self, step: int, steps: int, norm: torch.Tensor) -> None:
+        """Clip a gradient whose norm is finite, update, clear the gradients."""
+        if self.config.clip_norm > 0:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip_norm, norm)
+        self._update(learning_rate(self.config, step, steps))
+        self.bad_steps = 0
+        self.scaler.update()
+        self._gradients.zero_grad(set_to_none=True)
+
+    def leave_out(self, losses_finite: bool) -> bool:
+        """Clear the gradients instead, with weights and moments as they were; returns whether the step was a bad one.
+
+        Under fp16 the loss scale begins too high and is halved until gradients no longer overflow, and is doubled again
+        at times: as long as there is a scale to halve and the losses are finite, that is no bad step.
         """
-        for group in self.adamw.param_groups:
-            group["lr"] = learning_rate(self.config, step, steps)
-        self.scaler.unscale_(self.adamw)
-        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        finite = bool(torch.isfinite(norm))
-        if finite:
-            if self.config.clip_norm > 0:
-                nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip_norm, norm)
-            self.scaler.step(self.adamw)
-        self.bad_steps = 0 if finite else self.bad_steps + 1
-        self.scaler.update()  # halves the loss scale after a step that was not finite
-        self.adamw.zero_grad(set_to_none=True)
-        return norm, finite
+        searching = self.scaler.is_enabled() and losses_finite and self.scaler.get_scale() > 1
+        if self.scaler.is_enabled():  # by hand: of several processes one alone may have seen the overflow in its rows
+            state = self.scaler.state_dict()
+            self.scaler.load_state_dict({**state, "_growth_tracker": 0})
+            self.scaler.update(state["scale"] * state["backoff_factor"])
+        if not searching:
+            self.bad_steps += 1
+        self._gradients.zero_grad(set_to_none=True)
+        return not searching
 
     def forget(self, parameter: nn.Parameter, rows: torch.Tensor) -> None:
         """Clear the moments of some rows of a parameter, which were set to something else."""
-        for moment in ("exp_avg", "exp_avg_sq"):
-            if moment in self.adamw.state[parameter]:
-                self.adamw.state[parameter][moment][rows] = 0
+        moments = self._rule(parameter).state.get(parameter, {})
+        for name, moment in moments.items():
+            if getattr(moment, "shape", None) == parameter.shape:
+                # of 8 bits (state1, state2): the code of what is nearest to zero in their map (qmap1, qmap2)
+                coded = moment.dtype == torch.uint8
+                moment[rows] = int(moments[name.replace("state", "qmap")].abs().argmin()) if coded else 0
 
     def state_dict(self) -> dict:
-        """Tensors and numbers, for `storage.checkpoint.save_state`."""
-        return {"adamw": self.adamw.state_dict(), "scaler": self.scaler.state_dict(), "bad_steps": self.bad_steps}
+        """Tensors and numbers, for `storage.checkpoint.save_state`; a moment has the shape of its parameter."""
+        moments = {str(i): self._moments(p) for i, p in enumerate(self.parameters)}
+        scaler = self.scaler.state_dict()
+        return {"kind": self.config.kind, "moments": moments, "scaler": scaler, "bad_steps": self.bad_steps}
 
     def load_state_dict(self, state: dict) -> None:
         """Take back a `state_dict`; betas, decay and epsilon are those of the config, which may have been changed."""
-        groups = self.adamw.state_dict()["param_groups"]
-        self.adamw.load_state_dict({**state["adamw"], "param_groups": groups})
+        if state["kind"] != self.config.kind:
+            raise ValueError(f"its kind is {state['kind']}, not {self.config.kind}")
+        if len(state["moments"]) != len(self.parameters):
+            raise ValueError(f"it is of {len(state['moments'])} parameters, not {len(self.parameters)}")
+        for i, p in enumerate(self.parameters):
+            moments = state["moments"][str(i)]
+            if moments:
+                known = self._views.get(p, p)
+                self._rule(p).state[known] = {name: self._laid(value, p) for name, value in moments.items()}
         self.bad_steps = state["bad_steps"]
-        for p, moments in self.adamw.state.items():
-            for name, value in moments.items():
-                if value.shape == p.shape:  # fused AdamW walks raw memory: moments must lie as their parameter does
-                    moments[name] = torch.empty_like(p).copy_(value)
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
+
+    def _update(self, rate: float) -> None:
+        for p, view in self._views.items():
+            view.grad = None if p.grad is None else as_matrix(p.grad, p)
+        for rule in self.rules:
+            for group in rule.param_groups:
+                group["lr"] = rate
+            rule.step()
+        for view in self._views.values():
+            view.grad = None
+
+    def _rule(self, p: nn.Parameter) -> torch.optim.Optimizer:
+        known = self._views.get(p, p)
+        return next(r for r in self.rules for group in r.param_groups for q in group["params"] if q is known)
+
+    def _moments(self, p: nn.Parameter) -> dict:
+        moments = self._rule(p).state.get(self._views.get(p, p), {})
+        return {name: from_matrix(value, p) if p in self._views else value for name, value in moments.items()}
+
+    def _laid(self, value: Any, p: nn.Parameter) -> Any:
+        """A saved moment as the rule wants it: rules walk raw memory, so moments must lie as their parameter does."""
+        if not hasattr(value, "shape"):
+            return value
+        like = p if value.shape == p.shape else torch.empty(value.shape, device=p.device)
+        moment = fill(torch.empty_like(like, dtype=value.dtype, requires_grad=False), value)
+        return as_matrix(moment, p) if p in self._views else moment

@@ -1,0 +1,100 @@
+"""What a stage-2 run is told: its config, which cache_latents.py reads too, and what init_from gives it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from conditioning.classes import ClassConditioner
+from conditioning.conditioner import Conditioner, ConditionerConfig
+from ldm.densities import DensityConfig
+from ldm.loss import check_weighting
+from ldm.parts import Parts, open_model, purpose
+from ldm.schedule import ScheduleConfig, make_schedule
+from ldm.unet import UNetConfig
+from stages.denoising import SamplesConfig, ValidationConfig
+from storage.config import to_dict
+from storage.dataset import DataConfig
+from training.ema import EmaConfig
+from training.optimizer import OptimizerConfig
+from training.trainer import TrainerConfig
+
+DEFAULT_SAMPLES = ("sampler", "steps", "guidance_scale")  # fields of SamplesConfig that a model has defaults for
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionConfig:
+    """What is learned."""
+
+    prediction: str = "noise"  # what the network outputs: noise, clean, velocity, flow, score or edm
+    weighting: str = "simple"  # of the squared error over noise levels: simple, min_snr, vlb, p2, edm or sigmoid
+    gamma: float | None = None  # of min_snr, p2 and sigmoid; null: the paper's
+    caption_dropout: float = 0.1  # share of captions replaced by the empty one, for classifier-free guidance
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    density: DensityConfig = field(default_factory=DensityConfig)  # how often each time is drawn
+
+    def __post_init__(self):
+        if not 0 <= self.caption_dropout <= 1:
+            raise ValueError(f"diffusion.caption_dropout {self.caption_dropout} is a share; use 0 to 1, often 0.1")
+        check_weighting(self.weighting, self.gamma)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A stage-2 run; cache_latents.py reads the same file."""
+
+    run: str = "runs/ldm"  # folder of everything this run writes
+    seed: int = 0  # of every draw
+    init_from: str | None = None  # model folder or single file to go on from; what is not said here is as it is there
+    data: DataConfig
+    autoencoder: str  # model folder of stage 1, any diffusers model folder, or a single file; default: init_from
+    cache: str | None = None  # folder that cache_latents.py fills; null: encode images while training
+    cache_contexts: bool = True  # of captions too; false where they would take too much disk (docs/scaling.md)
+    cache_precision: Literal["fp32", "fp16"] = "fp32"  # of the cached moments
+    conditioner: ConditionerConfig = field(default_factory=ConditionerConfig)  # default: that of init_from
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    checkpointing: bool = False  # recompute activations in the backward pass: less memory, about 30 % more time
+    save_precision: Literal["fp32", "fp16"] = "fp32"  # of the model folder
+
+
+def open_source(path: str) -> Parts:
+    """The model that init_from names. Raises as `open_model`, saying who takes what a single file may need besides."""
+    try:
+        return open_model(path)
+    except (ValueError, FileNotFoundError) as error:
+        if not any(word in str(error) for word in ("YAML", "tokenizer")):
+            raise
+        mend = "convert_checkpoint.py takes --yaml, --tokenizer and --prediction, and makes a folder for init_from"
+        raise ValueError(f"{error} ({mend})") from None
+
+
+def inherited(values: dict[str, Any]) -> dict[str, Any]:
+    """What a run takes from the model that it goes on from, as the lowest layer of its config."""
+    path = values.get("init_from")
+    if not isinstance(path, str):
+        return {}
+    parts = open_source(path)
+    if parts.extra_channels or not isinstance(parts.conditioner, Conditioner | ClassConditioner):
+        told = purpose(parts) if parts.extra_channels or parts.conditioner is None else "it reads no prompts"
+        raise ValueError(f"init_from {path} can't be trained on captions: {told}")
+    return {
+        "autoencoder": path,
+        "data": {"image_size": parts.unet.config.sample_size * parts.autoencoder.downsampling},
+        "unet": to_dict(parts.unet.config),
+        "diffusion": {
+            "prediction": parts.scheduling.prediction,
+            "schedule": to_dict(make_schedule(parts.scheduling.schedule).config),
+        },
+        "samples": {name: getattr(parts.settings, name) for name in DEFAULT_SAMPLES},
+    }
+
+
+def opened(config: RunConfig) -> Parts | None:
+    """The model that a run goes on from, if there is one."""
+    return None if config.init_from is None else open_source(config.init_from)

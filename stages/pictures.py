@@ -1,0 +1,97 @@
+"""The data of a run: which pictures it trains on, which are held out, and which could not be used."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stages.survey import Survey
+from storage.config import one_line_errors, save_config
+from storage.dataset import Batch, DataConfig, ImageDataset, TooManyBad, collate, make_loader
+from storage.records import RecordList, Records, Skip, fingerprint, read_skipped, totals, write_skipped
+from storage.shards import CachedBatch, CachedLatents, cached_collate
+from training.trainer import Trainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pictures:
+    """What a run trains on and what it is measured on."""
+
+    records: Records  # without those that the cache found unusable
+    dataset: ImageDataset | CachedLatents  # of records.train
+    held_out: ImageDataset  # of records.validation, cropped in the center
+    squares: ImageDataset  # of records.train, all of one shape, whatever the buckets
+    survey: Survey
+    skipped: Path  # the file that says what was skipped, and why
+
+    @classmethod
+    def open(
+        cls, config: DataConfig, survey: Survey, seed: int, run: str, cache: CachedLatents | None = None
+    ) -> Pictures:
+        """The data sets over what can be used, and over a latent cache where there is one."""
+        skipped, records = Path(run) / "skipped.jsonl", survey.records
+        if cache is not None:
+            records = without_unusable(records, cache)
+        squares = ImageDataset(records.train, config, seed, on_skip=str(skipped))
+        dataset = cache or ImageDataset(records.train, config, seed, on_skip=str(skipped), buckets=survey.train)
+        center = dataclasses.replace(config, crop="center", flip=False, max_bad_fraction=1.0)
+        held_out = ImageDataset(records.validation, center, seed, on_skip=str(skipped), buckets=survey.held_out)
+        return cls(records=records, dataset=dataset, held_out=held_out, squares=squares, survey=survey, skipped=skipped)
+
+    def begin(self, trainer: Trainer, config: Any) -> None:
+        """Resume the run, or begin it; from here on its folder says what it was told and what it can't use.
+
+        Raises ValueError as `Trainer.watch` and `Trainer.resume` do.
+        """
+        train, held_out, skipped = self.records.train, self.records.validation, self.records.skipped
+        why = f" ({totals(skipped)}; reasons in {self.skipped})" if skipped else ""
+        trainer.print(f"{len(train)} images, {len(held_out)} held out, {len(skipped)} skipped{why}")
+        trainer.watch("images and captions", fingerprint(train))
+        trainer.resume()
+        if self.survey.memory is not None:
+            self.survey.memory.flush()
+        if trainer.is_main:
+            save_config(config, f"{config.run}/config.yaml")
+            write_skipped(skipped, str(self.skipped))
+
+    def loader(self, trainer: Trainer, seed: int) -> Iterator[Batch | CachedBatch]:
+        """This process's micro-batches, from the step on at which the trainer is.
+
+        Pictures that go bad on the way end the run in one line and exit code 2, where they become too many.
+        """
+        if isinstance(self.dataset, CachedLatents):
+            together, buckets = cached_collate, self.dataset.buckets()
+        else:
+            together, buckets = collate, None if self.survey.train is None else self.survey.train.of
+        order = trainer.order(len(self.dataset), seed, buckets)
+        try:
+            yield from make_loader(self.dataset, order, trainer.config.workers, together)
+        except TooManyBad as error:
+            if trainer.is_main:
+                print(file=sys.stderr)  # end the line of the progress bar
+            with one_line_errors():  # a worker's comes with its traceback ahead
+                raise ValueError(str(error).rpartition(f"{TooManyBad.__name__}: ")[2]) from None
+
+    def names(self, batch: Batch | CachedBatch) -> list[str]:
+        """Of a micro-batch's pictures, as they were asked for, for messages."""
+        return [self.records.train[index].name for index in batch.indices.tolist()]
+
+    def report(self, trainer: Trainer) -> None:
+        """Say how many pictures were skipped in all, if any were."""
+        if trainer.is_main and self.skipped.exists():
+            skips = read_skipped(str(self.skipped))
+            if skips:
+                trainer.print(f"{len(skips)} skipped in all ({totals(skips)}); {self.skipped} says which, and why")
+
+
+def without_unusable(records: Records, cache: CachedLatents) -> Records:
+    """The records that the cache has latents of, in its order; the others count as skipped."""
+    usable = set(cache.usable.tolist())
+    gone = (record.name for i, record in enumerate(records.train) if i not in usable)
+    skipped = [*records.skipped, *(Skip(name, "not decoded by cache_latents.py") for name in gone)]
+    kept = RecordList(record for i, record in enumerate(records.train) if i in usable)
+    return Records(kept, records.validation, skipped)

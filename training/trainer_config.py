@@ -1,0 +1,53 @@
+"""How long a run is, how much it takes at a time, how often it is on disk; and the processes that it runs on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """How long, how much at a time, how often on disk."""
+
+    steps: int = 100_000  # optimizer steps
+    batch_size: int = 32  # images per optimizer step over all processes, so their number does not change the result
+    micro_batch_size: int | None = None  # images per process at a time; None: batch_size / processes
+    precision: str = "no"  # no (float32), bf16 or fp16; weights and moments stay float32
+    compile: bool = False  # torch.compile the trained networks
+    save_every: int = 1000  # optimizer steps between checkpoints
+    keep: int = 2  # checkpoints kept, at least 2
+    log_every: int = 20  # optimizer steps averaged into one line of metrics.jsonl
+    trackers: list[str] = field(default_factory=list)  # accelerate trackers: tensorboard, wandb, ...
+    workers: int = 0  # data loading processes per training process
+    max_minutes: float | None = None  # save and exit 0 after this time, for queues with a limit
+    timeout_minutes: float = 60  # processes wait so long for one another, and so for the previews that the first draws
+    max_bad_steps: int = 20  # non-finite steps in a row that end the run
+    resume: bool = True  # go on from the newest valid checkpoint in the run folder; false: remove what is there
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "save_every", "log_every", "micro_batch_size", "max_bad_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"trainer.{name} {value} must be at least 1")
+        if self.timeout_minutes <= 0:
+            raise ValueError(f"trainer.timeout_minutes {self.timeout_minutes} must be above 0; use 60")
+        if self.precision not in ("no", "bf16", "fp16"):
+            raise ValueError(f"trainer.precision {self.precision!r} is unknown; use no, bf16 or fp16")
+
+
+def make_accelerator(config: TrainerConfig, folder: str | Path) -> Accelerator:
+    """The processes, their devices and their precision; they find one another here."""
+    # buffers are not broadcast: what the networks keep in them is set by the scripts, on every rank alike
+    parallel = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    patience = InitProcessGroupKwargs(timeout=timedelta(minutes=config.timeout_minutes))
+    return Accelerator(
+        mixed_precision=config.precision,
+        log_with=config.trackers or None,
+        project_dir=str(folder),
+        kwargs_handlers=[parallel, patience],
+    )
