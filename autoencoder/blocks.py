@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.normalization import norm_silu
-from kernels.winograd import Convolution
+from operators.normalization import norm_silu
+from operators.winograd import Convolution
 
 EPS = 1e-6
 

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from autoencoder.blocks import EPS, DownLevel, MidLevel, UpLevel
 from autoencoder.config import AutoencoderConfig
-from kernels.normalization import norm_silu
+from operators.normalization import norm_silu
 
 
 def run_layers(levels: Iterable[nn.Module], x: Tensor, checkpointing: bool) -> Tensor:

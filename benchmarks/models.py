@@ -13,9 +13,9 @@ from autoencoder import Autoencoder, AutoencoderConfig
 from autoencoder.interop import to_diffusers
 from benchmarks.theirs import SCALE
 from conditioning.clip import clip_config
-from kernels.winograd import lay_out
 from ldm.options import unet_to_diffusers
 from ldm.unet import UNet, UNetConfig
+from operators.winograd import lay_out
 
 CLIP_L = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
 TINY_CLIP = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)

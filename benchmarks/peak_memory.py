@@ -40,8 +40,8 @@ def our_result(kind: str, size: int, folder: Path, options: argparse.Namespace) 
     from benchmarks.inputs import Pair, Wanted, normal
     from benchmarks.text_to_picture import our_draw
     from benchmarks.unet_forward import our_call
-    from kernels.winograd import lay_out
     from ldm.interop import load_unet
+    from operators.winograd import lay_out
 
     torch.set_num_threads(options.threads)
     with torch.inference_mode():

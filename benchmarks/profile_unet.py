@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import contest, models, theirs
 from benchmarks.inputs import Pair
 from benchmarks.unet_forward import networks, our_call
-from kernels.winograd import Convolution, fits, is_laid_out
+from operators.winograd import Convolution, fits, is_laid_out
 
 WINOGRAD, CONVOLUTION, ATTENTION, LINEAR = "convolution, Winograd", "convolution, others", "attention", "linear layers"
 NORMALIZATION, REST = "normalization, activation", "rest"

@@ -28,11 +28,11 @@ from benchmarks.recall_pictures import Gallery, guidance_sheet, pairs_sheet, pro
 from benchmarks.recall_prompts import KINDS, Case, choose_cases, read_metadata
 from benchmarks.recall_report import write_report
 from ldm import TextToImage
+from stages.ldm_run import RunConfig
 from storage.config import load_config, one_line_errors
 from storage.dataset import ImageDataset, Records, scan
 from storage.images import image_to_tensor, tensor_to_image
 from storage.pictures import check_writable, model_hash
-from train_ldm import RunConfig
 from training.evaluation import psnr, ssim
 
 SCALES = (1.0, 2.0, 4.0, 7.0)

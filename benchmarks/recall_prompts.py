@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from storage.folder import Record
 from storage.metadata import read_rows
 from storage.randomness import generator
+from storage.records import Record
 
 KINDS = ("caption", "keywords", "synonyms")
 COUNTS = {"keywords": 3, "synonyms": 2}  # words in place of the name

@@ -18,7 +18,6 @@ from torch import nn
 
 from benchmarks import contest, models
 from conditioning import Context
-from kernels.winograd import lay_out
 from ldm.denoiser import Denoiser
 from ldm.guidances import GuidanceConfig, Ingredients, guided
 from ldm.reading import Reader
@@ -27,6 +26,7 @@ from ldm.schedule import ScheduleConfig, make_schedule
 from ldm.times import times
 from ldm.unet import UNet, UNetConfig
 from ldm.walk import initial_noise
+from operators.winograd import lay_out
 from storage.config import read_yaml
 
 TOKENS = 20

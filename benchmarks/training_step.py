@@ -33,11 +33,11 @@ def our_step(case: Case, batch: Batch) -> Callable[[], Tensor]:
     """A step as in train_ldm.py, from cached latents and contexts; it returns the loss."""
     from autoencoder import Posterior
     from conditioning import Context
-    from kernels.winograd import lay_out
     from ldm.denoiser import Denoiser
     from ldm.loss import diffusion_loss
     from ldm.schedule import make_schedule
     from ldm.unet import UNet
+    from operators.winograd import lay_out
     from training.ema import Ema, EmaConfig
     from training.optimizer import Optimizer, OptimizerConfig
 
@@ -53,7 +53,7 @@ def our_step(case: Case, batch: Batch) -> Callable[[], Tensor]:
         z_0 = z_0.to(memory_format=torch.channels_last)
         loss = diffusion_loss(denoiser, z_0, context, t, batch.noise).mean()
         optimizer.backward(loss)
-        optimizer.step(0, 1)
+        optimizer.step(0, 1, optimizer.gradient_norm())
         ema.update()
         return loss.detach()
 

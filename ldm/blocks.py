@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.normalization import norm_silu
-from kernels.winograd import Convolution
 from ldm.attention import PlainAttention, Signal, SpatialTransformer, spread, zeroed
+from operators.normalization import norm_silu
+from operators.winograd import Convolution
 
 
 def sinusoids(timestep: Tensor, dim: int) -> Tensor:

@@ -19,8 +19,6 @@ from torch import Tensor
 
 from autoencoder import Autoencoder, preview
 from conditioning import Conditioner, Context
-from kernels import winograd
-from kernels.winograd import lay_out
 from ldm.denoiser import Denoiser
 from ldm.guidance import Denoise
 from ldm.guidances import Ingredients, guided
@@ -34,6 +32,8 @@ from ldm.settings import Settings, random_seed, with_usual_scale
 from ldm.times import times
 from ldm.unet import UNet
 from ldm.walk import Step, initial_noise, walk
+from operators import winograd
+from operators.winograd import lay_out
 from storage.images import tensor_to_image
 
 
@@ -273,7 +273,7 @@ class TextToImage:
             dtype: to compute in, whatever the files hold; on a CPU half precision is many times slower.
             variant: such as "fp16": which weights of a folder that has several.
             config_yaml, tokenizer, prediction: of a single file: see `ldm.single_file.open_single_file`.
-            keep_transforms: spend memory for time on a CPU, see `kernels.winograd.keep_transforms`.
+            keep_transforms: spend memory for time on a CPU, see `operators.winograd.keep_transforms`.
 
         Raises:
             FileNotFoundError, ValueError: naming what is missing, or the option that we don't implement, or that is of

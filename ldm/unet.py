@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels.normalization import norm_silu
 from ldm.attention import (
     MASKED,
     Attention,
@@ -39,6 +38,7 @@ from ldm.blocks import (
     sinusoids,
 )
 from ldm.unet_config import UNetConfig
+from operators.normalization import norm_silu
 
 OUTER = 2  # the input convolution and the first layer; and the last two layers, which read them
 

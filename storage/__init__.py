@@ -6,8 +6,14 @@ Nothing is imported here, so that `storage.config` can be had without loading to
     storage.images      load_image, image_to_tensor, tensor_to_image, fit, grid, UnusableImage
     storage.captions    caption templates: clean, columns_of, expand
     storage.metadata    read_rows, read_sidecar
-    storage.folder      DataConfig, Record, Records, Skip, scan, write_skipped, fingerprint
-    storage.order       Address, Order
+    storage.data_config DataConfig
+    storage.scan        scan: the one door to folders, shards and datasets
+    storage.records     Record, RecordList, Records, Skip, write_skipped, fingerprint
+    storage.rows        gather: rows of any source to records
+    storage.folder      pictures and rows of a folder
+    storage.verify      look_at, Memory: every picture decoded once, so that no bad one is in the order
+    storage.buckets     BucketConfig, Buckets: aspect-ratio buckets
+    storage.order       Address, Order, Turns
     storage.dataset     ImageDataset, Sample, Batch, collate, make_loader, draw_caption
     storage.shards      ShardWriter, CachedLatents, CachedSample, CachedBatch, cached_collate
     storage.weights     read_weights, read_folder, outline, write_weights, place, misfits, read_json; for all rooms

@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 import sys
 import types
 import typing
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
-MAX_BYTES = 1 << 20  # a config larger than this is some other file
+MAX_BYTES = 1 << 18  # a config larger than this is some other file
+MAX_DEPTH = 20  # dots in the key of an override
 MISSING = "???"  # OmegaConf's mark of a value still to be given
 
 
@@ -78,12 +80,18 @@ def save_config(config: Any, path: str) -> None:
     """Write the config as YAML that `load_config` reads back equal; atomically, so that no half file is ever seen."""
     import yaml
 
-    temporary = f"{path}.tmp-{os.getpid()}"
-    with open(temporary, "w", encoding="utf-8") as file:
-        yaml.dump(to_dict(config), file, Dumper=_dumper(), sort_keys=False, allow_unicode=True, default_flow_style=None)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary = f"{path}.tmp"  # of one name for all processes: what a killed one left is written over
+    options = {"sort_keys": False, "allow_unicode": True, "default_flow_style": None}
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            yaml.dump(to_dict(config), file, Dumper=_dumper(), **options)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            os.remove(temporary)
+        raise
 
 
 @contextmanager
@@ -136,12 +144,13 @@ def _read_override(override: str) -> Any:
     from yaml import YAMLError
 
     key, equals, _ = override.partition("=")
-    if not equals or not all(key.split(".")) or key.startswith("-"):
-        raise ValueError(f"override {override!r} is not of the form key=value, such as unet.layers_per_block=1")
+    shown = repr(override if len(override) <= 100 else f"{override[:100]}...")
+    if not equals or not all(key.split(".")) or key.startswith("-") or key.count(".") > MAX_DEPTH:
+        raise ValueError(f"override {shown} is not of the form key=value, such as unet.layers_per_block=1")
     try:
         return OmegaConf.from_dotlist([override])
     except (YAMLError, OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"override {override!r} can't be read: {_one_line(error)}") from None
+        raise ValueError(f"override {shown} can't be read: {_one_line(error)[:300]}") from None
 
 
 def _read_dataclass(values: Any, cls: type, default: Any, where: str) -> Any:
@@ -200,6 +209,8 @@ def _read_value(value: Any, hint: Any, default: Any, name: str) -> Any:
         return float(value)
     if hint is int and isinstance(value, float) and value.is_integer():
         return int(value)  # `steps: 1e5`
+    if hint is float and isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"config key {name} is {value}; it must be a finite number")
     if hint in (int, float, str, bool) and type(value) is hint:
         return value
     mend = "; put it in quotes" if hint is str and isinstance(value, (int, float)) else ""

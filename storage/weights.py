@@ -1,6 +1,7 @@
 """Weight files: safetensors and pickled state dicts, one or in shards, read without running any code of theirs; JSON.
 
-Nothing of ours is imported here, so that every room can read and write weights in the same way.
+Nothing of ours but `storage.safe_tensors` is imported here, so that every room can read and write weights in the same
+way.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from storage import safe_tensors
 
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # all but the first are pickles
 BIN_STEMS = {"model": "pytorch_model"}  # transformers' .bin files have another stem than its .safetensors
@@ -25,8 +26,6 @@ BIN_STEMS = {"model": "pytorch_model"}  # transformers' .bin files have another 
 INERT = ("pytorch_lightning.", "lightning.", "numpy.", "_codecs.encode")
 # names that diffusers gave the layers of plain attention before 0.17; such files are still in use
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-DAMAGES = (SafetensorError, OSError, KeyError, RuntimeError, ValueError)  # what reading a bad safetensors file raises
-MAPPED_TOGETHER = 1 << 25  # bytes of a safetensors file that are mapped into memory at a time, but for the last tensor
 ALIGNMENT = 64  # bytes, of a cache line, at which torch places tensors itself
 MAX_JSON = 1 << 26  # bytes; the index of a sharded model with 100,000 weights has about 10 MB
 AVERAGE = "model_ema."  # before the averages over training in CompVis' files, whose names have no dots
@@ -46,7 +45,7 @@ def read_weights(path: str | os.PathLike, wanted: Callable[[str], bool] | None =
     path, wanted = Path(path), wanted or (lambda name: True)
     _require_weight_file(path)
     if path.suffix == ".safetensors":
-        return _read_safetensors(path, wanted)
+        return safe_tensors.read(path, wanted)
     return {name: _owned(value) for name, value in _state_dict(_read_pickle(path), path).items() if wanted(name)}
 
 
@@ -58,22 +57,12 @@ def outline(path: str | os.PathLike) -> dict[str, Tensor]:
     _require_weight_file(path)
     if path.suffix != ".safetensors":
         return {name: value.to("meta") for name, value in _state_dict(_read_pickle(path), path).items()}
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name).to("meta") for name in file.keys()}  # maps, but reads no weight
-    except DAMAGES as error:
-        raise ValueError(f"{path} is not a readable safetensors file ({_line(error)}); get it again") from None
+    return safe_tensors.outline(path)
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, str]:
     """The metadata in the header of a safetensors file; {} where there is none, or in a file of another kind."""
-    if Path(path).suffix != ".safetensors":
-        return {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            return dict(file.metadata() or {})
-    except DAMAGES as error:
-        raise ValueError(f"{path} is not a readable safetensors file ({_line(error)}); get it again") from None
+    return safe_tensors.read_metadata(Path(path)) if Path(path).suffix == ".safetensors" else {}
 
 
 def read_folder(folder: str | os.PathLike, stem: str, variant: str | None = None) -> dict[str, Tensor]:
@@ -121,7 +110,7 @@ def write_weights(
         seen.add(value.data_ptr())
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file(state, unfinished, metadata={**(metadata or {}), "format": "pt"})
+        safe_tensors.write(state, unfinished, {**(metadata or {}), "format": "pt"})
         unfinished.chmod(0o644)  # safetensors makes it readable to its owner alone
         os.replace(unfinished, path)
     finally:
@@ -135,10 +124,11 @@ def place(module: nn.Module, weights: Mapping[str, Tensor], source: str | os.Pat
     model would draw other pictures from another file.
 
     Raises:
-        ValueError: naming the first five keys that are missing, left over, of another shape, or no floating-point
-            numbers where the module has some.
+        ValueError: naming the first five keys that are missing, left over, of another shape, no floating-point
+            numbers where the module has some, or not finite.
     """
     require_fit(misfits(module.state_dict(), weights), source)
+    require_fit([f"{name} has values that are not finite" for name, w in weights.items() if not _finite(w)], source)
     module.load_state_dict({name: _aligned(weight) for name, weight in weights.items()}, strict=True, assign=True)
 
 
@@ -232,44 +222,6 @@ def _require_weight_file(path: Path) -> None:
         raise ValueError(f"{path} is not a weight file; give one of {', '.join(SUFFIXES)}")
 
 
-def _read_safetensors(path: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-    """The wanted tensors of a file that stays the same meanwhile."""
-    before, weights, fault = _identity(path), {}, None
-    try:
-        weights = _copies(path, wanted)
-    except DAMAGES as error:
-        fault = f"is not a readable safetensors file ({_line(error)}); get it again"
-    if _identity(path) != before:  # whatever else went wrong
-        fault = "was replaced while it was read; try again"
-    if fault:
-        raise ValueError(f"{path} {fault}")
-    return weights
-
-
-def _copies(path: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-    """The tensors of a file, copied out of its mapping, which is given up every few of them: it fills memory, too."""
-    with safe_open(path, framework="pt") as file:
-        names = [name for name in file.keys() if wanted(name)]
-    weights: dict[str, Tensor] = {}
-    while len(weights) < len(names):
-        with safe_open(path, framework="pt") as file:
-            mapped = 0
-            while len(weights) < len(names) and mapped < MAPPED_TOGETHER:
-                name = names[len(weights)]
-                weights[name] = file.get_tensor(name).clone()
-                mapped += weights[name].nbytes
-    return weights
-
-
-def _identity(path: Path) -> tuple[int, ...] | None:
-    """Numbers that differ when a file was written anew; None where it is gone."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
-
-
 def _owned(value: Tensor) -> Tensor:
     """A copy of a tensor of a mapped file; of one that repeats its memory, which a copy could not hold, itself."""
     plain = value.layout == torch.strided and value.nbytes <= value.untyped_storage().nbytes()
@@ -336,6 +288,15 @@ def _shards(index: Path) -> list[Path]:
 def _aligned(weight: Tensor) -> Tensor:
     """The weight where memory is as PyTorch allots it: elsewhere, the last bits of matrix products are others."""
     return weight.clone() if weight.data_ptr() % ALIGNMENT else weight
+
+
+def _finite(weight: Tensor) -> bool:
+    """Whether all numbers are finite, in a twentieth of the time of reading them: a finite sum has finite terms only."""
+    if weight.is_meta or not weight.is_floating_point():
+        return True
+    if weight.itemsize == 1:  # float8, which torch can't add
+        weight = weight.float()
+    return bool(weight.sum().isfinite()) or bool(weight.isfinite().all())
 
 
 def _line(error: BaseException) -> str:

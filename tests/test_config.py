@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -116,6 +117,52 @@ def test_missing_values_are_named():
         load_config(Run, None, [])
     with pytest.raises(ValueError, match="config key folder has no value"):
         load_config(Run, None, ["folder=???"])
+
+
+LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefghi", "bcdefghij", strict=True)
+)
+HOSTILE = {
+    "a billion laughs": LAUGHS,
+    "an alias of itself": "a: &a [*a]\n",
+    "depth": "a: " + "{a: " * 2000 + "1" + "}" * 2000,
+    "many keys": "".join(f"k{i}: 1\n" for i in range(20_000)),
+    "a name of python": "folder: !!python/name:os.system\n",
+    "an object of python": "folder: !!python/object/new:os.system [id]\n",
+    "two documents": "folder: x\n---\nfolder: y\n",
+    "a tab": "\tfolder: x\n",
+    "half a character": 'folder: "\\ud800"\n',
+    "a number of 5,000 digits": "steps: 1" + "0" * 5000 + "\n",
+    "no key": "null: x\n",
+    "a key that is a list": "? [a]\n: b\n",
+    "an interpolation of itself": "folder: ${folder}\n",
+    "an open interpolation": "folder: ${steps\n",
+    "an octal number": "folder: 012\n",
+    "not a number": "folder: x\nlearning_rate: .nan\n",
+    "infinity": "folder: x\nlearning_rate: .inf\n",
+    "10 MB": "#" * 10_000_000,
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_files_are_one_line_and_quick(name, tmp_path):
+    path, started = write(tmp_path, HOSTILE[name]), time.monotonic()
+    with pytest.raises(ValueError) as caught:
+        load_config(Run, path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600 and time.monotonic() - started < 3
+
+
+OVERRIDES = ["folder=" + "[" * 5000, "a" + "{a:" * 3000, "a." * 3000 + "a=1", "folder=\0", "." * 10_000 + "=1"]
+
+
+@pytest.mark.parametrize(
+    "override", [*OVERRIDES, "folder=!!python/name:x", "learning_rate=.nan", "steps=1e400"]
+)
+def test_hostile_overrides_are_one_line_and_quick(override):
+    started = time.monotonic()
+    with pytest.raises(ValueError) as caught:
+        load_config(Run, None, [override])
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600 and time.monotonic() - started < 3
 
 
 @pytest.mark.parametrize(

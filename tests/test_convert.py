@@ -76,7 +76,7 @@ FAULTS = {
     "web page.ckpt": "is not a readable file of torch.save",
     "pickled.ckpt": "holds more than tensors, and reading it would run code of its maker's",
     "flat.safetensors": r"other numbers or dimensions: (\S* is \[3\];? ?){5}; and 3 more",
-    "nan.safetensors": r"weights that are not finite: conv_in.weight of the UNet; get it again",
+    "nan.safetensors": r"the UNet does not fit its configuration: conv_in.weight has values that are not finite",
     "misshapen.safetensors": r"input_blocks.1.0.in_layers.0.weight is \[7\], not \[64\]; (\S* is .*){4}; and 3 more",
     "incomplete.safetensors": r"decoder.up.0.block.0.norm1.weight is missing; (\S* is missing; ){4}and 13 more",
     "unknown.safetensors": "no key begins with model.diffusion_model.; the first keys are layers.0.weight, layers.1",

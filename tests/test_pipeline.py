@@ -11,11 +11,11 @@ import torch
 from small_encoders import build_scratch
 from small_models import SIDE, build_model
 
-from kernels.winograd import Convolution
 from ldm import TextToImage
 from ldm.samplers import SAMPLERS
 from ldm.settings import Settings
 from ldm.unet import UNet
+from operators.winograd import Convolution
 
 KINDS = {
     "KL, CLIP": dict(regularizer="kl", encoder="clip"),

@@ -12,7 +12,8 @@ from benchmarks import prompt_recall
 from benchmarks.recall import distances, nearest, ranks, recall, share, small_rgb
 from benchmarks.recall_pictures import Gallery, save_sheet
 from benchmarks.recall_prompts import choose_cases, read_metadata, share_a_word, words
-from storage.folder import DataConfig, scan
+from storage.data_config import DataConfig
+from storage.scan import scan
 
 ROOT = Path(__file__).parent.parent
 PICTURES = str(ROOT / "tests/pictures")

@@ -1,6 +1,7 @@
-"""A run that is killed at a random moment and started again leaves what an uninterrupted one leaves, bit for bit.
+"""A run that is broken off at an event and started again leaves what an uninterrupted one leaves, bit for bit.
 
-The moments are drawn from a seed that is printed, and so shown where a test fails; STIPPLE_SEED sets it.
+The events are drawn from a seed that is printed, and so shown where a test fails; STIPPLE_SEED sets it. Processes are
+killed in `test_kills.py`.
 """
 
 from __future__ import annotations
@@ -8,14 +9,12 @@ from __future__ import annotations
 import gc
 import os
 import random
-import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import STAGE_1, STAGE_2, differing, files, launch, metrics, run_here, start
+from tiny_runs import STAGE_1, STAGE_2, differing, files, launch, metrics, run_here
 
 from autoencoder import Autoencoder, AutoencoderConfig
 from storage import checkpoint
@@ -105,35 +104,6 @@ def test_a_run_killed_at_random_events_ends_as_if_it_had_not_been(case, draws, t
                 print(f"killed at event {len(events)}, {events[-1]}")
             gc.collect()  # the lock of a process goes with it, that of a trainer when it is collected
     run_here(*command, f"run={tmp_path / 'run'}")
-    assert_same(tmp_path / "run", whole)
-
-
-def kill_at_a_random_moment(command: list[str], run: Path, draws: random.Random) -> None:
-    """Start the script and SIGKILL it a random time after it has first touched its metrics."""
-    delay, path = draws.uniform(0, 1.5), run / "metrics.jsonl"
-    before = path.read_bytes() if path.exists() else b""
-    process = start(*command, f"run={run}", stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    while process.poll() is None and not (path.exists() and path.read_bytes() != before):
-        time.sleep(0.01)
-    time.sleep(delay)
-    process.send_signal(signal.SIGKILL)
-    code, written = process.wait(), path.read_bytes()
-    print(f"SIGKILL after {delay:.2f} s: exit code {code}, {written.count(b'step')} lines written")
-
-
-def test_a_process_killed_at_a_random_moment_and_started_again_ends_as_if_it_had_not_been(case, draws, tmp_path):
-    command, whole = case
-    kill_at_a_random_moment(command, tmp_path / "run", draws)
-    launch(*command, f"run={tmp_path / 'run'}")
-    assert_same(tmp_path / "run", whole)
-
-
-@pytest.mark.slow
-def test_a_process_killed_ten_times_ends_as_if_it_had_not_been(case, draws, tmp_path):
-    command, whole = case
-    for _ in range(10):
-        kill_at_a_random_moment(command, tmp_path / "run", draws)
-    launch(*command, f"run={tmp_path / 'run'}")
     assert_same(tmp_path / "run", whole)
 
 

@@ -1,17 +1,21 @@
 """Claims about weight files: every kind reads the same, no code of a file's maker runs, faults are one line."""
 
+import errno
 import json
+import math
 import os
 import pickle
 import stat
 import struct
 import sys
+import time
 import types
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
-import storage.weights
+import storage.safe_tensors
 from storage.weights import (
     averaged_keys,
     find_weights,
@@ -84,7 +88,7 @@ def test_a_tensor_that_repeats_one_number_takes_no_memory(tmp_path):
 def test_a_file_that_is_replaced_while_it_is_read_is_an_error_and_no_mixture(other, tmp_path, monkeypatch):
     path, opened = tmp_path / "x.safetensors", []
     write_weights(tensors(20), path)
-    safe_open = storage.weights.safe_open
+    safe_open = storage.safe_tensors.safe_open
 
     def replacing(*arguments, **options):
         opened.append(1)
@@ -92,8 +96,8 @@ def test_a_file_that_is_replaced_while_it_is_read_is_an_error_and_no_mixture(oth
             path.unlink() if other is None else write_weights(other, path)
         return safe_open(*arguments, **options)
 
-    monkeypatch.setattr(storage.weights, "safe_open", replacing)
-    monkeypatch.setattr(storage.weights, "MAPPED_TOGETHER", 1)
+    monkeypatch.setattr(storage.safe_tensors, "safe_open", replacing)
+    monkeypatch.setattr(storage.safe_tensors, "MAPPED_TOGETHER", 1)
     with pytest.raises(ValueError, match="x.safetensors was replaced while it was read; try again") as caught:
         read_weights(path)
     assert "\n" not in str(caught.value)
@@ -243,6 +247,53 @@ def test_files_of_something_else_are_one_line(name, suffix, tmp_path):
     with pytest.raises(ValueError, match=rf"x\.{suffix} .*") as caught:
         read_weights(path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_header_of_500000_empty_tensors_is_refused_at_once(tmp_path):
+    """The library would take 20 seconds and a gigabyte."""
+    entry = '"layers.%d.weight":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
+    (tmp_path / "x.safetensors").write_bytes(header("{" + ",".join(entry % i for i in range(500_000)) + "}"))
+    for reads in (read_weights, outline, read_metadata):
+        started = time.monotonic()
+        with pytest.raises(ValueError, match=r"a header of \d+ bytes, weight files have at most \d+\); get it again"):
+            reads(tmp_path / "x.safetensors")
+        assert time.monotonic() - started < 1
+
+
+def test_a_name_that_a_header_has_twice_is_named(tmp_path):
+    """The library takes the last one, another program may take the first."""
+    entry = '"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
+    (tmp_path / "x.safetensors").write_bytes(header("{" + f"{entry},{entry}" + "}") + b"\0\0\x80?")
+    with pytest.raises(ValueError, match="it names 'a' twice"):
+        read_weights(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_placing_refuses_numbers_that_are_not_finite_and_names_the_first_five(dtype, number):
+    module = torch.nn.Sequential(*[torch.nn.Linear(2, 2) for _ in range(4)])
+    weights = {name: value.detach().to(dtype) for name, value in module.state_dict().items()}
+    bad = [name for name in weights if name != "0.weight"]
+    for name in bad:
+        weights[name].view(-1)[-1] = number if number == math.nan or dtype.itemsize > 1 else math.nan
+    told = "; ".join(f"{name} has values that are not finite" for name in bad[:5])
+    with pytest.raises(ValueError, match=f"^here.ckpt does not fit its configuration: {told}; and 2 more$"):
+        place(module, weights, "here.ckpt")
+
+
+def test_placing_takes_numbers_whose_sum_is_too_large(tmp_path):
+    module = torch.nn.Linear(4, 4)
+    place(module, {name: torch.full_like(value, 3e38) for name, value in module.state_dict().items()}, "x")
+
+
+def test_a_full_disk_is_an_error_of_the_disk(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(storage.safe_tensors, "save_file", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_weights(tensors(), tmp_path / "x.safetensors")
+    assert caught.value.errno == errno.ENOSPC and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "nested", "legacy"])

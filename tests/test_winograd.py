@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from autoencoder import Autoencoder, AutoencoderConfig
-from kernels import winograd
-from kernels.winograd import Convolution, convolve, is_laid_out, keep_transforms, lay_out
 from ldm.unet import UNet, UNetConfig
+from operators import winograd
+from operators.winograd import Convolution, convolve, is_laid_out, keep_transforms, lay_out
 
 SHAPES = [  # batch, channels, out, height, width
     (1, 96, 96, 4, 4),  # few pixels: one product with all patches
@@ -60,7 +60,7 @@ def test_only_a_weight_that_is_laid_out_takes_the_fast_way(monkeypatch):
     assert torch.equal(slow, F.conv2d(x, convolution.weight, convolution.bias, padding=1))
     lay_out(convolution)
     calls = []
-    monkeypatch.setattr("kernels.winograd.convolve", lambda *given: calls.append(given) or convolve(*given))
+    monkeypatch.setattr("operators.winograd.convolve", lambda *given: calls.append(given) or convolve(*given))
     assert relative(convolution(x), slow.double()) < 5e-6 and len(calls) == 1
     assert relative(convolution.double()(x.double()), slow.double()) < 5e-6 and len(calls) == 1  # float64: the slow way
 
