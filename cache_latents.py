@@ -98,10 +98,11 @@ def cache(config: RunConfig, arguments: Sequence[str]) -> None:
         buckets = bucketed(records.train, config.data, (state.process_index, state.num_processes))
         dataset = ImageDataset(records.train, config.data, config.seed, f"{config.cache}/skipped.jsonl", buckets)
         cache_moments(writer, dataset, autoencoder, state)
-    cache_contexts(writer, conditioner, state)
-    state.wait_for_everyone()
-    writer.close(encode_captions(conditioner, [""], state.device)[0] if writer.contexts else None)
-    state.wait_for_everyone()
+        cache_contexts(writer, conditioner, state)
+        state.wait_for_everyone()
+        with torch.no_grad():
+            writer.close(encode_captions(conditioner, [""], state.device)[0] if writer.contexts else None)
+        state.wait_for_everyone()
     if state.is_main_process:
         cached = len(CachedLatents(config.cache))
         undecodable = len(records.train) - cached

@@ -72,7 +72,9 @@ def _save(path: str, write: Callable[[IO[bytes]], Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         if os.path.exists(temporary):
             os.remove(temporary)
+        if isinstance(error, OSError) and error.filename is None:  # numpy tells how many bytes, not where
+            raise OSError(f"{path} can't be written ({error}); is the disk full?") from None
         raise

@@ -115,6 +115,10 @@ def stop_after_one_step(command: list[str], run: Path) -> None:
     gc.collect()
 
 
+TWICE = [pytest.param(name, marks=[] if name == "stage 2" else pytest.mark.slow) for name in CASES]
+
+
+@pytest.mark.parametrize("case", TWICE, indirect=True)
 def test_a_run_stopped_on_one_process_goes_on_with_two_bit_for_bit(case, tmp_path):
     command, whole = case
     stop_after_one_step(command, tmp_path / "run")

@@ -14,7 +14,7 @@ from line_runs import OPTIMIZER, Run, at
 from tiny_runs import metrics
 from torch import nn
 
-from storage.checkpoint import checkpoints
+from storage.checkpoint import checkpoints, save_state, write_folder
 from training.optimizer import learning_rate
 from training.trainer import Trainer, TrainerConfig
 
@@ -196,6 +196,13 @@ def test_batch_sizes_that_do_not_divide_and_unknown_precisions_are_refused_with_
     with pytest.raises(ValueError, match="trainer.timeout_minutes 0 must be above 0; use 60"):
         Run(tmp_path, timeout_minutes=0)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("state", [{"step": 3}, {}])
+def test_a_whole_checkpoint_that_is_none_of_a_run_is_refused_in_one_line(state, tmp_path):
+    write_folder(tmp_path / "state" / "step-0000003", lambda folder: save_state(folder, state))
+    with pytest.raises(ValueError, match="step-0000003 is no state of a run; remove it"):
+        Run(tmp_path)
 
 
 def test_a_checkpoint_of_another_model_is_refused_by_the_part_that_does_not_fit(tmp_path):

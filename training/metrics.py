@@ -65,6 +65,12 @@ class Metrics:
         if self.accelerator.trackers:
             self.accelerator.log(values, step=step)
 
+    def sync(self) -> None:
+        """Put the lines so far on disk: those up to a checkpoint are not written again."""
+        if self.path is not None and self.path.exists():
+            with open(self.path) as file:
+                os.fsync(file.fileno())
+
     def rewind(self, step: int, window: dict[str, list[float]] | None = None) -> None:
         """Drop the lines after `step`, which will be written again, and take up the sums of an unfinished window."""
         self._time = time.monotonic()  # what came before was set-up

@@ -137,6 +137,8 @@ class Trainer:
             self.metrics.rewind(0)
         else:
             state = checkpoint.open_state(found)
+            if not isinstance(state, dict) or state.keys() != {"step", "window", "parts"}:
+                raise ValueError(f"{found} is no state of a run; remove it, and the one before it is used")
             self._parts.load_state_dict(state["parts"], found)
             self.step = state["step"]
             self.metrics.rewind(self.step, state["window"])
@@ -248,7 +250,8 @@ class Trainer:
 
     def save(self, save_model: SaveModel | None = None) -> None:
         """Write state/step-N atomically, then the model folder, then prune."""
-        window = self.metrics.window()  # averaged over processes, so every one takes part
+        window = self.metrics.window()  # over all processes, so every one takes part
+        self.metrics.sync()
         sharded = self._networks.sharded
         if self.is_main or sharded:
             state = {"step": self.step, "window": window, "parts": self._parts.state_dict()}
