@@ -14,42 +14,64 @@ from datetime import timedelta
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from autoencoder import Autoencoder
-from conditioning.conditioner import Conditioner
+from conditioning.conditioner import AnyConditioner, Conditioner
 from operators.winograd import lay_out
-from stages.ldm_parts import cache_key, caches_contexts, check_shapes, make_conditioner
+from stages.ldm_parts import MOMENTS_DTYPES, cache_key, caches_contexts, check_shapes, make_conditioner
 from stages.ldm_run import RunConfig, inherited, opened
 from stages.survey import bucketed
 from storage.config import load_config, one_line_errors
-from storage.dataset import ImageDataset, scan, write_skipped
+from storage.dataset import ImageDataset, scan
+from storage.records import Records, merge_skipped
 from storage.shards import CachedLatents, ShardWriter
+from training.run_folder import RunFolder
 
 BATCH = 16  # images, or captions, encoded at a time
 
 
-@torch.no_grad()
-def cache_moments(writer: ShardWriter, dataset: ImageDataset, autoencoder: Autoencoder, state: Accelerator) -> None:
-    """Encode this process's parts of the images, and their mirror images where the config has flips."""
-    flips = (False, True) if dataset.config.flip else (False,)
-    for part in tqdm(writer.missing("moments"), desc="images", disable=not state.is_main_process):
-        moments: dict[int, torch.Tensor] = {}  # record -> [1 or 2, 2c, h, w]
-        for first in range(part.start, part.stop, BATCH):
-            pictures = {}
-            for record in range(first, min(first + BATCH, part.stop)):
-                views = [dataset.picture(record, flip) for flip in flips]
-                if views[0] is not None:
-                    pictures[record] = torch.stack(views)  # [1 or 2, 3, H, W]
-            for size in {views.shape for views in pictures.values()}:
-                alike = [record for record, views in pictures.items() if views.shape == size]
-                images = torch.cat([pictures[record] for record in alike]).to(state.device)
-                encoded = autoencoder.encode(images).moments.cpu().unflatten(0, (len(alike), len(flips)))
-                moments.update(zip(alike, encoded, strict=True))
-        writer.add_moments(part, [moments.get(record) for record in part])
+class Views(Dataset):
+    """Each record's picture, and its mirror image where the config has flips: [1 or 2, 3, H, W], or None."""
+
+    def __init__(self, pictures: ImageDataset):
+        self.pictures, self.flips = pictures, (False, True) if pictures.config.flip else (False,)
+
+    def __getitem__(self, record: int) -> torch.Tensor | None:
+        views = [self.pictures.picture(record, flip) for flip in self.flips]
+        return None if views[0] is None else torch.stack(views)
 
 
 @torch.no_grad()
+def cache_moments(
+    writer: ShardWriter, pictures: ImageDataset, autoencoder: Autoencoder, state: Accelerator, workers: int
+) -> None:
+    """Encode this process's parts of the images; `workers` processes decode."""
+    missing = writer.missing("moments")
+    batches = [[*part[first : first + BATCH]] for part in missing for first in range(0, len(part), BATCH)]
+    views = iter(DataLoader(Views(pictures), batch_sampler=batches, num_workers=workers, collate_fn=list))
+    for part in tqdm(missing, desc="images", disable=not state.is_main_process):
+        moments: list[torch.Tensor | None] = []  # of each record [1 or 2, 2c, h, w]
+        while len(moments) < len(part):
+            moments += encode_views(autoencoder, next(views), state.device)
+        writer.add_moments(part, moments)
+
+
+def encode_views(
+    autoencoder: Autoencoder, views: Sequence[torch.Tensor | None], device: torch.device
+) -> list[torch.Tensor | None]:
+    """The moments [1 or 2, 2c, h, w] of each picture's views, those of one size together; None stays None."""
+    moments: list[torch.Tensor | None] = [None] * len(views)
+    for shape in {each.shape for each in views if each is not None}:
+        alike = [i for i, each in enumerate(views) if each is not None and each.shape == shape]
+        images = torch.cat([views[i] for i in alike]).to(device)
+        encoded = autoencoder.encode(images).moments.cpu().unflatten(0, (len(alike), shape[0]))
+        for i, each in zip(alike, encoded, strict=True):
+            moments[i] = each
+    return moments
+
+
 def cache_contexts(writer: ShardWriter, conditioner: Conditioner, state: Accelerator) -> None:
     """Encode this process's parts of the captions."""
     for part in tqdm(writer.missing("contexts"), desc="captions", disable=not state.is_main_process):
@@ -60,6 +82,7 @@ def cache_contexts(writer: ShardWriter, conditioner: Conditioner, state: Acceler
         writer.add_contexts(part, contexts)
 
 
+@torch.no_grad()
 def encode_captions(conditioner: Conditioner, captions: list[str], device: torch.device) -> list[torch.Tensor]:
     """The context [L, d] of each caption, without masked tokens."""
     tokens = conditioner.tokenize(captions)
@@ -69,45 +92,54 @@ def encode_captions(conditioner: Conditioner, captions: list[str], device: torch
     return [each[mask] for each, mask in zip(context.tokens, context.mask, strict=True)]
 
 
+def open_writer(
+    config: RunConfig, records: Records, autoencoder: Autoencoder, conditioner: AnyConditioner, state: Accelerator
+) -> ShardWriter:
+    """Say what goes to the cache, or make sure that it is what goes there already; the first process does so first."""
+    check_shapes(config, autoencoder, conditioner)
+    key = cache_key(config, records.train, autoencoder, conditioner)
+    with state.main_process_first():
+        writer = ShardWriter(
+            config.cache, state.process_index, key, records.train, state.num_processes,
+            MOMENTS_DTYPES[config.cache_precision], contexts=caches_contexts(config, conditioner),
+        )  # fmt: skip
+    if state.is_main_process:
+        merge_skipped(records.skipped, f"{config.cache}/skipped.jsonl")
+    return writer
+
+
 def cache(config: RunConfig, arguments: Sequence[str]) -> None:
     """Fill `config.cache`; what is already there is not made again. `arguments` are shown for the next command."""
-    with one_line_errors():
-        if config.cache is None:
-            raise ValueError("there is no folder to write to; give cache=FOLDER")
-        # a process may have to make all that another run left undone, so the others wait long for it
-        patience = InitProcessGroupKwargs(timeout=timedelta(days=7))
-        state = Accelerator(kwargs_handlers=[patience])  # unlike PartialState it reads ACCELERATE_USE_CPU
-        records = scan(config.data)
-        if config.data.crop == "random":
-            raise ValueError("data.crop random cannot be cached; use data.crop=center, or train without a cache")
-        autoencoder = Autoencoder.load(config.autoencoder).eval().requires_grad_(False)
-        conditioner = make_conditioner(config, opened(config), records.train)
-        check_shapes(config, autoencoder, conditioner)
-        key = cache_key(config, records.train, autoencoder, conditioner)
-        with state.main_process_first():  # the first one writes the key that the others check
-            writer = ShardWriter(
-                config.cache, state.process_index, key, records.train, state.num_processes,
-                {"fp32": "float32", "fp16": "float16"}[config.cache_precision],
-                contexts=caches_contexts(config, conditioner),
-            )  # fmt: skip
-        if state.is_main_process:
-            write_skipped(records.skipped, f"{config.cache}/skipped.jsonl")
+    if config.cache is None:
+        raise ValueError("there is no folder to write to; give cache=FOLDER")
+    if config.data.crop == "random":
+        raise ValueError("data.crop random cannot be cached; use data.crop=center, or train without a cache")
+    # a process may have to make all that another run left undone, so the others wait long for it
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=7))
+    state = Accelerator(kwargs_handlers=[patience])  # unlike PartialState it reads ACCELERATE_USE_CPU
+    records = scan(config.data)
+    autoencoder = Autoencoder.load(config.autoencoder).eval().requires_grad_(False)
+    conditioner = make_conditioner(config, opened(config), records.train)
+    folder = RunFolder(config.cache, keep=2)  # held while this function runs: no two may fill one cache
+    if state.is_main_process:
+        folder.take()
+    writer = open_writer(config, records, autoencoder, conditioner, state)
     lay_out(autoencoder.to(state.device))
     conditioner.to(state.device)
-    with one_line_errors():
-        buckets = bucketed(records.train, config.data, (state.process_index, state.num_processes))
-        dataset = ImageDataset(records.train, config.data, config.seed, f"{config.cache}/skipped.jsonl", buckets)
-        cache_moments(writer, dataset, autoencoder, state)
-        cache_contexts(writer, conditioner, state)
-        state.wait_for_everyone()
-        with torch.no_grad():
-            writer.close(encode_captions(conditioner, [""], state.device)[0] if writer.contexts else None)
-        state.wait_for_everyone()
+    buckets = bucketed(records.train, config.data, (state.process_index, state.num_processes))
+    entries = len(records.train) + len(records.validation) + len(records.skipped)
+    skipped = f"{config.cache}/skipped.jsonl"
+    pictures = ImageDataset(records.train, config.data, config.seed, skipped, buckets, entries)
+    cache_moments(writer, pictures, autoencoder, state, config.trainer.workers)
+    cache_contexts(writer, conditioner, state)
+    state.wait_for_everyone()
+    writer.close(encode_captions(conditioner, [""], state.device)[0] if writer.contexts else None)
+    state.wait_for_everyone()
     if state.is_main_process:
         cached = len(CachedLatents(config.cache))
-        undecodable = len(records.train) - cached
         print(f"{cached} images and {len(writer.captions)} captions are in {config.cache}")
-        print(f"{len(records.skipped)} skipped, {undecodable} not decoded (see {config.cache}/skipped.jsonl); next:")
+        told = f"{len(records.skipped)} skipped, {len(records.train) - cached} not decoded"
+        print(f"{told} (see {skipped}); next:")
         print("  " + shlex.join(["accelerate", "launch", "train_ldm.py", *arguments]))
 
 
@@ -119,8 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     arguments = parser.parse_intermixed_args(argv)
     with one_line_errors():
-        config = load_config(RunConfig, arguments.config, arguments.overrides, inherited)
-    cache(config, argv)
+        cache(load_config(RunConfig, arguments.config, arguments.overrides, inherited), argv)
 
 
 if __name__ == "__main__":

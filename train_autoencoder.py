@@ -33,8 +33,8 @@ from training.trainer import Trainer
 def train(config: RunConfig) -> None:
     """Train, measure, and leave the model in `run/model`."""
     with one_line_errors():
+        trainer = Trainer(config.trainer, config.run, to_dict(config))  # first: from here on time and signals count
         found = scan(config.data, captioned=False)
-        trainer = Trainer(config.trainer, config.run, to_dict(config))
         networks = build_networks(config, trainer.device)
         survey = Survey.of(found, config.data, trainer)
         pictures = Pictures.open(config.data, survey, config.seed, config.run)
@@ -52,33 +52,33 @@ def train(config: RunConfig) -> None:
         measured.save(folder)
 
     channels, f = config.autoencoder.code_channels, autoencoder.downsampling
-    for batch in trainer.steps(pictures.loader(trainer, seed), save_model, pictures.names):
-        images = batch.images.to(device, memory_format=torch.channels_last, non_blocking=True)
-        latent_shape = (channels, images.shape[2] // f, images.shape[3] // f)
-        noise = normal(seed, "posterior", trainer.step, trainer.positions(), latent_shape).to(device)
-        reconstruction = learner.network(images, noise)
-        # accelerate makes float32 of tensors that leave a network under autocast, but not of those in a dataclass
-        reconstruction = dataclasses.replace(reconstruction, images=reconstruction.images.float())
-        judging = config.discriminator_start is not None and trainer.step + 1 >= config.discriminator_start
-        judgement = judge(networks.discriminator, images, reconstruction.images, config.loss) if judging else None
-        loss = generator_loss(
-            images, reconstruction, config.loss, networks.perceptual, judgement, autoencoder.last_layer
-        )
-        trainer.update(loss.total, learner.optimizer)
-        trainer.log(loss=loss.total, **{k: v for k, v in loss.scalars().items() if k != "total"})
-        if judging:
-            logits, _ = learner.judging_network(torch.cat([images, reconstruction.images.detach()]))
-            judge_loss = discriminator_loss(*logits.chunk(2))
-            trainer.update(judge_loss, learner.judge_optimizer)
-            trainer.log(discriminator_loss=judge_loss)
-        if learner.codebook is not None:
-            learner.codebook.add(reconstruction.indices, reconstruction.posterior.mean)
-            if learner.codebook.due(config.revive_every):
-                trainer.record(**learner.codebook.revive(seed, learner.average, learner.optimizer))
-        if trainer.due(config.validation.every) and len(pictures.held_out):
-            with learner.average.applied():
-                validate(trainer, autoencoder, pictures.held_out, config.validation)
-    pictures.report(trainer)
+    with pictures.reported(trainer):
+        for batch in trainer.steps(pictures.loader(trainer, seed), save_model, pictures.names):
+            images = batch.images.to(device, memory_format=torch.channels_last, non_blocking=True)
+            latent_shape = (channels, images.shape[2] // f, images.shape[3] // f)
+            noise = normal(seed, "posterior", trainer.step, trainer.positions(), latent_shape).to(device)
+            reconstruction = learner.network(images, noise)
+            # accelerate makes float32 of tensors that leave a network under autocast, but not of those in a dataclass
+            reconstruction = dataclasses.replace(reconstruction, images=reconstruction.images.float())
+            judging = config.discriminator_start is not None and trainer.step + 1 >= config.discriminator_start
+            judgement = judge(networks.discriminator, images, reconstruction.images, config.loss) if judging else None
+            loss = generator_loss(
+                images, reconstruction, config.loss, networks.perceptual, judgement, autoencoder.last_layer
+            )
+            trainer.update(loss.total, learner.optimizer)
+            trainer.log(loss=loss.total, **{k: v for k, v in loss.scalars().items() if k != "total"})
+            if judging:
+                logits, _ = learner.judging_network(torch.cat([images, reconstruction.images.detach()]))
+                judge_loss = discriminator_loss(*logits.chunk(2))
+                trainer.update(judge_loss, learner.judge_optimizer)
+                trainer.log(discriminator_loss=judge_loss)
+            if learner.codebook is not None:
+                learner.codebook.add(reconstruction.indices, reconstruction.posterior.mean)
+                if learner.codebook.due(config.revive_every):
+                    trainer.record(**learner.codebook.revive(seed, learner.average, learner.optimizer))
+            if trainer.due(config.validation.every) and len(pictures.held_out):
+                with learner.average.applied():
+                    validate(trainer, autoencoder, pictures.held_out, config.validation)
 
 
 def next_command(config: RunConfig, path: str | None) -> str:

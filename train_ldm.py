@@ -35,8 +35,8 @@ from training.trainer import Trainer
 def train(config: RunConfig) -> None:
     """Train, and leave the model in `run/model`."""
     with one_line_errors():
+        trainer = Trainer(config.trainer, config.run, to_dict(config))  # first: from here on time and signals count
         found = scan(config.data)
-        trainer = Trainer(config.trainer, config.run, to_dict(config))
         survey = Survey.of(found, config.data, trainer, cached=config.cache is not None)
         model = build_model(config, survey.records.train, trainer.device)
         cache = open_cache(config, survey.records.train, model)
@@ -60,34 +60,34 @@ def train(config: RunConfig) -> None:
 
     denoiser = Denoiser(learner.network, model.schedule, diffusion.prediction)
     inputs = Inputs(model.autoencoder, model.conditioner, learner.text_network, cache)
-    for batch in trainer.steps(pictures.loader(trainer, seed), save_model, pictures.names):
-        step, positions = trainer.step, trainer.positions()
-        if config.unet.dropout:  # the one draw that is made inside a network
-            torch.manual_seed(generator(seed, "dropout", step, positions[0]).initial_seed())
-        posterior = inputs.posterior(batch, device)
-        shape = posterior.mean.shape[1:]
-        z_0 = posterior.sample(normal(seed, "posterior", step, positions, shape).to(device))
-        z_0 = z_0.to(memory_format=torch.channels_last)
-        noise = normal(seed, "noise", step, positions, shape).to(device, memory_format=torch.channels_last)
-        t, weight = density.draw(uniform(seed, "t", step, positions))
-        drop = uniform(seed, "caption dropout", step, positions) < diffusion.caption_dropout
-        context = drop_context(*inputs.contexts(batch, device), drop.to(device))
-        losses = diffusion_loss(denoiser, z_0, context, t, noise, diffusion.weighting, diffusion.gamma)
-        loss = (losses * weight.to(losses)).mean()
-        trainer.update(loss, learner.optimizer)
-        trainer.log(loss=loss)
-        if isinstance(density, Importance):
-            learn(trainer, density, losses, seen, seed)
-        if trainer.due(config.validation.every) and len(pictures.held_out):
-            with learner.averaged() as whole:
-                single = Denoiser(whole.unet, model.schedule, diffusion.prediction)
-                told = replace(inputs, conditioner=whole.conditioner)
-                validate(trainer, single, pictures.held_out, told, config.validation, seed)
-        if trainer.due(config.samples.every):
-            with learner.averaged() as whole:
-                if trainer.is_main:
-                    draw_samples(trainer, whole, prompts, seed)
-    pictures.report(trainer)
+    with pictures.reported(trainer):
+        for batch in trainer.steps(pictures.loader(trainer, seed), save_model, pictures.names):
+            step, positions = trainer.step, trainer.positions()
+            if config.unet.dropout:  # the one draw that is made inside a network
+                torch.manual_seed(generator(seed, "dropout", step, positions[0]).initial_seed())
+            posterior = inputs.posterior(batch, device)
+            shape = posterior.mean.shape[1:]
+            z_0 = posterior.sample(normal(seed, "posterior", step, positions, shape).to(device))
+            z_0 = z_0.to(memory_format=torch.channels_last)
+            noise = normal(seed, "noise", step, positions, shape).to(device, memory_format=torch.channels_last)
+            t, weight = density.draw(uniform(seed, "t", step, positions))
+            drop = uniform(seed, "caption dropout", step, positions) < diffusion.caption_dropout
+            context = drop_context(*inputs.contexts(batch, device), drop.to(device))
+            losses = diffusion_loss(denoiser, z_0, context, t, noise, diffusion.weighting, diffusion.gamma)
+            loss = (losses * weight.to(losses)).mean()
+            trainer.update(loss, learner.optimizer)
+            trainer.log(loss=loss)
+            if isinstance(density, Importance):
+                learn(trainer, density, losses, seen, seed)
+            if trainer.due(config.validation.every) and len(pictures.held_out):
+                with learner.averaged() as whole:
+                    single = Denoiser(whole.unet, model.schedule, diffusion.prediction)
+                    told = replace(inputs, conditioner=whole.conditioner)
+                    validate(trainer, single, pictures.held_out, told, config.validation, seed)
+            if trainer.due(config.samples.every):
+                with learner.averaged() as whole:
+                    if trainer.is_main:
+                        draw_samples(trainer, whole, prompts, seed)
     command = shlex.join(["python", "txt2img.py", prompts[0], "--checkpoint", f"{config.run}/model"])
     trainer.print(f"the model is in {config.run}/model; next:\n  {command}")
 

@@ -31,6 +31,8 @@ from training.ema import Ema
 from training.optimizer import Optimizer
 from training.trainer import Trainer
 
+MOMENTS_DTYPES = {"fp32": "float32", "fp16": "float16"}  # of RunConfig.cache_precision
+
 
 def make_conditioner(config: RunConfig, init: Parts | None, records: Sequence[Record]) -> AnyConditioner:
     """The text encoder that the config names; else that of init_from, which learns on if it learnt with the UNet."""
@@ -86,6 +88,7 @@ def cache_key(
         "flip": data.flip,
         "background": data.background,
         "buckets": None if data.buckets is None else dataclasses.asdict(data.buckets),
+        "moments_dtype": MOMENTS_DTYPES[config.cache_precision],
         "autoencoder": autoencoder.fingerprint(),
         "text_encoder": conditioner.fingerprint() if caches_contexts(config, conditioner) else None,
     }
@@ -173,11 +176,13 @@ class Learner:
         with ExitStack() as stack:
             for average in self.averages:
                 stack.enter_context(average.applied())
-            for module in self.modules:
-                module.eval()
-            yield self._whole(saved)
-            for module in self.modules:
-                module.train()
+            try:
+                for module in self.modules:
+                    module.eval()
+                yield self._whole(saved)
+            finally:
+                for module in self.modules:
+                    module.train()
 
     def _whole(self, saved: bool) -> TextToImage | None:
         copies, model = [self.trainer.whole(module, saved) for module in self.modules], self.model

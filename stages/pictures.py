@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from typing import Any
 from stages.survey import Survey
 from storage.config import one_line_errors, save_config
 from storage.dataset import Batch, DataConfig, ImageDataset, TooManyBad, collate, make_loader
-from storage.records import RecordList, Records, Skip, fingerprint, read_skipped, totals, write_skipped
-from storage.shards import CachedBatch, CachedLatents, cached_collate
+from storage.records import RecordList, Records, Skip, fingerprint, merge_skipped, read_skipped, totals, write_skipped
+from storage.shards import CachedBatch, CachedLatents, DamagedCache, cached_collate
+from training.together import on_main
 from training.trainer import Trainer
 
 
@@ -37,13 +39,16 @@ class Pictures:
         if cache is not None:
             records = without_unusable(records, cache)
         squares = ImageDataset(records.train, config, seed, on_skip=str(skipped))
-        dataset = cache or ImageDataset(records.train, config, seed, on_skip=str(skipped), buckets=survey.train)
+        entries = len(records.train) + len(records.validation) + len(records.skipped)
+        dataset = cache or ImageDataset(records.train, config, seed, str(skipped), survey.train, entries)
         center = dataclasses.replace(config, crop="center", flip=False, max_bad_fraction=1.0)
         held_out = ImageDataset(records.validation, center, seed, on_skip=str(skipped), buckets=survey.held_out)
         return cls(records=records, dataset=dataset, held_out=held_out, squares=squares, survey=survey, skipped=skipped)
 
     def begin(self, trainer: Trainer, config: Any) -> None:
         """Resume the run, or begin it; from here on its folder says what it was told and what it can't use.
+
+        Of a run that goes on, what went bad on the way before stays among what was skipped.
 
         Raises ValueError as `Trainer.watch` and `Trainer.resume` do.
         """
@@ -54,14 +59,18 @@ class Pictures:
         trainer.resume()
         if self.survey.memory is not None:
             self.survey.memory.flush()
-        if trainer.is_main:
+
+        def write() -> None:
             save_config(config, f"{config.run}/config.yaml")
-            write_skipped(skipped, str(self.skipped))
+            (merge_skipped if trainer.step else write_skipped)(skipped, str(self.skipped))
+
+        on_main(write, trainer.is_main)  # and the others wait, before they append to what was skipped
 
     def loader(self, trainer: Trainer, seed: int) -> Iterator[Batch | CachedBatch]:
         """This process's micro-batches, from the step on at which the trainer is.
 
-        Pictures that go bad on the way end the run in one line and exit code 2, where they become too many.
+        Pictures that go bad on the way end the run in one line and exit code 2, where they become too many; so does a
+        damaged latent cache.
         """
         if isinstance(self.dataset, CachedLatents):
             together, buckets = cached_collate, self.dataset.buckets()
@@ -70,20 +79,23 @@ class Pictures:
         order = trainer.order(len(self.dataset), seed, buckets)
         try:
             yield from make_loader(self.dataset, order, trainer.config.workers, together)
-        except TooManyBad as error:
+        except (TooManyBad, DamagedCache) as error:
             if trainer.is_main:
                 print(file=sys.stderr)  # end the line of the progress bar
             with one_line_errors():  # a worker's comes with its traceback ahead
-                raise ValueError(str(error).rpartition(f"{TooManyBad.__name__}: ")[2]) from None
+                raise ValueError(str(error).rpartition(f"{type(error).__name__}: ")[2]) from None
 
     def names(self, batch: Batch | CachedBatch) -> list[str]:
         """Of a micro-batch's pictures, as they were asked for, for messages."""
         return [self.records.train[index].name for index in batch.indices.tolist()]
 
-    def report(self, trainer: Trainer) -> None:
-        """Say how many pictures were skipped in all, if any were."""
-        if trainer.is_main and self.skipped.exists():
-            skips = read_skipped(str(self.skipped))
+    @contextmanager
+    def reported(self, trainer: Trainer) -> Iterator[None]:
+        """Say how many pictures were skipped in all, if any were, when the run ends, however it does."""
+        try:
+            yield
+        finally:
+            skips = read_skipped(str(self.skipped)) if trainer.is_main and self.skipped.exists() else []
             if skips:
                 trainer.print(f"{len(skips)} skipped in all ({totals(skips)}); {self.skipped} says which, and why")
 

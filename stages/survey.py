@@ -11,6 +11,7 @@ from storage.buckets import Buckets, assign, bucket_shapes
 from storage.data_config import DataConfig
 from storage.records import Record, Records
 from storage.verify import Look, Memory, look_at, read_sizes, without_bad
+from training.together import Problem
 from training.trainer import Trainer
 
 
@@ -27,7 +28,8 @@ class Survey:
     def of(cls, records: Records, config: DataConfig, trainer: Trainer, cached: bool = False) -> Survey:
         """Look at what `scan` found, unless a latent cache has done so; the processes share the work.
 
-        Raises ValueError if more than `data.max_bad_fraction` can't be used.
+        Raises ValueError if more than `data.max_bad_fraction` can't be used or another run holds the folder, OSError
+        where the system fails.
         """
         share = trainer.rank, trainer.world
         if cached:
@@ -35,9 +37,10 @@ class Survey:
         if not config.verify:
             train, held_out = (bucketed(part, config, share) for part in (records.train, records.validation))
             return cls(records=records, train=train, held_out=held_out)
-        memory = Memory(str(trainer.folder.path), trainer.rank)
-        train = together(lambda part: look_at(part, memory, share), records.train, share)
-        held_out = together(lambda part: look_at(part, memory, share), records.validation, share)
+        with trainer.holding_folder():  # to which a verification that takes long writes
+            memory = Memory(str(trainer.folder.path), trainer.rank)
+            train = together(lambda part: look_at(part, memory, share), records.train, share)
+            held_out = together(lambda part: look_at(part, memory, share), records.validation, share)
         records = without_bad(records, train, held_out, config)
         buckets = [in_buckets([look for look in looks if not look.reason], config) for looks in (train, held_out)]
         return cls(records=records, train=buckets[0], held_out=buckets[1], memory=memory)
@@ -61,10 +64,15 @@ def in_buckets(looks: Sequence[Look], config: DataConfig) -> Buckets | None:
 def together(
     look: Callable[[Sequence[Record]], list[Look]], records: Sequence[Record], share: tuple[int, int]
 ) -> list[Look]:
-    """The looks of all processes, in order of the records."""
+    """The looks of all processes, in order of the records; an OSError of one is raised in all."""
     rank, world = share
-    own = look(records)
+    try:
+        answer = (rank, look(records), None)
+    except OSError as error:
+        answer = (rank, [], Problem.of(error))
     looks: list[Look] = [Look()] * len(records)
-    for index, each in gather_object(list(zip(range(rank, len(records), world), own, strict=True))):
-        looks[index] = each
+    for each, own, problem in gather_object([answer]):
+        if problem is not None:
+            raise problem.error(OSError)
+        looks[each::world] = own
     return looks

@@ -10,10 +10,11 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from storage.manifest import problem, sync_directory, write_manifest
+from storage.manifest import make_directory, problem, sync_directory, write_manifest
 from storage.state import load_state, open_state, save_state, whole_state
 
 __all__ = [
@@ -31,7 +32,7 @@ def write_folder(folder: Path, write: Callable[[Path], Any]) -> None:
     `write` may return the sums, by name, of files that other processes made durable (see `manifest.durable_sum`).
     """
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(folder.parent)
     temporary = temporary_folder(folder)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
@@ -40,7 +41,7 @@ def write_folder(folder: Path, write: Callable[[Path], Any]) -> None:
         known = write(temporary)
         write_manifest(temporary, known if isinstance(known, dict) else None)
         if folder.exists():
-            shutil.rmtree(aside, ignore_errors=True)
+            _remove(aside)
             os.rename(folder, aside)
         os.rename(temporary, folder)
     except BaseException:
@@ -49,7 +50,7 @@ def write_folder(folder: Path, write: Callable[[Path], Any]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync_directory(folder.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    _remove(aside)
 
 
 def temporary_folder(folder: Path) -> Path:
@@ -62,10 +63,13 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in Path(folder).glob("step-*") if path.is_dir())
 
 
-def newest_valid(folder: Path) -> Path | None:
-    """The newest checkpoint whose manifest holds; each newer one that does not is named on stderr."""
+def newest_valid(folder: Path, sums: bool = True) -> Path | None:
+    """The newest checkpoint whose manifest holds; each newer one that does not is named on stderr.
+
+    With `sums` false only sizes are compared, as by `manifest.problem`.
+    """
     for path in reversed(checkpoints(folder)):
-        wrong = problem(path)
+        wrong = problem(path, sums)
         if wrong is None:
             return path
         print(f"checkpoint {path} is not used: {wrong}", file=sys.stderr)
@@ -79,7 +83,16 @@ def clear_temporaries(folder: Path) -> None:
         if name != path.name and not (path.parent / name).exists():
             os.rename(path, path.parent / name)
         else:
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove what was put aside as far as possible: a folder, or the file or symbolic link that was in its place."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def prune(folder: Path, keep: int) -> None:

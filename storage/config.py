@@ -17,8 +17,10 @@ import types
 import typing
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
+
+from storage.atomic import writing
 
 MAX_BYTES = 1 << 18  # a config larger than this is some other file
 MAX_DEPTH = 20  # dots in the key of an override
@@ -80,18 +82,9 @@ def save_config(config: Any, path: str) -> None:
     """Write the config as YAML that `load_config` reads back equal; atomically, so that no half file is ever seen."""
     import yaml
 
-    temporary = f"{path}.tmp"  # of one name for all processes: what a killed one left is written over
     options = {"sort_keys": False, "allow_unicode": True, "default_flow_style": None}
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            yaml.dump(to_dict(config), file, Dumper=_dumper(), **options)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            os.remove(temporary)
-        raise
+    with writing(path, "w", encoding="utf-8") as file:
+        yaml.dump(to_dict(config), file, Dumper=_dumper(), **options)
 
 
 @contextmanager

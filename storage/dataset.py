@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
-import json
-import os
+import multiprocessing
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from storage.data_config import DataConfig
 from storage.images import UnusableImage, fit, load_image
 from storage.order import Address, Order
 from storage.randomness import generator
-from storage.records import Record, Records, Skip, fingerprint, write_skipped
+from storage.records import Record, Records, Skip, SkipLog, fingerprint, write_skipped
 from storage.scan import scan
 
 __all__ = [
@@ -85,7 +85,16 @@ class ImageDataset(Dataset):
 
     A file that can't be decoded is replaced by another record, drawn by the same address; it is kept in `.skipped`
     (once) and appended to the JSON-lines file `on_skip`, if that path is given. Raises TooManyBad when more than
-    `max_bad_fraction` fail.
+    `max_bad_fraction` fail, OSError where the system does.
+
+    Args:
+        records: what there is to learn from.
+        config: of the data.
+        seed: the run's.
+        on_skip: the file of skips that all processes and workers append to.
+        buckets: of the records; None: all are square.
+        entries: of how many `max_bad_fraction` is the share that `on_skip` may name: records of both splits, and what
+            was skipped before. None: the share of `records` that this object itself met.
     """
 
     def __init__(
@@ -95,8 +104,10 @@ class ImageDataset(Dataset):
         seed: int = 0,
         on_skip: str | None = None,
         buckets: Buckets | None = None,
+        entries: int | None = None,
     ):
-        self.records, self.config, self.seed, self.on_skip, self.buckets = records, config, seed, on_skip, buckets
+        self.records, self.config, self.seed, self.buckets = records, config, seed, buckets
+        self.log, self.entries = SkipLog(on_skip) if on_skip else None, entries
         self.background = ImageColor.getrgb(config.background)[:3]
         self.skipped: dict[int, Skip] = {}
 
@@ -112,7 +123,7 @@ class ImageDataset(Dataset):
             if image is not None:
                 caption = draw_caption(self.records[candidate], generator(self.seed, "caption", epoch, index))
                 return Sample(image, caption, index)
-        raise ValueError(f"101 records in turn can't be decoded; the last is {self.records[candidate].path}")
+        raise TooManyBad(f"101 records in turn can't be decoded; the last is {self.records[candidate].path}")
 
     def shape(self, index: int) -> tuple[int, int]:
         """Width and height of a record's image, in pixels."""
@@ -137,7 +148,8 @@ class ImageDataset(Dataset):
         if index in self.skipped:
             return None
         try:
-            image = load_image(self.records[index].open(), self.background)
+            with self.records[index].named():
+                image = load_image(self.records[index].open(), self.background)
         except UnusableImage as error:
             self._skip(index, str(error))
             return None
@@ -145,24 +157,15 @@ class ImageDataset(Dataset):
 
     def _skip(self, index: int, reason: str) -> None:
         self.skipped[index] = Skip(self.records[index].name, reason)
-        if self.on_skip:
-            _append_once(self.on_skip, self.skipped[index])
-        if len(self.skipped) > self.config.max_bad_fraction * len(self.records):
+        bad, among = len(self.skipped), len(self.records)
+        if self.log is not None:
+            logged = self.log.append(self.skipped[index])  # by all processes
+            bad, among = (logged, self.entries) if self.entries is not None else (bad, among)
+        if bad > self.config.max_bad_fraction * among:
             raise TooManyBad(
-                f"{len(self.skipped)} of {len(self.records)} images can't be decoded, more than data.max_bad_fraction "
+                f"{bad} of {among} images can't be used, more than data.max_bad_fraction "
                 f"{self.config.max_bad_fraction}; the last is {self.records[index].path}: {reason}"
             )
-
-
-def _append_once(path: str, skip: Skip) -> None:
-    """Append a skip unless another worker, process or earlier run has; one write, so that lines never mix."""
-    line = json.dumps(dataclasses.asdict(skip)) + "\n"
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            if line in file:
-                return
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(line)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -178,10 +181,21 @@ def _leave_signals_to_the_trainer(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def _end_workers() -> None:
+    """Kill the workers that are left when the process ends: they ignore the SIGTERM that multiprocessing sends them."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error for each
+    for worker in multiprocessing.active_children():
+        if worker.daemon:
+            worker.kill()
+
+
 def make_loader(
     dataset: Dataset, order: Order, workers: int = 0, collate: Callable[[Sequence[Any]], Any] = collate
 ) -> DataLoader:
     """A loader of one process's micro-batches; its workers draw nothing from the process's own random state."""
+    if workers:
+        atexit.unregister(_end_workers)  # once is enough
+        atexit.register(_end_workers)
     return DataLoader(
         dataset,
         batch_sampler=order,

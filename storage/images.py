@@ -6,7 +6,9 @@ taken as sRGB.
 
 from __future__ import annotations
 
+import errno
 import functools
+import os
 import warnings
 from collections.abc import Sequence
 from typing import IO
@@ -30,6 +32,17 @@ TRANSPOSE = {
     8: Image.Transpose.ROTATE_90,
 }
 CROPS = ("center", "random")
+# what a path or a damaged file can make the system say; any other number is of the system, and passes
+OF_THE_FILE = {
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.EINVAL,
+    errno.EOVERFLOW,
+}
+OUT_OF_MEMORY = "out of memory"  # what a codec says when there is none, or when a damaged file asks for too much
 
 
 class UnusableImage(ValueError):
@@ -37,7 +50,7 @@ class UnusableImage(ValueError):
 
 
 def read_size(source: str | IO[bytes]) -> tuple[int, int]:
-    """Width and height of the upright picture, from the header alone; raises UnusableImage."""
+    """Width and height of the upright picture, from the header alone; raises as `load_image` does."""
     with _open(source) as image:
         turned = image.format != "TIFF" and _orientation(image) >= 5  # Pillow gives a TIFF's upright size itself
         return image.size[::-1] if turned else image.size
@@ -46,7 +59,8 @@ def read_size(source: str | IO[bytes]) -> tuple[int, int]:
 def load_image(source: str | IO[bytes], background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
     """Decode a file to an upright PIL RGB image: EXIF orientation applied, alpha over `background`, first frame only.
 
-    16-bit gray and color are scaled by 1/257, so that 65535 becomes 255. Raises UnusableImage with the reason.
+    16-bit gray and color are scaled by 1/257, so that 65535 becomes 255. Raises UnusableImage with the reason; OSError
+    with its number where the system fails, of which nothing follows for the picture: too many open files, no memory.
     """
     with _open(source) as image:
         try:
@@ -60,7 +74,7 @@ def load_image(source: str | IO[bytes], background: tuple[int, int, int] = (255,
         except UnusableImage:
             raise
         except Exception as error:  # decoders raise OSError, SyntaxError, IndexError, struct.error, ... on damaged data
-            raise UnusableImage(_reason(error)) from None
+            raise _judged(error) from None
     return decoded if transpose is None else decoded.transpose(transpose)
 
 
@@ -71,7 +85,7 @@ def _open(source: str | IO[bytes]) -> Image.Image:
         _ignore_warnings()
         image = Image.open(source, formats=FORMATS)
     except Exception as error:
-        raise UnusableImage(_reason(error)) from None
+        raise _judged(error) from None
     width, height = image.size
     if not 0 < width * height <= MAX_PIXELS:
         image.close()
@@ -85,6 +99,15 @@ def _ignore_warnings() -> None:
     """Silence Pillow, once and for all: threads would undo each other's `warnings.catch_warnings`."""
     # of bombs: refused by our own cap; the rest is noise about metadata
     warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def _judged(error: Exception) -> UnusableImage | OSError:
+    """The picture's fault or the system's; Pillow gives its own OSErrors no number."""
+    if isinstance(error, MemoryError):
+        return OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+    if isinstance(error, OSError) and error.errno and error.errno not in OF_THE_FILE:
+        return error
+    return UnusableImage(_reason(error))
 
 
 def _reason(error: Exception) -> str:
@@ -105,7 +128,10 @@ def _orientation(image: Image.Image, whole: bool = False) -> int:
     try:
         exif = image.getexif() if whole else Image.Image.getexif(image)
         return int(exif.get(ORIENTATION, 1))
-    except Exception:  # cameras and editors write broken EXIF around good pixels
+    except Exception as error:  # cameras and editors write broken EXIF around good pixels
+        judged = _judged(error)
+        if isinstance(judged, OSError):
+            raise judged from None
         return 1
 
 

@@ -5,29 +5,33 @@ from the folder before the first of these on, so that data keep their names when
 
 A local file is read by `pread`, a URL by range requests (fsspec; https needs the extra `remote`, s3 the package
 s3fs). A pipe can't seek: what `pipe:COMMAND` writes is kept in a file under `data.index`, made once for all processes
-of the machine and all later runs, and needs as much disk as the shard.
+of the machine and all later runs, and needs as much disk as the shard. It is kept if the command ends well, which
+where there is bash each part of a pipeline has to, and wrote a tar with its end marker.
 """
 
 from __future__ import annotations
 
-import fcntl
 import glob
 import hashlib
 import io
 import os
 import re
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import IO, Any, TypeVar
+
+from storage.atomic import locked, writing
+from storage.tar import unfinished
 
 T = TypeVar("T")
 RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)\}")
 CHOICE = re.compile(r"\{([^{}]*,[^{}]*)\}")
 MAX_SHARDS = 1_000_000
+ABSENT = (404, 410)  # what a server answers where there is no such file
 TRIES = 5  # of a request; a training run must not read another picture because a network hiccupped
 BLOCK = 4 << 20  # bytes read ahead of a URL while its index is made
 
@@ -50,6 +54,12 @@ class Shard:
             )
         return io.BytesIO(data)
 
+    @property
+    def mend(self) -> str:
+        """What to add to a complaint about the whole shard: where the output of a command is kept."""
+        kept = self.path.startswith("pipe:")
+        return f"; it is kept in {self.file}: delete that, and the command is run again" if kept else ""
+
     def stream(self) -> IO[bytes]:
         """The whole shard, open to read and seek."""
         if self.file is not None:
@@ -60,12 +70,17 @@ class Shard:
     def state(self) -> dict[str, Any]:
         """What changes when the contents do: size, and time or etag. Raises FileNotFoundError, or OSError."""
         if self.file is not None:
-            stat = os.stat(self.file)
-            return {"bytes": stat.st_size, "modified": stat.st_mtime_ns}
+            return file_state(self.file)
         system, path = _file_system(self.path)
         known = {str(key).lower(): value for key, value in patiently(self.path, lambda: system.info(path)).items()}
         marks = ("etag", "lastmodified", "last_modified", "mtime", "updated", "created")
         return {"bytes": known.get("size"), **{mark: str(known[mark]) for mark in marks if known.get(mark)}}
+
+
+def file_state(file: str) -> dict[str, Any]:
+    """What changes when a local file does. Raises OSError."""
+    stat = os.stat(file)
+    return {"bytes": stat.st_size, "modified": stat.st_mtime_ns}
 
 
 def find_shards(patterns: str | Sequence[str], kept: str) -> list[Shard]:
@@ -141,9 +156,11 @@ def _choices(match: re.Match) -> Sequence[str]:
 
 
 def _glob(path: str) -> list[str]:
+    if os.path.isdir(path):
+        raise ValueError(f"data.shards {path} is a folder; give its files, such as '{path.rstrip('/')}/*.tar'")
     if os.path.exists(path) or not glob.has_magic(path):
         return [path]  # one that is not there is skipped by name
-    if found := sorted(glob.glob(path, recursive=True)):
+    if found := sorted(each for each in glob.glob(path, recursive=True) if not os.path.isdir(each)):
         return found
     raise ValueError(f"data.shards {path} matches no file; give .tar or .parquet files")
 
@@ -191,14 +208,26 @@ def patiently(url: str, action: Callable[[], T]) -> T:
     for tried in range(1, TRIES + 1):
         try:
             return action()
-        except (FileNotFoundError, ValueError):
+        except ValueError:
             raise
         except Exception as error:  # each file system has its own errors
+            if isinstance(error, FileNotFoundError):
+                if _is_gone(error):
+                    raise
+                error = error.__cause__
             if tried == TRIES:
                 said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
                 raise OSError(f"{url} can't be read after {TRIES} tries: {said}") from None
             time.sleep(2.0**tried / 4)
     raise AssertionError
+
+
+def _is_gone(error: FileNotFoundError) -> bool:
+    """Whether there is nothing, and not a server that can't be asked, of which fsspec says the same over HTTP."""
+    cause = error.__cause__
+    if cause is None or type(cause).__module__.partition(".")[0] not in ("aiohttp", "asyncio", "builtins"):
+        return True
+    return getattr(cause, "status", None) in ABSENT
 
 
 def _file_system(url: str) -> tuple[Any, str]:
@@ -218,27 +247,24 @@ def _keep_output(command: str, folder: str) -> str:
     path = os.path.abspath(os.path.join(folder, f"{digest_of(command)}.tar"))
     with locked(path):
         if not os.path.exists(path):
-            temporary = f"{path}.tmp"  # the lock is ours: what a killed run left is written over
-            with open(temporary, "wb") as file:
-                result = subprocess.run(["/bin/sh", "-c", command.removeprefix("pipe:")], stdout=file, stderr=-1)
-                file.flush()
-                os.fsync(file.fileno())
-            if result.returncode:
-                os.remove(temporary)
+            with writing(path) as file:
+                result = subprocess.run([*_shell(), command.removeprefix("pipe:")], stdout=file, stderr=-1)
                 said = (result.stderr.decode(errors="replace").strip().splitlines() or ["it says nothing"])[-1]
-                raise ValueError(f"{command} ended with exit code {result.returncode}: {said[:200]}")
-            os.replace(temporary, path)
+                if result.returncode:
+                    raise ValueError(f"{command} ended with exit code {result.returncode}: {said[:200]}")
+                with open(file.name, "rb") as written:
+                    reason = unfinished(written, os.path.getsize(file.name))
+                if reason:
+                    raise ValueError(f"{command} wrote no whole tar, so that nothing is kept: {reason}; {said[:200]}")
     return path
+
+
+def _shell() -> list[str]:
+    """What runs a command; with bash, a pipeline fails if any part of it does. Braces are left to the command."""
+    bash = shutil.which("bash")
+    return [bash, "+B", "-o", "pipefail", "-c"] if bash else ["/bin/sh", "-c"]
 
 
 def digest_of(path: str) -> str:
     """The name under which a shard is remembered."""
     return hashlib.sha256(path.encode(errors="surrogateescape")).hexdigest()[:24]
-
-
-@contextmanager
-def locked(path: str) -> Iterator[None]:
-    """Hold PATH.lock: of several processes of a machine one makes a file, the others wait and find it."""
-    with open(f"{path}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

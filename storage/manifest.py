@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -16,10 +17,16 @@ def write_manifest(folder: Path, known: Mapping[str, str] | None = None) -> None
     """Make all files of a folder durable, write their manifest, then make that and the folders durable.
 
     `known` are the sums, by name, of files that other processes made durable themselves (see `durable_sum`).
+
+    Raises:
+        OSError: a file of another process is not to be seen here.
     """
     known = known or {}
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     names = {path.relative_to(folder).as_posix(): path for path in files}
+    if unseen := sorted(known.keys() - names.keys()):
+        told = "written by another process, not to be seen by the first one; put the run on a disk that all share"
+        raise OSError(errno.ENOENT, told, str(folder / unseen[0]))
     sums = {name: known.get(name) or durable_sum(path) for name, path in names.items()}
     sizes = {name: path.stat().st_size for name, path in names.items()}
     (folder / MANIFEST).write_text(_text({"sha256": sums, "bytes": sizes}))
@@ -65,11 +72,19 @@ def problem(folder: Path, sums: bool = True) -> str | None:
 
 
 def durable_sum(path: Path) -> str:
-    """The SHA-256 of a file that is on the disk when it is taken, and readable to everybody."""
-    path.chmod(0o644)  # safetensors makes its files readable to their owner alone
+    """The SHA-256 of a file that is on the disk when it is taken."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def make_directory(path: Path) -> list[Path]:
+    """Make a directory and those above it, and their names durable; returns the new ones, the innermost first."""
+    missing = [each for each in (path, *path.parents) if not each.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for each in missing:
+        sync_directory(each.parent)
+    return missing
 
 
 def sync_directory(path: Path) -> None:

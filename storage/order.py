@@ -108,9 +108,11 @@ class Order:
         self.rank, self.world, self.seed = rank, world, seed
         self.start_step, self.steps = start_step, steps
         self.accumulation = global_batch // (micro_batch * world)
-        of = np.zeros(size, dtype=np.int8) if buckets is None else np.asarray(buckets)
-        self.members = [np.flatnonzero(of == bucket) for bucket in np.unique(of)]  # indices of records
-        self.turns = Turns([len(members) for members in self.members], global_batch, seed)
+        of = () if buckets is None else np.asarray(buckets)
+        members = [np.flatnonzero(of == bucket) for bucket in np.unique(of)]  # indices of records
+        self.members = members if len(members) > 1 else None  # None: all of them
+        self.sizes = [len(each) for each in members] if len(members) > 1 else [size]
+        self.turns = Turns(self.sizes, global_batch, seed)
         self._permutations: dict[tuple[int, int], np.ndarray] = {}  # by bucket and epoch
 
     def __len__(self) -> int:
@@ -127,16 +129,16 @@ class Order:
 
     def micro_batch_at(self, step: int, micro_step: int) -> list[Address]:
         """The addresses of this process's `micro_step`-th micro-batch of an optimizer step."""
-        bucket, batch = self.turns(step) if len(self.members) > 1 else (0, step)
+        bucket, batch = self.turns(step) if self.members is not None else (0, step)
         first = batch * self.global_batch + (micro_step * self.world + self.rank) * self.micro_batch
         return [self._address(bucket, place) for place in range(first, first + self.micro_batch)]
 
     def _address(self, bucket: int, place: int) -> Address:
-        epoch, position = divmod(place, len(self.members[bucket]))
+        epoch, position = divmod(place, self.sizes[bucket])
         if (bucket, epoch) not in self._permutations:
             for old in [key for key in self._permutations if key[0] == bucket and key[1] != epoch - 1]:
                 del self._permutations[old]  # all but the last one: batches span epochs
             named = (epoch,) if bucket == 0 else (epoch, bucket)
-            order = torch.randperm(len(self.members[bucket]), generator=generator(self.seed, "order", *named))
-            self._permutations[bucket, epoch] = self.members[bucket][order.numpy()]
+            order = torch.randperm(self.sizes[bucket], generator=generator(self.seed, "order", *named)).numpy()
+            self._permutations[bucket, epoch] = order if self.members is None else self.members[bucket][order]
         return Address(epoch, int(self._permutations[bucket, epoch][position]))

@@ -7,12 +7,13 @@ latent in 7 us against 44 us), every array carries its own header, and `allow_pi
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
 import numpy as np
+
+from storage.atomic import writing
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,16 +66,10 @@ def map_ragged(path: str) -> Ragged:
 
 
 def _save(path: str, write: Callable[[IO[bytes]], Any]) -> None:
-    temporary = f"{path}.tmp-{os.getpid()}"
     try:
-        with open(temporary, "wb") as file:
+        with writing(path) as file:
             write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        if isinstance(error, OSError) and error.filename is None:  # numpy tells how many bytes, not where
+    except OSError as error:
+        if error.filename is None:  # numpy tells how many bytes, not where
             raise OSError(f"{path} can't be written ({error}); is the disk full?") from None
         raise

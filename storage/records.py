@@ -5,10 +5,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
+import re
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO, Protocol
+from typing import IO, Any, Protocol
+
+from storage.atomic import hold, writing
 
 
 class Source(Protocol):
@@ -18,6 +23,9 @@ class Source(Protocol):
 
     def open(self, place: int, size: int) -> str | IO[bytes]:
         """The picture of `size` bytes at a place: the offset in a tar, the row in a table."""
+
+    def state(self) -> dict[str, Any]:
+        """What changes when the contents do, as plain values. Raises OSError."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +45,16 @@ class Record:
         Raises UnusableImage if there are none, OSError if they can't be reached.
         """
         return self.path if self.source is None else self.source.open(self.place, self.bytes)
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Put this picture's name into an OSError that names no file."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno and error.filename is None:
+                error.filename = self.path if self.source is None else f"{self.name} in {self.source.path}"
+            raise
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,22 +115,71 @@ class RecordList(Sequence[Record]):
 
 
 def write_skipped(skips: Iterable[Skip], path: str) -> None:
-    """Write skips as JSON lines of path and reason."""
-    with open(path, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(dataclasses.asdict(skip)) + "\n" for skip in skips)
+    """Write skips as JSON lines of path and reason, in place of what is there."""
+    with writing(path, "w", encoding="utf-8") as file:
+        file.writelines(_line(skip) for skip in skips)
+
+
+def merge_skipped(skips: Iterable[Skip], path: str) -> None:
+    """Write skips as `write_skipped` does, and after them what is there of others, such as earlier runs met."""
+    skips = list(skips)
+    told = {skip.path for skip in skips}
+    earlier = read_skipped(path) if os.path.exists(path) else []
+    write_skipped([*skips, *(skip for skip in earlier if skip.path not in told)], path)
 
 
 def read_skipped(path: str) -> list[Skip]:
-    """The skips in a file of JSON lines, each once."""
-    with open(path, encoding="utf-8") as file:
-        return [Skip(**json.loads(line)) for line in dict.fromkeys(file)]
+    """The skips in a file of JSON lines, each once; a line that a killed process has torn is not read."""
+    with open(path, "rb") as file:
+        return list(dict.fromkeys(filter(None, map(_read_line, file))))
+
+
+class SkipLog:
+    """A file of skips to which processes append what they meet, each picture once, and what it holds by now.
+
+    Each line is read once, so that 64 workers cost no more than the lines themselves.
+    """
+
+    def __init__(self, path: str):
+        self.path = path
+        self._known: set[str] = set()  # pictures
+        self._read = 0  # bytes
+
+    def append(self, skip: Skip) -> int:
+        """Append a skip unless its picture is there, whoever wrote it; returns how many the file holds."""
+        with open(self.path, "a+b") as file:
+            hold(file)
+            end = file.seek(0, os.SEEK_END)
+            if end < self._read:  # written anew
+                self._known, self._read = set(), 0
+            file.seek(self._read)
+            lines = file.read()
+            self._known.update(each.path for each in map(_read_line, lines.splitlines()) if each)
+            if skip.path not in self._known:
+                torn = b"" if end == 0 or (lines or b"\n").endswith(b"\n") else b"\n"
+                end += file.write(torn + _line(skip).encode())
+                self._known.add(skip.path)
+            self._read = end
+        return len(self._known)
+
+
+def _line(skip: Skip) -> str:
+    return json.dumps(dataclasses.asdict(skip)) + "\n"
+
+
+def _read_line(line: bytes) -> Skip | None:
+    try:
+        row = json.loads(line)
+        return Skip(str(row["path"]), str(row["reason"]))
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def totals(skips: Iterable[Skip]) -> str:
     """How many were skipped for which kind of reason, the most frequent first: "9 can't be decoded, 3 no caption"."""
     kinds: dict[str, int] = {}
     for skip in skips:
-        kind = skip.reason.partition(":")[0]
+        kind = re.split(r": |; ", skip.reason, maxsplit=1)[0]
         kinds[kind] = kinds.get(kind, 0) + 1
     ordered = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
     return ", ".join(f"{count} {kind}" for kind, count in ordered)

@@ -94,7 +94,8 @@ def make_record(picture: Picture, row: Mapping[str, Any], config: DataConfig) ->
     record = Record(picture.path, name, captions, picture.bytes, picture.source, picture.place)
     try:
         if config.min_size > 1 or config.max_aspect is not None:
-            _check_size(read_size(record.open()), config)
+            with record.named():
+                _check_size(read_size(record.open()), config)
     except UnusableImage as error:
         return Skip(name, str(error))
     return record
@@ -124,7 +125,8 @@ def check_enough(config: DataConfig, train: int, validation: int, skipped: list[
     good = train + validation
     reasons = "; ".join(f"{skip.path}: {skip.reason}" for skip in skipped[:3])
     if good == 0:
-        raise ValueError(f"no usable captioned image in {config.origin}: {reasons or 'nothing passes data.where'}")
+        told = reasons or ("nothing passes data.where" if config.where else "there is no picture in it")
+        raise ValueError(f"no usable captioned image in {config.origin}: {told}")
     fraction = len(skipped) / (len(skipped) + good)
     if fraction > config.max_bad_fraction:
         raise ValueError(

@@ -50,9 +50,10 @@ def read(path: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
 
 
 def write(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a file. Raises OSError where the disk fails, also if it is full."""
+    """Write a file, readable to whom the umask lets. Raises OSError where the disk fails, also if it is full."""
     try:
         save_file(dict(tensors), path, metadata=metadata)
+        os.chmod(path, _plain_mode())  # the library makes its files readable to their owner alone
     except SafetensorError as error:
         found = re.search(r"os error (\d+)", str(error))
         number = int(found[1]) if found else errno.EIO
@@ -72,6 +73,13 @@ def readable(path: Path) -> Iterator[None]:
     except DAMAGES as error:
         told = " ".join(str(error).split())[:150] or type(error).__name__
         raise ValueError(f"{path} is not a readable safetensors file ({told}); get it again") from None
+
+
+def _plain_mode() -> int:
+    """The permissions of a file that `open` makes."""
+    umask = os.umask(0o077)  # it can't be read without being set: for a moment, to what shows nobody anything
+    os.umask(umask)
+    return 0o666 & ~umask
 
 
 def _header(path: Path) -> tuple[int, list[str]]:

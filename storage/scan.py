@@ -52,6 +52,8 @@ def _found(config: DataConfig, captioned: bool) -> Iterator[Picture | Skip]:
     if config.shards:
         return _of_shards(find_shards(config.shards, config.index), config, captioned)
     root = os.path.abspath(config.folder)
+    if os.path.isfile(root):
+        raise NotADirectoryError(f"data.folder {config.folder} is a file; give its folder, or a shard as data.shards")
     if not os.path.isdir(root):
         raise FileNotFoundError(f"data folder {config.folder} does not exist; data.folder is the folder of your images")
     files = dict(walk(root, ""))

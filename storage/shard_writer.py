@@ -6,6 +6,7 @@ import glob
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from storage.records import Record, fingerprint
 FORMAT = 2
 DTYPES = ("float32", "float16")
 OWN_KEYS = ("moments_dtype", "part_size", "records")  # what the writer adds to the key
+MAX_PARTS = 4096  # about, of each kind: every file of a part is mapped, and systems map some 65,000
 KINDS = {"moments": [".npy"], "contexts": [".npy", ".starts.npy"]}  # the files of a part
 
 
@@ -33,7 +35,7 @@ class ShardWriter:
         key: what the moments and contexts depend on, as JSON values.
         records: as scanned; their order is the index.
         dtype: of the moments, "float32" or "float16".
-        part_size: records, or captions, per part.
+        part_size: records, or captions, per part; None: 1,024, or more where that would make over 4,096 parts.
         contexts: false keeps the captions only, for a text encoder that is trained or whose contexts are too many.
 
     Raises ValueError if the folder holds a cache with another key, dtype or part size, or of other records.
@@ -47,16 +49,17 @@ class ShardWriter:
         records: Sequence[Record],
         world: int = 1,
         dtype: str = "float32",
-        part_size: int = 1024,
+        part_size: int | None = None,
         contexts: bool = True,
     ):
         if dtype not in DTYPES:
             raise ValueError(f"moments can't be stored as {dtype!r}; use one of {', '.join(DTYPES)}")
         self.folder, self.rank, self.world, self.records = folder, rank, world, records
-        self.dtype, self.part_size, self.contexts = dtype, part_size, contexts
+        self.dtype, self.contexts = dtype, contexts
+        self.part_size = part_size or max(1024, 1 << (-(-len(records) // MAX_PARTS) - 1).bit_length())
         self.captions = sorted({text for record in records for texts in record.captions for text in texts})
-        own = {"moments_dtype": dtype, "part_size": part_size, "records": fingerprint(records)}
-        self.key = {**as_json(key), **own}
+        own = {"moments_dtype": dtype, "part_size": self.part_size}
+        self.key = {"records": key.get("records") or fingerprint(records), **as_json(key), **own}
         os.makedirs(folder, exist_ok=True)
         path = os.path.join(folder, "key.json")
         if os.path.exists(path):
@@ -87,7 +90,8 @@ class ShardWriter:
         values = np.concatenate([np.zeros(0, self.dtype), *(each.ravel() for each in usable)])
         save_array(self._path("moments", part) + ".npy", values)
         sizes = [[0, 0] if each is None else list(each.shape[2:]) for each in stored]
-        self._complete("moments", part, {"flips": shape[0], "channels": shape[1], "sizes": sizes})
+        sums = [None if each is None else [row_sum(view) for view in each] for each in stored]
+        self._complete("moments", part, {"flips": shape[0], "channels": shape[1], "sizes": sizes, "row_sums": sums})
 
     def add_contexts(self, part: range, contexts: Sequence[torch.Tensor]) -> None:
         """Write a part's contexts: for each caption its tokens [l, d], without those that the mask hides."""
@@ -96,7 +100,7 @@ class ShardWriter:
         packed = pack([_cast(context, "float16") for context in contexts])
         self._check(part, np.isfinite(packed.values), packed.values.dtype)
         save_ragged(self._path("contexts", part), packed)
-        self._complete("contexts", part, {})
+        self._complete("contexts", part, {"row_sums": [[row_sum(packed[row])] for row in range(len(packed))]})
 
     def close(self, null_tokens: torch.Tensor | None) -> None:
         """Write the index, in the process of rank 0, after all others have added their parts.
@@ -109,14 +113,16 @@ class ShardWriter:
         if self.rank != 0:
             return
         markers = [self._marker("moments", part) for part in self._parts("moments")]
-        for part in self._parts("contexts"):
-            self._marker("contexts", part)
+        contexts = [self._marker("contexts", part) for part in self._parts("contexts")]
         shapes = {(marker["flips"], marker["channels"]) for marker in markers} - {(0, 0)}
         if len(shapes) != 1:
             raise ValueError(f"{self.folder} holds moments of flips and channels {sorted(shapes)}; make it again")
         sizes = np.array([size for marker in markers for size in marker["sizes"]], dtype=np.int32)  # [records, 2]
         ((flips, channels),) = shapes
         save_array(os.path.join(self.folder, "sizes.npy"), sizes)
+        for kind, each in [("moments", markers)] + [("contexts", contexts)] * self.contexts:
+            sums = [row or [0] * flips for marker in each for row in marker["row_sums"]]
+            save_array(os.path.join(self.folder, f"{kind}_sums.npy"), np.array(sums, dtype=np.uint32))
         ends = np.cumsum(flips * channels * sizes.astype(np.int64).prod(1))
         save_array(os.path.join(self.folder, "ends.npy"), ends)
         if null_tokens is not None:
@@ -178,6 +184,11 @@ def _cast(values: torch.Tensor, dtype: str) -> np.ndarray:
 def _sha256(path: str) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def row_sum(row: np.ndarray) -> int:
+    """The CRC-32 of a row's bytes, by which who reads it knows that it is what was written."""
+    return zlib.crc32(np.ascontiguousarray(row))
 
 
 def parts(count: int, size: int) -> list[range]:

@@ -6,6 +6,8 @@
     ...-00000000.json       beside each part, written after it: the part is complete, and its SHA-256
     sizes.npy, ends.npy     [records, 2]: (h, w) of each record's moments, (0, 0) where it has none and is left out;
                             [records]: where its numbers end, counted over all parts
+    moments_sums.npy        [records, 1 or 2], and contexts_sums.npy [captions, 1]: the CRC-32 of each row, checked when
+                            it is read
     captions, templates     the distinct captions, and which of them belong to which record
     index.json              written last, when all parts are there
 
@@ -33,9 +35,9 @@ from torch.utils.data import Dataset
 from storage.dataset import draw_flip, draw_nested
 from storage.ragged import map_array, map_ragged
 from storage.randomness import generator
-from storage.shard_writer import FORMAT, OWN_KEYS, ShardWriter, as_json, check_key, part_path, parts, read_json
+from storage.shard_writer import FORMAT, OWN_KEYS, ShardWriter, as_json, check_key, part_path, parts, read_json, row_sum
 
-__all__ = ["CachedBatch", "CachedLatents", "CachedSample", "ShardWriter", "cached_collate"]
+__all__ = ["CachedBatch", "CachedLatents", "CachedSample", "DamagedCache", "ShardWriter", "cached_collate"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,10 @@ class CachedBatch:
         """Called by the loader, so that the copy to a GPU does not wait."""
         pinned = replace(self, moments=self.moments.pin_memory())
         return pinned if self.tokens is None else replace(pinned, tokens=self.tokens.pin_memory())
+
+
+class DamagedCache(ValueError):
+    """What is read from a latent cache is not what was written."""
 
 
 class CachedLatents(Dataset):
@@ -97,6 +103,8 @@ class CachedLatents(Dataset):
         self.flips, self.channels = index["flips"] == 2, index["channels"]
         self._ends = map_array(os.path.join(folder, "ends.npy"))
         self._moments = self._map_moments()
+        kinds = ["moments"] + ["contexts"] * index["contexts"]
+        self._sums = {kind: map_array(os.path.join(folder, f"{kind}_sums.npy")) for kind in kinds}
         captions = index["captions"] if index["contexts"] else 0
         self._contexts = [map_ragged(part_path(folder, "contexts", part)) for part in parts(captions, self.part_size)]
         self._captions = map_ragged(os.path.join(folder, "captions"))
@@ -125,13 +133,14 @@ class CachedLatents(Dataset):
         return np.unique(self.sizes[self.usable][:, ::-1], axis=0, return_inverse=True)[1].ravel()
 
     def moments(self, record: int, flip: bool = False) -> torch.Tensor:
-        """A record's posterior moments [2c, h, w], or its mirror image's; float32."""
+        """A record's posterior moments [2c, h, w], or its mirror image's; float32. Raises DamagedCache."""
         part, (height, width) = record // self.part_size, self.sizes[record].tolist()
         area = self.channels * height * width
         end = int(self._ends[record]) - self._end(part * self.part_size)
         start = end - 2 * area if self.flips and not flip else end - area
-        values = self._moments[part][start : start + area].astype(np.float32)
-        return torch.from_numpy(values.reshape(self.channels, height, width))
+        values = self._moments[part][start : start + area]
+        self._check("moments", record, values, int(flip))
+        return torch.from_numpy(values.astype(np.float32).reshape(self.channels, height, width))
 
     def captions_of(self, record: int) -> list[np.ndarray]:
         """Numbers of a record's captions: an array for each template."""
@@ -144,7 +153,17 @@ class CachedLatents(Dataset):
     def context(self, number: int) -> torch.Tensor:
         """A caption's tokens [L, d], float16."""
         part, row = divmod(number, self.part_size)
-        return torch.from_numpy(np.array(self._contexts[part][row]))
+        tokens = np.array(self._contexts[part][row])
+        self._check("contexts", number, tokens, 0)
+        return torch.from_numpy(tokens)
+
+    def _check(self, kind: str, row: int, values: np.ndarray, view: int) -> None:
+        if row_sum(values) != self._sums[kind][row, view]:
+            first = row // self.part_size * self.part_size
+            path = part_path(self.folder, kind, range(first, first + 1))
+            raise DamagedCache(
+                f"{path}.npy is damaged at row {row - first}; run cache_latents.py again, which mends it"
+            )
 
     def _end(self, stop: int) -> int:
         """How many numbers the first `stop` records have."""

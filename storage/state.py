@@ -18,6 +18,10 @@ from safetensors import safe_open
 from storage import safe_tensors
 
 
+class MissingRows(ValueError):
+    """A tensor on disk is not whole."""
+
+
 @dataclass(frozen=True, eq=False)
 class Rows:
     """What one process holds of a tensor that is spread over processes along its first dimension."""
@@ -42,9 +46,11 @@ class Saved:
         return file.get_slice(self.name)[:0].dtype if self.shape else file.get_tensor(self.name).dtype
 
     def __getitem__(self, wanted: Any) -> torch.Tensor:
-        """Rows first:last, or with ... the whole. Raises ValueError where they are not all there."""
+        """Rows first:last, or with ... the whole. Raises MissingRows where they are not all there."""
         if len(self.pieces) == 1 and wanted is ...:
-            return self.pieces[0][0].get_tensor(self.name)
+            whole = self.pieces[0][0].get_tensor(self.name)
+            if whole.shape == self.shape:
+                return whole
         first, last, _ = slice(None).indices(self.shape[0]) if wanted is ... else wanted.indices(self.shape[0])
         found = []
         for file, begin in self.pieces:
@@ -55,7 +61,7 @@ class Saved:
                 found.append(part)
                 first += len(part)
         if first < last:
-            raise ValueError(f"rows {first} to {last - 1} of {self.name} are in no file")
+            raise MissingRows(f"rows {first} to {last - 1} of {self.name} are in no file")
         return found[0] if len(found) == 1 else torch.cat(found)
 
 

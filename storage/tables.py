@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import IO, TYPE_CHECKING, Any
 
+from storage.atomic import locked, writing
 from storage.data_config import DataConfig
 from storage.images import UnusableImage
-from storage.locations import Shard, digest_of, locked
+from storage.locations import Shard, digest_of, file_state
 from storage.records import Skip
 from storage.rows import Picture
 
@@ -41,6 +42,10 @@ class ArrowFile:
         """The picture of a row. Raises UnusableImage if there is none."""
         return _picture(_map(self.file)[self.column][place].as_py())
 
+    def state(self) -> dict[str, Any]:
+        """What changes when the contents do. Raises OSError."""
+        return file_state(self.file)
+
 
 @dataclass(frozen=True, slots=True)
 class SavedDataset:
@@ -54,6 +59,11 @@ class SavedDataset:
         """The picture of a row. Raises UnusableImage if there is none."""
         table = _open_dataset(self.path, self.split)[place : place + 1]
         return _picture(table[self.column][0].as_py())
+
+    def state(self) -> dict[str, Any]:
+        """What changes when the contents do. Raises OSError."""
+        rows = _open_dataset(self.path, self.split)
+        return {"fingerprint": rows._fingerprint, "files": [file_state(each["filename"]) for each in rows.cache_files]}
 
 
 def pictures_of_parquet(shard: Shard, config: DataConfig) -> Iterator[Picture | Skip]:
@@ -188,16 +198,12 @@ def _unpacked(shard: Shard, state: dict[str, Any], folder: str) -> str:
     path = os.path.abspath(os.path.join(folder, f"{digest_of(shard.path)}.arrow"))
     with locked(path):
         if not _is_current(path, state):
-            temporary = f"{path}.tmp"  # the lock is ours: what a killed run left is written over
-            with shard.stream() as stream, ParquetFile(stream) as parquet, open(temporary, "wb") as file:
+            with shard.stream() as stream, ParquetFile(stream) as parquet, writing(path) as file:
                 schema = parquet.schema_arrow
                 schema = schema.with_metadata({**(schema.metadata or {}), b"stipple": json.dumps(state).encode()})
                 with arrow.ipc.new_stream(file, schema) as writer:
                     for batch in parquet.iter_batches(ROWS):
                         writer.write_batch(batch.replace_schema_metadata(schema.metadata))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
             _map.cache_clear()
     return path
 

@@ -21,6 +21,7 @@ from storage.records import Skip
 BLOCK = tarfile.BLOCKSIZE
 MAX_HEADER = 1 << 20  # bytes of a long name or of pax fields
 COMPRESSED = {b"\x1f\x8b": "gzip -d", b"BZh": "bzip2 -d", b"\xfd7zXZ": "xz -d", b"\x28\xb5\x2f\xfd": "zstd -d"}
+UNFINISHED = ("cut short", "no end marker", "damaged header", "not a tar", "compressed", "empty file")
 TEXTS = ("txt", "json", "cls")  # fields that describe a picture
 
 
@@ -70,6 +71,12 @@ def read_samples(file: IO[bytes], size: int) -> tuple[list[Sample], list[Skip]]:
     skipped += [Skip(name, "a caption without a picture") for key, name in describing.items() if key not in pictures]
     samples = [Sample(m.name, m.offset, m.size, rows.get(key) or None) for key, m in pictures.items()]
     return sorted(samples, key=lambda sample: sample.name), skipped
+
+
+def unfinished(file: IO[bytes], size: int) -> str | None:
+    """Why a file of `size` bytes is no tar or not all of one, by its headers; None: it has its end marker."""
+    reasons = (member.reason for member in read_members(file, size) if isinstance(member, Skip))
+    return next((reason for reason in reasons if reason.startswith(UNFINISHED)), None)
 
 
 def _split(name: str) -> tuple[str, str]:

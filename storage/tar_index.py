@@ -12,7 +12,8 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from storage.locations import Shard, digest_of, locked, patiently
+from storage.atomic import locked, writing
+from storage.locations import Shard, digest_of, patiently
 from storage.records import Skip
 from storage.rows import Picture
 from storage.tar import TEXTS, Sample, read_samples
@@ -50,7 +51,7 @@ def pictures_of_tar(shard: Shard, index: str, captioned: bool) -> Iterator[Pictu
         name = f"{shard.name}/{line['name']}" if line["name"] else shard.name
         if "reason" in line:
             if captioned or not line["name"].lower().endswith(TEXTS):
-                yield Skip(name, line["reason"])
+                yield Skip(name, line["reason"] + (shard.mend if name == shard.name else ""))
         elif line["row"] is None and captioned:
             yield Skip(name, NO_CAPTION)
         else:
@@ -93,8 +94,7 @@ def _is_current(path: str, state: dict[str, Any]) -> bool:
 
 def _write(path: str, shard: Shard, state: dict[str, Any]) -> None:
     samples, skipped = patiently(shard.path, lambda: _read(shard, state["bytes"]))
-    temporary = f"{path}.tmp"  # the lock is ours: what a killed run left is written over
-    with open(temporary, "w", encoding="ascii") as file:
+    with writing(path, "w", encoding="ascii") as file:
         file.write(json.dumps(state) + "\n")
         for skip in skipped:
             file.write(json.dumps({"name": skip.path, "reason": skip.reason}) + "\n")
@@ -102,6 +102,3 @@ def _write(path: str, shard: Shard, state: dict[str, Any]) -> None:
             entry = {"name": sample.name, "offset": sample.offset, "size": sample.size, "row": sample.row}
             file.write(json.dumps(entry) + "\n")
         file.write(json.dumps({"end": len(skipped) + len(samples)}) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

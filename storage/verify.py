@@ -2,25 +2,30 @@
 
 What was found is remembered in the run folder, and asked again only of pictures whose size or time changed:
 
-    verified-RANK.jsonl     {"name", "bytes", "modified", "width", "height"} or {..., "reason"}, a line for each picture
+    verified-RANK.jsonl     {"name", "key", "width", "height"} or {"name", "key", "reason"}, a line for each picture
+
+The key is a hash of where the picture lies, its size and when that file, or the shard, has changed. It is taken before
+the picture is decoded: one that is replaced meanwhile is looked at again the next time. A fault of the system, such as
+too many open files, is no property of a picture: it ends the run, and is not remembered.
 """
 
 from __future__ import annotations
 
-import functools
 import glob
+import hashlib
 import json
 import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 from tqdm import tqdm
 
 from storage.data_config import DataConfig
-from storage.images import UnusableImage, load_image, read_size
-from storage.records import Record, RecordList, Records, Skip
+from storage.images import OUT_OF_MEMORY, UnusableImage, load_image, read_size
+from storage.records import Record, RecordList, Records, Skip, Source
 from storage.rows import check_enough
 
 CHUNK = 1024  # pictures between looks at the clock
@@ -37,30 +42,40 @@ class Look:
 
 
 class Memory:
-    """What this and earlier runs found, by name, file size and time of change; each process adds to a file of its own.
+    """What this and earlier runs found, by keys; each process adds to a file of its own.
 
     A torn last line, as a killed process leaves it, is not read.
     """
 
     def __init__(self, folder: str, rank: int = 0):
         self.path = os.path.join(folder, f"verified-{rank}.jsonl")
-        self._looks: dict[tuple[str, int, int], Look] = {}
+        self._looks: dict[str, Look] = {}
         self._new: list[str] = []
+        self._states: dict[Source, dict[str, Any] | None] = {}  # a shard holds thousands of pictures
         for path in glob.glob(os.path.join(glob.escape(folder), "verified-*.jsonl")):
             with open(path, "rb") as file:
                 for line in file:
                     self._recall(line)
 
-    def get(self, record: Record) -> Look | None:
-        """What is known of a picture that has not changed since."""
-        return self._looks.get(_key(record))
+    def key(self, record: Record) -> str | None:
+        """By which a picture is known as long as it does not change; None if it is not there. Raises OSError."""
+        state = self._state(record)
+        if state is None:
+            return None
+        asked = json.dumps([record.path, record.name, record.bytes, record.place, state])
+        return hashlib.blake2b(asked.encode(), digest_size=16).hexdigest()
 
-    def add(self, record: Record, look: Look) -> None:
+    def get(self, key: str | None) -> Look | None:
+        """What is known of a picture that has not changed since."""
+        return self._looks.get(key)
+
+    def add(self, key: str | None, name: str, look: Look) -> None:
         """Remember; `flush` puts it on disk."""
-        key = _key(record)
+        if key is None or OUT_OF_MEMORY in (look.reason or ""):
+            return
         self._looks[key] = look
         found = {"reason": look.reason} if look.reason else {"width": look.width, "height": look.height}
-        self._new.append(json.dumps({"name": key[0], "bytes": key[1], "modified": key[2], **found}))
+        self._new.append(json.dumps({"name": name, "key": key, **found}))
 
     def flush(self) -> None:
         """Append what is new."""
@@ -70,12 +85,23 @@ class Memory:
                 file.write("\n" + "\n".join(self._new) + "\n")  # the first one ends a line that was torn
             self._new.clear()
 
+    def _state(self, record: Record) -> dict[str, Any] | None:
+        try:
+            if record.source is None:
+                stat = os.stat(record.path)
+                return {"modified": stat.st_mtime_ns, "changed": stat.st_ctime_ns}
+            if record.source not in self._states:
+                self._states[record.source] = record.source.state()
+            return self._states[record.source]
+        except FileNotFoundError:
+            return None
+
     def _recall(self, line: bytes) -> None:
         try:
             row = json.loads(line)
-            key = (str(row["name"]), int(row["bytes"]), int(row["modified"]))
-            self._looks[key] = Look(int(row.get("width", 0)), int(row.get("height", 0)), row.get("reason"))
-        except (ValueError, KeyError, TypeError):
+            look = Look(int(row.get("width", 0)), int(row.get("height", 0)), row.get("reason"))
+            self._looks[str(row["key"])] = look
+        except (ValueError, KeyError, TypeError, AttributeError):
             return
 
 
@@ -86,6 +112,8 @@ def look_at(records: Sequence[Record], memory: Memory, share: tuple[int, int] = 
         records: of all processes.
         memory: what it knows is not decoded again; what is new goes there.
         share: rank and number of processes; the share is records[rank::number].
+
+    Raises OSError where the system fails.
     """
     rank, world = share
     own, looks, flushed = range(rank, len(records), world), [], time.monotonic()
@@ -93,12 +121,13 @@ def look_at(records: Sequence[Record], memory: Memory, share: tuple[int, int] = 
     with bar, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
         for first in range(0, len(own), CHUNK):
             chunk = [records[index] for index in own[first : first + CHUNK]]
-            known = [memory.get(record) for record in chunk]
+            keys = [memory.key(record) for record in chunk]
+            known = [memory.get(key) for key in keys]
             found = threads.map(_decode, (record for record, look in zip(chunk, known, strict=True) if look is None))
-            for record, look in zip(chunk, known, strict=True):
+            for record, key, look in zip(chunk, keys, known, strict=True):
                 if look is None:
                     look = next(found)
-                    memory.add(record, look)
+                    memory.add(key, record.name, look)
                 looks.append(look)
             bar.update(len(chunk))
             if time.monotonic() - flushed > PATIENCE:
@@ -130,7 +159,8 @@ def without_bad(records: Records, train: Sequence[Look], validation: Sequence[Lo
 
 def _decode(record: Record) -> Look:
     try:
-        image = load_image(record.open())
+        with record.named():
+            image = load_image(record.open())
     except UnusableImage as error:
         return Look(reason=str(error))
     return Look(*image.size)
@@ -138,21 +168,7 @@ def _decode(record: Record) -> Look:
 
 def _read_header(record: Record) -> Look:
     try:
-        return Look(*read_size(record.open()))
+        with record.named():
+            return Look(*read_size(record.open()))
     except UnusableImage:
         return Look(1, 1)  # some shape, for whoever stands in for it
-
-
-def _key(record: Record) -> tuple[str, int, int]:
-    shared = record.source is not None
-    return record.name, record.bytes, _modified_once(record.path) if shared else _modified(record.path)
-
-
-def _modified(path: str) -> int:
-    try:
-        return os.stat(path).st_mtime_ns
-    except OSError:
-        return 0  # not here, or behind a URL
-
-
-_modified_once = functools.lru_cache(_modified)  # a shard holds thousands of pictures

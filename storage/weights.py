@@ -111,7 +111,6 @@ def write_weights(
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         safe_tensors.write(state, unfinished, {**(metadata or {}), "format": "pt"})
-        unfinished.chmod(0o644)  # safetensors makes it readable to its owner alone
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -291,7 +290,7 @@ def _aligned(weight: Tensor) -> Tensor:
 
 
 def _finite(weight: Tensor) -> bool:
-    """Whether all numbers are finite, in a twentieth of the time of reading them: a finite sum has finite terms only."""
+    """Whether all numbers are finite, in a twentieth of the time of reading them: a finite sum has finite terms."""
     if weight.is_meta or not weight.is_floating_point():
         return True
     if weight.itemsize == 1:  # float8, which torch can't add

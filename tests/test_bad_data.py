@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import struct
 from collections import Counter
 from collections.abc import Callable
@@ -13,6 +15,8 @@ import pytest
 from PIL import Image
 from test_images import png, stored
 from tiny_runs import STAGE_1, STAGE_2, files, final_state, launch, run_here
+
+from storage.images import UnusableImage
 
 RNG = np.random.default_rng(0)
 pytestmark = pytest.mark.usefixtures("settings_of_runs")
@@ -189,7 +193,7 @@ def test_too_many_unverified_bad_files_end_the_run_in_one_line_when_they_are_met
         run_here(*STAGE_1, f"data.folder={tmp_path}/data", f"run={tmp_path}/run", *OPTIONS[2:], *options)
     lines = [line for line in capfd.readouterr().err.replace("\r", "\n").splitlines() if "error" in line.lower()]
     assert stopped.value.code == 2 and len(lines) == 1
-    assert lines[0].startswith("error: ") and "images can't be decoded, more than data.max_bad_fraction 0.2" in lines[0]
+    assert lines[0].startswith("error: ") and "images can't be used, more than data.max_bad_fraction 0.2" in lines[0]
 
 
 def test_a_picture_that_goes_bad_later_is_replaced_alike_on_any_number_of_workers(tmp_path):
@@ -219,3 +223,43 @@ def test_processes_share_the_verification_and_find_the_same(tmp_path):
     lines = [(run / f"verified-{rank}.jsonl").read_text().split("\n") for rank in (0, 1)]
     names = [{json.loads(line)["name"] for line in part if line} for part in lines]
     assert not names[0] & names[1] and abs(len(names[0]) - len(names[1])) <= 2
+
+
+def test_what_went_bad_on_the_way_is_told_of_by_a_run_that_goes_on_and_not_by_one_that_begins_anew(tmp_path, capsys):
+    make_good(tmp_path / "data", 20)
+    add_bad(tmp_path / "data", len(BAD))
+    run = tmp_path / "run"
+    options = [f"data.folder={tmp_path}/data", f"run={run}", "data.verify=false", "data.max_bad_fraction=0.9", *OPTIONS]
+    run_here(*STAGE_1, *options, "trainer.steps=12")
+    known = skips(run)
+    capsys.readouterr()
+    run_here(*STAGE_1, *options, "trainer.steps=12")  # nothing is left to do
+    assert skips(run) == known and f"{len(known)} skipped in all" in capsys.readouterr().out
+    run_here(*STAGE_1, *options, "trainer.steps=1", "trainer.resume=false")
+    assert len(skips(run)) < len(known)
+
+
+def test_a_run_that_is_stopped_says_what_it_skipped(tmp_path, capsys):
+    make_good(tmp_path / "data", 12)
+    (tmp_path / "data" / "bad.png").write_bytes(b"no image")
+    with pytest.raises(SystemExit):
+        run_here(
+            *STAGE_1, f"data.folder={tmp_path}/data", f"run={tmp_path}/run", "trainer.max_minutes=0.00001", *OPTIONS
+        )
+    said = capsys.readouterr().out
+    assert "stopped at step 1" in said and "1 skipped in all" in said
+
+
+def test_a_disk_that_fails_at_one_picture_ends_the_run_in_one_line_and_leaves_no_trace(tmp_path, capsys, monkeypatch):
+    make_good(tmp_path / "data", 12)
+    victim = sorted((tmp_path / "data").glob("*.png"))[0]
+
+    def fail(source, *_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO)) if source == str(victim) else UnusableImage("x")
+
+    monkeypatch.setattr("storage.verify.load_image", fail)
+    with pytest.raises(SystemExit) as stopped:
+        run_here(*STAGE_1, f"data.folder={tmp_path}/data", f"run={tmp_path}/run", *OPTIONS)
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code and line == f"error: {victim}: Input/output error"
+    assert not (tmp_path / "run").exists()

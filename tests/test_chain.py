@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shlex
+import shutil
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from PIL import Image
 from small_encoders import save_bert
-from tiny_runs import CACHE, STAGE_1, STAGE_2, differing, final_state, launch, losses, metrics, run_here
+from tiny_runs import CACHE, STAGE_1, STAGE_2, differing, final_state, launch, losses, metrics, run_here, start
 
 from storage.checkpoint import problem
 
@@ -116,6 +118,25 @@ def test_two_processes_fill_the_same_cache(chain):
         command = [*CACHE, f"autoencoder={chain.folder}/autoencoder/model", "data.flip=true"]
         launch(*command, f"cache={chain.folder}/cache-2", processes=2)
         assert differing(chain.folder / "cache", chain.folder / "cache-2") == []
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_flipped_bit_in_the_cache_ends_training_in_one_line(workers, chain, tmp_path):
+    if chain.kind == "kl":
+        shutil.copytree(chain.folder / "cache", tmp_path / "cache")
+        part = tmp_path / "cache" / "moments-00000000.npy"
+        damaged = bytearray(part.read_bytes())
+        for place in range(1000, len(damaged), 1000):
+            damaged[place] ^= 4
+        part.write_bytes(damaged)
+        command = chain.stage_2("damaged", f"cache={tmp_path / 'cache'}", f"trainer.workers={workers}")
+        process = start(
+            *command, f"run={tmp_path / 'run'}", stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        )
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 2
+        (error,) = [line for line in said.splitlines() if line.startswith("error: ")]
+        assert "moments-00000000.npy is damaged at row" in error and "Traceback" not in said
 
 
 def test_a_frozen_text_encoder_trains_from_cached_contexts_as_from_captions(chain, tmp_path):

@@ -82,9 +82,36 @@ def test_nothing_is_pickled_and_nothing_unpickled(tmp_path, monkeypatch):
     assert names(tmp_path) == ["state.json", "state.safetensors"]
 
 
-def test_everybody_may_read_what_was_written(tmp_path):
-    checkpoint.write_folder(tmp_path / "state", lambda path: checkpoint.save_state(path, {"weights": torch.zeros(2)}))
-    assert {oct(path.stat().st_mode & 0o777) for path in (tmp_path / "state").iterdir()} == {"0o644"}
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, "0o644"), (0o077, "0o600"), (0o002, "0o664")])
+def test_those_may_read_what_was_written_whom_the_umask_lets(umask, mode, tmp_path):
+    before = os.umask(umask)
+    try:
+        checkpoint.write_folder(tmp_path / "state", lambda path: checkpoint.save_state(path, {"a": torch.zeros(2)}))
+        assert os.umask(umask) == umask
+    finally:
+        os.umask(before)
+    assert {oct(path.stat().st_mode & 0o777) for path in (tmp_path / "state").iterdir()} == {mode}
+
+
+def test_a_file_of_another_process_that_is_not_to_be_seen_is_not_sealed_away(tmp_path):
+    def share(path: Path) -> dict[str, str]:
+        checkpoint.save_state(path, {"weights": torch.zeros(2)})
+        return {"state-1.safetensors": "0" * 64}
+
+    with pytest.raises(OSError, match="a disk that all share.*state-1.safetensors"):
+        checkpoint.write_folder(tmp_path / "step-0000001", share)
+    assert names(tmp_path) == []
+
+
+def test_folders_that_are_made_for_a_checkpoint_are_durable_by_their_names(tmp_path, monkeypatch):
+    synced = []
+
+    def fsync(handle: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{handle}"))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write(tmp_path / "runs" / "run" / "state" / "step-0000001", "x")
+    assert {str(tmp_path), f"{tmp_path}/runs", f"{tmp_path}/runs/run", f"{tmp_path}/runs/run/state"} <= set(synced)
 
 
 def test_what_is_neither_tensor_nor_json_is_refused_by_its_name(tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 from PIL import Image
 
 from storage.buckets import Buckets
-from storage.dataset import DataConfig, ImageDataset, Order, collate, make_loader, scan
+from storage.dataset import DataConfig, ImageDataset, Order, TooManyBad, collate, make_loader, scan
 
 PICTURES = Path(__file__).parent / "pictures"
 
@@ -80,7 +82,7 @@ def test_too_many_undecodable_files_stop_the_run(tmp_path):
         (tmp_path / name).write_bytes(b"no image")
     options = config(tmp_path, max_bad_fraction=0.5)
     dataset = ImageDataset(scan(options).train, options)
-    with pytest.raises(ValueError, match="2 of 3 images can't be decoded"):
+    with pytest.raises(ValueError, match="2 of 3 images can't be used"):
         for index in range(3):
             dataset[0, index]
 
@@ -132,3 +134,41 @@ def test_an_endless_order_can_be_left_at_any_time():
     dataset = ImageDataset(scan(options).train, options)
     loader = iter(make_loader(dataset, Order(len(dataset), 2, 2)))
     assert next(loader).images.shape == (2, 3, 16, 16)
+
+
+def bad_folder(folder: Path, count: int) -> Path:
+    """Captioned files of which none is a picture."""
+    names = tuple(f"{number}.png" for number in range(count))
+    make_folder(folder, [{"file_name": name, "text": name} for name in names], names)
+    for name in names:
+        (folder / name).write_bytes(b"no image")
+    return folder
+
+
+def test_bad_files_that_different_workers_meet_are_too_many_together(tmp_path):
+    options = config(bad_folder(tmp_path, 8), max_bad_fraction=0.5)
+    records = scan(options).train
+    workers = [ImageDataset(records, options, on_skip=f"{tmp_path}/log", entries=8) for _ in range(8)]
+    for number in range(4):
+        assert workers[number].picture(number) is None and workers[number + 1].picture(number) is None
+    with pytest.raises(TooManyBad, match="5 of 8 images can't be used"):
+        workers[7].picture(7)
+
+
+def test_a_hundred_bad_records_in_turn_are_too_many(tmp_path):
+    options = config(bad_folder(tmp_path, 3))
+    with pytest.raises(TooManyBad, match="101 records in turn"):
+        ImageDataset(scan(options).train, options)[0, 0]
+
+
+def test_a_fault_of_the_system_names_the_picture_and_skips_nothing(tmp_path, monkeypatch):
+    options = config(bad_folder(tmp_path, 1))
+    dataset = ImageDataset(scan(options).train, options, on_skip=f"{tmp_path}/log")
+
+    def fail(*_):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr("storage.dataset.load_image", fail)
+    with pytest.raises(OSError, match="Too many open files") as raised:
+        dataset.picture(0)
+    assert raised.value.filename == f"{tmp_path}/0.png" and not dataset.skipped

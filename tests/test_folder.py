@@ -113,6 +113,14 @@ def test_rows_are_kept_by_the_values_of_their_columns(tmp_path):
                 scan(config(tmp_path, where=where))
 
 
+def test_an_empty_folder_and_a_file_are_told_as_what_they_are(tmp_path):
+    with pytest.raises(ValueError, match="no usable captioned image in .*: there is no picture in it"):
+        scan(config(tmp_path))
+    (tmp_path / "list.txt").write_text("a")
+    with pytest.raises(NotADirectoryError, match="list.txt is a file; give its folder"):
+        scan(config(tmp_path / "list.txt"))
+
+
 def test_misspelt_columns_are_errors_that_name_the_nearest(tmp_path):
     make_folder(tmp_path, [{"file_name": "a.png", "text": "a", "style": "x"}])
     with pytest.raises(ValueError, match="'styel'.*did you mean style"):

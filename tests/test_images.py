@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import random
 import struct
 import zlib
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from storage.images import TRANSPOSE, UnusableImage, fit, grid, image_to_tensor, load_image, read_size, tensor_to_image
 from storage.randomness import generator
@@ -312,3 +315,27 @@ def test_grids_draw_captions_below_and_never_over_images():
 def test_a_grid_of_nothing_is_refused():
     with pytest.raises(ValueError, match="at least one"):
         grid([], 3)
+
+
+FAULTS = [errno.EMFILE, errno.EIO, errno.ESTALE, errno.EACCES]
+
+
+@pytest.mark.parametrize("fault", [*(OSError(number, os.strerror(number)) for number in FAULTS), MemoryError()])
+@pytest.mark.parametrize("place", ["open", "load", "getexif"])
+def test_a_fault_of_the_system_is_not_one_of_the_picture(fault, place, monkeypatch):
+    def fail(*_, **__):
+        raise fault
+
+    file = stored(picture())
+    monkeypatch.setattr(Image if place == "open" else PngImageFile, place, fail)
+    with pytest.raises(OSError) as raised:
+        load_image(file)
+    assert raised.value.errno == getattr(fault, "errno", errno.ENOMEM)
+
+
+def test_what_is_not_there_is_the_fault_of_the_picture(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    for name in ("nowhere", "file/x", "loop", "x" * 300, "."):
+        with pytest.raises(UnusableImage):
+            load_image(str(tmp_path / name))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import http.server
 import json
+import shutil
 import threading
 from pathlib import Path
 
@@ -20,10 +21,13 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
     ranges = True
     refused = 0  # answers of 503 still to give
+    broken: dict[str, int] = {}  # path -> status that it is always answered with
     asked: list[str] = []
 
     def do_GET(self):
         type(self).asked.append(self.headers.get("Range") or "all")
+        if status := self.broken.get(self.path):
+            return self.send_error(status)
         if type(self).refused:
             type(self).refused -= 1
             return self.send_error(503)
@@ -38,6 +42,11 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         self.send_header("Content-Length", str(len(part)))
         self.end_headers()
         self.wfile.write(part)
+
+    def do_HEAD(self):
+        if status := self.broken.get(self.path):
+            return self.send_error(status)
+        super().do_HEAD()
 
     def end_headers(self):
         if self.ranges:
@@ -143,6 +152,35 @@ def test_a_network_that_hiccups_changes_no_picture_and_one_that_is_down_is_an_er
         record.open()
 
 
+@pytest.mark.parametrize("status", [503, 403, 404, 410])
+def test_only_a_server_that_says_so_makes_a_shard_no_such_file(status, server, tmp_path, monkeypatch):
+    folder, address, handler = server
+    waits = []
+    monkeypatch.setattr("storage.locations.time.sleep", waits.append)
+    (folder / "0.tar").write_bytes(make_tar(sample("a")))
+    handler.broken = {"/1.tar": status}
+    options = config(tmp_path, shards=f"{address}/{{0..1}}.tar")
+    if status in (404, 410):
+        assert reasons(scan(options)) == {"1.tar": "no such file"} and not waits
+    else:
+        with pytest.raises(OSError, match=rf"1.tar can't be read after 5 tries: .*{status}"):
+            scan(options)
+        assert len(waits) == 4
+
+
+def test_a_server_that_can_t_be_reached_ends_the_scan(tmp_path, monkeypatch):
+    pytest.importorskip("aiohttp")
+    monkeypatch.setattr("storage.locations.time.sleep", lambda _: None)
+    for host in ("127.0.0.1:9", "no-such-host.invalid"):
+        with pytest.raises(OSError, match="a.tar can't be read after 5 tries"):
+            scan(config(tmp_path, shards=f"http://{host}/a.tar"))
+
+
+def test_a_folder_given_as_a_shard_is_told_at_once(tmp_path):
+    with pytest.raises(ValueError, match=r"data.shards .* is a folder; give its files, such as '.*/\*.tar'"):
+        scan(config(tmp_path, shards=f"{tmp_path}/"))
+
+
 def test_a_server_without_ranges_is_told_in_one_line_and_a_pipe_reads_it(server, tmp_path):
     folder, address, handler = server
     handler.ranges = False
@@ -201,3 +239,38 @@ def test_an_index_keeps_what_it_read_of_a_url(server, tmp_path):
     assert not [each for each in handler.asked if each.startswith("bytes=") and each != "bytes=0-0"]
     lines = next((tmp_path / "index").glob("*.jsonl")).read_text().splitlines()
     assert json.loads(lines[0])["shard"] == f"{address}/0.tar" and json.loads(lines[-1]) == {"end": 1}
+
+
+def test_output_that_is_no_whole_tar_is_not_kept_and_the_command_runs_again(tmp_path):
+    (tmp_path / "0.tar").write_bytes(make_tar(sample("a")))
+    (tmp_path / "404").write_text("<!DOCTYPE html><title>404 Not Found</title>" * 20)
+    (tmp_path / "half").write_bytes((tmp_path / "0.tar").read_bytes()[:700])
+    (tmp_path / "members").write_bytes((tmp_path / "0.tar").read_bytes()[:1024])
+    for wrong in ("cat 404", "cat half", "cat members", "true", "gzip -c 0.tar"):
+        (tmp_path / "now").write_text(wrong)
+        for _ in range(2):
+            with pytest.raises(ValueError, match="wrote no whole tar, so that nothing is kept: ") as raised:
+                scan(config(tmp_path, shards=f"pipe:cd {tmp_path}; sh now"))
+            assert "\n" not in str(raised.value)
+    (tmp_path / "now").write_text("cat 0.tar")
+    assert len(scan(config(tmp_path, shards=f"pipe:cd {tmp_path}; sh now")).train) == 1
+    assert not list((tmp_path / "index").glob("*.tmp*"))
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="only bash has pipefail")
+def test_a_part_of_a_pipeline_that_fails_is_a_command_that_fails(tmp_path):
+    (tmp_path / "0.tar").write_bytes(make_tar(sample("a")))
+    with pytest.raises(ValueError, match="exit code 3"):
+        scan(config(tmp_path, shards=f"pipe:(cat {tmp_path}/0.tar; exit 3) | cat"))
+    records = scan(config(tmp_path, shards=f"pipe:cd {tmp_path}; touch '{{x,y}}'; ls {{x,y}} >&2 && cat 0.tar"))
+    assert len(records.train) == 1  # braces are the command's own
+
+
+def test_what_is_wrong_with_kept_output_says_where_it_is_kept(tmp_path):
+    (tmp_path / "0.tar").write_bytes(make_tar(sample("a")))
+    command = f"pipe:cat {tmp_path}/0.tar"
+    scan(config(tmp_path, shards=command))
+    (kept,) = (tmp_path / "index").glob("*.tar")
+    kept.write_bytes(kept.read_bytes()[:1600])  # a disk that lost its end
+    (skip,) = [skip for skip in scan(config(tmp_path, shards=command), captioned=False).skipped if "/" not in skip.path]
+    assert skip.path == "0.tar" and f"kept in {kept}: delete that" in skip.reason

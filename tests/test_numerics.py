@@ -15,10 +15,12 @@ import torch
 from line_runs import Run, at
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from storage.checkpoint import checkpoints
-from training.bad_steps import Diverged
+from training.bad_steps import BadSteps, Diverged
 from training.optimizer import Optimizer
+from training.signals import Signals
 from training.trainer import Trainer
 
 BAD = [math.nan, math.inf, -math.inf, 1e25]  # whose square, of which a second moment is made, float32 does not hold
@@ -230,3 +232,37 @@ def test_the_loss_scale_is_saved_and_restored(tmp_path):
     again.train(overflowing(again, 8192))
     assert again.optimizer.scaler.state_dict() == whole.optimizer.scaler.state_dict()
     assert all(map(torch.equal, again.numbers(), whole.numbers()))
+
+
+# -- the device is waited for once a step ------------------------------------------------------------------------------
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often a number is read from a device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_whether_a_step_is_finite_is_read_from_the_device_once():
+    guard = BadSteps(None, torch.device("cpu"), 1, 3)
+    for loss, passes in ((1.0, True), (math.nan, False)):
+        guard.begin([])
+        guard.add_loss("optimizer", torch.tensor(loss))
+        with Reads() as reads:
+            assert guard.passes("optimizer", torch.tensor(1.0)) == passes
+        assert reads.count == 1 and guard.left_out != passes
+
+
+def test_what_processes_were_asked_for_is_read_from_the_device_at_once(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda answer, operation: answer.fill_(143))
+    signals = Signals()
+    try:
+        with Reads() as reads:
+            request = signals.request(False, torch.device("cpu"), 2)
+    finally:
+        signals.close()
+    assert request.save and request.exit_code == 143 and reads.count == 0  # but as a list

@@ -45,3 +45,18 @@ def test_batches_that_do_not_divide_are_refused_with_the_mend():
         Order(0, 4, 4)
     with pytest.raises(TypeError):
         len(Order(4, 4, 4))
+
+
+def test_without_buckets_an_order_costs_its_permutation_alone():
+    import tracemalloc
+
+    tracemalloc.start()  # of numpy's arrays; torch's permutation is not seen
+    order = Order(1_000_000, 4, 4)
+    order.micro_batch_at(0, 0)
+    assert tracemalloc.get_traced_memory()[1] < 100_000
+    tracemalloc.stop()
+
+
+def test_one_bucket_for_all_is_the_order_without_buckets():
+    plain, single = (Order(37, 6, 3, seed=2, steps=20, buckets=of) for of in (None, [3] * 37))
+    assert list(plain) == list(single)

@@ -17,6 +17,10 @@ from training.sharding import blank, blocks, requested
 
 SHORT = ["trainer.steps=3", "trainer.save_every=2", "validation.every=3", "validation.images=3", "samples.every=0"]
 SMALL = ["unet.block_out_channels=[32]", "unet.attention_levels=[true]", "unet.sample_size=8"]
+LIMITS = {  # the largest difference, and the least cosine of updates, where numbers are halves, of 8 bits
+    "trainer.precision=bf16": (3e-3, 0.995),  # norms' weights are gathered in them, too; measured 1.4e-3 and 0.998
+    "optimizer.kind=muon": (1e-3, 0.995),  # measured 3e-4 and 0.9988; each half of the rows alone: 1.3e-3 and 0.83
+}
 ONE_STEP = "trainer.max_minutes=0"  # and stop
 
 
@@ -38,6 +42,17 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return max((a[name] - b[name]).abs().max().item() for name in a if a[name].numel())
 
 
+def last_update(run: Path) -> torch.Tensor:
+    """By what the last step changed the trained weights."""
+    before, after = state(run, -2), state(run)
+    networks = [name for name in after if name.startswith(("/parts/unet/", "/parts/conditioner/"))]
+    return torch.cat([(after[name] - before[name]).flatten() for name in networks])
+
+
+def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    return (a @ b / (a.norm() * b.norm())).item()
+
+
 @pytest.fixture(scope="module")
 def autoencoder(tmp_path_factory) -> str:
     """A model folder for stage 2; nothing here depends on how good it is."""
@@ -57,14 +72,14 @@ def mixed(command: list[str], run: Path) -> list[tuple[int, dict[str, str], list
 
 @pytest.fixture(scope="module")
 def runs(autoencoder, tmp_path_factory) -> Path:
-    """Runs of two processes: synchronised, and sharded but for a step that one process does alone."""
+    """Runs of two processes: synchronised, and sharded but for the first step, which one process does alone."""
     folder = tmp_path_factory.mktemp("runs")
     command = [*STAGE_2, *SHORT, *SMALL, f"autoencoder={autoencoder}"]
-    run_all([(2, {}, [*command, f"run={folder}/synchronised"]), *mixed(command, folder / "sharded")])
+    run_all([(2, {}, [*command, f"run={folder}/synchronised"]), *mixed(command, folder / "sharded")[1:]])
     return folder
 
 
-def test_sharded_processes_and_one_alone_learn_in_turn_what_synchronised_ones_do_to_rounding(runs):
+def test_one_process_alone_and_then_sharded_ones_learn_what_synchronised_ones_do_to_rounding(runs):
     sharded, synchronised = runs / "sharded", runs / "synchronised"
     assert [step for step, _ in losses(sharded)] == [1, 2, 3]
     for (_, a), (_, b) in zip(losses(sharded), losses(synchronised), strict=True):
@@ -152,10 +167,11 @@ def test_options_do_sharded_what_they_do_synchronised(settings, autoencoder, tmp
     command = [*STAGE_2, *SHORT, f"autoencoder={autoencoder}", *settings]
     run_all([(2, {}, [*command, f"run={tmp_path}/a"]), (2, FSDP, [*command, f"run={tmp_path}/b"])])
     a, b = state(tmp_path / "a"), state(tmp_path / "b")
-    # halves have 8 bits: norms' weights are gathered in them, too; Muon orthogonalizes in them
-    coarse = settings[0] in ("trainer.precision=bf16", "optimizer.kind=muon")
     assert {tensor.dtype for tensor in a.values()} == {tensor.dtype for tensor in b.values()}
-    assert distance(a, b) < (2e-2 if coarse else 1e-6)
+    far, alike = distance(a, b), cosine(last_update(tmp_path / "a"), last_update(tmp_path / "b"))
+    print(f"{settings[0]}: weights and moments differ by {far:.2g}, updates have a cosine of {alike:.6f}")
+    farthest, least_alike = LIMITS.get(settings[0], (1e-6, 1 - 1e-6))
+    assert far < farthest and alike > least_alike
 
 
 @pytest.mark.slow

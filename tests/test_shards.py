@@ -13,7 +13,7 @@ import torch
 
 from storage.dataset import DataConfig, ImageDataset, Order, make_loader, scan
 from storage.ragged import map_array, map_ragged, pack, save_ragged
-from storage.shards import CachedLatents, ShardWriter, cached_collate
+from storage.shards import CachedLatents, DamagedCache, ShardWriter, cached_collate
 
 PICTURES = Path(__file__).parent / "pictures"
 KEY = {"autoencoder": "abc", "image_size": 16, "templates": ("{text}", "{keywords}"), "flip": True}
@@ -140,6 +140,20 @@ def test_a_part_with_a_flipped_bit_is_made_again_and_no_other(tmp_path, name):
     writer = ShardWriter(folder, 0, KEY, RECORDS, part_size=16)
     assert [part.start for part in fill(writer)] == [int(name.split("-")[1][:8])]
     assert (tmp_path / name).read_bytes() == whole
+
+
+@pytest.mark.parametrize("name", ["moments-00000016.npy", "contexts-00000000.npy"])
+def test_a_flipped_bit_is_found_when_its_row_is_read(tmp_path, name):
+    folder = make_cache(tmp_path)
+    damaged = bytearray((tmp_path / name).read_bytes())
+    damaged[-3] ^= 4  # in the last row
+    (tmp_path / name).write_bytes(damaged)
+    cache, part = CachedLatents(folder), range(16, 32)
+    read = {"moments": lambda row: cache.moments(row, flip=True), "contexts": cache.context}[name.split("-")[0]]
+    last = part[-1] if "moments" in name else 15
+    read(last - 1)
+    with pytest.raises(DamagedCache, match=f"{name} is damaged at row 15; run cache_latents.py again"):
+        read(last)
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"stop": 32}', '{"sha256": null}', "[" * 5000])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -189,3 +190,30 @@ def test_a_null_cell_is_unusable_and_no_crash(tmp_path):
     with pytest.raises(UnusableImage, match="no picture"):
         record.source.open(0, 1)
     assert json.loads(json.dumps(record.captions)) == [["t0"]]
+
+
+def test_an_unpacking_that_fails_leaves_no_temporary_file(tmp_path, monkeypatch):
+    write(tmp_path / "a.parquet", rows(3))
+
+    class Full(pyarrow.ipc.RecordBatchStreamWriter):
+        def write_batch(self, *_):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(pyarrow.ipc, "new_stream", Full)
+    with pytest.raises(OSError, match="No space left"):
+        scan(config(tmp_path))
+    assert not list((tmp_path / "index").glob("*.tmp*")) and not list((tmp_path / "index").glob("*.arrow"))
+
+
+def test_the_state_of_a_saved_dataset_changes_with_its_contents(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    states = []
+    for count in (3, 4):
+        datasets.Dataset.from_list(rows(count)).save_to_disk(str(tmp_path / "saved"))
+        from storage.tables import _open_dataset
+
+        _open_dataset.cache_clear()  # as in another process
+        records = scan(config(tmp_path, shards=[], dataset=str(tmp_path / "saved"))).train
+        states.append(records[0].source.state())
+        assert records[0].source.state() == states[-1]
+    assert states[0] != states[1]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,10 @@ from line_runs import OPTIMIZER, Run, at
 from tiny_runs import metrics
 from torch import nn
 
-from storage.checkpoint import checkpoints, save_state, write_folder
+from storage.checkpoint import checkpoints, open_state, save_state, write_folder
+from storage.state import Rows
 from training.optimizer import learning_rate
+from training.parts import Parts
 from training.trainer import Trainer, TrainerConfig
 
 
@@ -159,6 +163,28 @@ def test_a_damaged_newest_checkpoint_costs_only_the_steps_since_the_one_before(t
     assert equal(again.train(), whole)
 
 
+def test_a_run_whose_checkpoints_are_all_damaged_is_never_begun_anew_in_silence(tmp_path):
+    Run(tmp_path).train()
+    for path in checkpoints(tmp_path / "state"):
+        (path / "state.safetensors").write_bytes(b"x")
+    gc.collect()
+    with pytest.raises(ValueError, match="no checkpoint of 2 in .* is valid, and --resume never begins anew; .*--no-re"):
+        Run(tmp_path)
+    assert saved(tmp_path) == [6, 8]
+    gc.collect()
+    assert Run(tmp_path, resume=False).trainer.step == 0
+
+
+@pytest.mark.parametrize("name", ["state", "model"])
+def test_a_file_where_a_run_has_a_folder_is_refused_and_left_alone(name, tmp_path):
+    (tmp_path / name).write_text("mine")
+    for resume in (True, False):
+        with pytest.raises(ValueError, match=f"{name} is a file, where a run has a folder; remove it"):
+            Run(tmp_path, resume=resume)
+        gc.collect()
+    assert (tmp_path / name).read_text() == "mine"
+
+
 def test_a_run_begun_anew_forgets_the_one_before_it(tmp_path):
     """Else the new run's early checkpoints would be pruned as older than those of the run that it replaces."""
     Run(tmp_path).train()
@@ -181,7 +207,7 @@ def test_a_run_killed_between_its_last_state_and_its_model_is_finished_on_restar
 
 def test_a_folder_in_use_is_refused_to_a_second_run(tmp_path):
     first = Run(tmp_path)
-    with pytest.raises(ValueError, match="is in use by another run; wait for it or choose another `run`"):
+    with pytest.raises(ValueError, match="is in use by another run; wait for it or choose another folder"):
         Run(tmp_path)
     assert first.train().trainer.step == 8
 
@@ -207,7 +233,113 @@ def test_a_whole_checkpoint_that_is_none_of_a_run_is_refused_in_one_line(state, 
 
 def test_a_checkpoint_of_another_model_is_refused_by_the_part_that_does_not_fit(tmp_path):
     Run(tmp_path, steps=1).train()
+    for model, told in (
+        (nn.Linear(3, 1), r"weight is \[1, 3\] in the run, \[1, 2\] in it"),
+        (nn.Linear(2, 1, bias=False), r"bias is not in the run, \[1\] in it"),
+        (nn.Sequential(*[nn.Linear(2, 2) for _ in range(3)]), r"0.weight is \[2, 2\] in the run, not in it; .*; and 3"),
+    ):
+        fits = rf"step-0000001 is of another configuration \(model does not fit: {told}"
+        with pytest.raises(ValueError, match=fits) as refused:
+            Run(tmp_path, lambda model=model: model.double(), steps=2)
+        assert "\n" not in str(refused.value)
+        gc.collect()
+
+
+def test_parts_that_only_the_checkpoint_or_only_the_run_has_are_refused_by_their_names(tmp_path):
+    Run(tmp_path, steps=1).train()
     trainer = Trainer(TrainerConfig(steps=2), tmp_path, {})
-    trainer.network("model", nn.Linear(3, 1))
-    with pytest.raises(ValueError, match=r"step-0000001 is of another configuration \(model does not fit"):
+    trainer.network("model", nn.Linear(2, 1).double())
+    trainer.network("judge", nn.Linear(2, 1))
+    told = "judge is only in the run, optimizer is only in it, optimizer_ema0 is only in it"
+    with pytest.raises(ValueError, match=rf"step-0000001 is of another configuration \({told}\); choose another `run`"):
         trainer.resume()
+
+
+def test_a_checkpoint_that_misses_rows_is_not_called_one_of_another_configuration(tmp_path):
+    whole = {"weights": Rows(torch.ones(2, 3), 0, torch.Size([4, 3]))}  # the other half is in no file
+    save_state(tmp_path, {"model": whole})
+    with pytest.raises(
+        ValueError, match=r"is not whole \(rows 2 to 3 of /model/weights are in no file\); remove it"
+    ) as told:
+        Parts(model=nn.Linear(3, 4)).load_state_dict(open_state(tmp_path), tmp_path)
+    assert "--no-resume" not in str(told.value)
+
+
+@pytest.mark.parametrize(("setting", "told"), [({"keep": 1}, "keep 1"), ({"keep": -1}, "keep -1"),
+                                               ({"max_minutes": -1}, "max_minutes -1")])  # fmt: skip
+def test_what_would_silently_mean_something_else_is_refused(setting, told, tmp_path):
+    with pytest.raises(ValueError, match=f"trainer.{told} must be at least [02]"):
+        Run(tmp_path, **setting)
+
+
+def test_a_finished_run_that_is_started_again_writes_its_model_only_where_it_is_not_whole(tmp_path):
+    written = []
+
+    def save_model(folder: Path) -> None:
+        written.append(folder)
+        (folder / "weights").write_text("whole")
+
+    Run(tmp_path).train(save_model=save_model)
+    weights, count = tmp_path / "model" / "weights", len(written)
+    Run(tmp_path).train(save_model=save_model)
+    assert len(written) == count
+    weights.write_text("wrong")
+    Run(tmp_path).train(save_model=save_model)
+    assert len(written) == count + 1 and weights.read_text() == "whole"
+
+
+def test_the_time_limit_counts_from_the_making_of_the_trainer(tmp_path, monkeypatch):
+    run, now = Run(tmp_path, max_minutes=1), time.monotonic()
+    monkeypatch.setattr("training.trainer.time.monotonic", lambda: now + 61)  # verified for so long
+    assert exit_code(run) == 0 and run.trainer.step == 1
+
+
+def test_a_checkpoint_asked_for_before_the_loop_is_written_after_the_first_step(tmp_path):
+    run, found = Run(tmp_path), {}
+    os.kill(os.getpid(), signal.SIGUSR1)
+    run.train(lambda step, loss: (found.update({step: saved(tmp_path)}), loss)[1])
+    assert found[0] == [] and found[1] == [1] and found[2] == [1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_asked_to_stop_before_its_loop_ends_at_once_without_a_traceback(number, tmp_path, capfd):
+    child = os.fork()
+    if not child:
+        run = Run(tmp_path)
+        os.kill(os.getpid(), number)
+        os._exit(run.trainer.step)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + number
+    assert "Traceback" not in capfd.readouterr().err and saved(tmp_path) == []
+
+
+def test_signals_mean_what_they_did_before_whatever_becomes_of_runs(tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    first, second = Run(tmp_path / "a"), Run(tmp_path / "b")
+    assert exit_code(first, each=at(3, lambda: os.kill(os.getpid(), signal.SIGTERM))) == 143  # though second was later
+    assert exit_code(second, each=at(3, lambda: os.kill(os.getpid(), signal.SIGTERM))) == 143
+    Run(tmp_path / "c")  # never trained
+    gc.collect()
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before
+
+
+def test_a_folder_held_only_for_a_time_is_gone_again_unless_something_was_written(tmp_path):
+    run = tmp_path / "runs" / "run"
+    trainer, other = (Trainer(TrainerConfig(steps=2), run, {}) for _ in range(2))
+    with trainer.holding_folder(), pytest.raises(ValueError, match="is in use by another run"):
+        other.resume()
+    assert list(tmp_path.iterdir()) == []
+    with trainer.holding_folder():
+        (run / "verified-0.jsonl").write_text("")
+    with pytest.raises(ValueError, match="is in use by another run"):
+        other.resume()
+    trainer.resume()
+
+
+def test_what_is_measured_at_a_step_left_out_does_not_see_buffers_of_that_step(tmp_path):
+    run = Run(tmp_path, lambda: nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)).double(), steps=2)
+    before, seen = [b.clone() for b in run.model.buffers()], []
+    for points in run.trainer.steps(run.loader()):
+        loss = run.network(points.x).mean()
+        run.trainer.update(loss * math.nan if run.trainer.step == 0 else loss, run.optimizer)
+        seen.append(all(map(torch.equal, run.model.buffers(), before)))  # as a validation would
+    assert seen == [True, False]

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import fcntl
+import io
 import json
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from PIL import Image
 
 import storage.verify
 from storage.dataset import DataConfig, Records, Skip, scan
-from storage.records import read_skipped, totals, write_skipped
+from storage.images import UnusableImage, load_image
+from storage.records import Record, SkipLog, merge_skipped, read_skipped, totals, write_skipped
 from storage.verify import Look, Memory, look_at, without_bad
 
 
@@ -124,3 +131,129 @@ def test_totals_count_kinds_of_reasons_and_skips_are_read_back_once(tmp_path):
     assert totals(skips) == "2 too small, 1 empty file, 1 x" and totals([]) == ""
     write_skipped([*skips, skips[1]], str(tmp_path / "skipped.jsonl"))
     assert read_skipped(str(tmp_path / "skipped.jsonl")) == skips
+
+
+def looked(records, run: Path) -> list[Look]:
+    """One run's looks, remembered."""
+    memory = Memory(str(run))
+    looks = look_at(records, memory)
+    memory.flush()
+    return looks
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO, errno.ESTALE, errno.EACCES, errno.ENOMEM])
+def test_a_fault_of_the_system_ends_the_verification_by_name_and_is_not_remembered(tmp_path, monkeypatch, number):
+    _, records = scanned(folder_of(tmp_path))
+
+    def fail(source, *_):
+        if source.endswith("05.png"):
+            raise OSError(number, os.strerror(number))
+        return load_image(source)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=os.strerror(number)) as raised:
+        patch.setattr(storage.verify, "load_image", fail)
+        memory = Memory(str(tmp_path / "run"))
+        look_at(records.train, memory)
+    assert raised.value.filename == str(tmp_path / "data" / "05.png")
+    memory.flush()
+    assert looked(records.train, tmp_path / "run")[5] == Look(6, 8)
+
+
+def test_a_codec_without_memory_is_asked_again(tmp_path, monkeypatch):
+    _, records = scanned(folder_of(tmp_path))
+
+    def fail(_):
+        raise UnusableImage("can't be decoded: OSError: out of memory error when reading image file")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage.verify, "load_image", fail)
+        assert looked(records.train, tmp_path / "run")[5].reason
+    assert looked(records.train, tmp_path / "run")[5] == Look(6, 8)
+
+
+def test_a_change_of_the_mode_alone_is_a_change(tmp_path, decoded):
+    folder = folder_of(tmp_path)
+    _, records = scanned(folder)
+    looked(records.train, tmp_path / "run")
+    decoded.clear()
+    time.sleep(0.02)  # clocks of file systems are coarse
+    (folder / "04.png").chmod(0o640)
+    looked(records.train, tmp_path / "run")
+    assert decoded == ["04.png"]
+
+
+def test_a_picture_that_is_replaced_while_it_is_looked_at_is_looked_at_again(tmp_path, monkeypatch):
+    folder = folder_of(tmp_path)
+    size = (folder / "04.png").stat().st_size
+    _, records = scanned(folder)
+
+    def replace(source, *_):
+        image = load_image(source)
+        if source.endswith("04.png"):
+            time.sleep(0.02)
+            (folder / "04.png").write_bytes(b"x" * size)
+        return image
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage.verify, "load_image", replace)
+        assert looked(records.train, tmp_path / "run")[4] == Look(5, 8)
+    assert looked(records.train, tmp_path / "run")[4].reason
+
+
+@dataclasses.dataclass(frozen=True)
+class Remote:
+    """A shard behind a URL, whose server tells an etag."""
+
+    path: str = "https://x/0.tar"
+    etag = ["a"]
+    data = [b"no image"]
+    asked: ClassVar[list] = []
+
+    def open(self, place: int, size: int) -> io.BytesIO:
+        return io.BytesIO(self.data[0])
+
+    def state(self) -> dict:
+        self.asked.append(self.path)
+        return {"bytes": 10240, "etag": self.etag[0]}
+
+
+def test_a_shard_that_was_uploaded_again_is_looked_at_again_and_asked_once(tmp_path, decoded):
+    source, good = Remote(), io.BytesIO()
+    Image.new("RGB", (5, 8)).save(good, "PNG")
+    records = [Record(source.path, f"0.tar/{number}.png", (), 9, source, 512 * number) for number in range(3)]
+    assert all(look.reason for look in looked(records, tmp_path)) and len(source.asked) == 1
+    source.data[0] = good.getvalue()  # of the same size, says the index
+    assert all(look.reason for look in looked(records, tmp_path)) and len(decoded) == 3
+    source.etag[0] = "b"
+    assert looked(records, tmp_path) == [Look(5, 8)] * 3
+    decoded.clear()
+    elsewhere = Remote("https://y/0.tar")
+    looked([dataclasses.replace(record, path=elsewhere.path, source=elsewhere) for record in records], tmp_path)
+    assert len(decoded) == 3
+
+
+def test_skips_of_earlier_runs_stay_when_others_are_merged(tmp_path):
+    path = str(tmp_path / "skipped.jsonl")
+    merge_skipped([Skip("a", "x")], path)
+    with open(path, "ab") as file:
+        file.write(b'{"path": "b", "reason": "late"}\n{"path": "c", "rea')  # killed
+    log = SkipLog(path)
+    assert log.append(Skip("d", "later")) == 3 and log.append(Skip("b", "again")) == 3
+    merge_skipped([Skip("a", "y"), Skip("e", "z")], path)
+    assert read_skipped(path) == [Skip("a", "y"), Skip("e", "z"), Skip("b", "late"), Skip("d", "later")]
+    assert SkipLog(path).append(Skip("f", "z")) == 5 and os.listdir(tmp_path) == ["skipped.jsonl"]
+    write_skipped([], path)
+    assert log.append(Skip("a", "x")) == 1
+
+
+def test_an_append_waits_for_that_of_another_process_and_sees_it(tmp_path):
+    path = tmp_path / "skipped.jsonl"
+    log = SkipLog(str(path))
+    with ThreadPoolExecutor(1) as pool, open(path, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        mine = pool.submit(log.append, Skip("a", "x"))
+        time.sleep(0.1)
+        assert not mine.done() and not path.read_text()
+        file.write('{"path": "a", "reason": "x"}\n')
+        file.close()
+        assert mine.result(10) == 1 and read_skipped(str(path)) == [Skip("a", "x")]

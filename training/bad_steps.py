@@ -17,6 +17,7 @@ import torch
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
+from storage.checkpoint import newest_valid
 from training.optimizer import Optimizer
 
 SHOWN = 5  # samples named on the screen; the file has all
@@ -34,10 +35,11 @@ class BadSteps:
         device: of the losses.
         world: how many processes there are.
         limit: bad steps in a row, of one optimizer, that end the run.
+        precision: of the run, for what to do about them.
     """
 
-    def __init__(self, path: Path | None, device: torch.device, world: int, limit: int):
-        self.path, self.device, self.world, self.limit = path, device, world, limit
+    def __init__(self, path: Path | None, device: torch.device, world: int, limit: int, precision: str = "no"):
+        self.path, self.device, self.world, self.limit, self.precision = path, device, world, limit, precision
         self.left_out = False  # whether an update of the step under way was left out
         self._samples: list[list[str]] = []  # of each micro-batch of this process
         self._losses: dict[str, list[torch.Tensor]] = {}  # of each optimizer, micro-batch by micro-batch
@@ -65,16 +67,19 @@ class BadSteps:
         if self.world > 1:
             finite = finite.to(torch.int32)
             torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
-        if not finite:
-            self.left_out = True
-        return bool(finite)
+        passed = bool(finite)  # the one wait for the device
+        self.left_out |= not passed
+        return passed
 
     def leave_out(self, step: int, optimizer: Optimizer, norm: torch.Tensor) -> None:
         """Instead of an update; tells and counts the step if it was a bad one. Every process calls it.
 
+        Buffers forget the step now, for what is measured before its end, and again at its end.
+
         Raises:
             Diverged: on all processes, after too many in a row.
         """
+        self._restore()
         losses = gather_object([float(loss) for loss in self._losses[optimizer.name]])
         if optimizer.leave_out(losses_finite=all(map(math.isfinite, losses))):
             self._tell(step, optimizer.name, float(norm), losses)
@@ -84,8 +89,11 @@ class BadSteps:
     def end(self) -> None:
         """The step is over: buffers forget one that was left out."""
         if self.left_out:
-            for buffer, before in self._buffers:
-                buffer.copy_(before)
+            self._restore()
+
+    def _restore(self) -> None:
+        for buffer, before in self._buffers:
+            buffer.copy_(before)
 
     def _tell(self, step: int, optimizer: str, norm: float, losses: Sequence[float]) -> None:
         """Print and write the samples: of micro-batches whose loss is not finite; of all, if only a gradient is not."""
@@ -104,10 +112,11 @@ class BadSteps:
 
     def _end(self, count: int) -> None:
         if self.path is not None:
-            folder = self.path.parent
-            told = f"error: {count} steps in a row were not finite; the last good checkpoint is in {folder}/state; "
-            mend = f"lower the learning rate, use precision bf16, or look at the samples named in {self.path}"
-            tqdm.write(told + mend, file=sys.stderr)
+            last = newest_valid(self.path.parent / "state", sums=False)
+            kept = "there is no checkpoint yet" if last is None else f"the last good checkpoint is {last}"
+            wider = " use precision bf16," * (self.precision == "fp16")
+            mend = f"lower the learning rate,{wider} or look at the samples named in {self.path}"
+            tqdm.write(f"error: {count} steps in a row were not finite; {kept}; {mend}", file=sys.stderr)
         raise Diverged(1)
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from storage.atomic import writing
+
 
 class Metrics:
     """Sums since the last line, kept as tensors so that logging does not wait for the device.
@@ -99,15 +101,8 @@ def drop_lines_after(path: Path, step: int) -> None:
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     kept = [line for line in lines if _step_of(line) <= step]
     if len(kept) < len(lines):
-        temporary = path.with_suffix(".tmp")
-        try:
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.writelines(line + "\n" for line in kept)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with writing(path, "w", encoding="utf-8") as file:
+            file.writelines(line + "\n" for line in kept)
 
 
 def _step_of(line: str) -> float:

@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from storage.state import whole_state
+from storage.state import MissingRows, whole_state
 from training.ema import Ema
 from training.optimizer import Optimizer
 from training.sharding import ShardedWeights
 
 READERS_OF_ROWS = (Optimizer, Ema, ShardedWeights)  # parts that read, of a tensor on disk, only what they hold
+SHOWN = 5  # weights named where a network is of another shape
+MEND = "choose another `run`, or begin this one anew with --no-resume, which removes what is there"
 
 
 class Parts(dict[str, Any]):
@@ -25,17 +28,35 @@ class Parts(dict[str, Any]):
         return {name: part.state_dict() for name, part in self.items()}
 
     def load_state_dict(self, states: dict[str, Any], source: Path) -> None:
-        """Give each part its state; ValueError, naming the checkpoint `source`, where one does not fit."""
+        """Give each part its state; ValueError, naming the checkpoint `source`, where one does not fit.
+
+        A state without its part, as of a text encoder that learns no more, is refused as a part without its state is.
+        """
+        other = f"{source} is of another configuration"
+        if differing := sorted(self.keys() ^ states.keys()):
+            told = ", ".join(f"{name} is only in {'the run' if name in self else 'it'}" for name in differing)
+            raise ValueError(f"{other} ({told}); {MEND}")
         for name, part in self.items():
             try:
                 part.load_state_dict(states[name] if isinstance(part, READERS_OF_ROWS) else whole_state(states[name]))
             except torch.OutOfMemoryError:
                 raise
+            except MissingRows as error:
+                raise ValueError(f"{source} is not whole ({error}); remove it, and the one before it is used") from None
             except (RuntimeError, ValueError, KeyError) as error:
-                raise ValueError(
-                    f"{source} is of another configuration ({name} does not fit: {str(error).splitlines()[0]}); "
-                    "choose another `run`, or begin this one anew with --no-resume, which removes what is there"
-                ) from error
+                told = _differences(part, states[name]) or " ".join(str(error).split()) or type(error).__name__
+                raise ValueError(f"{other} ({name} does not fit: {told}); {MEND}") from error
+
+
+def _differences(part: Any, state: dict[str, Any]) -> str:
+    """The first five weights that a network and a state of one do not have alike; "" where it is no network."""
+    if not isinstance(part, nn.Module | ShardedWeights) or not isinstance(state, dict):
+        return ""
+    shapes = ({name: list(getattr(x, "shape", ())) for name, x in each.items()} for each in (part.state_dict(), state))
+    own, other = shapes
+    names = [name for name in own | other if own.get(name) != other.get(name)]
+    told = [f"{name} is {own.get(name, 'not')} in the run, {other.get(name, 'not')} in it" for name in names[:SHOWN]]
+    return "; ".join(told) + f"; and {len(names) - SHOWN} more" * (len(names) > SHOWN)
 
 
 @dataclass(frozen=True)

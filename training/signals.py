@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,23 +23,33 @@ class Request:
 
 
 class Signals:
-    """Within its `with` block SIGTERM and SIGINT ask for a stop, SIGUSR1 for a checkpoint; the step is finished first.
+    """From its making until `close`, SIGUSR1 asks for a checkpoint after the step under way, or after the first one.
 
-    A second SIGTERM or SIGINT ends the process at once, with nothing saved.
+    Within the `with` block SIGTERM and SIGINT ask for a stop after the step; a second one ends the process at once,
+    with nothing saved. So does the first one outside of the block, where there is nothing to save.
     """
 
     def __init__(self):
         self._stop: int | None = None
-        self._save = False
-        self._handlers: dict[int, Any] = {}  # those of before
+        self._save = self._stepping = False
+        self._before = {number: _of_others(number) for number in (*STOPPING, SAVING)}
+        self._install()
 
     def __enter__(self) -> Signals:
-        self._handlers = {number: signal.signal(number, self._note) for number in (*STOPPING, SAVING)}
+        self._install()  # another run may have been made meanwhile
+        self._stepping = True
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        self._stepping = False
+        self.close()
+
+    def close(self) -> None:
+        """Signals mean again what they did before, unless somebody else has taken them since."""
+        if threading.current_thread() is threading.main_thread():  # which alone may
+            for number, handler in self._before.items():
+                if signal.getsignal(number) == self._note:
+                    signal.signal(number, handler)
 
     def request(self, out_of_time: bool, device: torch.device, world: int) -> Request:
         """What any of `world` processes was asked for since the last call; every process calls it at the same step."""
@@ -47,13 +58,24 @@ class Signals:
         if world > 1:
             answer = torch.tensor([int(save), code], device=device)
             torch.distributed.all_reduce(answer, torch.distributed.ReduceOp.MAX)
-            save, code = bool(answer[0]), int(answer[1])
-        return Request(save=save, exit_code=code if code >= 0 else None)
+            save, code = answer.tolist()
+        return Request(save=bool(save), exit_code=code if code >= 0 else None)
+
+    def _install(self) -> None:
+        for number in self._before:
+            signal.signal(number, self._note)
 
     def _note(self, number: int, frame: Any) -> None:
         if number == SAVING:
             self._save = True
-        elif self._stop is not None:
+        elif self._stop is not None or not self._stepping:
             os._exit(128 + number)
         else:
             self._stop = number
+
+
+def _of_others(number: int) -> Any:
+    """The handler of a signal; where that is another run's, the one before it."""
+    handler = signal.getsignal(number)
+    owner = getattr(handler, "__self__", None)
+    return owner._before[number] if isinstance(owner, Signals) else handler

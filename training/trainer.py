@@ -12,7 +12,9 @@ One iteration is one micro-batch; `batch_size / (micro_batch_size * processes)` 
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,7 +35,7 @@ from training.parts import Parts, Watched
 from training.run_folder import RunFolder
 from training.share import Share
 from training.signals import Signals
-from training.together import write_together
+from training.together import on_main, save_rows, write_together
 from training.trainer_config import TrainerConfig, make_accelerator
 
 T = TypeVar("T")
@@ -59,6 +61,8 @@ class Trainer:
     """
 
     def __init__(self, config: TrainerConfig, folder: str | Path, settings: dict[str, Any]):
+        self._began, self._signals = time.monotonic(), Signals()
+        weakref.finalize(self, self._signals.close).atexit = False  # of a run that never came to its loop
         self.config, self.folder, self.step = config, RunFolder(folder, config.keep), 0
         shards = sharding.requested()  # before accelerate looks
         self.accelerator = make_accelerator(config, folder)
@@ -70,7 +74,7 @@ class Trainer:
         path = self.folder.path / "metrics.jsonl" if self.is_main else None
         self.metrics = Metrics(path, self.accelerator, config.log_every)
         path = self.folder.path / "bad_steps.jsonl" if self.is_main else None
-        self._bad_steps = BadSteps(path, self.device, self.world, config.max_bad_steps)
+        self._bad_steps = BadSteps(path, self.device, self.world, config.max_bad_steps, config.precision)
         self._parts = Parts()
         self._networks = Networks(self.accelerator, config.compile, shards)
         self._averages: list[tuple[Optimizer, Ema]] = []
@@ -120,19 +124,29 @@ class Trainer:
             raise ValueError(f"process {self.rank} found other {name} than process 0; is somebody writing there?")
         self._parts[name] = Watched(name, value, self.print)
 
+    @contextmanager
+    def holding_folder(self) -> Iterator[None]:
+        """Within the block no other run can use the folder; afterwards, if nothing was written, it is as before.
+
+        Raises:
+            ValueError: another run holds the folder; on every process.
+        """
+        on_main(self.folder.take, self.is_main)
+        try:
+            yield
+        finally:
+            if self.is_main:
+                self.folder.leave()
+
     def resume(self) -> None:
         """Take the run folder, and up its newest valid checkpoint, if any; call when all parts are registered.
 
-        Nothing is written before this call, so what is refused before it leaves no trace.
+        Before this call nothing is written but within `holding_folder`, so what is refused leaves no trace.
 
         Raises:
             ValueError: another run holds the folder, or the checkpoint is not of these parts.
         """
-        answer: list[Path | None] = [None]
-        if self.is_main:
-            self.folder.take()
-            answer = [self.folder.newest(self.config.resume)]
-        found = broadcast_object_list(answer)[0]
+        found = on_main(self._take_up, self.is_main)
         if found is None:
             self.metrics.rewind(0)
         else:
@@ -164,10 +178,9 @@ class Trainer:
                 is called on the others, too, with None, to take part in making it whole.
             names: of the samples of a micro-batch, for messages.
         """
-        started = time.monotonic()
         if self.step >= self.config.steps:  # the end may have come between the last state and the rest
-            self._finish(save_model)
-        with self._progress() as bar, Signals() as signals:
+            self._finish(save_model, on_main(lambda: self.folder.has_model(self.step), self.is_main))
+        with self._progress() as bar, self._signals as signals:
             try:
                 for batch in loader:
                     self._networks.synchronise(self.last_micro)
@@ -179,7 +192,7 @@ class Trainer:
                     if self.micro == self.accumulation:
                         self._bad_steps.end()
                         self.micro, self.step = 0, self.step + 1
-                        self._end_step(bar, signals, started, save_model)
+                        self._end_step(bar, signals, save_model)
             finally:
                 self.accelerator.end_training()
 
@@ -251,16 +264,17 @@ class Trainer:
     def save(self, save_model: SaveModel | None = None) -> None:
         """Write state/step-N atomically, then the model folder, then prune."""
         window = self.metrics.window()  # over all processes, so every one takes part
-        self.metrics.sync()
-        sharded = self._networks.sharded
-        if self.is_main or sharded:
-            state = {"step": self.step, "window": window, "parts": self._parts.state_dict()}
-            if sharded:
-                write_together(self.folder.checkpoint(self.step), sharding.rows_of_all(state))
-            else:
-                self.folder.save(self.step, state)
+
+        def state() -> dict[str, Any]:
+            return {"step": self.step, "window": window, "parts": self._parts.state_dict()}
+
+        on_main(self.metrics.sync, self.is_main)
+        if self._networks.sharded:
+            own = sharding.rows_of_all(state())
+            write_together(self.folder.checkpoint(self.step), lambda path: save_rows(path, own))
+        else:
+            on_main(lambda: self.folder.save(self.step, state()), self.is_main)
         self._finish(save_model)
-        self.accelerator.wait_for_everyone()
 
     def print(self, text: str) -> None:
         """A line for the person watching, once, below the progress bar."""
@@ -274,14 +288,14 @@ class Trainer:
         name = self.folder.path.name
         return tqdm(**images, unit="img", unit_scale=True, desc=name, disable=not self.is_main)
 
-    def _end_step(self, bar: tqdm, signals: Signals, started: float, save_model: SaveModel | None) -> None:
+    def _end_step(self, bar: tqdm, signals: Signals, save_model: SaveModel | None) -> None:
         """After an optimizer step: progress, metrics, and a checkpoint where one is due or asked for."""
         config = self.config
         bar.update(config.batch_size)
         written = self.metrics.end_step(self.step)
         if written is not None:
             bar.set_postfix({name: f"{value:.4g}" for name, value in written.items() if "loss" in name})
-        minutes = (time.monotonic() - started) / 60
+        minutes = (time.monotonic() - self._began) / 60
         out_of_time = config.max_minutes is not None and minutes >= config.max_minutes
         request = signals.request(out_of_time, self.device, self.world)
         stop = request.exit_code is not None
@@ -291,9 +305,15 @@ class Trainer:
             self.print(f"stopped at step {self.step} of {config.steps}; the same command goes on from here")
             raise Stopped(request.exit_code)
 
-    def _finish(self, save_model: SaveModel | None) -> None:
-        """After a checkpoint: the model folder, which the main process writes and others help to gather."""
-        if self.is_main:
-            self.folder.finish(save_model)
-        elif save_model is not None and self._networks.sharded:
-            save_model(None)
+    def _take_up(self) -> Path | None:
+        self.folder.take()
+        return self.folder.newest(self.config.resume)
+
+    def _finish(self, save_model: SaveModel | None, model_is_there: bool = False) -> None:
+        """After a checkpoint: the model folder, which the main process writes and others help to gather; then prune."""
+        if save_model is not None and not model_is_there:
+            if self._networks.sharded:
+                write_together(self.folder.model, lambda path: save_model(path if self.is_main else None))
+            else:
+                on_main(lambda: checkpoint.write_folder(self.folder.model, save_model), self.is_main)
+        on_main(self.folder.prune, self.is_main)

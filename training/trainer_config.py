@@ -24,7 +24,7 @@ class TrainerConfig:
     log_every: int = 20  # optimizer steps averaged into one line of metrics.jsonl
     trackers: list[str] = field(default_factory=list)  # accelerate trackers: tensorboard, wandb, ...
     workers: int = 0  # data loading processes per training process
-    max_minutes: float | None = None  # save and exit 0 after this time, for queues with a limit
+    max_minutes: float | None = None  # save and exit 0 so long after the config was read, for queues with a limit
     timeout_minutes: float = 60  # processes wait so long for one another, and so for the previews that the first draws
     max_bad_steps: int = 20  # non-finite steps in a row that end the run
     resume: bool = True  # go on from the newest valid checkpoint in the run folder; false: remove what is there
@@ -34,6 +34,10 @@ class TrainerConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"trainer.{name} {value} must be at least 1")
+        if self.keep < 2:
+            raise ValueError(f"trainer.keep {self.keep} must be at least 2, of which one may be found damaged; use 2")
+        if self.max_minutes is not None and self.max_minutes < 0:
+            raise ValueError(f"trainer.max_minutes {self.max_minutes} must be at least 0; 0 makes one step")
         if self.timeout_minutes <= 0:
             raise ValueError(f"trainer.timeout_minutes {self.timeout_minutes} must be above 0; use 60")
         if self.precision not in ("no", "bf16", "fp16"):
