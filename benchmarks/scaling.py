@@ -37,7 +37,7 @@ class Assumed:
     sustained: float = 250e12  # operations per second and GPU: a quarter of an H100's dense bfloat16 peak of 989e12
     inside: float = 300e9  # bytes per second and GPU that an all-reduce reaches inside a machine of 8
     between: float = 40e9  # the same where machines of 8 are joined by 400 Gbit/s per GPU
-    writer: float = 500e6  # bytes per second that one process copies to the CPU, hashes and writes durably
+    writer: float = 250e6  # bytes per second that one process copies to the CPU, hashes and writes durably
     disk: float = 4e9  # bytes per second that the run folder's disk takes from all of them
 
 
