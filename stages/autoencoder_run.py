@@ -9,6 +9,7 @@ from autoencoder import Autoencoder, AutoencoderConfig, DiscriminatorConfig
 from autoencoder.losses import LossConfig
 from autoencoder.perceptual import PerceptualConfig
 from stages.reconstruction import ValidationConfig
+from stages.settings import check_run
 from storage.config import to_dict
 from storage.dataset import DataConfig
 from training.ema import EmaConfig
@@ -37,6 +38,9 @@ class RunConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, about 30 % more time
+
+    def __post_init__(self):
+        check_run(self.run, self.seed)
 
 
 def inherited(values: dict[str, Any]) -> dict[str, Any]:

@@ -28,6 +28,10 @@ class SamplesConfig:
     steps: int = 50
     guidance_scale: float = 5.0
 
+    def __post_init__(self):
+        if self.every < 0:
+            raise ValueError(f"samples.every {self.every} must be at least 0, which is never")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationConfig:
@@ -38,8 +42,12 @@ class ValidationConfig:
     levels: int = 10  # noise levels, evenly spaced in t
 
     def __post_init__(self):
-        if self.levels < 1:
-            raise ValueError(f"validation.levels {self.levels} must be at least 1")
+        if self.every < 0:
+            raise ValueError(f"validation.every {self.every} must be at least 0, which is never")
+        for name in ("images", "levels"):
+            value = getattr(self, name)
+            if self.every and value < 1:
+                raise ValueError(f"validation.{name} {value} must be at least 1; or use validation.every=0")
 
 
 @torch.no_grad()

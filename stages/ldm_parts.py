@@ -24,7 +24,7 @@ from operators.winograd import lay_out
 from stages.ldm_run import DEFAULT_SAMPLES, RunConfig, opened
 from storage.buckets import check_step
 from storage.config import require_same
-from storage.records import Record, fingerprint
+from storage.records import Record, fingerprints
 from storage.shards import CachedLatents
 from storage.weights import place
 from training.ema import Ema
@@ -82,7 +82,7 @@ def cache_key(
     """What cached latents and contexts depend on."""
     data = config.data
     return {
-        "records": fingerprint(records),
+        **fingerprints(records),
         "image_size": data.image_size,
         "crop": data.crop,
         "flip": data.flip,

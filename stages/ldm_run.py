@@ -13,6 +13,7 @@ from ldm.parts import Parts, open_model, purpose
 from ldm.schedule import ScheduleConfig, make_schedule
 from ldm.unet import UNetConfig
 from stages.denoising import SamplesConfig, ValidationConfig
+from stages.settings import check_run
 from storage.config import to_dict
 from storage.dataset import DataConfig
 from training.ema import EmaConfig
@@ -61,6 +62,9 @@ class RunConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, about 30 % more time
     save_precision: Literal["fp32", "fp16"] = "fp32"  # of the model folder
+
+    def __post_init__(self):
+        check_run(self.run, self.seed)
 
 
 def open_source(path: str) -> Parts:

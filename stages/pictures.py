@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stages.settings import changes
 from stages.survey import Survey
 from storage.config import one_line_errors, save_config
 from storage.dataset import Batch, DataConfig, ImageDataset, TooManyBad, collate, make_loader
@@ -57,6 +58,8 @@ class Pictures:
         trainer.print(f"{len(train)} images, {len(held_out)} held out, {len(skipped)} skipped{why}")
         trainer.watch("images and captions", fingerprint(train))
         trainer.resume()
+        if trainer.step and (told := changes(config, f"{config.run}/config.yaml")):
+            trainer.print(f"warning: not the settings that the run was stopped with: {told}; not the same run any more")
         if self.survey.memory is not None:
             self.survey.memory.flush()
 
@@ -102,8 +105,9 @@ class Pictures:
 
 def without_unusable(records: Records, cache: CachedLatents) -> Records:
     """The records that the cache has latents of, in its order; the others count as skipped."""
-    usable = set(cache.usable.tolist())
+    usable, path = set(cache.usable.tolist()), Path(cache.folder) / "skipped.jsonl"
+    reasons = {skip.path: skip.reason for skip in read_skipped(str(path))} if path.exists() else {}
     gone = (record.name for i, record in enumerate(records.train) if i not in usable)
-    skipped = [*records.skipped, *(Skip(name, "not decoded by cache_latents.py") for name in gone)]
+    skipped = [*records.skipped, *(Skip(name, reasons.get(name, "not in the latent cache")) for name in gone)]
     kept = RecordList(record for i, record in enumerate(records.train) if i in usable)
     return Records(kept, records.validation, skipped)

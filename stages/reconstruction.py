@@ -24,6 +24,13 @@ class ValidationConfig:
     grid: int = 8  # of them shown, each above its reconstruction
     scale_images: int = 4096  # training images over which the latent scale is measured at the end
 
+    def __post_init__(self):
+        for name, least in (("every", 0), ("grid", 0), ("scale_images", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"validation.{name} {getattr(self, name)} must be at least {least}")
+        if self.every and self.images < 1:
+            raise ValueError(f"validation.images {self.images} must be at least 1; or use validation.every=0")
+
 
 @torch.no_grad()
 def measure_scale(autoencoder: Autoencoder, dataset: ImageDataset, count: int, device: torch.device) -> Autoencoder:

@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from PIL import ImageColor
+
 from storage.buckets import BucketConfig, bucket_shapes
 from storage.captions import columns_of
 from storage.images import CROPS
@@ -58,6 +60,16 @@ class DataConfig:
             raise ValueError(f"data.max_aspect is {self.max_aspect}; it is long over short side, at least 1")
         if self.buckets is not None:
             bucket_shapes(self.image_size, self.buckets)
+        if self.min_size < 0:
+            raise ValueError(f"data.min_size is {self.min_size}; it must be at least 0 pixels")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(f"data.max_bad_fraction is {self.max_bad_fraction}; it is a fraction, from 0 to 1")
+        try:
+            ImageColor.getrgb(self.background)
+        except ValueError:
+            raise ValueError(
+                f"data.background is {self.background!r}; it must be a color's name, such as white, or '#rrggbb'"
+            ) from None
         if self.image_size < 1:
             raise ValueError(f"data.image_size is {self.image_size}; it must be at least 1 pixel")
         if not 0 <= self.validation < 1:

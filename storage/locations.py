@@ -225,9 +225,10 @@ def patiently(url: str, action: Callable[[], T]) -> T:
 def _is_gone(error: FileNotFoundError) -> bool:
     """Whether there is nothing, and not a server that can't be asked, of which fsspec says the same over HTTP."""
     cause = error.__cause__
-    if cause is None or type(cause).__module__.partition(".")[0] not in ("aiohttp", "asyncio", "builtins"):
-        return True
-    return getattr(cause, "status", None) in ABSENT
+    if isinstance(cause, FileNotFoundError):
+        return _is_gone(cause)
+    failed = isinstance(cause, OSError) or type(cause).__module__.startswith("aiohttp")
+    return not failed or getattr(cause, "status", None) in ABSENT
 
 
 def _file_system(url: str) -> tuple[Any, str]:

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 from storage.ragged import pack, save_array, save_json, save_ragged
-from storage.records import Record, fingerprint
+from storage.records import Record, fingerprints
 
 FORMAT = 2
 DTYPES = ("float32", "float16")
-OWN_KEYS = ("moments_dtype", "part_size", "records")  # what the writer adds to the key
+OWN_KEYS = ("moments_dtype", "part_size", "pictures", "captions")  # what the writer adds to the key
 MAX_PARTS = 4096  # about, of each kind: every file of a part is mapped, and systems map some 65,000
 KINDS = {"moments": [".npy"], "contexts": [".npy", ".starts.npy"]}  # the files of a part
 
@@ -59,7 +59,8 @@ class ShardWriter:
         self.part_size = part_size or max(1024, 1 << (-(-len(records) // MAX_PARTS) - 1).bit_length())
         self.captions = sorted({text for record in records for texts in record.captions for text in texts})
         own = {"moments_dtype": dtype, "part_size": self.part_size}
-        self.key = {"records": key.get("records") or fingerprint(records), **as_json(key), **own}
+        of_records = {} if {"pictures", "captions"} <= key.keys() else fingerprints(records)
+        self.key = {**of_records, **as_json(key), **own}
         os.makedirs(folder, exist_ok=True)
         path = os.path.join(folder, "key.json")
         if os.path.exists(path):

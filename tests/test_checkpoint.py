@@ -218,6 +218,19 @@ def test_pruning_keeps_the_newest_valid_ones_and_never_fewer_than_two(tmp_path):
     assert [int(name[5:]) for name in names(tmp_path)] == [5, 6]
 
 
+@pytest.mark.parametrize("put", ["a file", "a link"])
+def test_a_file_or_a_link_in_the_place_of_a_folder_leaves_nothing_aside(put, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    folder, aside = tmp_path / "model", tmp_path / ".tmp-old-model"
+    for place in (folder, aside):
+        place.symlink_to("elsewhere") if put == "a link" else place.write_text("x")
+    checkpoint.write_folder(folder, lambda path: (path / "weights").write_text("new"))
+    assert sorted(os.listdir(tmp_path)) == ["elsewhere", "model"] and (folder / "weights").read_text() == "new"
+    aside.symlink_to("elsewhere") if put == "a link" else aside.write_text("x")
+    checkpoint.clear_temporaries(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["elsewhere", "model"]
+
+
 def test_an_incomplete_checkpoint_does_not_count_among_those_kept(tmp_path):
     """Sizes are looked at; sums are not, which would read everything at each save."""
     steps(tmp_path, 1, 2, 3, 4)

@@ -145,7 +145,16 @@ def test_too_many_bad_steps_in_a_row_end_the_run_in_one_line_with_the_checkpoint
     assert [path.name for path in checkpoints(tmp_path / "state")] == ["step-0000003", "step-0000006"]
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(said) == 1 and "3 steps in a row were not finite" in said[0] and "bad_steps.jsonl" in said[0]
+    assert f"the last good checkpoint is {tmp_path}/state/step-0000006;" in said[0]
     assert_finite_on_disk(tmp_path)
+
+
+def test_too_many_bad_steps_before_the_first_checkpoint_do_not_send_anybody_to_one(tmp_path, capsys):
+    run = Run(tmp_path, max_bad_steps=2)
+    with pytest.raises(Diverged):
+        run.train(lambda step, loss: loss * math.nan)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "; there is no checkpoint yet; lower the learning rate, or look" in said[0]
 
 
 def test_a_good_step_starts_the_count_of_bad_ones_anew(tmp_path):

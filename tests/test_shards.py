@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pickle
@@ -227,10 +228,13 @@ def test_a_cache_of_something_else_is_refused_by_what_changed(tmp_path):
         CachedLatents(folder, {name: value for name, value in KEY.items() if name != "flip"})
     with pytest.raises(ValueError, match="part_size was 16, is 1024"):
         ShardWriter(folder, 0, KEY, RECORDS)
-    with pytest.raises(ValueError, match="records was"):
+    with pytest.raises(ValueError, match="pictures was"):
         ShardWriter(folder, 0, KEY, RECORDS[1:], part_size=16)
-    with pytest.raises(ValueError, match="records was"):
-        CachedLatents(folder, {**KEY, "records": "of another folder"})
+    with pytest.raises(ValueError, match="made otherwise: captions was '[0-9a-f]+', is '[0-9a-f]+'; make it again"):
+        others = [dataclasses.replace(record, captions=(("x",),)) for record in RECORDS]
+        ShardWriter(folder, 0, KEY, others, part_size=16)
+    with pytest.raises(ValueError, match="made otherwise: pictures was"):
+        CachedLatents(folder, {**KEY, "pictures": "of another folder"})
     assert len(CachedLatents(folder)) == 42
 
 

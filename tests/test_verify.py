@@ -129,6 +129,7 @@ def test_more_bad_ones_than_allowed_are_an_error(tmp_path):
 def test_totals_count_kinds_of_reasons_and_skips_are_read_back_once(tmp_path):
     skips = [Skip("a", "empty file"), Skip("b", "too small: 3 x 4"), Skip("c", "too small: 5 x 1"), Skip("\udcff", "x")]
     assert totals(skips) == "2 too small, 1 empty file, 1 x" and totals([]) == ""
+    assert totals([Skip("a", "compressed; give 'pipe:gunzip < SHARD', or unpack it")]) == "1 compressed"
     write_skipped([*skips, skips[1]], str(tmp_path / "skipped.jsonl"))
     assert read_skipped(str(tmp_path / "skipped.jsonl")) == skips
 

@@ -33,6 +33,8 @@ class OptimizerConfig:
             raise ValueError(f"optimizer.schedule {self.schedule!r} is unknown; use one of {', '.join(SCHEDULES)}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optimizer.betas {self.betas} must be two numbers, at least 0 and below 1")
+        if self.warmup_steps < 0:
+            raise ValueError(f"optimizer.warmup_steps {self.warmup_steps} must be at least 0, which is no warm-up")
         if self.learning_rate < 0 or self.weight_decay < 0:
             raise ValueError("optimizer.learning_rate and optimizer.weight_decay must not be negative")
 

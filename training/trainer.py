@@ -23,10 +23,10 @@ from accelerate.utils import broadcast, broadcast_object_list
 from torch import nn
 from tqdm import tqdm
 
-from storage import checkpoint
 from storage.order import Order
 from training import sharding
 from training.bad_steps import BadSteps
+from training.checkpoints import Checkpoints, SaveModel
 from training.ema import Ema
 from training.metrics import Metrics, drop_lines_after, flat
 from training.networks import Networks
@@ -35,11 +35,10 @@ from training.parts import Parts, Watched
 from training.run_folder import RunFolder
 from training.share import Share
 from training.signals import Signals
-from training.together import on_main, save_rows, write_together
+from training.together import on_main
 from training.trainer_config import TrainerConfig, make_accelerator
 
 T = TypeVar("T")
-SaveModel = Callable[[Path | None], None]  # into a folder; None: see `Trainer.steps`
 
 __all__ = ["Stopped", "Trainer", "TrainerConfig"]
 
@@ -77,6 +76,7 @@ class Trainer:
         self._bad_steps = BadSteps(path, self.device, self.world, config.max_bad_steps, config.precision)
         self._parts = Parts()
         self._networks = Networks(self.accelerator, config.compile, shards)
+        self._checkpoints = Checkpoints(self.folder, self._parts, self._networks, self.metrics, self.is_main)
         self._averages: list[tuple[Optimizer, Ema]] = []
         self._settings = settings
 
@@ -146,17 +146,7 @@ class Trainer:
         Raises:
             ValueError: another run holds the folder, or the checkpoint is not of these parts.
         """
-        found = on_main(self._take_up, self.is_main)
-        if found is None:
-            self.metrics.rewind(0)
-        else:
-            state = checkpoint.open_state(found)
-            if not isinstance(state, dict) or state.keys() != {"step", "window", "parts"}:
-                raise ValueError(f"{found} is no state of a run; remove it, and the one before it is used")
-            self._parts.load_state_dict(state["parts"], found)
-            self.step = state["step"]
-            self.metrics.rewind(self.step, state["window"])
-            self.print(f"resumed from {found}")
+        self.step = self._checkpoints.resume(self.config.resume, self.print)
         if self.is_main:
             drop_lines_after(self.folder.path / "bad_steps.jsonl", self.step)
         if self.config.trackers:
@@ -179,7 +169,7 @@ class Trainer:
             names: of the samples of a micro-batch, for messages.
         """
         if self.step >= self.config.steps:  # the end may have come between the last state and the rest
-            self._finish(save_model, on_main(lambda: self.folder.has_model(self.step), self.is_main))
+            self._checkpoints.finish(self.step, save_model)
         with self._progress() as bar, self._signals as signals:
             try:
                 for batch in loader:
@@ -263,18 +253,7 @@ class Trainer:
 
     def save(self, save_model: SaveModel | None = None) -> None:
         """Write state/step-N atomically, then the model folder, then prune."""
-        window = self.metrics.window()  # over all processes, so every one takes part
-
-        def state() -> dict[str, Any]:
-            return {"step": self.step, "window": window, "parts": self._parts.state_dict()}
-
-        on_main(self.metrics.sync, self.is_main)
-        if self._networks.sharded:
-            own = sharding.rows_of_all(state())
-            write_together(self.folder.checkpoint(self.step), lambda path: save_rows(path, own))
-        else:
-            on_main(lambda: self.folder.save(self.step, state()), self.is_main)
-        self._finish(save_model)
+        self._checkpoints.save(self.step, save_model)
 
     def print(self, text: str) -> None:
         """A line for the person watching, once, below the progress bar."""
@@ -304,16 +283,3 @@ class Trainer:
         if stop and self.step < config.steps:
             self.print(f"stopped at step {self.step} of {config.steps}; the same command goes on from here")
             raise Stopped(request.exit_code)
-
-    def _take_up(self) -> Path | None:
-        self.folder.take()
-        return self.folder.newest(self.config.resume)
-
-    def _finish(self, save_model: SaveModel | None, model_is_there: bool = False) -> None:
-        """After a checkpoint: the model folder, which the main process writes and others help to gather; then prune."""
-        if save_model is not None and not model_is_there:
-            if self._networks.sharded:
-                write_together(self.folder.model, lambda path: save_model(path if self.is_main else None))
-            else:
-                on_main(lambda: checkpoint.write_folder(self.folder.model, save_model), self.is_main)
-        on_main(self.folder.prune, self.is_main)

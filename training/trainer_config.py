@@ -9,6 +9,8 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
+MAX_TIMEOUT = 525_600  # minutes
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
@@ -30,6 +32,8 @@ class TrainerConfig:
     resume: bool = True  # go on from the newest valid checkpoint in the run folder; false: remove what is there
 
     def __post_init__(self):
+        if self.workers < 0:
+            raise ValueError(f"trainer.workers {self.workers} must be at least 0, which loads in the training process")
         for name in ("steps", "batch_size", "save_every", "log_every", "micro_batch_size", "max_bad_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -38,8 +42,9 @@ class TrainerConfig:
             raise ValueError(f"trainer.keep {self.keep} must be at least 2, of which one may be found damaged; use 2")
         if self.max_minutes is not None and self.max_minutes < 0:
             raise ValueError(f"trainer.max_minutes {self.max_minutes} must be at least 0; 0 makes one step")
-        if self.timeout_minutes <= 0:
-            raise ValueError(f"trainer.timeout_minutes {self.timeout_minutes} must be above 0; use 60")
+        if not 0 < self.timeout_minutes <= MAX_TIMEOUT:
+            told = f"must be above 0 and at most {MAX_TIMEOUT}, a year; use 60"
+            raise ValueError(f"trainer.timeout_minutes {self.timeout_minutes:g} {told}")
         if self.precision not in ("no", "bf16", "fp16"):
             raise ValueError(f"trainer.precision {self.precision!r} is unknown; use no, bf16 or fp16")
 
