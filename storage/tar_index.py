@@ -87,7 +87,8 @@ def _is_current(path: str, state: dict[str, Any]) -> bool:
         with open(path, "rb") as file:
             first = json.loads(file.readline())
             file.seek(-min(64, os.path.getsize(path)), os.SEEK_END)
-            return first == state and b'{"end": ' in file.read()
+            last = file.read()
+            return first == state and b'{"end": ' in last and last.endswith(b"}\n")
     except (OSError, ValueError):
         return False
 
