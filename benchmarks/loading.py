@@ -93,7 +93,7 @@ def of_webdataset(pattern: str, size: int, batch_size: int, images: int, workers
     """A plain webdataset loop: shards in random order, a shuffle buffer of 1,000."""
     import webdataset
 
-    shards = webdataset.WebDataset(pattern, shardshuffle=100, resampled=True, seed=SEED).shuffle(1000)
+    shards = webdataset.WebDataset(pattern, shardshuffle=False, resampled=True, seed=SEED).shuffle(1000)
     samples = shards.decode("pilrgb").to_tuple("png;jpg;webp", "txt").map_tuple(their_transform(size), str)
     loader = webdataset.WebLoader(samples.batched(batch_size), batch_size=None, num_workers=workers)
     return (batch for _, batch in zip(range(images // batch_size), loader, strict=False))

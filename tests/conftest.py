@@ -21,3 +21,17 @@ def settings_of_runs():
             patch.setenv(name, value)
         yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def autoencoder(tmp_path_factory) -> str:
+    """A model folder for stage 2; nothing here depends on how good it is."""
+    import torch
+
+    from autoencoder import Autoencoder, AutoencoderConfig
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("autoencoder")
+    config = AutoencoderConfig(block_out_channels=(16, 32, 32), layers_per_block=1, norm_num_groups=8, sample_size=32)
+    Autoencoder(config).save(folder)
+    return str(folder)

@@ -82,3 +82,23 @@ def test_a_contender_of_its_own_process_hands_back_what_it_printed_last(monkeypa
         processes, "run_script", lambda *command: (f"noise\n{json.dumps({'said': command[-1]})}\n", 0, 0)
     )
     assert processes.contend("peak_memory", "--batch", 3) == {"said": "3"}
+
+
+def test_the_race_of_loaders_prints_images_per_second_of_each(tmp_path, capsys):
+    loading = importlib.import_module("benchmarks.loading")
+    threads = torch.get_num_threads()
+    loading.main(["--tiny", "--rounds", "1", "--threads", "1", "--workers", "0", "--workdir", str(tmp_path)])
+    torch.set_num_threads(threads)
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [row.split("|")[1].strip() for row in rows[1:]] == [
+        "ours, folder", "datasets, folder", "ours, tar", "webdataset, tar", "ours, cache",
+    ]  # fmt: skip
+    assert all(int(row.split("|")[2].replace(",", "")) > 0 for row in rows[1:])
+
+
+def test_what_many_gpus_need_is_counted_from_the_configs(capsys):
+    importlib.import_module("benchmarks.scaling").main(["--gigabytes", "0.001", "--images", "1e6"])
+    told = capsys.readouterr().out
+    assert "1,000,000 pictures: 100 shards" in told
+    assert "| txt2img-1p4b | 872.3 M | 0.55 | 7.0 GB |" in told  # the paper's parameters, 8 bytes for each
+    assert "| txt2img-small | 0.0 TB | 0.0 TB | 4.0 GB |" in told

@@ -155,9 +155,7 @@ def test_hostile_files_are_one_line_and_quick(name, tmp_path):
 OVERRIDES = ["folder=" + "[" * 5000, "a" + "{a:" * 3000, "a." * 3000 + "a=1", "folder=\0", "." * 10_000 + "=1"]
 
 
-@pytest.mark.parametrize(
-    "override", [*OVERRIDES, "folder=!!python/name:x", "learning_rate=.nan", "steps=1e400"]
-)
+@pytest.mark.parametrize("override", [*OVERRIDES, "folder=!!python/name:x", "learning_rate=.nan", "steps=1e400"])
 def test_hostile_overrides_are_one_line_and_quick(override):
     started = time.monotonic()
     with pytest.raises(ValueError) as caught:

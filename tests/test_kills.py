@@ -14,10 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from tiny_runs import ROOT, SETTINGS, STAGE_1, STAGE_2, differing, metrics
-
-from autoencoder import Autoencoder, AutoencoderConfig
 
 # 36 pictures in batches of 10: one step goes over the end of an epoch; a life takes a second, a fifth of it for saves
 SCHEDULE = ["trainer.batch_size=10", "trainer.micro_batch_size=5", "trainer.log_every=2", "trainer.save_every=2"]
@@ -27,16 +24,6 @@ CASES = {
     "vq": [*STAGE_1, *SCHEDULE, "autoencoder.regularizer=vq"],
     "ldm": [*STAGE_2, *SCHEDULE, "data.flip=true", "data.crop=random", "samples.every=3", "samples.steps=2"],
 }
-
-
-@pytest.fixture(scope="module")
-def autoencoder(tmp_path_factory) -> str:
-    """A model folder for stage 2; nothing here depends on how good it is."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("autoencoder")
-    config = AutoencoderConfig(block_out_channels=(16, 32, 32), layers_per_block=1, norm_num_groups=8, sample_size=32)
-    Autoencoder(config).save(folder)
-    return str(folder)
 
 
 def kill(folder: Path, autoencoder: str, kills: int) -> list[dict]:

@@ -13,10 +13,8 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from tiny_runs import STAGE_1, STAGE_2, differing, files, launch, metrics, run_here
 
-from autoencoder import Autoencoder, AutoencoderConfig
 from storage import checkpoint
 from training.metrics import Metrics
 from training.trainer import Trainer
@@ -42,16 +40,6 @@ def draws() -> random.Random:
     seed = int(os.environ.get("STIPPLE_SEED") or time.time_ns() % 2**32)
     print(f"STIPPLE_SEED={seed}")
     return random.Random(seed)
-
-
-@pytest.fixture(scope="module")
-def autoencoder(tmp_path_factory) -> str:
-    """A model folder for stage 2; nothing here depends on how good it is."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("autoencoder")
-    config = AutoencoderConfig(block_out_channels=(16, 32, 32), layers_per_block=1, norm_num_groups=8, sample_size=32)
-    Autoencoder(config).save(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module", params=CASES)

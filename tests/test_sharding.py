@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from tiny_runs import STAGE_1, STAGE_2, differing, losses, metrics, start
 from torch import nn
 
-from autoencoder import Autoencoder, AutoencoderConfig
 from storage.checkpoint import checkpoints, load_state, problem
 from training.sharding import blank, blocks, requested
 
@@ -51,16 +50,6 @@ def last_update(run: Path) -> torch.Tensor:
 
 def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
     return (a @ b / (a.norm() * b.norm())).item()
-
-
-@pytest.fixture(scope="module")
-def autoencoder(tmp_path_factory) -> str:
-    """A model folder for stage 2; nothing here depends on how good it is."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("autoencoder")
-    config = AutoencoderConfig(block_out_channels=(16, 32, 32), layers_per_block=1, norm_num_groups=8, sample_size=32)
-    Autoencoder(config).save(folder)
-    return str(folder)
 
 
 def mixed(command: list[str], run: Path) -> list[tuple[int, dict[str, str], list[str]]]:
