@@ -1,14 +1,10 @@
 """From prompts to contexts: text encoders, frozen or trained from scratch."""
 
+from conditioning.building import AnyConditioner, ConditionerConfig, build_conditioner, load_conditioner
 from conditioning.classes import ClassConditioner, Unconditional
-from conditioning.conditioner import (
-    AnyConditioner,
-    Conditioner,
-    ConditionerConfig,
-    build_conditioner,
-    load_conditioner,
-)
+from conditioning.conditioner import Conditioner
 from conditioning.context import Context, drop_context
+from conditioning.given import Given
 from conditioning.interop import conditioner_from_compvis, conditioner_to_compvis
 from conditioning.known_tokenizers import bert_tokenizer, clip_tokenizer
 from conditioning.tokenizer import Tokenizer, Tokens
@@ -20,6 +16,7 @@ __all__ = [
     "Conditioner",
     "ConditionerConfig",
     "Context",
+    "Given",
     "Tokenizer",
     "Tokens",
     "TransformerConfig",

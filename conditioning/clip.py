@@ -24,8 +24,12 @@ DEFAULTS = {  # what a config.json of transformers need not say
     "hidden_act": "quick_gelu",
     "layer_norm_eps": 1e-5,
     "attention_dropout": 0.0,
+    "projection_dim": 512,
 }
 MARK = {"model_type": "clip_text_model", "architectures": ["CLIPTextModel"]}
+PROJECTS = {"architectures": ["CLIPTextModelWithProjection"]}  # with the matrix of the pooled output, as SDXL's second
+LEGACY_END = 2  # eos_token_id in OpenAI's files, where the end really is the largest id
+PROJECTION = "text_projection.weight"
 POSITION_IDS = "text_model.embeddings.position_ids"  # a buffer [1, L] of 0, 1, 2, ... that older files hold
 
 
@@ -38,7 +42,11 @@ ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
 
 class Clip(nn.Module):
-    """Causal text encoder: ids and mask [B, L] -> the last layer's tokens [B, L, d], after the final norm."""
+    """Causal text encoder: ids and mask [B, L] -> the last layer's tokens [B, L, d], after the final norm.
+
+    Attributes:
+        text_projection: d -> p without bias, of the pooled output; only where config.json says that there is one.
+    """
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
@@ -50,18 +58,42 @@ class Clip(nn.Module):
         model.embeddings.position_embedding = empty_embedding(config["max_position_embeddings"], width)
         model.encoder.layers = nn.ModuleList(Layer(config) for _ in range(config["num_hidden_layers"]))
         model.final_layer_norm = nn.LayerNorm(width, eps=eps)
+        if projects(config):
+            self.text_projection = nn.Linear(width, config["projection_dim"], bias=False)
 
     def forward(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         """Tokens [B, L, d]; mask True where a token counts, None where all do."""
+        return self.layers(ids, mask)[1]
+
+    def layers(self, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What goes into the last layer [B, L, d], with no norm, and the tokens of `forward` [B, L, d]."""
         tables, length = self.text_model.embeddings, ids.shape[1]
         x = tables.token_embedding(ids) + tables.position_embedding.weight[:length]  # [B, L] -> [B, L, d]
         attended = None
         if mask is not None:
             causal = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
             attended = causal & mask[:, None, None, :]  # [B, L] -> [B, 1, L, L]
+        before = x
         for layer in self.text_model.encoder.layers:
-            x = layer(x, attended)
-        return self.text_model.final_layer_norm(x)
+            before, x = x, layer(x, attended)
+        return before, self.text_model.final_layer_norm(x)
+
+    def pooled(self, ids: Tensor, tokens: Tensor) -> Tensor:
+        """The tokens [B, L, d] where each text ends, projected: [B, p]."""
+        end = self.config.get("eos_token_id", LEGACY_END)
+        ends = ids if end == LEGACY_END else (ids == end).int()
+        x = tokens[torch.arange(len(ids), device=ids.device), ends.argmax(dim=1)]  # [B, L, d] -> [B, d], the first end
+        return self.text_projection(x) if projects(self.config) else x
+
+    def freeze_end(self) -> None:
+        """Let the last layer and the final norm learn no more, for who reads only what goes into them."""
+        for module in (self.text_model.encoder.layers[-1], self.text_model.final_layer_norm):
+            module.requires_grad_(False)
+
+    @property
+    def pooled_dim(self) -> int:
+        """p of the pooled output."""
+        return self.config["projection_dim" if projects(self.config) else "hidden_size"]
 
     def weights(self) -> dict[str, Tensor]:
         """Parameters by transformers' names."""
@@ -106,26 +138,36 @@ def is_plain_clip(config: Mapping[str, Any]) -> bool:
     """True for a config.json that this file computes exactly; other variants go through transformers."""
     if config.get("model_type") not in ("clip", "clip_text_model"):
         return False
-    projects = config.get("architectures") == ["CLIPTextModelWithProjection"]
     own = clip_config(config)
-    return not projects and not own["attention_dropout"] and own["hidden_act"] in ACTIVATIONS
+    return not own["attention_dropout"] and own["hidden_act"] in ACTIVATIONS
+
+
+def projects(config: Mapping[str, Any]) -> bool:
+    """True for a config.json of a text encoder with the projection of its pooled output."""
+    return config.get("architectures") == PROJECTS["architectures"]
 
 
 def clip_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The text encoder's own part of a CLIP's config.json, defaults said."""
     if config["model_type"] == "clip":
         config = {**(config.get("text_config") or {}), **(config.get("text_config_dict") or {})}
-    return {**DEFAULTS, **{key: value for key, value in config.items() if key != "_name_or_path"}, **MARK}
+    mark = MARK | PROJECTS if projects(config) else MARK
+    return {**DEFAULTS, **{key: value for key, value in config.items() if key != "_name_or_path"}, **mark}
 
 
-def clip_weights(weights: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
-    """The text encoder's own weights out of a checkpoint: no images, no projection, no layer past the last wanted."""
+def clip_weights(weights: Mapping[str, Tensor], layers: int, projection: bool = False) -> dict[str, Tensor]:
+    """The text encoder's own weights out of a checkpoint: no images, no layer past the last wanted.
+
+    With `projection`, also that of the pooled output.
+    """
     kept = {}
     for name, weight in weights.items():
         if name.startswith(("embeddings.", "encoder.", "final_layer_norm.")):
             name = f"text_model.{name}"  # transformers 5 writes it with and without
         surplus = name.startswith("text_model.encoder.layers.") and int(name.split(".")[3]) >= layers
         if name.startswith("text_model.") and not surplus and name != POSITION_IDS:
+            kept[name] = weight
+        if name == PROJECTION and projection:
             kept[name] = weight
     return kept
 

@@ -1,4 +1,4 @@
-"""A context is all that a denoiser is told besides z_t and t: tokens, vector and latents, any of them absent.
+"""A context is all that a denoiser is told besides z_t and t: tokens, vector, latents, any of them absent.
 
 Cross-attention reads the tokens (Rombach et al. 2022, section 3.3); caption dropout is Ho & Salimans 2022, algorithm 1.
 """
@@ -6,13 +6,13 @@ Cross-attention reads the tokens (Rombach et al. 2022, section 3.3); caption dro
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FIELDS = ("tokens", "mask", "vector", "latents")
+FIELDS = ("tokens", "mask", "vector", "latents", "guidance")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,7 @@ class Context:
     mask: Tensor | None = None  # [B, L] bool, True where the token counts; None: every token counts
     vector: Tensor | None = None  # [B, v] added to the time embedding
     latents: Tensor | None = None  # [B, c, h, w] concatenated to z_t
+    guidance: Tensor | None = None  # [B] guidance scale, of networks that were distilled from a guided one
 
     def __post_init__(self) -> None:
         sizes = {name: len(getattr(self, name)) for name in FIELDS if getattr(self, name) is not None}
@@ -74,13 +75,17 @@ class Context:
         return self._join(other, lambda a, b: torch.cat([a, b]))
 
     def where(self, keep: Tensor, other: Context) -> Context:
-        """Per member: this context where keep [B] bool is True, the other (batch B or 1) where it is False."""
+        """Per member: this context where keep [B] bool is True, the other (batch B or 1) where it is False.
+
+        A context with no field stays as it is.
+        """
 
         def choose(a: Tensor, b: Tensor) -> Tensor:
             return torch.where(keep.reshape(-1, *[1] * (a.ndim - 1)), a, b)
 
-        if keep.dtype != torch.bool or keep.shape != (self.batch_size,):
-            raise ValueError(f"keep must be bool [{self.batch_size}], not {keep.dtype} {tuple(keep.shape)}")
+        size = self.batch_size if any(getattr(self, name) is not None for name in FIELDS) else len(keep)
+        if keep.dtype != torch.bool or keep.shape != (size,):
+            raise ValueError(f"keep must be bool [{size}], not {keep.dtype} {tuple(keep.shape)}")
         return self._join(other, choose)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Context:
@@ -88,7 +93,7 @@ class Context:
         return Context(**{name: None if x is None else change(x) for name, x in present.items()})
 
     def _join(self, other: Context, join: Callable[[Tensor, Tensor], Tensor]) -> Context:
-        for name in ("tokens", "vector", "latents"):
+        for name in ("tokens", "vector", "latents", "guidance"):
             if (getattr(self, name) is None) != (getattr(other, name) is None):
                 raise ValueError(f"one context has {name} and the other has none; use one conditioner for both")
         a, b = self, other
@@ -113,9 +118,8 @@ def _padded(context: Context, length: int) -> Context:
     if mask is None:
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
     extra = length - tokens.shape[1]
-    return Context(
+    return replace(
+        context,
         tokens=F.pad(tokens, (0, 0, 0, extra)),  # [B, L, d] -> [B, length, d]
         mask=F.pad(mask, (0, extra)),  # [B, L] -> [B, length]
-        vector=context.vector,
-        latents=context.latents,
     )

@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from conditioning.building import AnyConditioner
 from conditioning.classes import ClassConditioner, Unconditional, class_conditioner
 from conditioning.clip import Clip, empty_clip
 from conditioning.clip_bpe import END, VOCAB_SIZE
 from conditioning.compvis import HEAD_DIM, SOURCE, kind_of_text, text_config, text_from_compvis, text_to_compvis
-from conditioning.conditioner import AnyConditioner, Conditioner
+from conditioning.conditioner import Conditioner
 from conditioning.known_tokenizers import bert_tokenizer, clip_tokenizer
 from conditioning.layouts import VOCAB_SIZE as LAYOUTS
 from conditioning.layouts import LayoutTokenizer

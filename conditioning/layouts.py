@@ -2,22 +2,55 @@
 
 An object is three tokens: its class, and the cells of a grid in which two corners of its box lie. Room that no object
 takes is filled with the last token; the two tokens at the end are the box of the crop, here always the whole picture.
+Their transformer, LDM's BERT, is trained with the UNet.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
+from conditioning.class_names import ClassNames, check_names
+from conditioning.ldm_bert import LdmBert, random_ldm_bert
 from conditioning.tokenizer import Tokens
 
 TOKENIZER_CLASS = "LayoutTokenizer"  # our mark in tokenizer/tokenizer_config.json
 VOCAB_SIZE = 8192  # of LDM's layout model
-RULE = 'an object is "CLASS LEFT TOP RIGHT BOTTOM", a whole number and four from 0 to 1, objects are parted by ";"'
+RULE = 'an object is "CLASS LEFT TOP RIGHT BOTTOM", a class and four numbers from 0 to 1; objects are parted by ";"'
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayoutConfig:
+    """A transformer over the tokens of boxes that is trained from scratch; the defaults are LDM's (58.9 M parameters).
+
+    Raises:
+        ValueError: a value breaks a rule; the message names value, rule and mend.
+    """
+
+    names: list[str] = field(default_factory=list)  # of the classes; empty: those of the captions, sorted
+    vocab_size: int = VOCAB_SIZE  # at least one more than the cells, a square number: 8192 for 90 x 90 and some left
+    max_objects: int = 30  # what a layout has more is left out
+    width: int = 512  # d of the tokens
+    layers: int = 16  # residual blocks
+    heads: int = 8  # attention heads per block
+
+    def __post_init__(self):
+        check_names(self.names)
+        if self.width % self.heads:
+            raise ValueError(f"layout.width {self.width} is not divisible by {self.heads} heads; change one of them")
+        if self.vocab_size < len(self.names) + 1 or self.vocab_size < 5:
+            least = max(len(self.names) + 1, 5)
+            raise ValueError(f"layout.vocab_size {self.vocab_size} can't hold classes and cells; use {least} or more")
+        if math.isqrt(self.vocab_size) ** 2 == self.vocab_size:
+            said = f"layout.vocab_size {self.vocab_size} leaves, beside its cells, no token for no object"
+            raise ValueError(f"{said}; use {self.vocab_size + 1}")
+        if self.max_objects < 1:
+            raise ValueError(f"layout.max_objects {self.max_objects} must be at least 1")
 
 
 class LayoutTokenizer:
@@ -26,14 +59,20 @@ class LayoutTokenizer:
     Args:
         vocab_size: of the encoder; the grid has as many cells as fit into it, in as many rows as columns.
         max_length: 3 tokens per object and 2 for the crop.
+        names: of the classes, which prompts may use in place of their numbers; there are no others then.
     """
 
-    def __init__(self, vocab_size: int, max_length: int) -> None:
+    def __init__(self, vocab_size: int, max_length: int, names: Sequence[str] = ()) -> None:
         if max_length % 3 != 2:
             raise ValueError(f"max_length {max_length} of a layout is not 3 tokens per object and 2 more; is this one?")
-        self.vocab_size, self.max_length = vocab_size, max_length
+        self.vocab_size, self.max_length, self.classes = vocab_size, max_length, ClassNames(names)
         self.side = math.isqrt(vocab_size)
-        self.options = {"tokenizer_class": TOKENIZER_CLASS, "vocab_size": vocab_size, "model_max_length": max_length}
+
+    @property
+    def options(self) -> dict[str, object]:
+        """What tokenizer_config.json says."""
+        options = {"vocab_size": self.vocab_size, "model_max_length": self.max_length}
+        return {"tokenizer_class": TOKENIZER_CLASS, **options, "class_names": self.classes.names}
 
     def __call__(self, prompts: Sequence[str]) -> Tokens:
         """Ids and mask (all true) [B, max_length] of B layouts; objects that do not fit are left out.
@@ -46,12 +85,20 @@ class LayoutTokenizer:
 
     def cut(self, prompt: str) -> str:
         """The objects that do not fit into max_length tokens; "" where all do."""
-        return "; ".join(self._objects(prompt)[self.max_length // 3 :])
+        return "; ".join(_objects(prompt)[self.max_length // 3 :])
 
     def save(self, folder: Path) -> None:
         """Writes tokenizer_config.json."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "tokenizer_config.json").write_text(json.dumps(self.options, indent=2) + "\n", encoding="utf-8")
+
+    def state_dict(self) -> dict[str, list[str]]:
+        """The names of the classes: with trained weights goes what their ids meant."""
+        return self.classes.state_dict()
+
+    def load_state_dict(self, state: dict[str, list[str]]) -> None:
+        """Take back a `state_dict`."""
+        self.classes.load_state_dict(state)
 
     def fingerprint(self) -> bytes:
         """Bytes that differ when ids could."""
@@ -59,14 +106,15 @@ class LayoutTokenizer:
 
     def _encode(self, prompt: str) -> list[int]:
         ids = []
-        for text in self._objects(prompt)[: self.max_length // 3]:
-            try:
-                number, *box = text.split()
-                number, (left, top, right, bottom) = int(number), (float(edge) for edge in box)
-            except ValueError:
-                raise ValueError(f"{text!r:.80} is no object of a layout: {RULE}") from None
-            if not (0 <= number < self.vocab_size - 1 and 0 <= left <= right <= 1 and 0 <= top <= bottom <= 1):
-                raise ValueError(f"{text!r:.80} is no object of a layout: a class or an edge is out of range; {RULE}")
+        for text in _objects(prompt)[: self.max_length // 3]:
+            name, (left, top, right, bottom) = _parts(text)
+            number = self.classes.row(name)
+            known = len(self.classes.names) or self.vocab_size - 1
+            if number is None or number >= known:
+                near = f"; {self.classes.near(name)}" if self.classes.names else ""
+                raise ValueError(f"{text!r:.80} is no object of a layout: {RULE}{near}")
+            if not (0 <= left <= right <= 1 and 0 <= top <= bottom <= 1):
+                raise ValueError(f"{text!r:.80} is no object of a layout: an edge is out of range; {RULE}")
             ids += [number, self._cell(left, top), self._cell(right, bottom)]
         empty = [self.vocab_size - 1] * (self.max_length - 2 - len(ids))
         return [*ids, *empty, self._cell(0, 0), self._cell(1, 1)]
@@ -75,8 +123,31 @@ class LayoutTokenizer:
         """The number of the cell at x, y from 0 to 1, counted along rows."""
         return round(y * (self.side - 1)) * self.side + round(x * (self.side - 1))
 
-    def _objects(self, prompt: str) -> list[str]:
-        return [text.strip() for text in prompt.split(";") if text.strip()]
+
+def new_layouts(config: LayoutConfig, captions: Iterable[str] | None, seed: int) -> tuple[LayoutTokenizer, LdmBert]:
+    """A tokenizer of layouts, and its transformer with weights drawn from the seed.
+
+    Args:
+        captions: of the training set, each a layout; they give the names where the config does not.
+
+    Raises:
+        ValueError: a caption is no layout.
+    """
+    captions = list(captions or [])
+    names = config.names or sorted({_parts(text)[0].lower() for caption in captions for text in _objects(caption)})
+    names = replace(config, names=[] if all(name.isdecimal() for name in names) else names).names
+    tokenizer = LayoutTokenizer(config.vocab_size, 3 * config.max_objects + 2, names)
+    tokenizer(captions)  # a caption that is no layout is to be found now
+    sizes = {
+        "vocab_size": config.vocab_size,
+        "d_model": config.width,
+        "max_position_embeddings": tokenizer.max_length,
+        "encoder_layers": config.layers,
+        "encoder_ffn_dim": 4 * config.width,
+        "encoder_attention_heads": config.heads,
+        "head_dim": config.width // config.heads,
+    }
+    return tokenizer, random_ldm_bert(sizes, seed)
 
 
 def read_layout_tokenizer(folder: Path) -> LayoutTokenizer | None:
@@ -87,4 +158,18 @@ def read_layout_tokenizer(folder: Path) -> LayoutTokenizer | None:
         return None  # for the reader of the other tokenizers to judge
     if not isinstance(options, dict) or options.get("tokenizer_class") != TOKENIZER_CLASS:
         return None
-    return LayoutTokenizer(options["vocab_size"], options["model_max_length"])
+    return LayoutTokenizer(options["vocab_size"], options["model_max_length"], options.get("class_names", ()))
+
+
+def _objects(prompt: str) -> list[str]:
+    return [text.strip() for text in prompt.split(";") if text.strip()]
+
+
+def _parts(text: str) -> tuple[str, list[float]]:
+    """Class and box of an object; a class may be of several words."""
+    try:
+        name, *box = text.rsplit(maxsplit=4)
+        left, top, right, bottom = (float(edge) for edge in box)
+    except ValueError:
+        raise ValueError(f"{text!r:.80} is no object of a layout: {RULE}") from None
+    return name, [left, top, right, bottom]

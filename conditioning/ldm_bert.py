@@ -117,3 +117,15 @@ def empty_ldm_bert(config: dict[str, Any]) -> LdmBert:
     """An LdmBert whose parameters are not yet allocated; load_state_dict(assign=True) gives it some."""
     with torch.device("meta"):
         return LdmBert(config)
+
+
+def random_ldm_bert(sizes: Mapping[str, Any], seed: int) -> LdmBert:
+    """An LdmBert with weights drawn from the seed as LDM draws them, no global state touched."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        bert = LdmBert(ldm_bert_config(sizes))
+        for table in (bert.model.embed_tokens, bert.model.embed_positions):
+            nn.init.normal_(table.weight, std=0.02)
+    for buffer in bert.buffers():
+        buffer.zero_()  # of the logits, which LDM has and never uses
+    return bert

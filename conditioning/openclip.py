@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from conditioning.clip import Clip, empty_clip
+from conditioning.clip import PROJECTION, PROJECTS, Clip, empty_clip
 from conditioning.compvis import tower_config, tower_from_open_clip
 from conditioning.pretrained import WEIGHTS, read_config
 from conditioning.tokenizer import Tokenizer, read_tokenizer
@@ -66,7 +66,12 @@ class OpenClipEncoder(nn.Module):
 
 
 def build_open_clip(
-    name: str, pretrained: str | None, drop_layers: int, final_norm: bool, max_length: int | None
+    name: str,
+    pretrained: str | None,
+    drop_layers: int,
+    final_norm: bool,
+    max_length: int | None,
+    projection: bool = False,
 ) -> tuple[Tokenizer, OpenClipEncoder | Clip]:
     """An open_clip model's tokenizer and text tower.
 
@@ -74,6 +79,7 @@ def build_open_clip(
         name: an architecture ("ViT-H-14"), "hf-hub:OWNER/NAME" or "local-dir:FOLDER".
         pretrained: open_clip's tag ("laion2b_s32b_b79k"), a file, or "random"; unused with hf-hub: and local-dir:.
         drop_layers: 1 for the penultimate layer.
+        projection: with the matrix of the pooled output, where the tower becomes a CLIPTextModel.
 
     Raises:
         ValueError, FileNotFoundError: in one line, for what open_clip does not know or can't fetch.
@@ -91,7 +97,7 @@ def build_open_clip(
         model = _create(name, weights)
         arch = _arch(name)
         tokenizer = _tokenizer(name, arch["text_cfg"], max_length)
-        return tokenizer, _text_tower(model, arch, drop_layers, final_norm)
+        return tokenizer, _text_tower(model, arch, drop_layers, final_norm, projection)
     except Exception as error:  # the hub's, torch's and open_clip's own classes
         reason = " ".join(str(error).split())[:300]
         raise FileNotFoundError(
@@ -141,7 +147,9 @@ def _arch(name: str) -> dict[str, Any]:
     }
 
 
-def _text_tower(model: nn.Module, arch: dict[str, Any], drop_layers: int, final_norm: bool) -> OpenClipEncoder | Clip:
+def _text_tower(
+    model: nn.Module, arch: dict[str, Any], drop_layers: int, final_norm: bool, projection: bool
+) -> OpenClipEncoder | Clip:
     """The text tower alone, without its last drop_layers layers."""
     text_cfg = arch["text_cfg"]
     weights = model.text.state_dict() if hasattr(model, "text") else model.state_dict()
@@ -155,15 +163,20 @@ def _text_tower(model: nn.Module, arch: dict[str, Any], drop_layers: int, final_
     tower = _build_tower(arch, None)
     weights = {key: weights[key] for key in tower.state_dict()}
     if final_norm and not any(value for key, value in text_cfg.items() if key not in PLAIN):
-        return _plain(weights, tower.heads, arch["quick_gelu"])
+        return _plain(weights, tower.heads, arch["quick_gelu"], projection)
     tower.load_state_dict(weights, strict=True)
     return OpenClipEncoder(tower, arch, final_norm, None)
 
 
-def _plain(weights: dict[str, Tensor], heads: int, quick_gelu: bool) -> Clip:
+def _plain(weights: dict[str, Tensor], heads: int, quick_gelu: bool, projection: bool) -> Clip:
     """The tower as a CLIPTextModel."""
-    clip = empty_clip(tower_config(weights, heads, "quick_gelu" if quick_gelu else "gelu"))
-    place(clip, tower_from_open_clip(weights, clip.config["num_hidden_layers"]), "the text tower of open_clip")
+    config = tower_config(weights, heads, "quick_gelu" if quick_gelu else "gelu")
+    named = tower_from_open_clip(weights, config["num_hidden_layers"])
+    if projection:
+        config |= PROJECTS
+        named[PROJECTION] = weights["text_projection"].T  # [d, p] -> [p, d]
+    clip = empty_clip(config)
+    place(clip, named, "the text tower of open_clip")
     return clip
 
 

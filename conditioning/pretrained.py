@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from conditioning.bert import bert_config, bert_weights, empty_bert, is_plain_bert
-from conditioning.clip import clip_config, clip_weights, empty_clip, is_plain_clip
+from conditioning.clip import clip_config, clip_weights, empty_clip, is_plain_clip, projects
 from conditioning.ldm_bert import MODEL_TYPE as LDM_BERT
 from conditioning.ldm_bert import empty_ldm_bert, ldm_bert_config, ldm_bert_weights
 from storage.weights import place, read_folder, read_json, require_fit
@@ -27,6 +28,7 @@ TEXT_MODELS = {
     "siglip": "SiglipTextModel",
     "siglip2": "Siglip2TextModel",
 }
+MODEL_FOLDERS = (("text_encoder", "tokenizer"), ("bert", "tokenizer"))  # in a model folder, and diffusers' for LDM
 WEIGHTS = "model"  # the stem of transformers' weight files
 HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
 
@@ -62,16 +64,19 @@ class TransformersEncoder(nn.Module):
         return named
 
 
-def find_encoder(name: str) -> tuple[Path, Path]:
+def find_encoder(name: str, suffix: str = "") -> tuple[Path, Path]:
     """The encoder's and the tokenizer's folder for a local folder (flat, or in diffusers' layout) or a hub name.
+
+    Args:
+        suffix: in diffusers' layout, of the folders to be preferred: "_2" for the second of two encoders.
 
     Raises:
         FileNotFoundError: in one line, where the folder does not exist or the hub can't give it.
     """
     folder = Path(name).expanduser()
-    for part in ("text_encoder", "bert"):
+    for part, tokenizer in ((f"text_encoder{suffix}", f"tokenizer{suffix}"), *MODEL_FOLDERS):
         if (folder / part / "config.json").is_file():
-            return folder / part, folder / "tokenizer"
+            return folder / part, folder / tokenizer
     if folder.is_dir():
         return folder, folder
     if name.startswith(("/", ".", "~")) or name.count("/") != 1 and Path(name).parent.name:
@@ -156,7 +161,8 @@ def own_kind(config: dict[str, Any]) -> OwnKind | None:
     if is_plain_bert(config):
         return OwnKind(config=bert_config, layers="num_hidden_layers", empty=empty_bert, select=bert_weights)
     if is_plain_clip(config):
-        return OwnKind(config=clip_config, layers="num_hidden_layers", empty=empty_clip, select=clip_weights)
+        select = partial(clip_weights, projection=projects(config))
+        return OwnKind(config=clip_config, layers="num_hidden_layers", empty=empty_clip, select=select)
     if config["model_type"] == LDM_BERT:
         return OwnKind(config=ldm_bert_config, layers="encoder_layers", empty=empty_ldm_bert, select=ldm_bert_weights)
     return None
@@ -168,7 +174,7 @@ def _load_transformers(
     import transformers
 
     wanted = TEXT_MODELS.get(config["model_type"], "AutoModel")
-    if config["model_type"].startswith("clip") and config.get("architectures") == ["CLIPTextModelWithProjection"]:
+    if config["model_type"].startswith("clip") and projects(config):
         wanted = "CLIPTextModelWithProjection"
     try:
         settings = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)

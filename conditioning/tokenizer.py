@@ -42,6 +42,7 @@ class Tokenizer:
         if max_length < least:
             raise ValueError(f"max_length {max_length} leaves no room for text; this tokenizer needs at least {least}")
         self.backend, self.options, self.max_length = backend, options, max_length
+        self.rows_of: dict[str, str] = {}  # words that were added -> all tokens that each stands for
         pad = _content(options.get("pad_token") or options.get("eos_token"))
         pad_id = None if pad is None else backend.token_to_id(pad)
         if pad_id is None:
@@ -70,6 +71,28 @@ class Tokenizer:
             kept = zip(encoding.word_ids, encoding.offsets, strict=True)
             starts += [offset[0] for word, offset in kept if word == lost.word_ids[first]]
         return (head[min(starts) :] + tail).strip()
+
+    def ids(self, text: str) -> list[int]:
+        """The ids of a text alone, without those that mark its beginning and end."""
+        encoding = self.backend.encode(self._fit(text)[0])
+        return [id for id, special in zip(encoding.ids, encoding.special_tokens_mask, strict=True) if not special]
+
+    def add(self, word: str, count: int = 1) -> int:
+        """Add a word that stands for `count` tokens, WORD WORD_1 WORD_2 as diffusers has it; the first one's id.
+
+        Raises:
+            ValueError: it is known, or more than a word.
+        """
+        from tokenizers import AddedToken
+
+        names = [word, *(f"{word}_{i}" for i in range(1, count))]
+        if not word or word.split() != [word]:
+            raise ValueError(f"token {word!r} must be one word, such as <toy>")
+        if known := [name for name in names if self.backend.token_to_id(name) is not None]:
+            raise ValueError(f"token {known[0]!r} is in the vocabulary; choose another, such as <{word.strip('<>')}-1>")
+        self.backend.add_tokens([AddedToken(name, normalized=False) for name in names])
+        self.rows_of[word] = " ".join(names)
+        return self.backend.token_to_id(word)
 
     def save(self, folder: Path) -> None:
         """Writes tokenizer.json, tokenizer_config.json and the vocabulary files of slow tokenizers."""
@@ -109,6 +132,8 @@ class Tokenizer:
         if not isinstance(prompt, str):
             raise ValueError(f"a prompt must be text, not {type(prompt).__name__}: {prompt!r:.80}")
         text = prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", " ").strip()
+        for word, tokens in self.rows_of.items():
+            text = text.replace(word, tokens)
         limit = CHARACTERS_PER_TOKEN * self.max_length
         head, tail = text[:limit], text[limit:]
         if clean := self.options.get("open_clip_clean"):

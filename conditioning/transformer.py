@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from conditioning.clip import Clip, clip_config, clip_weights, empty_clip
+from conditioning.clip import PROJECTS, Clip, clip_config, clip_weights, empty_clip
 from conditioning.clip_bpe import END, START
 from conditioning.pretrained import quiet
 from conditioning.tokenizer import Tokenizer, read_tokenizer
@@ -69,9 +69,12 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) -
         return read_tokenizer(Path(folder), max_length)
 
 
-def random_transformer(config: TransformerConfig, tokenizer: Tokenizer, seed: int) -> Clip:
-    """A CLIPTextModel for the tokenizer's vocabulary with weights drawn from the seed, no global state touched."""
-    from transformers import CLIPTextConfig, CLIPTextModel
+def random_transformer(config: TransformerConfig, tokenizer: Tokenizer, seed: int, projection: bool = False) -> Clip:
+    """A CLIPTextModel for the tokenizer's vocabulary with weights drawn from the seed, no global state touched.
+
+    With `projection`, also the matrix of the pooled output.
+    """
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     if config.width % config.heads:
         raise ValueError(f"width {config.width} is not divisible by {config.heads} heads; change one of them")
@@ -90,7 +93,7 @@ def random_transformer(config: TransformerConfig, tokenizer: Tokenizer, seed: in
     )
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(seed)
-        weights = CLIPTextModel(settings).float().state_dict()
-    clip = empty_clip(clip_config(settings.to_dict()))
-    place(clip, clip_weights(weights, config.layers), "a random CLIPTextModel")
+        weights = (CLIPTextModelWithProjection if projection else CLIPTextModel)(settings).float().state_dict()
+    clip = empty_clip(clip_config(settings.to_dict() | (PROJECTS if projection else {})))
+    place(clip, clip_weights(weights, config.layers, projection), "a random CLIPTextModel")
     return clip

@@ -1,4 +1,7 @@
-"""Captions from columns: clean text, and templates such as "{name}, {style} style" over a metadata row's columns."""
+"""Captions from columns: clean text, and templates such as "{name}, {style} style" over a metadata row's columns.
+
+A column of objects, [{"label": "cat", "box": [0.1, 0.2, 0.5, 0.9]}, ...], reads "cat 0.1 0.2 0.5 0.9; ...": a layout.
+"""
 
 from __future__ import annotations
 
@@ -77,8 +80,17 @@ def _elements(value: Any) -> list[str]:
     """A column's value as the texts it offers; blanks, null and mappings offer none."""
     if isinstance(value, str):
         return [value.strip()] if value.translate(SPACES).strip() else []
+    if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+        return _layout(value)
     if isinstance(value, list):
         return [text for item in value if not isinstance(item, list) for text in _elements(item)]
     if value is None or isinstance(value, Mapping):
         return []
     return [str(value)]
+
+
+def _layout(objects: list[Mapping[str, Any]]) -> list[str]:
+    """Objects with a label and a box as one text; none where one of them has not both."""
+    if not all(item.get("label") is not None and isinstance(item.get("box"), list) for item in objects):
+        return []
+    return ["; ".join(" ".join(map(str, [item["label"], *item["box"]])) for item in objects)]

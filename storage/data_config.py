@@ -27,7 +27,7 @@ class DataConfig:
     image_column: str | None = None  # of parquet files and datasets; null: the only one that holds pictures
     index: str = "cache/index"  # folder that remembers what shards hold, and keeps what pipe: and parquet files give
     image_size: int = 256  # pixels, both sides
-    captions: list[str] = field(default_factory=lambda: ["{text}"])  # templates over columns; repeat one to weigh it
+    captions: list[str] = field(default_factory=lambda: ["{text}"])  # templates; repeat one to weigh it; []: none
     where: dict[str, list[Any]] = field(default_factory=dict)  # keep rows whose column has one of these; null: missing
     crop: str = "center"  # or "random", along the long side
     flip: bool = False  # mirror half of the pictures; wrong where there is writing
@@ -37,6 +37,7 @@ class DataConfig:
     buckets: BucketConfig | None = None  # shapes besides the square, such as {step: 64}; null: all are cut square
     missing_caption: str = "skip"  # or "empty": a picture without a caption is trained on as if its caption was dropped
     verify: bool = True  # decode all once before the first step; false: bad ones are replaced when they are met
+    maps: str | None = None  # folder of what lies where: the map of picture a/b.webp is a/b.png in it, of one channel
     background: str = "white"  # shown through alpha: a color name, or "#rrggbb"
     max_bad_fraction: float = 0.5  # more skipped than this stops the run
 
@@ -74,8 +75,6 @@ class DataConfig:
             raise ValueError(f"data.image_size is {self.image_size}; it must be at least 1 pixel")
         if not 0 <= self.validation < 1:
             raise ValueError(f"data.validation is {self.validation}; it is a fraction, at least 0 and below 1")
-        if not self.captions:
-            raise ValueError('data.captions is empty; it needs at least one template, such as "{text}"')
         for template in self.captions:
             columns_of(template)
 

@@ -16,11 +16,13 @@ from PIL import ImageColor
 from torch.utils.data import DataLoader, Dataset
 
 from storage.buckets import Buckets
+from storage.cutout import Cutout
 from storage.data_config import DataConfig
-from storage.images import UnusableImage, fit, load_image
+from storage.images import UnusableImage, load_image, load_map
 from storage.order import Address, Order
 from storage.randomness import generator
 from storage.records import Record, Records, Skip, SkipLog, fingerprint, write_skipped
+from storage.rows import map_path
 from storage.scan import scan
 
 __all__ = [
@@ -37,6 +39,19 @@ class Sample:
     image: torch.Tensor  # [3, H, W] in [-1, 1]
     caption: str
     index: int  # of the record that was asked for
+    hint: torch.Tensor | None = None  # [k, H, W], what a denoiser is shown of it; None: nothing
+    frame: torch.Tensor | None = None  # [6] pixels, see `Cutout.frame`
+    name: str = ""  # of the record that is seen, which may stand in for the one that was asked for
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A record's picture as it is trained on."""
+
+    image: torch.Tensor  # [3, H, W] in [-1, 1]
+    map: torch.Tensor | None  # [1, H, W], its own values; None: the data have no maps
+    frame: tuple[float, ...]  # six numbers, see `Cutout.frame`
+    name: str  # of the record
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +61,17 @@ class Batch:
     images: torch.Tensor  # [B, 3, H, W] in [-1, 1]
     captions: list[str]
     indices: torch.Tensor  # [B] int64
+    hints: torch.Tensor | None = None  # [B, k, H, W]
+    frames: torch.Tensor | None = None  # [B, 6] pixels
+    names: tuple[str, ...] = ()  # of the B records that are seen
 
     def pin_memory(self) -> Batch:
         """Called by the loader, so that the copy to a GPU does not wait."""
-        return dataclasses.replace(self, images=self.images.pin_memory())
+        hints = None if self.hints is None else self.hints.pin_memory()
+        return dataclasses.replace(self, images=self.images.pin_memory(), hints=hints)
+
+
+Hint = Callable[[torch.Tensor, torch.Tensor | None, torch.Generator], torch.Tensor]
 
 
 def draw_nested(nested: Sequence[Sequence[Any]], generator: torch.Generator) -> Any:
@@ -93,6 +115,8 @@ class ImageDataset(Dataset):
         seed: the run's.
         on_skip: the file of skips that all processes and workers append to.
         buckets: of the records; None: all are square.
+        hint: makes what a denoiser is shown of a picture, [k, H, W], of the image [3, H, W], its map [1, H, W] (None
+            without maps) and a generator; picklable. None: nothing is shown.
         entries: of how many `max_bad_fraction` is the share that `on_skip` may name: records of both splits, and what
             was skipped before. None: the share of `records` that this object itself met.
     """
@@ -105,8 +129,9 @@ class ImageDataset(Dataset):
         on_skip: str | None = None,
         buckets: Buckets | None = None,
         entries: int | None = None,
+        hint: Hint | None = None,
     ):
-        self.records, self.config, self.seed, self.buckets = records, config, seed, buckets
+        self.records, self.config, self.seed, self.buckets, self.hint = records, config, seed, buckets, hint
         self.log, self.entries = SkipLog(on_skip) if on_skip else None, entries
         self.background = ImageColor.getrgb(config.background)[:3]
         self.skipped: dict[int, Skip] = {}
@@ -119,11 +144,22 @@ class ImageDataset(Dataset):
         flip = self.config.flip and draw_flip(self.seed, epoch, index)
         for candidate in replacements(self.seed, epoch, index, len(self.records)):
             crop = generator(self.seed, "crop", epoch, index) if self.config.crop == "random" else None
-            image = self.picture(candidate, flip, crop, self.shape(index))  # a batch is of one shape, whoever stands in
-            if image is not None:
+            view = self.view(candidate, flip, crop, self.shape(index))  # a batch is of one shape, whoever stands in
+            if view is not None:
                 caption = draw_caption(self.records[candidate], generator(self.seed, "caption", epoch, index))
-                return Sample(image, caption, index)
+                return self.sample(view, caption, index, generator(self.seed, "hint", epoch, index))
         raise TooManyBad(f"101 records in turn can't be decoded; the last is {self.records[candidate].path}")
+
+    def held_out(self, index: int) -> Sample | None:
+        """A record with its first caption, always the same; None if it can't be decoded."""
+        view = self.view(index)
+        caption = self.records[index].captions[0][0]
+        return view and self.sample(view, caption, index, generator(self.seed, "held-out hint", index))
+
+    def sample(self, view: View, caption: str, index: int, draws: torch.Generator) -> Sample:
+        """What training needs of a view; `draws` is for what it shows of it."""
+        hint = None if self.hint is None else self.hint(view.image, view.map, draws)
+        return Sample(view.image, caption, index, hint, torch.tensor(view.frame, dtype=torch.float32), view.name)
 
     def shape(self, index: int) -> tuple[int, int]:
         """Width and height of a record's image, in pixels."""
@@ -137,7 +173,18 @@ class ImageDataset(Dataset):
         crop: torch.Generator | None = None,
         shape: tuple[int, int] | None = None,
     ) -> torch.Tensor | None:
-        """A record's image [3, H, W], or None if it can't be decoded.
+        """A record's image [3, H, W], or None if it can't be decoded; the arguments are those of `view`."""
+        view = self.view(index, flip, crop, shape)
+        return view and view.image
+
+    def view(
+        self,
+        index: int,
+        flip: bool = False,
+        crop: torch.Generator | None = None,
+        shape: tuple[int, int] | None = None,
+    ) -> View | None:
+        """A record's picture, or None if it can't be decoded.
 
         Args:
             index: of the record.
@@ -147,13 +194,18 @@ class ImageDataset(Dataset):
         """
         if index in self.skipped:
             return None
+        record, maps = self.records[index], self.config.maps
         try:
-            with self.records[index].named():
-                image = load_image(self.records[index].open(), self.background)
+            with record.named():
+                image = load_image(record.open(), self.background)
+                map_of_it = None if maps is None else load_map(map_path(maps, record.name))
         except UnusableImage as error:
             self._skip(index, str(error))
             return None
-        return fit(image, shape or self.shape(index), "random" if crop is not None else "center", flip, crop)
+        place = "random" if crop is not None else "center"
+        cutout = Cutout.covering(image.size, shape or self.shape(index), place, flip, crop)
+        seen_map = None if map_of_it is None else cutout.map(map_of_it)
+        return View(cutout.image(image), seen_map, cutout.frame, record.name)
 
     def _skip(self, index: int, reason: str) -> None:
         self.skipped[index] = Skip(self.records[index].name, reason)
@@ -172,7 +224,11 @@ def collate(samples: Sequence[Sample]) -> Batch:
     """Samples as a Batch."""
     # numpy: torch would split the copy over threads, 60 ms where other processes keep the cores busy
     images = torch.from_numpy(np.stack([sample.image.numpy() for sample in samples]))  # [B, 3, H, W]
-    return Batch(images, [sample.caption for sample in samples], torch.tensor([sample.index for sample in samples]))
+    hints = None if samples[0].hint is None else torch.stack([sample.hint for sample in samples])  # [B, k, H, W]
+    frames = None if samples[0].frame is None else torch.stack([sample.frame for sample in samples])  # [B, 6]
+    indices = torch.tensor([sample.index for sample in samples])
+    names = tuple(sample.name for sample in samples)
+    return Batch(images, [sample.caption for sample in samples], indices, hints, frames, names)
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:

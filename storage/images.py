@@ -78,6 +78,21 @@ def load_image(source: str | IO[bytes], background: tuple[int, int, int] = (255,
     return decoded if transpose is None else decoded.transpose(transpose)
 
 
+def load_map(path: str) -> Image.Image:
+    """Decode a map, a file of one channel whose values count: class numbers, or depths of 8 or 16 bits.
+
+    A palette's numbers are the values. Raises UnusableImage as `load_image`, or where there are several channels.
+    """
+    with _open(path) as image:
+        if len(image.getbands()) != 1:
+            raise UnusableImage(f"a map has one channel, this has {''.join(image.getbands())}")
+        try:
+            image.load()
+        except Exception as error:
+            raise _judged(error) from None
+        return image
+
+
 def _open(source: str | IO[bytes]) -> Image.Image:
     try:
         if not isinstance(source, str):
@@ -166,40 +181,6 @@ def tensor_to_image(image: torch.Tensor) -> Image.Image:
     values = np.nan_to_num(image.detach().float().cpu().numpy(), nan=0.0, posinf=1.0, neginf=-1.0)
     pixels = np.rint((values + 1) * np.float32(127.5)).clip(0, 255).astype(np.uint8)  # [3, H, W]
     return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
-
-
-def fit(
-    image: Image.Image,
-    size: int | tuple[int, int],
-    crop: str = "center",
-    flip: bool = False,
-    generator: torch.Generator | None = None,
-) -> torch.Tensor:
-    """Resize with antialiasing (bicubic) until `size` is just covered, crop what stands over, mirror if `flip`.
-
-    Args:
-        image: PIL RGB.
-        size: of the result, in pixels: the side of a square, or width and height.
-        crop: "center", or "random" along the side that stands over, drawn from `generator`.
-        flip: mirror left to right; this is the decision, not a permission: who calls has drawn it.
-
-    Returns: float32 [3, height, width] in [-1, 1].
-    """
-    to_width, to_height = (size, size) if isinstance(size, int) else size
-    width, height = image.size
-    if (width, height) != (to_width, to_height):
-        place = 0.5 if crop == "center" else float(torch.rand((), generator=generator))
-        inner_width = min(width, height * to_width / to_height)
-        inner_height = min(height, width * to_height / to_width)
-        left, top = (width - inner_width) * place, (height - inner_height) * place
-        if (inner_width, inner_height) == (to_width, to_height):
-            image = image.crop((round(left), round(top), round(left) + to_width, round(top) + to_height))
-        else:  # the crop as the resize's source box: the same pixels, and a 1 x 50000 strip needs no huge intermediate
-            box = (left, top, left + inner_width, top + inner_height)
-            image = image.resize((to_width, to_height), Image.Resampling.BICUBIC, box=box)
-    if flip:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return image_to_tensor(image)
 
 
 def grid(images: Sequence[Image.Image], columns: int, captions: Sequence[str] | None = None) -> Image.Image:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from PIL import Image
 
+WEIGHTS = (".safetensors", ".bin")
 RECORD = "stipple"  # key of the JSON record
 PARAMETERS = "parameters"  # key of the text for other programs
 A1111_SAMPLERS = {
@@ -98,7 +99,8 @@ def a1111_parameters(picture: Mapping[str, Any], model: str, model_hash: str) ->
     """How a picture was made, in the words of AUTOMATIC1111's web UI.
 
     Args:
-        picture: prompt, negative_prompt, steps, sampler, guidance_scale, seed, width, height, eta.
+        picture: prompt, negative_prompt, steps, sampler, guidance_scale, seed, width, height, eta; where there is an
+            image, its strength.
         model: its name.
         model_hash: as `model_hash` gives it.
     """
@@ -111,6 +113,8 @@ def a1111_parameters(picture: Mapping[str, Any], model: str, model_hash: str) ->
         "Model hash": model_hash,
         "Model": model,
     }
+    if picture.get("image") is not None:
+        values["Denoising strength"] = f"{picture['strength']:g}"
     if picture["eta"]:
         values["Eta"] = f"{picture['eta']:g}"
     negative = [f"Negative prompt: {picture['negative_prompt']}"] if picture["negative_prompt"] else []
@@ -152,15 +156,15 @@ def read_record(path: Path) -> dict[str, Any]:
 def model_hash(model: Path) -> str:
     """Ten hex digits that tell models apart: from name, size, first and last MiB of every weights file in a folder.
 
-    Of a single file the name does not count.
+    They lie in its subfolders, or where there are none in itself. Of a single file the name does not count.
 
     Training changes all weights, so that is enough; reading all of a large model would take longer than a picture.
     """
     import hashlib
 
     digest, mebibyte = hashlib.sha256(), 1 << 20
-    weights = sorted(path for path in model.glob("*/*") if path.suffix in (".safetensors", ".bin"))
-    for path in [model] if model.is_file() else weights:
+    found = (sorted(path for path in model.glob(depth) if path.suffix in WEIGHTS) for depth in ("*/*", "*"))
+    for path in [model] if model.is_file() else next(filter(None, found), []):
         size = path.stat().st_size
         digest.update(f"{path.relative_to(model).as_posix()} {size}".encode())
         with open(path, "rb") as file:
@@ -168,3 +172,10 @@ def model_hash(model: Path) -> str:
             file.seek(max(size - mebibyte, 0))
             digest.update(file.read())
     return digest.hexdigest()[:10]
+
+
+def file_hash(path: Path) -> str:
+    """Ten hex digits that tell a file from another that has its name."""
+    import hashlib
+
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:10]

@@ -38,6 +38,7 @@ class Record:
     bytes: int = 0  # size of the picture's file, for the fingerprint
     source: Source | None = None  # None: a file of its own
     place: int = 0  # in the source
+    weight: float = 1.0  # of its loss
 
     def open(self) -> str | IO[bytes]:
         """What `load_image` and `read_size` take: a plain file's path, or the bytes of what lies in a larger file.
@@ -83,6 +84,7 @@ class RecordList(Sequence[Record]):
     def __init__(self, records: Iterable[Record] = ()):
         self._texts = bytearray()  # JSON of name and captions, one after the other
         self._ends, self._bytes, self._places = array("q", [0]), array("q"), array("q")
+        self._weights = array("d")
         self._holders, self._numbers = [], array("i")  # (source; its path, or a folder; whether the name follows)
         self._known: dict[tuple[Source | None, str, bool], int] = {}
         for record in records:
@@ -100,6 +102,7 @@ class RecordList(Sequence[Record]):
         self._ends.append(len(self._texts))
         self._bytes.append(record.bytes)
         self._places.append(record.place)
+        self._weights.append(record.weight)
 
     def __len__(self) -> int:
         return len(self._bytes)
@@ -111,7 +114,8 @@ class RecordList(Sequence[Record]):
         name, captions = json.loads(self._texts[self._ends[index] : self._ends[index + 1]])
         source, path, joined = self._holders[self._numbers[index]]
         path, captions = path + name if joined else path, tuple(map(tuple, captions))
-        return Record(path, name, captions, self._bytes[index], source, self._places[index])
+        place, weight = self._places[index], self._weights[index]
+        return Record(path, name, captions, self._bytes[index], source, place, weight)
 
 
 def write_skipped(skips: Iterable[Skip], path: str) -> None:

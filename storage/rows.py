@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -87,10 +88,12 @@ def make_record(picture: Picture, row: Mapping[str, Any], config: DataConfig) ->
     except ValueError as error:
         return Skip(name, str(error))
     captions = tuple(filter(None, captions))
-    if not captions and config.missing_caption == "empty":
+    if not captions and (config.missing_caption == "empty" or not config.captions):
         captions = (("",),)
     if not captions:
         return Skip(name, "no caption: every template has a column that is missing or empty here")
+    if config.maps is not None and not os.path.isfile(map_path(config.maps, name)):
+        return Skip(name, f"no map: {map_path(config.maps, name)} is not there")
     record = Record(picture.path, name, captions, picture.bytes, picture.source, picture.place)
     try:
         if config.min_size > 1 or config.max_aspect is not None:
@@ -99,6 +102,20 @@ def make_record(picture: Picture, row: Mapping[str, Any], config: DataConfig) ->
     except UnusableImage as error:
         return Skip(name, str(error))
     return record
+
+
+def map_path(folder: str, name: str) -> str:
+    """Where the map of the picture of this name lies, in the folder that `data.maps` names."""
+    return os.path.join(folder, f"{os.path.splitext(name)[0]}.png")
+
+
+def maps_fingerprint(folder: str, records: Iterable[Record]) -> str:
+    """A sha256 of the maps' file sizes; one that is gone has none, which `ImageDataset` will say."""
+    digest = hashlib.sha256()
+    for record in records:
+        path = map_path(folder, record.name)
+        digest.update(f"{os.path.getsize(path) if os.path.isfile(path) else None} ".encode())
+    return digest.hexdigest()
 
 
 def _check_size(size: tuple[int, int], config: DataConfig) -> None:

@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import re
+import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,11 +54,25 @@ def write(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]
     """Write a file, readable to whom the umask lets. Raises OSError where the disk fails, also if it is full."""
     try:
         save_file(dict(tensors), path, metadata=metadata)
+        if metadata:
+            _sort_metadata(path)
         os.chmod(path, _plain_mode())  # the library makes its files readable to their owner alone
     except SafetensorError as error:
         found = re.search(r"os error (\d+)", str(error))
         number = int(found[1]) if found else errno.EIO
         raise OSError(number, os.strerror(number), str(path)) from None
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the header's metadata in order, which the library writes at random: equal files are to have equal bytes."""
+    with open(path, "r+b") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:  # as the library writes it, but for blanks at its end
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 
+from storage.captions import columns_of
 from storage.data_config import DataConfig
 from storage.folder import is_picture, pictures_of_folder, walk
 from storage.locations import Shard, find_shards
@@ -42,7 +43,8 @@ def scan(config: DataConfig, captioned: bool = True) -> Records:
     """
     if not captioned:
         config = dataclasses.replace(config, captions=["image"])  # one that every image has
-    return gather(_found(config, captioned and config.missing_caption == "skip"), config)
+    required = config.missing_caption == "skip" and bool(config.captions) and all(map(columns_of, config.captions))
+    return gather(_found(config, captioned and required), config)
 
 
 def _found(config: DataConfig, captioned: bool) -> Iterator[Picture | Skip]:
