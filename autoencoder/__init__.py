@@ -3,6 +3,8 @@
 from autoencoder.autoencoder import Autoencoder, Reconstruction
 from autoencoder.config import AutoencoderConfig
 from autoencoder.discriminator import DiscriminatorConfig, PatchDiscriminator
+from autoencoder.embeddings import ImageEmbeddings
+from autoencoder.pixels import Pixels, open_autoencoder
 from autoencoder.regularizer import Posterior
 from autoencoder.statistics import LatentStatistics, latent_rgb, preview
 
@@ -10,10 +12,13 @@ __all__ = [
     "Autoencoder",
     "AutoencoderConfig",
     "DiscriminatorConfig",
+    "ImageEmbeddings",
     "LatentStatistics",
     "PatchDiscriminator",
+    "Pixels",
     "Posterior",
     "Reconstruction",
     "latent_rgb",
+    "open_autoencoder",
     "preview",
 ]

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from autoencoder import compvis, interop
+from autoencoder import compvis, interop, tiling
 from autoencoder.config import AutoencoderConfig
 from autoencoder.networks import Decoder, Encoder
 from autoencoder.regularizer import Posterior, VectorQuantizer
@@ -30,6 +30,7 @@ from storage.weights import (
 )
 
 STEM = "diffusion_pytorch_model"
+MEMORY = 2 << 30  # bytes
 FOLDERS = ("vae", "vqvae")  # of the autoencoder in a model folder; the second is that of diffusers' LDM pipelines
 
 
@@ -47,14 +48,22 @@ class Autoencoder(nn.Module):
     """E and D. Outside this class latents are unit-scale: (z - shift_factor) * scaling_factor of the networks' z.
 
     Parameter names are those of diffusers' AutoencoderKL (`regularizer="kl"`) or VQModel (`"vq"`).
+
+    Attributes:
+        memory: bytes that the feature maps of a picture may take where there are no gradients; what would take more is
+            computed in tiles, which changes no more than last bits (see `tiling`). None: always whole.
     """
+
+    decodes = True  # latents to images; embeddings, which have the same members, do not
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
         self.config = config
         self.scaling_factor = 1.0  # 1 / std of the networks' latents, measured
         self.shift_factor = 0.0  # their mean; zero here (see set_scale), other programs' autoencoders may have one
+        self.memory: int | None = MEMORY
         self.latent_rgb: Tensor | None = None  # [c + 1, 3], colors of latents for previews, measured
+        self.before: str | None = None  # fingerprint of the weights that were rounded to bfloat16; None: they were not
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         c, d = config.latent_channels, config.code_channels
@@ -73,6 +82,11 @@ class Autoencoder(nn.Module):
     def latent_channels(self) -> int:
         """c, channels of the latents that `encode` gives."""
         return self.config.code_channels
+
+    @property
+    def class_name(self) -> str:
+        """Its class in diffusers."""
+        return interop.CLASSES[self.config.regularizer]
 
     @property
     def last_layer(self) -> Tensor:
@@ -108,7 +122,7 @@ class Autoencoder(nn.Module):
     def posterior(self, images: Tensor) -> Posterior:
         """The posterior of the networks' own latents, before the scale, in float32; for `LatentStatistics`."""
         self._check_size(images)
-        features = self.quant_conv(self.encoder(images))
+        features = self.quant_conv(self._through(self.encoder, images))
         features = features.to(torch.promote_types(features.dtype, torch.float32))
         if self.config.regularizer == "kl":
             return Posterior.from_moments(features)
@@ -172,12 +186,24 @@ class Autoencoder(nn.Module):
         self.scaling_factor, self.shift_factor = scaling_factor, 0.0
 
     def fingerprint(self) -> str:
-        """SHA-256 over weights, options and scale: latents of another autoencoder are not to be mixed with ours."""
+        """SHA-256 over weights, options and scale: latents of another autoencoder are not to be mixed with ours.
+
+        Over weights rounded to half precision, so that it is the same in whatever precision they were saved or opened;
+        of bfloat16, which has fewer digits, it is that from before the weights were rounded to it, see `opened_in`.
+        """
+        if self.before is not None:
+            return self.before
         digest = hashlib.sha256(repr((self.config, self.scaling_factor, self.shift_factor)).encode())
         for name, weight in sorted(self.state_dict().items()):
-            digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-            digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            digest.update(f"{name} {tuple(weight.shape)}".encode())
+            digest.update(weight.detach().cpu().half().contiguous().view(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
+
+    def opened_in(self, dtype: torch.dtype, device: str | torch.device = "cpu") -> Autoencoder:
+        """The same with weights of another precision, on a device; it keeps its fingerprint."""
+        if dtype == torch.bfloat16:
+            self.before = self.fingerprint()
+        return self.to(device, dtype)
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write `vae/` (config.json, diffusion_pytorch_model.safetensors) into a model folder, for diffusers too."""
@@ -218,7 +244,7 @@ class Autoencoder(nn.Module):
                 keys = compvis.first_stage_keys(outline(folder))
                 state = read_weights(folder, {compvis.SCALE, *keys.values()}.__contains__)
                 weights = {name: state[key] for name, key in keys.items()}
-                return cls.from_compvis(weights, compvis.read_scale(state)).to(device, dtype)
+                return cls.from_compvis(weights, compvis.read_scale(state)).opened_in(dtype, device)
             except ValueError as error:
                 raise ValueError(f"{folder} can't be opened: {error}") from None
         inner = (Path(folder) / name for name in FOLDERS)
@@ -233,7 +259,7 @@ class Autoencoder(nn.Module):
         autoencoder.shift_factor = options.get("shift_factor") or 0.0
         if "_latent_rgb" in options:
             autoencoder.latent_rgb = torch.tensor(options["_latent_rgb"])
-        return autoencoder.requires_grad_(True).to(device, dtype)
+        return autoencoder.requires_grad_(True).opened_in(dtype, device)
 
     @classmethod
     def from_compvis(cls, weights: Mapping[str, Tensor], scaling_factor: float | None = None) -> Autoencoder:
@@ -253,7 +279,12 @@ class Autoencoder(nn.Module):
         return autoencoder.requires_grad_(True)
 
     def _draw(self, latents: Tensor) -> Tensor:
-        return self.decoder(self.post_quant_conv(latents.to(self.post_quant_conv.weight.dtype)))
+        return self._through(self.decoder, self.post_quant_conv(latents.to(self.post_quant_conv.weight.dtype)))
+
+    def _through(self, network: Encoder | Decoder, x: Tensor) -> Tensor:
+        if self.memory is None or torch.is_grad_enabled():
+            return network(x)
+        return tiling.run(network, x, self.memory)
 
     def _check_size(self, images: Tensor) -> None:
         f = self.downsampling

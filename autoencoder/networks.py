@@ -40,9 +40,14 @@ class Encoder(nn.Module):
         moments = 2 if config.regularizer == "kl" else 1
         self.conv_out = nn.Conv2d(channels[-1], moments * config.latent_channels, 3, padding=1)
 
+    @property
+    def levels(self) -> tuple[nn.Module, ...]:
+        """All levels in the order in which they run."""
+        return (*self.down_blocks, self.mid_block)
+
     def forward(self, images: Tensor) -> Tensor:
         x = self.conv_in(images)
-        x = run_layers((*self.down_blocks, self.mid_block), x, self.checkpointing)  # [B, C, H/f, W/f]
+        x = run_layers(self.levels, x, self.checkpointing)  # [B, C, H/f, W/f]
         return self.conv_out(norm_silu(self.conv_norm_out, x))
 
 
@@ -63,7 +68,12 @@ class Decoder(nn.Module):
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=EPS)
         self.conv_out = nn.Conv2d(channels[-1], config.in_channels, 3, padding=1)
 
+    @property
+    def levels(self) -> tuple[nn.Module, ...]:
+        """All levels in the order in which they run."""
+        return (self.mid_block, *self.up_blocks)
+
     def forward(self, features: Tensor) -> Tensor:
         x = self.conv_in(features)
-        x = run_layers((self.mid_block, *self.up_blocks), x, self.checkpointing)  # [B, C, H, W]
+        x = run_layers(self.levels, x, self.checkpointing)  # [B, C, H, W]
         return self.conv_out(norm_silu(self.conv_norm_out, x))
