@@ -27,15 +27,31 @@ def sinusoids(timestep: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)  # [B, dim]
 
 
-class Embedding(nn.Module):
-    """Two linear layers with SiLU between: [B, dim] -> [B, out_dim]."""
+def scale_sinusoids(scale: Tensor, dim: int) -> Tensor:
+    """Embed guidance scales [B] as [B, dim]: sines, then cosines of 1000 (scale - 1) (Luo et al. 2023, appendix)."""
+    half = dim // 2
+    steps = torch.arange(half, device=scale.device, dtype=torch.float32)
+    frequencies = torch.exp(-math.log(10000.0) * steps / max(half - 1, 1))  # 1 down to 1 / 10000, [dim / 2]
+    angles = 1000 * (scale.float() - 1)[:, None] * frequencies  # [B, dim / 2]
+    return F.pad(torch.cat([angles.sin(), angles.cos()], dim=-1), (0, dim % 2))  # [B, dim]
 
-    def __init__(self, dim: int, out_dim: int):
+
+class Embedding(nn.Module):
+    """Two linear layers with SiLU between: [B, dim] -> [B, out_dim]; what is `told`, [B, told_dim], is added before.
+
+    The projection of what is told is zero at construction: a network that is told nothing yet hears nothing.
+    """
+
+    def __init__(self, dim: int, out_dim: int, told_dim: int | None = None):
         super().__init__()
         self.linear_1 = nn.Linear(dim, out_dim)
         self.linear_2 = nn.Linear(out_dim, out_dim)
+        if told_dim is not None:
+            self.cond_proj = nn.Linear(told_dim, dim, bias=False)
+            nn.init.zeros_(self.cond_proj.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, told: Tensor | None = None) -> Tensor:
+        x = x if told is None else x + self.cond_proj(told)
         return self.linear_2(F.silu(self.linear_1(x)))
 
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ldm.combines import apg, cfg_plus_plus, zero_output, zero_star
@@ -90,6 +91,8 @@ class Ingredients:
     times: Tensor  # of the walk, falling [S + 1]
     weak: Denoiser | None = None  # autoguidance: the weaker model
     others: Sequence[tuple[Any, float]] = ()  # classifier_free: further contexts and their weights, see `composed`
+    leads: Sequence[Callable[[Denoise], Denoise]] = ()  # what is put around the guided denoiser, such as a gradient
+    reads_scale: bool = False  # the network was distilled from a guided one, and reads the scale in its contexts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,8 +117,13 @@ def guided(config: GuidanceConfig, given: Ingredients) -> Denoise:
     Raises:
         ValueError: autoguidance without a weaker model.
     """
+    if given.reads_scale:
+        given, config = _with_scale(given, config.scale), replace(config, scale=1.0)
     plain = classifier_free(given.denoiser, given.context, None, 1.0)
-    return _around(config, GUIDANCES[config.method].build(config, given), plain)
+    inside = GUIDANCES[config.method].build(config, given)
+    for lead in given.leads:
+        inside = lead(inside)
+    return _around(config, inside, plain)
 
 
 def _around(config: GuidanceConfig, inside: Denoise, outside: Denoise) -> Denoise:
@@ -123,6 +131,16 @@ def _around(config: GuidanceConfig, inside: Denoise, outside: Denoise) -> Denois
     whole = (config.start, config.stop) == (1, 0)
     denoise = inside if whole else in_interval(inside, outside, config.start, config.stop)
     return denoise if config.bound is None else thresholded(denoise, config.bound, config.percentile)
+
+
+def _with_scale(given: Ingredients, scale: float) -> Ingredients:
+    """With contexts that say the guidance scale."""
+
+    def told(context: Any) -> Any:
+        return context and replace(context, guidance=torch.full((context.batch_size,), scale))
+
+    others = [(told(context), weight) for context, weight in given.others]
+    return replace(given, context=told(given.context), null=told(given.null), others=others)
 
 
 def _combine(config: GuidanceConfig, given: Ingredients, combine: Combine = extrapolate) -> Combine:

@@ -1,4 +1,4 @@
-"""How the UNet and the noise schedule are stored: a model folder in diffusers' layout, as other programs read it."""
+"""How the network and the noise schedule are stored: a model folder in diffusers' layout, as other programs read it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from pathlib import Path
 
 import torch
 
-from ldm.options import unet_from_diffusers, unet_to_diffusers
+from ldm.networks import KINDS, Network, NetworkConfig, folder_of
 from ldm.scheduling import Scheduling, scheduling_from_diffusers, scheduling_to_diffusers
-from ldm.unet import UNet, UNetConfig
 from storage.weights import (
     find_weights,
     place,
@@ -24,17 +23,20 @@ CONFIG = "config.json"
 STEM = "diffusion_pytorch_model"
 
 
-def save_unet(unet: UNet, model_folder: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
-    """Write MODEL_FOLDER/unet: config.json and the weights, in `dtype` (None: as they are)."""
-    folder = Path(model_folder) / "unet"
+def save_unet(unet: Network, model_folder: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
+    """Write MODEL_FOLDER/unet, or prior: config.json and the weights, in `dtype` (None: as they are)."""
+    name = folder_of(unet.config)
+    folder = Path(model_folder) / name
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(unet_to_diffusers(unet.config), folder / CONFIG)
+    write_json(KINDS[name].to_diffusers(unet.config), folder / CONFIG)
     state = {name: value.to("cpu", dtype) for name, value in unet.state_dict().items()}
     write_weights(state, folder / f"{STEM}.safetensors")
 
 
-def load_unet(model_folder: str | os.PathLike, dtype: torch.dtype = torch.float32, variant: str | None = None) -> UNet:
-    """Read MODEL_FOLDER/unet on the CPU, in evaluation mode; no weight is initialized on the way.
+def load_unet(
+    model_folder: str | os.PathLike, dtype: torch.dtype = torch.float32, variant: str | None = None
+) -> Network:
+    """Read MODEL_FOLDER/unet, or prior, on the CPU, in evaluation mode; no weight is initialized on the way.
 
     Args:
         model_folder: as `save_unet` or diffusers wrote it.
@@ -45,16 +47,17 @@ def load_unet(model_folder: str | os.PathLike, dtype: torch.dtype = torch.float3
         FileNotFoundError: if a file is missing.
         ValueError: for an option that we don't implement, named; for weights that do not fit, the first five named.
     """
-    folder = Path(model_folder) / "unet"
-    unet = empty_unet(unet_from_diffusers(read_json(folder / CONFIG)))
+    name = next((name for name in KINDS if (Path(model_folder) / name).is_dir()), "unet")
+    folder = Path(model_folder) / name
+    unet = empty_unet(KINDS[name].from_diffusers(read_json(folder / CONFIG)))
     place(unet, rename_old_attention(read_folder(folder, STEM, variant)), find_weights(folder, STEM, variant))
     return unet.to(dtype).eval()
 
 
-def empty_unet(config: UNetConfig) -> UNet:
-    """A UNet without memory, for `place` to fill."""
+def empty_unet(config: NetworkConfig) -> Network:
+    """A network without memory, for `place` to fill."""
     with torch.device("meta"):
-        return UNet(config)
+        return KINDS[folder_of(config)].build(config)
 
 
 def save_scheduling(scheduling: Scheduling, model_folder: str | os.PathLike) -> None:

@@ -22,8 +22,6 @@ SHARED_FIXED: dict[str, Any] = {
 FIXED: dict[str, dict[str, Any]] = {
     CONDITIONED: SHARED_FIXED
     | {
-        "addition_embed_type": None,
-        "addition_time_embed_dim": None,
         "attention_type": "default",
         "class_embeddings_concat": False,
         "conv_in_kernel": 3,
@@ -39,7 +37,6 @@ FIXED: dict[str, dict[str, Any]] = {
         "resnet_out_scale_factor": 1.0,
         "resnet_skip_time_act": False,
         "reverse_transformer_layers_per_block": None,
-        "time_cond_proj_dim": None,
         "time_embedding_act_fn": None,
         "timestep_post_act": None,
     },
@@ -59,6 +56,8 @@ SHARED_READ: dict[str, Any] = {
 READ: dict[str, dict[str, Any]] = {
     CONDITIONED: SHARED_READ
     | {
+        "addition_embed_type": None,
+        "addition_time_embed_dim": None,
         "block_out_channels": (320, 640, 1280, 1280),
         "class_embed_type": None,
         "cross_attention_dim": 1280,
@@ -66,6 +65,7 @@ READ: dict[str, dict[str, Any]] = {
         "in_channels": 4,
         "out_channels": 4,
         "projection_class_embeddings_input_dim": None,
+        "time_cond_proj_dim": None,
         "transformer_layers_per_block": 1,
         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
         "use_linear_projection": False,
@@ -130,7 +130,7 @@ def _require_kind(name: str, value: Any, default: Any) -> None:
     if value is None and (default is None or name in OPTIONAL):
         return
     many = isinstance(default, tuple)
-    example = default[0] if many else "" if name == "class_embed_type" else 1 if default is None else default
+    example = default[0] if many else "" if name.endswith("_embed_type") else 1 if default is None else default
     listed = isinstance(value, Sequence) and not isinstance(value, str)
     items = value if listed else [value]
     if not items or (many and not listed) or (listed and not many and name not in PER_LEVEL):

@@ -64,6 +64,7 @@ WEIGHTINGS: dict[str, Weighting] = {
     "sigmoid": Weighting(
         lambda at, gamma: torch.sigmoid(gamma - at.snr.log()) * at.lost * at.gain, gamma=0.0, lowest=-math.inf
     ),
+    "noise": Weighting(lambda at, gamma: at.snr * at.gain),
 }
 
 
@@ -78,7 +79,8 @@ def loss_weight(denoiser: Denoiser, t: Tensor, weighting: str, gamma: float | No
       continuous: the terms of the variational bound, in nats per element (Kingma et al. 2021, eq. 13 and section 5);
     - p2: 1 / (1 + snr)^gamma on noise (Choi et al. 2022, eq. 8);
     - edm: 1 on F, Karras et al. 2022's output (section 5);
-    - sigmoid: vlb's times sigmoid(gamma - log(snr)), where gamma is the paper's b (Kingma & Gao 2023; Hoogeboom 2024).
+    - sigmoid: vlb's times sigmoid(gamma - log(snr)), where gamma is the paper's b (Kingma & Gao 2023; Hoogeboom 2024);
+    - noise: 1 on noise, which is sigma^2 on the score (Song & Ermon 2019, eq. 6).
 
     Args:
         denoiser: whose schedule and prediction count.

@@ -11,6 +11,7 @@ from ldm.unet import UNetConfig
 # Names of levels on the way down, and of their mirrors on the way up.
 ATTENDING = {CONDITIONED: ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"), PLAIN: ("AttnDownBlock2D", "AttnUpBlock2D")}
 WITHOUT = {"conv": ("DownBlock2D", "UpBlock2D"), "residual": ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")}
+FRAMED = "text_time"  # addition_embed_type: the vector holds sinusoids of a frame (SDXL)
 RESAMPLE_TYPES = {"conv": "conv", "residual": "resnet"}  # downsample_type and upsample_type, where a level attends
 
 
@@ -48,11 +49,14 @@ def unet_to_diffusers(config: UNetConfig) -> dict[str, Any]:
         }
     else:
         own = {
+            "addition_embed_type": None if config.frame_width is None else FRAMED,
+            "addition_time_embed_dim": config.frame_width,
             "attention_head_dim": _once(config.attention_heads, config),
-            "class_embed_type": None if config.vector_dim is None else "projection",
+            "class_embed_type": None if config.vector_dim is None or config.frame_width is not None else "projection",
             "cross_attention_dim": config.cross_attention_dim or list(config.block_out_channels),  # each to itself
             "projection_class_embeddings_input_dim": config.vector_dim,
-            "transformer_layers_per_block": config.transformer_layers,
+            "time_cond_proj_dim": config.guidance_dim,
+            "transformer_layers_per_block": _plain_list(config.transformer_layers),
             "use_linear_projection": config.use_linear_projection,
         }
     return FIXED[kind] | shared | own
@@ -94,13 +98,15 @@ def _conditioned_from_diffusers(read: Mapping[str, Any]) -> dict[str, Any]:
     heads, channels = read["attention_head_dim"], tuple(read["block_out_channels"])
     if heads is None:
         raise ValueError("unet option attention_head_dim = None is not implemented; only a number of heads is")
+    layers = read["transformer_layers_per_block"]
     itself = read["cross_attention_dim"] in (channels, list(channels))  # no context: see unet_to_diffusers
     return {
         "attention_heads": (heads,) if isinstance(heads, int) else tuple(heads),
         "cross_attention_dim": None if itself else _single("cross_attention_dim", read),
-        "transformer_layers": _single("transformer_layers_per_block", read),
+        "guidance_dim": read["time_cond_proj_dim"],
+        "transformer_layers": layers if isinstance(layers, int) else tuple(layers),
         "use_linear_projection": read["use_linear_projection"],
-        "vector_dim": _vector_dim(read),
+        **_vector(read),
     }
 
 
@@ -179,13 +185,23 @@ def _single(name: str, options: Mapping[str, Any]) -> Any:
     return values.pop()
 
 
-def _vector_dim(options: Mapping[str, Any]) -> int | None:
-    kind = options["class_embed_type"]
-    if kind not in (None, "projection"):
-        raise ValueError(f"unet option class_embed_type = {kind!r} is not implemented; only None and 'projection' are")
-    dim = options["projection_class_embeddings_input_dim"]
-    if kind and not dim:
-        raise ValueError(
-            f"unet option projection_class_embeddings_input_dim = {dim!r} must be a width; see class_embed_type"
-        )
-    return dim if kind else None
+def _plain_list(value: int | tuple[int, ...]) -> int | list[int]:
+    return value if isinstance(value, int) else list(value)
+
+
+def _vector(options: Mapping[str, Any]) -> dict[str, int | None]:
+    """vector_dim and frame_width: a vector is told by class_embed_type, or with a frame by addition_embed_type."""
+    asked = {"class_embed_type": "projection", "addition_embed_type": FRAMED}
+    for name, known in asked.items():
+        if options[name] not in (None, known):
+            raise ValueError(f"unet option {name} = {options[name]!r} is not implemented; only None and {known!r} are")
+    given = [name for name in asked if options[name]]
+    dim, width = options["projection_class_embeddings_input_dim"], options["addition_time_embed_dim"]
+    if len(given) == 2:
+        raise ValueError("unet options class_embed_type and addition_embed_type together are not implemented")
+    if given and not dim:
+        raise ValueError(f"unet option projection_class_embeddings_input_dim = {dim!r} must be a width; see {given[0]}")
+    framed = given == ["addition_embed_type"]
+    if framed and not width:
+        raise ValueError(f"unet option addition_time_embed_dim = {width!r} must be a width; see addition_embed_type")
+    return {"vector_dim": dim if given else None, "frame_width": width if framed else None}

@@ -4,41 +4,52 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from autoencoder import Autoencoder
-from conditioning.conditioner import AnyConditioner, Conditioner
+from autoencoder import Autoencoder, ImageEmbeddings, Pixels, open_autoencoder
+from conditioning.building import AnyConditioner
+from conditioning.conditioner import Conditioner
+from conditioning.frame import NAME as FRAME
+from conditioning.frame import with_frame
+from conditioning.spatial import SpatialReader
+from conditioning.spatial_interop import with_hints
 from ldm.interop import load_scheduling, load_unet, save_scheduling, save_unet
-from ldm.options import unet_to_diffusers
+from ldm.known_options import PLAIN
+from ldm.networks import KINDS, Network, folder_of
 from ldm.scheduling import CLASSES, Scheduling, as_pipeline, scheduling_to_diffusers
 from ldm.settings import Settings
-from ldm.unet import UNet
-from storage.weights import read_json, read_weights, write_json, write_weights
+from storage.weights import read_json, write_json
 
 INDEX = "model_index.json"
+ZEROS = "force_zeros_for_empty_prompt"  # of diffusers' StableDiffusionXLPipeline
 OWN = "_stipple"  # our key in model_index.json; diffusers ignores keys that begin with an underscore
 TRAINED = "text_encoder_trained"  # in it: the text encoder was trained with the UNet
-COND_STAGE = "cond_stage/model.safetensors"
 # settings that a model of ours has its own defaults for, and those of diffusers' pipelines for models of others
-DEFAULTS = ("guidance_scale", "guidance_rescale", "steps", "sampler", "eta")
+DEFAULTS = (
+    *("guidance_scale", "guidance_rescale", "guidance_bound", "guidance_percentile"),
+    *("steps", "sampler", "eta", "corrections"),
+)
+INPAINTING = "StableDiffusionInpaintPipeline"
+VERSION, OF_NINE_CHANNELS = "_diffusers_version", "0.6.0"  # of INPAINTING; it wants a version
+THEIR_AUTOENCODERS = ("AutoencoderKL", "VQModel")
+PIXEL_PIPELINES = {"DDPMScheduler": "DDPMPipeline", "DDIMScheduler": "DDIMPipeline"}  # of diffusers, by scheduler
 THEIR_DEFAULTS = {"guidance_scale": 7.5, "steps": 50}
+THEIR_STUDENTS = {"guidance_scale": 8.5, "steps": 4}  # of networks that read the guidance scale
 
 
 @dataclass(frozen=True)
 class Parts:
     """What a latent diffusion model is made of; the networks are on the CPU and in evaluation mode when opened."""
 
-    autoencoder: Autoencoder
-    unet: UNet
-    conditioner: AnyConditioner | None  # None: what the UNet is told besides z_t has no module of ours yet
+    autoencoder: Autoencoder | Pixels | ImageEmbeddings
+    unet: Network
+    conditioner: AnyConditioner
     scheduling: Scheduling
     defaults: Mapping[str, Any] = field(default_factory=dict)  # settings of a picture, where the caller says nothing
-    cond_stage: Mapping[str, Tensor] = field(default_factory=dict)  # the weights of such a conditioner, CompVis' names
 
     @property
     def extra_channels(self) -> int:
@@ -48,7 +59,8 @@ class Parts:
     @property
     def settings(self) -> Settings:
         """How a picture is made where the caller says nothing: by our own defaults, else by diffusers'."""
-        said = self.defaults or THEIR_DEFAULTS | {"sampler": self.scheduling.sampler or Settings().sampler}
+        theirs = THEIR_DEFAULTS if self.unet.config.guidance_dim is None else THEIR_STUDENTS
+        said = self.defaults or theirs | {"sampler": self.scheduling.sampler or Settings().sampler}
         return Settings(**{name: said[name] for name in DEFAULTS if name in said})
 
 
@@ -84,16 +96,23 @@ def open_model(
     _refuse(f"{path} is a model folder", "a single file", **said)
     scheduling = as_pipeline(load_scheduling(path), str(index.get("_class_name")))
     own = index.get(OWN) or {}
-    cond_stage = read_weights(folder / COND_STAGE) if (folder / COND_STAGE).is_file() else {}
-    conditioner = None if cond_stage else Conditioner.load(folder, dtype, bool(own.get(TRAINED)), variant).eval()
-    return Parts(
-        Autoencoder.load(folder, dtype=dtype, variant=variant).eval(),
+    conditioner = Conditioner.load(folder, dtype, bool(own.get(TRAINED)), variant)
+    parts = Parts(
+        open_autoencoder(folder, dtype=dtype, variant=variant).eval(),
         load_unet(folder, dtype, variant),
         conditioner,
         scheduling,
         {name: value for name, value in own.items() if name != TRAINED},
-        cond_stage,
     )
+    latents, f = parts.autoencoder.latent_channels, parts.autoencoder.downsampling
+    framed = getattr(parts.unet.config, "frame_width", None)
+    if parts.conditioner.prompts.zero_empty is not None:
+        parts.conditioner.prompts.zero_empty = bool(index.get(ZEROS))
+    try:
+        conditioner = with_hints(parts.conditioner, parts.extra_channels, latents, f)
+        return replace(parts, conditioner=with_frame(conditioner, framed).eval())
+    except ValueError as error:
+        raise ValueError(f"{path} can't be opened: {error}") from None
 
 
 def save_model(parts: Parts, folder: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
@@ -106,22 +125,9 @@ def save_model(parts: Parts, folder: str | os.PathLike, dtype: torch.dtype | Non
     folder.mkdir(parents=True, exist_ok=True)
     parts.autoencoder.save(folder, dtype)
     save_unet(parts.unet, folder, dtype)
-    if parts.conditioner is not None:
-        parts.conditioner.save(folder, dtype)
-    if parts.cond_stage:
-        (folder / COND_STAGE).parent.mkdir(exist_ok=True)
-        write_weights({name: value.to(dtype) for name, value in parts.cond_stage.items()}, folder / COND_STAGE)
+    parts.conditioner.save(folder, dtype)
     save_scheduling(parts.scheduling, folder)
     write_json(_index(parts), folder / INDEX)
-
-
-def purpose(parts: Parts) -> str:
-    """What a model is for that is told more than prompts, in a few words."""
-    latents, extra = parts.autoencoder.latent_channels, parts.extra_channels
-    wants = f"its UNet reads {extra} channels beside the {latents} of z_t"
-    if extra == latents + 1:
-        return f"{wants}, a masked picture and the mask (inpainting)"
-    return f"{wants}, of a picture or a map (super-resolution, a semantic map)"
 
 
 def read_index(folder: str | os.PathLike) -> dict[str, Any]:
@@ -137,28 +143,43 @@ def _refuse(found: str, wanted: str, **options: Any) -> None:
             raise ValueError(f"{found}, and {name} is an option of {wanted}; leave it out")
 
 
+def _stable_pipeline(conditioner: AnyConditioner) -> str | None:
+    """The pipeline for Stable Diffusion whose UNet reads the same, if there is one."""
+    if second := conditioner.components.get("text_encoder_2"):
+        projects = second[1] == "CLIPTextModelWithProjection"
+        return "StableDiffusionXLPipeline" if projects and list(conditioner.readers) == [FRAME] else None
+    if not conditioner.readers:
+        return "StableDiffusionPipeline"
+    shown = [(r.config.kind, r.config.convention) for r in conditioner.readers.values() if isinstance(r, SpatialReader)]
+    inpainting = len(conditioner.readers) == 1 and shown == [("inpainting", "stable_diffusion")]
+    return INPAINTING if inpainting else None
+
+
 def _index(parts: Parts) -> dict[str, Any]:
     """model_index.json: the classes that diffusers is to load, and our defaults."""
     scheduler = scheduling_to_diffusers(parts.scheduling)["_class_name"]
-    vae = "AutoencoderKL" if parts.autoencoder.config.regularizer == "kl" else "VQModel"
-    conditioner, own = parts.conditioner, dict(parts.defaults)
-    components = {"text_encoder": [None, None], "tokenizer": [None, None]}
-    if conditioner is not None:
-        components = conditioner.components
-        own |= {TRAINED: True} if conditioner.trainable else {}
+    network = folder_of(parts.unet.config)
+    unet, vae = KINDS[network].to_diffusers(parts.unet.config)["_class_name"], parts.autoencoder.class_name
+    conditioner, components = parts.conditioner, parts.conditioner.components
+    own = {**parts.defaults, **({TRAINED: True} if conditioner.prompts.trainable else {})}
     # StableDiffusionPipeline knows no codebook, no mask in cross-attention, no shift, none of our own schedules
-    special = parts.autoencoder.shift_factor or parts.extra_channels or conditioner is None or conditioner.use_mask
+    special = parts.autoencoder.shift_factor or conditioner.use_mask or scheduler not in CLASSES.values()
     text = components["text_encoder"][1]
-    stable = not special and (vae, text) == ("AutoencoderKL", "CLIPTextModel") and scheduler in CLASSES.values()
+    stable = not special and (vae, text) == ("AutoencoderKL", "CLIPTextModel") and _stable_pipeline(conditioner)
+    # and their pipelines of pictures, whose UNet is told nothing, only the steps of DDPM and DDIM
+    pixels = (vae, unet, text) == (Pixels.class_name, PLAIN, None) and not parts.extra_channels
+    theirs = stable or (pixels and PIXEL_PIPELINES.get(scheduler))
     return {
-        "_class_name": "StableDiffusionPipeline" if stable else "TextToImage",
+        "_class_name": theirs or "TextToImage",
+        **({VERSION: OF_NINE_CHANNELS} if theirs == INPAINTING else {}),
         OWN: own,
+        **({} if conditioner.prompts.zero_empty is None else {ZEROS: conditioner.prompts.zero_empty}),
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
         "requires_safety_checker": False,
         "safety_checker": [None, None],
         "scheduler": ["diffusers", scheduler],
-        "unet": ["diffusers", unet_to_diffusers(parts.unet.config)["_class_name"]],
-        "vae": ["diffusers", vae],
+        network: ["diffusers", unet],
+        "vae": ["diffusers", vae] if vae in THEIR_AUTOENCODERS else [None, None],
         **components,
     }

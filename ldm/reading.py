@@ -29,6 +29,7 @@ class Reader:
     def __init__(self, unet: UNet, reuse: int = 1):
         self.unet, self.context, self.read, self.reuse, self.calls = unet, None, None, reuse, 0
         self.inner: InnerFeatures | None = None
+        self.dtype = next(unet.parameters()).dtype
 
     def __call__(self, z_t: Tensor, timestep: Tensor, context: Any) -> Tensor:
         """The UNet's output [B, c, h, w] for z_t [B, c, h, w] at timesteps [B], told a context of B or none at all.
@@ -46,11 +47,12 @@ class Reader:
             and self.read.keys_values
             and self.read.vector is None
             and self.read.latents is None
+            and self.read.guidance is None
         ):
             alike = context.pictures if isinstance(context, Perturbed) else (len(z_t) + 1) // 2
             if _repeats(z_t, alike) and _repeats(timestep, alike):
                 z_t, timestep = z_t[:alike], timestep[:alike]
-        return self.unet(z_t.to(self.unet.conv_in.weight.dtype), timestep, self.read, self.inner)
+        return self.unet(z_t.to(self.dtype), timestep, self.read, self.inner)
 
 
 def self_attentions(unet: UNet, blocks: Iterable[str]) -> list[Attention]:

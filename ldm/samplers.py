@@ -67,8 +67,14 @@ SAMPLERS: dict[str, Sampler] = {
     "unipc": Sampler(run=unipc, order=3, habit=SOLVER),
     "deis": Sampler(run=deis, order=2, habit=replace(SOLVER, ends_clean=False)),
     "restart": Sampler(run=restart, order=2, calls="3 S - 1", draws=True, habit=SIGMAS),  # one less where S is odd
-    "lcm": Sampler(run=lcm, order=0, draws=True, habit=LEVELS),  # of a consistency function there is no error to fall
-    "langevin": Sampler(run=langevin, order=0, calls="5 S - 4", draws=True, habit=LEVELS),  # the step size leaves bias
-    "predictor_corrector": Sampler(run=predictor_corrector, order=0, calls="2 S - 1", draws=True, habit=LEVELS),
+    "lcm": Sampler(  # of a consistency function there is no error to fall
+        run=lcm, order=0, draws=True, habit=Habit(spacing="rungs")
+    ),
+    "langevin": Sampler(  # the step size leaves bias
+        run=langevin, order=0, calls="5 S - 4", draws=True, options=("corrections",), habit=LEVELS
+    ),
+    "predictor_corrector": Sampler(
+        run=predictor_corrector, order=0, calls="2 S - 1", draws=True, options=("corrections",), habit=LEVELS
+    ),
     "ode": Sampler(run=ode, order=5, calls="any", options=("tolerance",), alone=True, habit=SIGMAS),
 }

@@ -4,20 +4,38 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import random
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any
 
+from PIL import Image
+
 from ldm.guidances import GUIDANCES, GuidanceConfig
 from ldm.onestep import VARIANCES
 from ldm.samplers import SAMPLERS
 from ldm.times import SPACINGS
+from ldm.windows import check as check_windows
 
+MAX_FEATHER = 512
 MAX_BATCH = 256  # a record read from a picture must not eat the memory
 SEEDS = 2**64  # torch's generators take a seed below this
-KINDS = {"str": (str, "text"), "int": (Integral, "a whole number"), "float": (Real, "a number")}
+Source = str | Image.Image  # a file's path, or from Python a picture of PIL, which no record can hold
+KINDS = {
+    "str": (str, "text"),
+    "int": (Integral, "a whole number"),
+    "float": (Real, "a number"),
+    "Source": ((str, os.PathLike, Image.Image), "the path of a file"),
+}
+OF_IMAGES = {  # settings that say something of a picture that is given, and which one
+    "mask": "image",
+    "strength": "image",
+    "noise_level": "image",
+    "resample": "mask",
+    "feather": "mask",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,17 +58,31 @@ class Settings:
     guidance_percentile: float | None = None  # of each estimate, which is scaled to the bound; None: it is clipped
     guidance_norm: float | None = None  # of apg: longest difference that an image is guided by; None: any
     perturbed_scale: float = 3.0  # of perturbed_attention
+    classifier_scale: float = 0.0  # of the gradient of a classifier of noisy latents; 0: there is none
+    classifier_class: str = ""  # the class that it leads to; "": the prompt names it
+    clip_scale: float = 0.0  # of the gradient of a CLIP; 0: there is none
+    clip_prompt: str = ""  # the text that it leads to; "": the prompt
     steps: int = 50  # of the sampler
     sampler: str = "ddim"  # a key of SAMPLERS
     eta: float = 0.0  # of ddim: share of the noise that is drawn anew at each step
     churn: float = 0.0  # of heun: noise added and taken away again, over all steps (Karras et al. 2022: 0 to 100)
     variance: str = "small"  # of ddpm: small, large, or learned by the model
+    corrections: int | None = None  # of langevin, predictor_corrector: Langevin steps at each level; None: theirs
     tolerance: float = 1e-3  # of ode: largest error of a step, relative and absolute
     spacing: str | None = None  # how the sampler chooses its times, a key of SPACINGS; None: its habit
     shift: float | None = None  # of rectified flow's times: above 1 more at high noise; None: as trained
+    image: Source | None = None  # what the picture is made from: changed, completed, enlarged or imitated
+    mask: Source | None = None  # of the image: white is to be painted
+    map: Source | None = None  # class numbers or depths of each pixel, for models that read one
+    strength: float | None = None  # share of the steps, from the noised image on; 1: from noise; None: see `planning`
+    resample: int = 1  # with a mask: how often each part of the walk is walked, to make the new fit the old; 10 is much
+    feather: int = 0  # with a mask: pixels around it in which the new fades into the old
+    noise_level: float = 0.0  # noise added to the image, for models that were trained so; 0 to 1
     reuse: int = 1  # compute the inner layers of the UNet at every so many network calls; above 1 is not exact
     height: int | None = None  # pixels; None: as trained
     width: int | None = None  # pixels; None: as trained
+    window: int | None = None  # latents along one side of what the UNet takes at once; None: all of them
+    overlap: int | None = None  # latents that neighboring windows share; None: half of a window
     seed: int = 42  # of the picture's own generator
     batch: int = 1  # pictures that are computed together, on which the last bits of each may depend
     place: int = 0  # of the picture among them
@@ -63,13 +95,19 @@ class Settings:
             _check_name("spacing", self.spacing, SPACINGS)
         self.guidance()
         self.prompts()
+        for name in ("classifier_scale", "clip_scale"):
+            if not math.isfinite(getattr(self, name)):
+                words = name.replace("_", " ")
+                raise ValueError(f"{words} {getattr(self, name)} must be a finite number; 0 is none, 1 to 10 usual")
         if self.steps < 1:
             raise ValueError(f"steps {self.steps} must be at least 1; 20 to 50 are usual")
         self._check_options()
+        self._check_given()
         if self.shift is not None and not 0 < self.shift < math.inf:
             raise ValueError(f"shift {self.shift} must be a positive number; 1 is none, 3 usual for large pictures")
         if self.reuse < 1:
             raise ValueError(f"reuse {self.reuse} must be at least 1, which is exact; 2 and 3 are usual")
+        self._check_windows()
         if not 0 <= self.seed < SEEDS:
             raise ValueError(f"seed {self.seed} must be between 0 and 2^64 - 1; -1 alone draws one at random")
         if self.batch > MAX_BATCH:
@@ -122,13 +160,42 @@ class Settings:
                 mend = f"leave it out or use {', '.join(takers)}"
                 raise ValueError(f"{field.name} {value} does not go with sampler {self.sampler}; {mend}")
 
+    def _check_given(self) -> None:
+        """Raise ValueError for what is said of a picture and out of range, or of none."""
+        if self.strength is not None and not 0 < self.strength <= 1:
+            raise ValueError(f"strength {self.strength} must be above 0 (the image stays) and at most 1 (from noise)")
+        if self.resample < 1:
+            raise ValueError(f"resample {self.resample} must be at least 1, which walks once; 5 to 10 are usual")
+        if not 0 <= self.feather <= MAX_FEATHER:
+            rule = f"must be between 0 pixels, a hard seam, and {MAX_FEATHER}"
+            raise ValueError(f"feather {self.feather} {rule}; 4 to 16 are usual")
+        if not 0 <= self.noise_level <= 1:
+            raise ValueError(f"noise level {self.noise_level} must be between 0 (none) and 1")
+        for field in fields(self):
+            whose, value = OF_IMAGES.get(field.name), getattr(self, field.name)
+            if whose and value != field.default and getattr(self, whose) is None:
+                name = f"{field.name.replace('_', ' ')} {value}"
+                raise ValueError(f"{name} goes with a given {whose}, and there is none; give one, or leave it out")
+
+    def _check_windows(self) -> None:
+        """Raise ValueError for windows that can't be."""
+        if self.window is None:
+            if self.overlap is not None:
+                raise ValueError(f"overlap {self.overlap} is of windows; give a window too, or leave it out")
+            return
+        check_windows(self.window, self.window // 2 if self.overlap is None else self.overlap)
+        if self.reuse > 1:
+            raise ValueError(f"reuse {self.reuse} does not go with windows, which share no features; leave one out")
+
     def _check_type(self, name: str, annotation: str) -> None:
         value, (kind, words) = getattr(self, name), KINDS[annotation.split(" ")[0]]
         if value is None and annotation.endswith("None"):
             return
         if not isinstance(value, kind) or isinstance(value, bool):
             raise ValueError(f"{name.replace('_', ' ')} {value!r} is not {words}; give one")
-        if kind is not str:  # 5 and 5.0, or numpy's numbers, are to be written alike
+        if isinstance(value, os.PathLike):
+            object.__setattr__(self, name, os.fspath(value))
+        if kind in (Real, Integral):  # 5 and 5.0, or numpy's numbers, are to be written alike
             try:
                 object.__setattr__(self, name, float(value) if kind is Real else int(value))
             except OverflowError:

@@ -21,9 +21,11 @@ from torch import Tensor
 from autoencoder import Autoencoder
 from autoencoder.compvis import PREFIX as FIRST_STAGE
 from autoencoder.compvis import SCALE, SCALES, first_stage_keys, read_scale, to_compvis
+from conditioning.building import AnyConditioner
 from conditioning.clip import Clip
-from conditioning.conditioner import AnyConditioner, Conditioner
+from conditioning.conditioner import Conditioner
 from conditioning.interop import conditioner_from_compvis, conditioner_to_compvis
+from conditioning.spatial_interop import MAPPER, hints_to_compvis, with_hints
 from ldm.compvis import NETWORK, unet_config, unet_from_compvis, unet_keys, unet_to_compvis
 from ldm.compvis_schedule import schedule_from_compvis
 from ldm.interop import empty_unet
@@ -38,7 +40,7 @@ from storage.weights import AVERAGE, outline, place, read_metadata, read_weights
 COND_STAGE = "cond_stage_model."
 MARKS = {"v_pred": "predicts velocity", "ztsnr": "no signal at t = 1"}  # empty tensors, a habit of ComfyUI's
 OTHERS = {*BUFFERS, *MARKS, SCALE, "logvar", "lvlb_weights"}  # logvar: weights of the loss, not of the model
-SPATIAL = "channel_mapper.weight"  # makes latents of a semantic map
+FIRST_LAYER = "encoder.conv_in.weight"  # of a first stage
 PROBE, PROBE_IDS = "a photo of a cat", [49406, 320, 1125, 539, 320, 2368, 49407]  # as CLIP's tokenizer has it
 SD2 = (320, 1024)  # features on the finest level and width of the context
 SD2_NORM = "output_blocks.11.1.transformer_blocks.0.norm1.bias"
@@ -84,10 +86,13 @@ def open_single_file(
         autoencoder.config = replace(autoencoder.config, sample_size=side)
         unet = empty_unet(config)
         place(unet, unet_from_compvis(weights, config), "the UNet")
-        conditioner, cond_stage = _conditioner(state, tokenizer, dtype)
-        if conditioner is not None and conditioner.context_dim != config.cross_attention_dim:
+        conditioner, mapper = _conditioner(state, tokenizer, dtype)
+        if conditioner.context_dim != config.cross_attention_dim:
             dim = config.cross_attention_dim
             raise ValueError(f"the UNet reads tokens of width {dim}, its conditioner's have {conditioner.context_dim}")
+        channels = autoencoder.latent_channels
+        extra = config.in_channels - channels
+        conditioner = with_hints(conditioner, extra, channels, autoencoder.downsampling, mapper).eval()
     except ValueError as error:
         raise ValueError(f"{path} can't be opened: {error}") from None
     except (LookupError, RuntimeError) as error:  # shapes where nobody would look for any
@@ -97,16 +102,14 @@ def open_single_file(
         schedule = replace(schedule, zero_terminal_snr=True)
     habits = _habits(schedule, conditioner)
     scheduling = Scheduling(schedule=schedule, prediction=prediction, ends_clean=False, **habits)
-    return Parts(
-        autoencoder.to(dtype=dtype).eval(), unet.to(dtype).eval(), conditioner, scheduling, cond_stage=cond_stage
-    )
+    return Parts(autoencoder.opened_in(dtype).eval(), unet.to(dtype).eval(), conditioner, scheduling)
 
 
-def _habits(schedule: ScheduleConfig, conditioner: AnyConditioner | None) -> dict[str, str | None]:
+def _habits(schedule: ScheduleConfig, conditioner: AnyConditioner) -> dict[str, str | None]:
     """Sampler and spacing of a file: those that diffusers has for Stable Diffusion, else LDM's DDIM."""
     if schedule.zero_terminal_snr:
         return {"spacing": "trailing", "sampler": "ddim"}
-    if conditioner is not None and conditioner.components["text_encoder"][1] == "CLIPTextModel":
+    if conditioner.components["text_encoder"][1] == "CLIPTextModel":
         return {"spacing": None, "sampler": "pndm"}
     return {"spacing": "leading", "sampler": "ddim"}
 
@@ -129,7 +132,10 @@ def save_single_file(parts: Parts, path: str | os.PathLike, dtype: torch.dtype |
     schedule, prediction = parts.scheduling.schedule, parts.scheduling.prediction
     if prediction not in PREDICTION_TYPES:
         raise ValueError(f"prediction {prediction!r} can't be said in a CompVis file; only noise, clean, velocity can")
-    text = isinstance(parts.conditioner, Conditioner)
+    if not isinstance(parts.autoencoder, Autoencoder):
+        kind = parts.autoencoder.class_name
+        raise ValueError(f"a model of {kind} can't be said in a CompVis file, which has a first stage; keep the folder")
+    text = isinstance(parts.conditioner.prompts, Conditioner)
     kind, scale = parts.autoencoder.config.regularizer, parts.autoencoder.scaling_factor
     own_scale = kind == "kl" and not text  # programs read it from the file
     networks = {
@@ -207,24 +213,25 @@ def _require_whole(names: Collection[str]) -> None:
 
 def _conditioner(
     state: Mapping[str, Tensor], tokenizer: str | os.PathLike | None, dtype: torch.dtype
-) -> tuple[AnyConditioner | None, dict[str, Tensor]]:
-    """The conditioner; or None, and the weights of one that has no module here yet."""
+) -> tuple[AnyConditioner, Tensor | None]:
+    """The conditioner of prompts, and the one weight of what reads a semantic map, if there is one."""
     weights = {name.removeprefix(COND_STAGE): value for name, value in state.items() if name.startswith(COND_STAGE)}
-    if set(weights) == {SPATIAL}:
-        return None, {name: value.to(dtype) for name, value in weights.items()}
-    return conditioner_from_compvis(weights, None if tokenizer is None else str(tokenizer), dtype).eval(), {}
+    mapper = weights.pop(MAPPER, None)
+    if FIRST_LAYER in weights:  # the first stage again, which LDM's inpainting model reads the masked picture with
+        weights = {}
+    conditioner = conditioner_from_compvis(weights, None if tokenizer is None else str(tokenizer), dtype)
+    return conditioner, None if mapper is None else mapper.to(dtype)
 
 
 def _cond_stage(parts: Parts) -> dict[str, Tensor]:
     """The weights that follow `cond_stage_model.`; ValueError where a program would not know their tokenizer."""
-    if parts.conditioner is None:
-        return dict(parts.cond_stage)
-    conditioner = parts.conditioner
-    if isinstance(conditioner, Conditioner) and isinstance(conditioner.encoder, Clip):
-        tokens = conditioner.tokenize([PROBE])
-        if tokens.ids[tokens.mask].tolist() != PROBE_IDS[: conditioner.max_length]:
+    prompts = parts.conditioner.prompts
+    if isinstance(prompts, Conditioner) and isinstance(prompts.encoder, Clip):
+        tokens = prompts.tokenize([PROBE])
+        if tokens.ids[tokens.mask].tolist() != PROBE_IDS[: prompts.max_length]:
             raise ValueError("the text encoder has a tokenizer of its own, which has no place in a single file")
-    return conditioner_to_compvis(conditioner)
+    shown = hints_to_compvis(parts.conditioner, parts.extra_channels, parts.autoencoder.latent_channels)
+    return {**conditioner_to_compvis(prompts), **shown}
 
 
 def _prediction(weights: Mapping[str, Tensor], config: UNetConfig, metadata: Mapping[str, str], marked: bool) -> str:
@@ -259,7 +266,8 @@ def _family(parts: Parts) -> tuple[str, str]:
     versions = {768: "1", 1024: "2"}
     wide = (320, 640, 1280, 1280)
     stable = shape[0] == wide and shape[1] in versions and shape[2] == "kl" and parts.extra_channels in (0, 5)
-    if not (stable and isinstance(parts.conditioner, Conditioner) and isinstance(parts.conditioner.encoder, Clip)):
+    prompts = parts.conditioner.prompts
+    if not (stable and isinstance(prompts, Conditioner) and isinstance(prompts.encoder, Clip)):
         return "latent-diffusion", "CompVis/latent-diffusion"
     if versions[shape[1]] == "1":
         return "stable-diffusion-v1" + "-inpainting" * bool(parts.extra_channels), "CompVis/stable-diffusion"

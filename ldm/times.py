@@ -18,6 +18,7 @@ from ldm.schedule import Schedule
 
 LARGEST_RATIO = 4096.0  # sigma / alpha that stands for infinity where a logarithm or a root of it is needed
 KARRAS_RHO = 7.0  # Karras et al. 2022, table 1
+RUNGS = 50  # levels that consistency is distilled on
 # sigma / alpha where ten steps on Stable Diffusion 1's schedule begin, and where the last of them ends, optimized for
 # its samples (Sabour et al. 2024, "Align Your Steps", arXiv:2404.14507, and its project page).
 ALIGNED = (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029)
@@ -105,6 +106,18 @@ def _ays(ask: Layout) -> Tensor:
     return positions
 
 
+def _rungs(ask: Layout) -> Tensor:
+    """Every few of the 50 levels that consistency is distilled on: 1, 0.76, 0.5, 0.26 (Luo et al. 2023, LCM).
+
+    More than 50 steps are trailing.
+    """
+    if ask.steps > RUNGS:
+        return _trailing(ask)
+    index = torch.arange(ask.steps, dtype=torch.float64) * RUNGS // ask.steps
+    positions = ask.levels * (1 - index / RUNGS)
+    return positions.round() if ask.schedule.discrete else positions
+
+
 def _ends(ask: Layout) -> Tensor:
     """sigma / alpha of the last noise level and of the first."""
     alpha, sigma = ask.schedule(torch.tensor([ask.levels, 1.0], dtype=torch.float64) / ask.levels)
@@ -128,6 +141,7 @@ SPACINGS: dict[str, Callable[[Layout], Tensor]] = {  # -> [S] falling positions,
     "karras": _karras,
     "log_snr": _log_snr,
     "ays": _ays,
+    "rungs": _rungs,
 }
 
 

@@ -35,6 +35,7 @@ from ldm.blocks import (
     ResidualDownsample,
     ResidualUpsample,
     Upsample,
+    scale_sinusoids,
     sinusoids,
 )
 from ldm.unet_config import UNetConfig
@@ -50,6 +51,7 @@ class Told(Protocol):
     mask: Tensor | None  # [B, L], True for a token
     vector: Tensor | None  # [B, v]
     latents: Tensor | None  # [B, c, h, w]
+    guidance: Tensor | None  # [B], looked at where the config has a guidance_dim
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class ReadContext:
     latents: Tensor | None
     keys_values: Mapping[Attention, KeysValues]
     perturbed: Mapping[Attention, int] | None = None  # self-attentions: see `Signal`
+    guidance: Tensor | None = None
 
 
 @dataclass
@@ -86,14 +89,19 @@ class UNet(nn.Module):
         channels = config.block_out_channels
         self.embedding_dim = 4 * channels[0]
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
-        self.time_embedding = Embedding(channels[0], self.embedding_dim)
+        self.time_embedding = Embedding(channels[0], self.embedding_dim, config.guidance_dim)
         if config.vector_dim is not None:
-            self.class_embedding = Embedding(config.vector_dim, self.embedding_dim)
+            self.add_module(self.vector_name, Embedding(config.vector_dim, self.embedding_dim))
         self.down_blocks = nn.ModuleList(self._down_levels())
         self.mid_block = self._level(len(channels) - 1, [channels[-1], channels[-1]], attentions=1)
         self.up_blocks = nn.ModuleList(self._up_levels())
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[0], eps=config.norm_eps)
         self.conv_out = zeroed(nn.Conv2d(channels[0], config.out_channels, 3, padding=1))
+
+    @property
+    def vector_name(self) -> str:
+        """What diffusers calls the embedding of context.vector."""
+        return "class_embedding" if self.config.frame_width is None else "add_embedding"
 
     def _residual(self, kind: type[ResidualBlock], channels: int, out_channels: int) -> ResidualBlock:
         config = self.config
@@ -108,7 +116,7 @@ class UNet(nn.Module):
         return SpatialTransformer(
             channels,
             heads=heads,
-            depth=config.transformer_layers,
+            depth=config.depth(level),
             context_dim=config.cross_attention_dim,
             linear=config.use_linear_projection,
             groups=config.norm_num_groups,
@@ -198,7 +206,9 @@ class UNet(nn.Module):
             _check_width("tokens", context.tokens, self.config.cross_attention_dim)
             blocks = (module for module in self.modules() if isinstance(module, TransformerBlock))
             keys_values = {block.attn2: block.attn2.read(context.tokens) for block in blocks}
-        return ReadContext(context.tokens, context.mask, context.vector, context.latents, keys_values)
+        guidance = None if self.config.guidance_dim is None else context.guidance
+        told = context.tokens, context.mask, context.vector, context.latents
+        return ReadContext(*told, keys_values, guidance=guidance)
 
     def _run(self, layer: Callable[..., Tensor], *arguments: object) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():
@@ -225,15 +235,24 @@ class UNet(nn.Module):
             raise ValueError(
                 f"context.tokens for {len(tokens)} pictures do not go with {len(z_t)} latents; repeat them"
             )
-        embedding = self.time_embedding(sinusoids(timestep, self.config.block_out_channels[0]).to(z_t.dtype))  # [B, E]
+        sines = sinusoids(timestep, self.config.block_out_channels[0]).to(z_t.dtype)
+        embedding = self.time_embedding(sines, self._scale(context, z_t))  # [B, E]
         if vector is not None:
-            embedding = embedding + self.class_embedding(vector)
+            embedding = embedding + getattr(self, self.vector_name)(vector)
         bias = None
         if tokens is not None and mask is not None:
             bias = (~mask.bool()).to(z_t.dtype)[:, None, None, :] * MASKED  # [B, 1, 1, L]
         read = context if isinstance(context, ReadContext) else None
         keys_values = read.keys_values if read is not None and tokens is not None else None
         return Signal(F.silu(embedding), tokens, bias, keys_values, None if read is None else read.perturbed)
+
+    def _scale(self, context: Told | None, z_t: Tensor) -> Tensor | None:
+        """What the time embedding is told of the guidance scale, [B, guidance_dim], if anything."""
+        if self.config.guidance_dim is None:
+            return None
+        if context is None or context.guidance is None:
+            raise ValueError("this UNet was distilled from a guided one: context.guidance must hold the guidance scale")
+        return scale_sinusoids(context.guidance, self.config.guidance_dim).to(z_t)
 
 
 def _check_width(name: str, value: Tensor | None, width: int | None) -> None:

@@ -7,8 +7,16 @@ from dataclasses import dataclass
 # Kinds of attention, each with the options of which it has one value only.
 ATTENTIONS = {
     "transformer": {"resample": "conv"},
-    "plain": {"cross_attention_dim": None, "transformer_layers": 1, "use_linear_projection": False, "vector_dim": None},
+    "plain": {
+        "cross_attention_dim": None,
+        "frame_width": None,
+        "guidance_dim": None,
+        "transformer_layers": 1,
+        "use_linear_projection": False,
+        "vector_dim": None,
+    },
 }
+FRAME_NUMBERS = 6  # height and width of the whole, top and left, height and width of the cutout
 RESAMPLINGS = ("conv", "residual")
 
 
@@ -29,15 +37,24 @@ class UNetConfig:
     attention_levels: tuple[bool, ...] = (True, True, True, False)  # levels with attention; the middle has one
     attention_heads: tuple[int, ...] = (8,)  # of each level, or one number for all; 1 where there is no attention
     cross_attention_dim: int | None = 1280  # d of context.tokens; None: no tokens, twice self-attention
-    transformer_layers: int = 1  # transformer blocks per spatial transformer
+    transformer_layers: int | tuple[int, ...] = (
+        1  # transformer blocks per spatial transformer, of all levels or of each
+    )
     use_linear_projection: bool = False  # store the transformers' projections as matrices (SD2), not 1x1 convolutions
     vector_dim: int | None = None  # of context.vector, added to the time embedding; None: no vector
+    frame_width: int | None = None  # of vector_dim, for each of a frame's six numbers (SDXL); only names what is stored
+    guidance_dim: int | None = None  # of the embedded guidance scale, which distilled networks read; None: they don't
     dropout: float = 0.0  # in residual blocks, before the second convolution
     norm_num_groups: int = 32  # of every GroupNorm
     norm_eps: float = 1e-5  # of every GroupNorm but the transformers', which have 1e-6
     attention: str = "transformer"  # or "plain": self-attention of pixels, in the paper's unconditional models
     resample: str = "conv"  # between levels: a convolution, or "residual": a residual block (plain attention only)
     scale_shift: bool = False  # the embedding scales and shifts the features of residual blocks; else it is added
+
+    @property
+    def downsampling(self) -> int:
+        """Latents on the finest level per one on the coarsest, along a side."""
+        return 2 ** (len(self.block_out_channels) - 1)
 
     def __post_init__(self):
         heads = (self.attention_heads,) if isinstance(self.attention_heads, int) else tuple(self.attention_heads)
@@ -51,8 +68,26 @@ class UNetConfig:
         attends = (*self.attention_levels[:-1], True)  # the middle is of the last level's shape
         heads = tuple(count if has else 1 for count, has in zip(self.attention_heads, attends, strict=True))
         object.__setattr__(self, "attention_heads", heads)
+        object.__setattr__(self, "transformer_layers", self._depths(attends))
         self._check_channels()
         self._check_kinds()
+
+    def depth(self, level: int) -> int:
+        """Transformer blocks of each spatial transformer of a level."""
+        return self.transformer_layers if isinstance(self.transformer_layers, int) else self.transformer_layers[level]
+
+    def _depths(self, attends: tuple[bool, ...]) -> int | tuple[int, ...]:
+        """transformer_layers as one number where all levels that attend share it; else 1 for those that do not."""
+        if isinstance(self.transformer_layers, int):
+            return self.transformer_layers
+        if len(self.transformer_layers) != len(attends):
+            raise ValueError(
+                f"transformer_layers {self.transformer_layers} needs one entry for each of the {len(attends)} levels"
+            )
+        used = {count for count, has in zip(self.transformer_layers, attends, strict=True) if has}
+        if len(used) == 1:
+            return used.pop()
+        return tuple(count if has else 1 for count, has in zip(self.transformer_layers, attends, strict=True))
 
     def _check_channels(self) -> None:
         for level, (channels, count) in enumerate(zip(self.block_out_channels, self.attention_heads, strict=True)):
@@ -71,6 +106,11 @@ class UNetConfig:
         for name, kinds in (("attention", ATTENTIONS), ("resample", RESAMPLINGS)):
             if getattr(self, name) not in kinds:
                 raise ValueError(f"{name} {getattr(self, name)!r} is not known; use one of {', '.join(kinds)}")
+        if self.frame_width is not None and (self.vector_dim or 0) < FRAME_NUMBERS * self.frame_width:
+            raise ValueError(
+                f"frame_width {self.frame_width} is part of vector_dim {self.vector_dim}; that must be "
+                f"{FRAME_NUMBERS * self.frame_width} or more"
+            )
         for name, value in ATTENTIONS[self.attention].items():
             if getattr(self, name) != value:
                 raise ValueError(
