@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from conditioning.given import Given
 from ldm.denoiser import Denoiser
 from ldm.densities import Importance
 from ldm.loss import diffusion_loss
 from ldm.pipeline import TextToImage
 from stages.inputs import Inputs
-from storage.dataset import ImageDataset, Sample, collate
+from storage.dataset import ImageDataset, collate
 from storage.images import grid
 from storage.randomness import normal, uniform
 from training.trainer import Trainer
+
+SHOWN = 8  # pictures, where the config names no prompts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +30,10 @@ class SamplesConfig:
     prompts: list[str] = field(default_factory=list)  # fixed; empty: the captions of some held-out images
     sampler: str = "ddim"
     steps: int = 50
+    corrections: int | None = None  # of langevin and predictor_corrector, at each noise level; null: theirs
     guidance_scale: float = 5.0
+    guidance_bound: float | None = None  # largest absolute value of estimates: 1 for pixels; null: there is no bound
+    guidance_percentile: float | None = None  # dynamic thresholding to the bound, 99.5 usual; null: they are clipped
 
     def __post_init__(self):
         if self.every < 0:
@@ -59,13 +66,12 @@ def validate(
     sums = torch.zeros(levels + 1, dtype=torch.float64, device=trainer.device)
     t = denoiser.schedule.quantize((torch.arange(levels) + 0.5) / levels)
     for index in range(trainer.rank, count, trainer.world):
-        picture = held_out.picture(index)
-        if picture is None:
+        sample = held_out.held_out(index)
+        if sample is None:
             continue
-        batch = collate([Sample(picture, held_out.records[index].captions[0][0], index)])
+        batch = collate([sample])
         z_0 = inputs.posterior(batch, trainer.device).mode()
-        tokens = inputs.conditioner.tokenize(batch.captions)
-        context = inputs.conditioner(tokens.ids.to(trainer.device), tokens.mask.to(trainer.device)).repeat(levels)
+        context = inputs.contexts(batch, trainer.device)[0].repeat(levels)
         noise = normal(seed, "validation noise", index, range(levels), z_0.shape[1:]).to(trainer.device)
         loss = diffusion_loss(denoiser, z_0.expand(levels, -1, -1, -1), context, t, noise)
         sums += torch.cat([loss, loss.new_ones(1)])
@@ -85,7 +91,47 @@ def learn(trainer: Trainer, importance: Importance, losses: torch.Tensor, seen: 
         seen.zero_()
 
 
-def draw_samples(trainer: Trainer, model: TextToImage, prompts: Sequence[str], seed: int) -> None:
-    """A captioned grid of the fixed prompts, on the main process."""
-    pictures = model(prompts, seed=seed)
-    grid(pictures, min(8, len(pictures)), prompts).save(trainer.sample_path())
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """What is drawn again and again while training: prompts, and what the model reads besides, of held-out pictures."""
+
+    prompts: Sequence[str]
+    given: Given | None = None  # None: the model reads prompts only
+
+    @classmethod
+    def of(cls, prompts: Sequence[str], examples: ImageDataset, inputs: Inputs) -> Shown:
+        """The config's prompts, or the captions of examples; and what goes with them of as many examples.
+
+        Raises:
+            ValueError: none of the examples can be decoded.
+        """
+        if not inputs.conditioner.needs:
+            return cls(prompts=prompts or [record.captions[0][0] for record in examples.records[:SHOWN]])
+        wanted = len(prompts) or SHOWN
+        found = (examples.held_out(index) for index in range(len(examples)))
+        samples = list(itertools.islice((sample for sample in found if sample is not None), wanted))
+        if not samples:
+            raise ValueError("no picture of those held out can be decoded to draw samples of; give data.validation")
+        given = inputs.given(collate(samples))
+        return cls(prompts=(prompts or given.prompts)[: len(samples)], given=given)
+
+
+def draw_samples(trainer: Trainer, model: TextToImage, shown: Shown, seed: int) -> None:
+    """A captioned grid, on the main process."""
+    if shown.given is None:
+        pictures = model(shown.prompts, seed=seed)
+    else:
+        pictures = []
+        for place, picture in enumerate(model.plan(shown.prompts, given=shown.given, seed=seed)):
+            *_, last = model.sample([picture], given=shown.given.select(slice(place, place + 1)))
+            pictures += model.decode(last.z)
+    grid(pictures, min(8, len(pictures)), shown.prompts).save(trainer.sample_path())
+
+
+def drawing_command(model: TextToImage, prompt: str) -> list[str]:
+    """The words that draw with a model, such as ["txt2img.py", "a red heart"], but for how it is opened."""
+    if model.conditioner.hint is None and model.conditioner.reads_text:
+        return ["txt2img.py", prompt]
+    if model.conditioner.hint is None:
+        return ["sample.py", *(["--prompt", prompt] if prompt else [])]
+    return [*model.conditioner.hint.command, *([prompt] if prompt else [])]

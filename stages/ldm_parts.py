@@ -3,64 +3,116 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from autoencoder import Autoencoder
+from autoencoder import Autoencoder, open_autoencoder
+from conditioning.building import AnyConditioner, ConditionerConfig, build_conditioner
 from conditioning.classes import ClassConditioner
-from conditioning.conditioner import AnyConditioner, Conditioner, ConditionerConfig, build_conditioner
+from conditioning.composed import Composed, files_of
+from conditioning.readers import READERS, build_readers
+from conditioning.second import TwoTokenizers
+from conditioning.tokenizer import Tokenizer
 from ldm.interop import empty_unet
+from ldm.networks import KINDS, Network, folder_of
 from ldm.parts import Parts
 from ldm.pipeline import TextToImage
 from ldm.scheduling import Scheduling
 from ldm.settings import Settings
-from ldm.unet import UNet
 from operators.winograd import lay_out
+from stages.adapters import Learning
+from stages.distillation import scheduling_of
+from stages.fitting import check_shapes
 from stages.ldm_run import DEFAULT_SAMPLES, RunConfig, opened
-from storage.buckets import check_step
 from storage.config import require_same
-from storage.records import Record, fingerprints
+from storage.pictures import model_hash
+from storage.records import Record, Records, fingerprints
 from storage.shards import CachedLatents
 from storage.weights import place
 from training.ema import Ema
 from training.optimizer import Optimizer
 from training.trainer import Trainer
 
+READS_INPUT = "conv_in.weight"
+READS_SCALE = "time_embedding.cond_proj.weight"  # of UNets with a guidance_dim
 MOMENTS_DTYPES = {"fp32": "float32", "fp16": "float16"}  # of RunConfig.cache_precision
 
 
-def make_conditioner(config: RunConfig, init: Parts | None, records: Sequence[Record]) -> AnyConditioner:
-    """The text encoder that the config names; else that of init_from, which learns on if it learnt with the UNet."""
-    captions = [caption for record in records for group in record.captions for caption in group]
-    if init is None or config.conditioner != ConditionerConfig():
-        return build_conditioner(config.conditioner, captions, seed=config.seed)
-    if isinstance(init.conditioner, ClassConditioner):
-        if init.conditioner.null_class is None:
-            raise ValueError(f"init_from {config.init_from} has no null class to drop captions for; give one that has")
-        init.conditioner.tokenize(captions)  # a caption that is no class is to be found now
-    return init.conditioner
+def make_conditioner(config: RunConfig, init: Parts | None, records: Records) -> AnyConditioner:
+    """What the config names; else that of init_from, which learns on if it learnt with the UNet, and new readers.
+
+    Raises:
+        ValueError: a caption, also of a picture that is held out, is none that it can read.
+    """
+    captions, held_out = (captions_of(part) for part in (records.train, records.validation))
+    readers = {name: getattr(config.conditioner, name) for name in READERS}
+    if config.distillation is not None:
+        return _frozen(init.conditioner)
+    if init is None or replace(config.conditioner, **dict.fromkeys(READERS)) != ConditionerConfig():
+        return build_conditioner(config.conditioner, captions, seed=config.seed, held_out=held_out)
+    prompts = init.conditioner.prompts
+    if isinstance(prompts, ClassConditioner) and prompts.null_class is None:
+        raise ValueError(f"init_from {config.init_from} has no null class to drop captions for; give one that has")
+    if not isinstance(prompts.tokenizer, Tokenizer | TwoTokenizers):
+        prompts.tokenize([*captions, *held_out])  # one that is no class, or that nothing reads, is found now
+    if not any(readers.values()):
+        return init.conditioner
+    known = {**init.conditioner.readers, **build_readers(config.conditioner, config.seed)}
+    return Composed(prompts, {name: known[name] for name in READERS if name in known})
 
 
-def make_unet(config: RunConfig, init: Parts | None) -> UNet:
-    """A new UNet with weights drawn by torch's generator, or one with those of init_from."""
+def captions_of(records: Iterable[Record]) -> list[str]:
+    """All of them."""
+    return [caption for record in records for group in record.captions for caption in group]
+
+
+def _frozen(conditioner: AnyConditioner) -> AnyConditioner:
+    """It learns no more: what it says is to stay what the teacher was told."""
+    for module in conditioner.modules():
+        if hasattr(module, "trainable"):
+            module.trainable = False
+    return conditioner.requires_grad_(False).eval()
+
+
+def make_unet(config: RunConfig, init: Parts | None) -> Network:
+    """A new UNet, or prior, with weights drawn by torch's generator, or one with those of init_from."""
     if init is None:
-        return UNet(config.unet)
-    free = ("sample_size", "dropout")
-    require_same(config.unet, init.unet.config, "unet", f"init_from {config.init_from}", free)
-    unet = empty_unet(config.unet)
-    place(unet, init.unet.state_dict(), str(config.init_from))
+        return KINDS[folder_of(config.network)].build(config.network)
+    shown = _shown_anew(config, init)
+    free = ("sample_size", "dropout", "guidance_dim", *(["in_channels"] if shown else []))
+    require_same(config.network, init.unet.config, folder_of(config.network), f"init_from {config.init_from}", free)
+    unet = empty_unet(config.network)
+    state = init.unet.state_dict()
+    if shown:  # what it is shown besides z_t adds nothing at first (Nichol et al. 2022, GLIDE, section 2.3)
+        first, wanted = state[READS_INPUT][:, : init.autoencoder.latent_channels], unet.state_dict()[READS_INPUT].shape
+        state[READS_INPUT] = F.pad(first, (0, 0, 0, 0, 0, wanted[1] - first.shape[1]))
+    if (weight := unet.state_dict().get(READS_SCALE)) is not None:
+        state.setdefault(READS_SCALE, torch.zeros(weight.shape))  # a copy of the teacher, deaf to the scale at first
+    place(unet, state, str(config.init_from))
     return unet
+
+
+def _shown_anew(config: RunConfig, init: Parts) -> bool:
+    """Whether the run's network is shown something besides z_t that that of init_from is not, or in another order."""
+    wanted, readers = config.conditioner.spatial, init.conditioner.readers
+    if wanted is None or "spatial" not in readers:
+        return wanted is not None
+    known = readers["spatial"].config
+    return (wanted.kind, wanted.convention) != (known.kind, known.convention)
 
 
 def make_scheduling(config: RunConfig, init: Parts | None) -> Scheduling:
     """How the trained model is to be sampled: on the config's noise levels, else as init_from."""
     learned = {"schedule": config.diffusion.schedule, "prediction": config.diffusion.prediction}
-    return Scheduling(**learned) if init is None else dataclasses.replace(init.scheduling, **learned)
+    if config.distillation is not None:
+        learned |= scheduling_of(config.distillation)
+    return Scheduling(**learned) if init is None else replace(init.scheduling, **learned)
 
 
 def make_defaults(config: RunConfig, init: Parts | None) -> Settings:
@@ -68,16 +120,17 @@ def make_defaults(config: RunConfig, init: Parts | None) -> Settings:
     given = Settings() if init is None else init.settings
     chosen = {name: getattr(config.samples, name) for name in DEFAULT_SAMPLES}
     eta = given.eta if config.samples.sampler == given.sampler else 0.0  # which another sampler may not take
-    return dataclasses.replace(given, eta=eta, **chosen)
+    return replace(given, eta=eta, **chosen)
 
 
 def caches_contexts(config: RunConfig, conditioner: AnyConditioner) -> bool:
-    """Whether the cache holds contexts: those of a text encoder that is being trained would be stale at once."""
-    return config.cache_contexts and not conditioner.trainable
+    """Whether the cache holds contexts: tokens and nothing else, of an encoder that training does not change."""
+    tokens_alone = conditioner.context_dim is not None and conditioner.vector_dim is None
+    return config.cache_contexts and not conditioner.trainable and tokens_alone
 
 
 def cache_key(
-    config: RunConfig, records: Sequence[Record], autoencoder: Autoencoder, conditioner: Conditioner
+    config: RunConfig, records: Sequence[Record], autoencoder: Autoencoder, conditioner: AnyConditioner
 ) -> dict[str, Any]:
     """What cached latents and contexts depend on."""
     data = config.data
@@ -94,32 +147,13 @@ def cache_key(
     }
 
 
-def check_shapes(config: RunConfig, autoencoder: Autoencoder, conditioner: Conditioner) -> None:
-    """Raise ValueError where the UNet does not fit between autoencoder and text encoder."""
-    f, size, unet = autoencoder.downsampling, config.data.image_size, config.unet
-    if size % f:
-        raise ValueError(f"data.image_size {size} is not divisible by {f} (autoencoder downsampling)")
-    halvings = len(unet.block_out_channels) - 1
-    check_step(config.data.buckets, f * 2**halvings, "downsampling of autoencoder and UNet together")
-    expected = {
-        "in_channels": autoencoder.latent_channels,
-        "out_channels": autoencoder.latent_channels,
-        "sample_size": size // f,
-        "cross_attention_dim": conditioner.context_dim,
-    }
-    for name, value in expected.items():
-        if getattr(unet, name) != value:
-            given = getattr(unet, name)
-            raise ValueError(f"unet.{name} {given} does not fit autoencoder, image size and text encoder; use {value}")
-
-
-def build_model(config: RunConfig, records: Sequence[Record], device: torch.device) -> TextToImage:
+def build_model(config: RunConfig, records: Records, device: torch.device) -> TextToImage:
     """Autoencoder, text encoder and UNet on their device, nothing of them trained or registered yet.
 
     Raises:
         ValueError: the parts do not fit together.
     """
-    autoencoder = Autoencoder.load(config.autoencoder).eval().requires_grad_(False)
+    autoencoder = open_autoencoder(config.autoencoder).eval().requires_grad_(False)
     init = opened(config)
     conditioner = make_conditioner(config, init, records)
     check_shapes(config, autoencoder, conditioner)
@@ -127,6 +161,7 @@ def build_model(config: RunConfig, records: Sequence[Record], device: torch.devi
     unet = lay_out(make_unet(config, init).to(device))
     unet.checkpointing = config.checkpointing
     lay_out(autoencoder.to(device))
+    KINDS[folder_of(config.network)].fit(unet, autoencoder)
     defaults, scheduling = make_defaults(config, init), make_scheduling(config, init)
     return TextToImage(autoencoder, unet, conditioner.to(device), scheduling, defaults)
 
@@ -145,23 +180,39 @@ class Learner:
 
     trainer: Trainer
     model: TextToImage
-    modules: list[nn.Module]  # of it: the UNet, and the text encoder where it is trained along
-    network: nn.Module  # the UNet, wrapped for several processes
-    text_network: nn.Module  # the text encoder, wrapped where it is trained
+    modules: list[nn.Module]  # of it: the UNet, the text encoder, or both
+    network: nn.Module  # the UNet, wrapped for several processes where it learns
+    text_network: nn.Module  # the text encoder, the same
     averages: list[Ema]  # one for each module
     optimizer: Optimizer
 
     @classmethod
-    def register(cls, trainer: Trainer, model: TextToImage, config: RunConfig) -> Learner:
-        """Give the trainer all that it is to save and restore."""
-        modules, text_network = [model.unet], model.conditioner
-        network = trainer.network("unet", model.unet, may_shard=True)
+    def register(
+        cls,
+        trainer: Trainer,
+        model: TextToImage,
+        config: RunConfig,
+        learning: Learning,
+        followers: Sequence[Ema] = (),
+    ) -> Learner:
+        """Give the trainer all that it is to save and restore; `followers` are the objective's own averages."""
+        modules, network, text_network = [], model.unet, model.conditioner
+        if learning.base is not None:
+            trainer.watch("model that is adapted", learning.base)
+        for path in files_of(model.conditioner):
+            trainer.watch("database", model_hash(path))
+        if any(p.requires_grad for p in model.unet.parameters()):
+            modules.append(model.unet)
+            network = trainer.network("unet", model.unet, may_shard=learning.base is None)
+        else:  # in the run's precision, too
+            network = trainer.accelerator.prepare_model(model.unet, evaluation_mode=True)
         if model.conditioner.trainable:
             modules.append(model.conditioner)
-            trainer.keep("tokenizer", model.conditioner.tokenizer)  # learnt from captions, which may change
-            text_network = trainer.network("conditioner", model.conditioner, may_shard=True)
+            if model.conditioner.tokenizer is not None:
+                trainer.keep("tokenizer", model.conditioner.tokenizer)  # learnt from captions, which may change
+            text_network = trainer.network("conditioner", model.conditioner, may_shard=learning.base is None)
         averages = [Ema(module, config.ema) for module in modules]
-        optimizer = trainer.optimizer("optimizer", modules, config.optimizer, averages)
+        optimizer = trainer.optimizer("optimizer", modules, config.optimizer, [*averages, *followers])
         return cls(
             trainer=trainer, model=model, modules=modules, network=network, text_network=text_network,
             averages=averages, optimizer=optimizer,
@@ -185,8 +236,8 @@ class Learner:
                     module.train()
 
     def _whole(self, saved: bool) -> TextToImage | None:
-        copies, model = [self.trainer.whole(module, saved) for module in self.modules], self.model
-        if None in copies:
+        copies, model = {module: self.trainer.whole(module, saved) for module in self.modules}, self.model
+        if None in copies.values():
             return None
-        unet, conditioner = copies if len(copies) == 2 else (*copies, model.conditioner)
+        unet, conditioner = (copies.get(part, part) for part in (model.unet, model.conditioner))
         return TextToImage(model.autoencoder, unet.eval(), conditioner.eval(), model.scheduling, model.defaults)

@@ -5,14 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from conditioning.classes import ClassConditioner
-from conditioning.conditioner import Conditioner, ConditionerConfig
+from conditioning.building import ConditionerConfig
 from ldm.densities import DensityConfig
 from ldm.loss import check_weighting
-from ldm.parts import Parts, open_model, purpose
+from ldm.networks import NetworkConfig, folder_of
+from ldm.parts import Parts, open_model
+from ldm.prior_config import PriorConfig
 from ldm.schedule import ScheduleConfig, make_schedule
 from ldm.unet import UNetConfig
+from stages.adapters import InversionConfig, LoraConfig
 from stages.denoising import SamplesConfig, ValidationConfig
+from stages.distillation import DistillationConfig, habits
+from stages.preservation import PreservationConfig
 from stages.settings import check_run
 from storage.config import to_dict
 from storage.dataset import DataConfig
@@ -20,7 +24,9 @@ from training.ema import EmaConfig
 from training.optimizer import OptimizerConfig
 from training.trainer import TrainerConfig
 
-DEFAULT_SAMPLES = ("sampler", "steps", "guidance_scale")  # fields of SamplesConfig that a model has defaults for
+DEFAULT_SAMPLES = (  # fields of SamplesConfig that a model has defaults for
+    *("sampler", "steps", "corrections", "guidance_scale", "guidance_bound", "guidance_percentile"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +34,7 @@ class DiffusionConfig:
     """What is learned."""
 
     prediction: str = "noise"  # what the network outputs: noise, clean, velocity, flow, score or edm
-    weighting: str = "simple"  # of the squared error over noise levels: simple, min_snr, vlb, p2, edm or sigmoid
+    weighting: str = "simple"  # of the squared error over noise levels: simple, min_snr, vlb, p2, edm, sigmoid or noise
     gamma: float | None = None  # of min_snr, p2 and sigmoid; null: the paper's
     caption_dropout: float = 0.1  # share of captions replaced by the empty one, for classifier-free guidance
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -48,13 +54,18 @@ class RunConfig:
     seed: int = 0  # of every draw
     init_from: str | None = None  # model folder or single file to go on from; what is not said here is as it is there
     data: DataConfig
+    preservation: PreservationConfig | None = None  # pictures of the class of what data shows, learned beside them
+    lora: LoraConfig | None = None  # learn low-rank additions to init_from instead of its weights
+    inversion: InversionConfig | None = None  # learn a new word for init_from and nothing else
     autoencoder: str  # model folder of stage 1, any diffusers model folder, or a single file; default: init_from
     cache: str | None = None  # folder that cache_latents.py fills; null: encode images while training
     cache_contexts: bool = True  # of captions too; false where they would take too much disk (docs/scaling.md)
     cache_precision: Literal["fp32", "fp16"] = "fp32"  # of the cached moments
     conditioner: ConditionerConfig = field(default_factory=ConditionerConfig)  # default: that of init_from
     unet: UNetConfig = field(default_factory=UNetConfig)
+    prior: PriorConfig | None = None  # the network of a model of image embeddings, in place of unet
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    distillation: DistillationConfig | None = None  # learn what the model of init_from does, in fewer steps
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -65,6 +76,37 @@ class RunConfig:
 
     def __post_init__(self):
         check_run(self.run, self.seed)
+        check_distillation(self)
+
+    @property
+    def drops(self) -> bool:
+        """Whether it needs what says nothing: for captions that are dropped, or a teacher's guidance."""
+        return self.diffusion.caption_dropout > 0 or (self.distillation is not None and self.distillation.guides)
+
+    @property
+    def network(self) -> NetworkConfig:
+        """The shape of the network that is trained."""
+        return self.prior or self.unet
+
+
+def check_distillation(config: RunConfig) -> None:
+    """Raise ValueError where a network and what it is to learn do not go together."""
+    distillation = config.distillation
+    if distillation is None and config.unet.guidance_dim is not None:
+        dim = config.unet.guidance_dim
+        raise ValueError(f"unet.guidance_dim {dim} is of distilled networks; give distillation, or use null")
+    if distillation is None:
+        return
+    if config.init_from is None:
+        raise ValueError(f"distillation.kind {distillation.kind} teaches what a trained model does; give init_from")
+    if config.conditioner != ConditionerConfig():
+        raise ValueError(f"distillation.kind {distillation.kind} keeps the conditioner of init_from; leave yours out")
+    for name in ("weighting", "gamma"):
+        if (value := getattr(config.diffusion, name)) != getattr(DiffusionConfig, name):
+            raise ValueError(f"diffusion.{name} {value} is of denoising, and distillation is given; leave one out")
+    if config.validation.every:
+        every = config.validation.every
+        raise ValueError(f"validation.every {every} measures denoising, which distillation does not lower; use 0")
 
 
 def open_source(path: str) -> Parts:
@@ -84,18 +126,16 @@ def inherited(values: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(path, str):
         return {}
     parts = open_source(path)
-    if parts.extra_channels or not isinstance(parts.conditioner, Conditioner | ClassConditioner):
-        told = purpose(parts) if parts.extra_channels or parts.conditioner is None else "it reads no prompts"
-        raise ValueError(f"init_from {path} can't be trained on captions: {told}")
     return {
         "autoencoder": path,
         "data": {"image_size": parts.unet.config.sample_size * parts.autoencoder.downsampling},
-        "unet": to_dict(parts.unet.config),
+        folder_of(parts.unet.config): to_dict(parts.unet.config),
         "diffusion": {
             "prediction": parts.scheduling.prediction,
             "schedule": to_dict(make_schedule(parts.scheduling.schedule).config),
         },
-        "samples": {name: getattr(parts.settings, name) for name in DEFAULT_SAMPLES},
+        "samples": {name: getattr(parts.settings, name) for name in DEFAULT_SAMPLES} | habits(values),
+        **({} if values.get("distillation") is None else {"validation": {"every": 0}}),
     }
 
 

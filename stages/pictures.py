@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from stages.settings import changes
 from stages.survey import Survey
 from storage.config import one_line_errors, save_config
-from storage.dataset import Batch, DataConfig, ImageDataset, TooManyBad, collate, make_loader
+from storage.dataset import Batch, DataConfig, Hint, ImageDataset, TooManyBad, collate, make_loader
 from storage.records import RecordList, Records, Skip, fingerprint, merge_skipped, read_skipped, totals, write_skipped
+from storage.rows import maps_fingerprint
 from storage.shards import CachedBatch, CachedLatents, DamagedCache, cached_collate
 from training.together import on_main
 from training.trainer import Trainer
@@ -33,18 +36,32 @@ class Pictures:
 
     @classmethod
     def open(
-        cls, config: DataConfig, survey: Survey, seed: int, run: str, cache: CachedLatents | None = None
+        cls,
+        config: DataConfig,
+        survey: Survey,
+        seed: int,
+        run: str,
+        cache: CachedLatents | None = None,
+        hint: Hint | None = None,
     ) -> Pictures:
-        """The data sets over what can be used, and over a latent cache where there is one."""
+        """The data sets over what can be used, and over a latent cache where there is one; `hint` as ImageDataset's."""
         skipped, records = Path(run) / "skipped.jsonl", survey.records
         if cache is not None:
             records = without_unusable(records, cache)
-        squares = ImageDataset(records.train, config, seed, on_skip=str(skipped))
+        squares = ImageDataset(records.train, config, seed, on_skip=str(skipped), hint=hint)
         entries = len(records.train) + len(records.validation) + len(records.skipped)
-        dataset = cache or ImageDataset(records.train, config, seed, str(skipped), survey.train, entries)
+        dataset = cache or ImageDataset(records.train, config, seed, str(skipped), survey.train, entries, hint)
         center = dataclasses.replace(config, crop="center", flip=False, max_bad_fraction=1.0)
-        held_out = ImageDataset(records.validation, center, seed, on_skip=str(skipped), buckets=survey.held_out)
+        held_out = ImageDataset(
+            records.validation, center, seed, on_skip=str(skipped), buckets=survey.held_out, hint=hint
+        )
         return cls(records=records, dataset=dataset, held_out=held_out, squares=squares, survey=survey, skipped=skipped)
+
+    @property
+    def examples(self) -> ImageDataset:
+        """Held-out pictures, or where there are none those trained on, all of one shape."""
+        held = self.held_out
+        return ImageDataset(held.records, held.config, held.seed, str(self.skipped), hint=held.hint) or self.squares
 
     def begin(self, trainer: Trainer, config: Any) -> None:
         """Resume the run, or begin it; from here on its folder says what it was told and what it can't use.
@@ -56,7 +73,9 @@ class Pictures:
         train, held_out, skipped = self.records.train, self.records.validation, self.records.skipped
         why = f" ({totals(skipped)}; reasons in {self.skipped})" if skipped else ""
         trainer.print(f"{len(train)} images, {len(held_out)} held out, {len(skipped)} skipped{why}")
-        trainer.watch("images and captions", fingerprint(train))
+        maps = self.held_out.config.maps
+        told = fingerprint(train) if maps is None else f"{fingerprint(train)} {maps_fingerprint(maps, train)}"
+        trainer.watch("images and captions", told)
         trainer.resume()
         if trainer.step and (told := changes(config, f"{config.run}/config.yaml")):
             trainer.print(f"warning: not the settings that the run was stopped with: {told}; not the same run any more")
@@ -87,6 +106,10 @@ class Pictures:
                 print(file=sys.stderr)  # end the line of the progress bar
             with one_line_errors():  # a worker's comes with its traceback ahead
                 raise ValueError(str(error).rpartition(f"{type(error).__name__}: ")[2]) from None
+
+    def weights(self, batch: Batch | CachedBatch) -> torch.Tensor:
+        """How much the loss of each of a micro-batch's pictures counts: [B]."""
+        return torch.tensor([self.records.train[index].weight for index in batch.indices.tolist()])
 
     def names(self, batch: Batch | CachedBatch) -> list[str]:
         """Of a micro-batch's pictures, as they were asked for, for messages."""

@@ -14,7 +14,8 @@ SEEDS = range(-(2**63), 2**64)  # that torch takes
 SHOWN = 5  # changed settings named
 FREE = {  # a setting, or a group of them, that a run may go on with another value of
     "run", "init_from", "cache", "cache_contexts", "checkpointing", "save_precision", "samples", "validation",
-    "data.folder", "data.shards", "data.dataset", "data.index", "data.verify", "data.max_bad_fraction",
+    "data.folder", "data.shards", "data.dataset", "data.index", "data.verify", "data.max_bad_fraction", "data.maps",
+    "preservation.folder", "conditioner.retrieval.database",
     "trainer.steps", "trainer.micro_batch_size", "trainer.compile", "trainer.save_every", "trainer.keep",
     "trainer.log_every", "trainer.trackers", "trainer.workers", "trainer.max_minutes", "trainer.timeout_minutes",
     "trainer.max_bad_steps", "trainer.resume",

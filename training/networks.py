@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from training import sharding
+from training.partial import saved_part
 
 
 class Networks:
@@ -56,7 +57,7 @@ class Networks:
         """What networks keep beside their parameters."""
         return (buffer for network in self._wrapped for buffer in network.buffers())
 
-    def _synchronised(self, model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    def _synchronised(self, model: nn.Module) -> tuple[nn.Module, Any]:
         model.to(self.accelerator.device)
         if self.compiled:
             model.compile()
@@ -64,7 +65,7 @@ class Networks:
             warnings.simplefilter("ignore", FutureWarning)
             wrapped = self.accelerator.prepare_model(model)
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view")  # channels_last
-        return wrapped, model
+        return wrapped, saved_part(model)
 
     def _sharded(self, model: nn.Module) -> tuple[nn.Module, sharding.ShardedWeights]:
         self._blanks[model] = sharding.blank(model)

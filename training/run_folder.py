@@ -25,8 +25,8 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 class RunFolder:
     """The files of a run, as its main process sees them; nothing is written before `take`."""
 
-    def __init__(self, path: str | Path, keep: int):
-        self.path, self.keep = Path(path), keep
+    def __init__(self, path: str | Path, keep: int, product: str = "model"):
+        self.path, self.keep, self._product = Path(path), keep, product
         self._lock: IO | None = None
         self._made: list[Path] = []  # by `take`, the innermost first
 
@@ -92,8 +92,8 @@ class RunFolder:
 
     @property
     def model(self) -> Path:
-        """Where the model is saved."""
-        return self.path / "model"
+        """Where the model is saved, or what of it is the run's product."""
+        return self.path / self._product
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Write a checkpoint atomically."""

@@ -54,15 +54,16 @@ class Trainer:
         config: how long, how much at a time, how often on disk.
         folder: the run folder, `runs/NAME`.
         settings: the whole run config as plain values, for the trackers.
+        product: the folder in it that `save_model` writes.
 
     Raises:
         ValueError: the batch sizes do not divide.
     """
 
-    def __init__(self, config: TrainerConfig, folder: str | Path, settings: dict[str, Any]):
+    def __init__(self, config: TrainerConfig, folder: str | Path, settings: dict[str, Any], product: str = "model"):
         self._began, self._signals = time.monotonic(), Signals()
         weakref.finalize(self, self._signals.close).atexit = False  # of a run that never came to its loop
-        self.config, self.folder, self.step = config, RunFolder(folder, config.keep), 0
+        self.config, self.folder, self.step = config, RunFolder(folder, config.keep, product), 0
         shards = sharding.requested()  # before accelerate looks
         self.accelerator = make_accelerator(config, folder)
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
@@ -228,6 +229,11 @@ class Trainer:
         path = self.folder.path / "samples" / f"step-{self.step + 1:07d}.png"
         path.parent.mkdir(exist_ok=True)
         return path
+
+    @property
+    def shards(self) -> bool:
+        """Whether networks that allow it are spread over the processes (FSDP), so that none has them whole."""
+        return self._networks.shards
 
     @property
     def left_out(self) -> bool:

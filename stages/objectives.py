@@ -1,0 +1,108 @@
+"""What is learned in stage 2, each as one call that makes losses of latents, contexts, times and noise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from conditioning.context import Context
+from ldm.consistency import rung
+from ldm.denoiser import Denoiser
+from ldm.loss import diffusion_loss
+from ldm.pipeline import TextToImage
+from ldm.schedule import make_schedule
+from stages.distillation import DISTILLATIONS, Draw
+from stages.ldm_run import RunConfig, opened
+from storage.config import require_same
+from storage.pictures import model_hash
+from training.ema import Ema
+from training.trainer import Trainer
+
+
+class Objective(Protocol):
+    """What is learned."""
+
+    averages: Sequence[Ema]  # of the learning network's weights, made after each update, saved and restored
+
+    def __call__(
+        self,
+        denoiser: Denoiser,
+        z_0: Tensor,
+        context: Context,
+        null: Context | None,
+        t: Tensor,
+        noise: Tensor,
+        draw: Draw,
+    ) -> Tensor:
+        """Losses [B], of which the mean is to fall.
+
+        Args:
+            denoiser: what learns.
+            z_0: clean latents [B, c, h, w].
+            context: what it is told, of B; that of some members may be the null context.
+            null: what it is told of nothing, of B or 1; None where nobody is, see `Inputs`.
+            t: times [B], as the density draws them.
+            noise: standard normal [B, c, h, w].
+            draw: (what for) -> uniform numbers [B], each from its image's own address.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diffusion:
+    """The data, noised: the training loss of a denoiser (Ho et al. 2020, algorithm 1)."""
+
+    weighting: str
+    gamma: float | None
+    averages: Sequence[Ema] = ()
+
+    def __call__(
+        self,
+        denoiser: Denoiser,
+        z_0: Tensor,
+        context: Context,
+        null: Context | None,
+        t: Tensor,
+        noise: Tensor,
+        draw: Draw,
+    ) -> Tensor:
+        """Losses [B], see `Objective`."""
+        return diffusion_loss(denoiser, z_0, context, t, noise, self.weighting, self.gamma)
+
+
+def make_objective(config: RunConfig, model: TextToImage, trainer: Trainer) -> Objective:
+    """What the config asks to be learned by the model's UNet, which nothing has wrapped yet.
+
+    Raises:
+        ValueError: the teacher can't teach, or the student can't begin as its copy.
+    """
+    if config.distillation is None:
+        return Diffusion(weighting=config.diffusion.weighting, gamma=config.diffusion.gamma)
+    teacher = opened(config)
+    if teacher.unet.config.guidance_dim is not None:
+        raise ValueError(f"init_from {config.init_from} was distilled itself; give its teacher")
+    where = f"its teacher {config.init_from}"
+    if config.diffusion.prediction != teacher.scheduling.prediction:
+        given, wanted = config.diffusion.prediction, teacher.scheduling.prediction
+        raise ValueError(f"diffusion.prediction {given} is not that of {where}; use {wanted}, or leave it out")
+    levels = make_schedule(teacher.scheduling.schedule).config
+    require_same(model.schedule.config, levels, "diffusion.schedule", where)
+    if config.distillation.guides and not model.is_told:
+        low, high = config.distillation.guidance_scale
+        raise ValueError(f"distillation.guidance_scale {low} to {high}: {where} is told nothing; use [1, 1]")
+    levels = config.distillation.levels
+    t, s = rung(model.schedule, torch.arange(1, levels + 1) / levels, levels)
+    if (t == s)[1:].any():  # at the first there is nothing below
+        most = model.schedule.config.timesteps
+        raise ValueError(f"distillation.levels {levels} is more than {where} has noise levels; use at most {most}")
+    if trainer.shards and config.distillation.target_decay:
+        raise ValueError("distillation.target_decay above 0 needs whole weights, which FSDP spreads; use 0")
+    trainer.watch("teacher", model_hash(Path(config.init_from)))
+    network = trainer.accelerator.prepare_model(teacher.unet.requires_grad_(False), evaluation_mode=True)
+    denoiser = Denoiser(network, model.schedule, teacher.scheduling.prediction)
+    return DISTILLATIONS[config.distillation.kind].build(config.distillation, denoiser, model.unet)
