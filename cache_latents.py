@@ -17,10 +17,12 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from autoencoder import Autoencoder
-from conditioning.conditioner import AnyConditioner, Conditioner
+from autoencoder import Autoencoder, open_autoencoder
+from conditioning.building import AnyConditioner
+from conditioning.conditioner import Conditioner
 from operators.winograd import lay_out
-from stages.ldm_parts import MOMENTS_DTYPES, cache_key, caches_contexts, check_shapes, make_conditioner
+from stages.fitting import check_shapes
+from stages.ldm_parts import MOMENTS_DTYPES, cache_key, caches_contexts, make_conditioner
 from stages.ldm_run import RunConfig, inherited, opened
 from stages.survey import bucketed
 from storage.config import load_config, one_line_errors
@@ -118,8 +120,8 @@ def cache(config: RunConfig, arguments: Sequence[str]) -> None:
     patience = InitProcessGroupKwargs(timeout=timedelta(days=7))
     state = Accelerator(kwargs_handlers=[patience])  # unlike PartialState it reads ACCELERATE_USE_CPU
     records = scan(config.data)
-    autoencoder = Autoencoder.load(config.autoencoder).eval().requires_grad_(False)
-    conditioner = make_conditioner(config, opened(config), records.train)
+    autoencoder = open_autoencoder(config.autoencoder).eval().requires_grad_(False)
+    conditioner = make_conditioner(config, opened(config), records)
     folder = RunFolder(config.cache, keep=2)  # held while this function runs: no two may fill one cache
     if state.is_main_process:
         folder.take()

@@ -10,6 +10,7 @@ import argparse
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,34 +18,45 @@ import torch
 from conditioning.context import drop_context
 from ldm.denoiser import Denoiser
 from ldm.densities import Importance, make_density
-from ldm.loss import diffusion_loss
-from stages.denoising import draw_samples, learn, validate
+from stages.adapters import Learning, what_learns
+from stages.denoising import Shown, draw_samples, drawing_command, learn, validate
 from stages.inputs import Inputs
 from stages.ldm_parts import Learner, build_model, open_cache
 from stages.ldm_run import RunConfig, inherited
+from stages.objectives import make_objective
 from stages.pictures import Pictures
+from stages.preservation import with_class
 from stages.survey import Survey
 from storage.config import load_config, one_line_errors, to_dict
-from storage.dataset import scan
+from storage.dataset import Records, scan
 from storage.randomness import generator, normal, uniform
 from training.command_line import parse
 from training.run_folder import disk_errors
 from training.trainer import Trainer
 
 
+def check(config: RunConfig, learning: Learning, device: torch.device, found: Records) -> None:
+    """Raise ValueError for what can't be trained, before anything that takes long."""
+    learning.prepare(build_model(config, found, device), found.train, config.seed)
+
+
 def train(config: RunConfig) -> None:
-    """Train, and leave the model in `run/model`."""
+    """Train, and leave what has learned in the run folder: the model, or what is added to it."""
     with one_line_errors():
-        trainer = Trainer(config.trainer, config.run, to_dict(config))  # first: from here on time and signals count
-        found = scan(config.data)
+        learning = what_learns(config.lora, config.inversion, config.init_from)
+        product = learning.product
+        trainer = Trainer(config.trainer, config.run, to_dict(config), product)  # from here on time and signals count
+        found = with_class(scan(config.data), config, trainer, partial(check, config, learning, trainer.device))
         survey = Survey.of(found, config.data, trainer, cached=config.cache is not None)
-        model = build_model(config, survey.records.train, trainer.device)
+        model = build_model(config, survey.records, trainer.device)
+        learning.prepare(model, survey.records.train, config.seed)
         cache = open_cache(config, survey.records.train, model)
-        pictures = Pictures.open(config.data, survey, config.seed, config.run, cache)
-        shown = (pictures.records.validation or pictures.records.train)[:8]
-        prompts = config.samples.prompts or [record.captions[0][0] for record in shown]
-        model.plan(prompts)  # a wrong number of steps is to be found now, not at the first preview
-        learner = Learner.register(trainer, model, config)
+        pictures = Pictures.open(config.data, survey, config.seed, config.run, cache, model.conditioner.hint)
+        objective = make_objective(config, model, trainer)
+        learner = Learner.register(trainer, model, config, learning, objective.averages)
+        inputs = Inputs(model.autoencoder, model.conditioner, learner.text_network, cache, config.drops)
+        shown = Shown.of(config.samples.prompts, pictures.examples, inputs)
+        model.plan(shown.prompts, given=shown.given)  # a wrong number of steps is to be found now
     device, seed, diffusion = trainer.device, config.seed, config.diffusion
     density = make_density(diffusion.density, model.schedule)
     seen = torch.zeros(config.trainer.batch_size, device=device)  # losses of a step, for a density that learns
@@ -56,14 +68,13 @@ def train(config: RunConfig) -> None:
     def save_model(folder: Path | None) -> None:
         with learner.averaged(saved=True) as whole:
             if folder is not None:
-                whole.save(folder, {"fp32": None, "fp16": torch.float16}[config.save_precision])
+                learning.save(whole, folder, {"fp32": None, "fp16": torch.float16}[config.save_precision])
 
     denoiser = Denoiser(learner.network, model.schedule, diffusion.prediction)
-    inputs = Inputs(model.autoencoder, model.conditioner, learner.text_network, cache)
     with pictures.reported(trainer):
         for batch in trainer.steps(pictures.loader(trainer, seed), save_model, pictures.names):
             step, positions = trainer.step, trainer.positions()
-            if config.unet.dropout:  # the one draw that is made inside a network
+            if config.network.dropout:  # the one draw that is made inside a network
                 torch.manual_seed(generator(seed, "dropout", step, positions[0]).initial_seed())
             posterior = inputs.posterior(batch, device)
             shape = posterior.mean.shape[1:]
@@ -72,9 +83,11 @@ def train(config: RunConfig) -> None:
             noise = normal(seed, "noise", step, positions, shape).to(device, memory_format=torch.channels_last)
             t, weight = density.draw(uniform(seed, "t", step, positions))
             drop = uniform(seed, "caption dropout", step, positions) < diffusion.caption_dropout
-            context = drop_context(*inputs.contexts(batch, device), drop.to(device))
-            losses = diffusion_loss(denoiser, z_0, context, t, noise, diffusion.weighting, diffusion.gamma)
-            loss = (losses * weight.to(losses)).mean()
+            told, null = inputs.contexts(batch, device)
+            context = told if null is None else drop_context(told, null, drop.to(device))
+            draw = partial(uniform, seed, step=step, positions=positions)
+            losses = objective(denoiser, z_0, context, null, t, noise, draw)
+            loss = (losses * weight.to(losses) * pictures.weights(batch).to(losses)).mean()
             trainer.update(loss, learner.optimizer)
             trainer.log(loss=loss)
             if isinstance(density, Importance):
@@ -82,14 +95,14 @@ def train(config: RunConfig) -> None:
             if trainer.due(config.validation.every) and len(pictures.held_out):
                 with learner.averaged() as whole:
                     single = Denoiser(whole.unet, model.schedule, diffusion.prediction)
-                    told = replace(inputs, conditioner=whole.conditioner)
+                    told = replace(inputs, conditioner=whole.conditioner, text_network=whole.conditioner)
                     validate(trainer, single, pictures.held_out, told, config.validation, seed)
             if trainer.due(config.samples.every):
                 with learner.averaged() as whole:
                     if trainer.is_main:
-                        draw_samples(trainer, whole, prompts, seed)
-    command = shlex.join(["python", "txt2img.py", prompts[0], "--checkpoint", f"{config.run}/model"])
-    trainer.print(f"the model is in {config.run}/model; next:\n  {command}")
+                        draw_samples(trainer, whole, shown, seed)
+    command = shlex.join(["python", *drawing_command(model, shown.prompts[0]), *learning.flags(config.run)])
+    trainer.print(f"the {product} is in {config.run}/{product}; next:\n  {command}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
