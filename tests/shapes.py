@@ -85,7 +85,7 @@ def read(image: Image.Image) -> Scene:
     pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
     coverage = ((255 - pixels.min(axis=2)) / (255 - DARKEST)).clip(0, 1)  # [H, W]
     found = []
-    for region in _regions(coverage > 0.35):
+    for region in regions(coverage > 0.35):
         around = _grown(region)
         inside = np.where(around, coverage, 0.0)
         if inside.sum() >= LEAST_AREA:
@@ -108,7 +108,7 @@ def _classify(pixels: np.ndarray, inside: np.ndarray) -> Object:
     )
 
 
-def _regions(mask: np.ndarray) -> list[np.ndarray]:
+def regions(mask: np.ndarray) -> list[np.ndarray]:
     """The connected parts of a mask (neighbors share a side)."""
     left, regions = mask.copy(), []
     while left.any():

@@ -5,21 +5,25 @@ from pathlib import Path
 import torch
 
 from autoencoder import Autoencoder, AutoencoderConfig
+from conditioning.building import AnyConditioner
 from conditioning.classes import ClassConditioner, Unconditional
 from conditioning.clip import Clip, clip_config
-from conditioning.conditioner import AnyConditioner, Conditioner
+from conditioning.conditioner import Conditioner
 from conditioning.known_tokenizers import bert_tokenizer, clip_tokenizer
 from conditioning.layouts import LayoutTokenizer
 from conditioning.ldm_bert import LdmBert, ldm_bert_config
+from conditioning.spatial_interop import with_hints
 from ldm.parts import Parts
 from ldm.schedule import ScheduleConfig, make_schedule
 from ldm.scheduling import Scheduling
 from ldm.unet import UNet, UNetConfig
 
-KINDS = ("sd1", "sd2", "inpainting", "bert", "class", "unconditional", "churches", "semantic", "layout")
-TEXT = ("sd1", "sd2", "inpainting", "bert")
+PLAIN = ("unconditional", "churches", "semantic", "holes", "enlarging")  # no prompts, no cross-attention
+KINDS = ("sd1", "sd2", "inpainting", "depth", "bert", "class", *PLAIN, "layout")
+TEXT = ("sd1", "sd2", "inpainting", "depth", "bert")
+EXTRA = {"inpainting": 5, "depth": 1, "semantic": 4, "holes": 5, "enlarging": 3}  # channels beside those of z_t
 # of the kinds that read no text
-PROMPTS = {"class": "7", "unconditional": "", "churches": "", "layout": "3 0.1 0.1 0.5 0.5"}
+PROMPTS = {"class": "7", "layout": "3 0.1 0.1 0.5 0.5"} | dict.fromkeys(PLAIN, "")
 VAE = dict(block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=32, sample_size=16)
 UNET = dict(sample_size=8, block_out_channels=(64, 128), layers_per_block=1, attention_levels=(True, False))
 WIDTH = 64  # of tokens: one head of CLIP's and of LDM's transformer
@@ -58,17 +62,17 @@ def bert_encoder(words: int) -> LdmBert:
     return LdmBert(ldm_bert_config(sizes))
 
 
-def conditioner(kind: str, folder: Path) -> AnyConditioner | None:
-    """What the UNet is told by; None for the semantic map, for which there is no module."""
+def conditioner(kind: str, folder: Path) -> AnyConditioner:
+    """What prompts are read by."""
     if kind == "bert":
         return Conditioner(bert_tokenizer(save_words(folder), 20), bert_encoder(30522), False)
     if kind == "class":
         return ClassConditioner(torch.zeros(1001, WIDTH), 1000)
-    if kind in ("unconditional", "churches"):
+    if kind in PLAIN:
         return Unconditional()
     if kind == "layout":
         return Conditioner(LayoutTokenizer(8192, 20), bert_encoder(8192), False)
-    return None if kind == "semantic" else clip("gelu" if kind == "sd2" else "quick_gelu")
+    return clip("gelu" if kind == "sd2" else "quick_gelu")
 
 
 def randomize(module: torch.nn.Module) -> None:
@@ -85,25 +89,22 @@ def build_parts(kind: str, folder: Path, seed: int = 0) -> Parts:
     codes = {"regularizer": "kl"} if kl else {"regularizer": "vq", "codebook_size": 64}
     autoencoder = Autoencoder(AutoencoderConfig(**codes, **VAE))
     told = conditioner(kind, folder)
-    plain = kind in ("unconditional", "churches", "semantic")
-    extra = {"inpainting": 5, "semantic": 4}.get(kind, 0)
+    plain, extra = kind in PLAIN, EXTRA.get(kind, 0)
     options = {"attention": "plain"} if plain else {"use_linear_projection": kind == "sd2"}
     dim = None if plain else WIDTH
     config = UNetConfig(in_channels=4 + extra, cross_attention_dim=dim, attention_heads=(4,), **UNET, **options)
     unet = UNet(config)
     for module in (autoencoder, unet, told):
-        if module is not None:
-            randomize(module)
-            module.requires_grad_(False).eval()
+        randomize(module)
+        module.requires_grad_(False).eval()
     autoencoder.scaling_factor = 0.25 if kind == "churches" else 0.18215 if kl else 1.0
     schedule = make_schedule(ScheduleConfig(beta_start=0.00085, beta_end=0.012)).config
     scheduling = Scheduling(
         schedule=schedule, prediction="velocity" if kind == "sd2" else "noise", spacing="leading", ends_clean=False
     )
-    cond_stage = {}
-    if kind == "semantic":
-        cond_stage = {"channel_mapper.weight": torch.randn(4, 182, 1, 1)}
-    return Parts(autoencoder, unet, told, scheduling, cond_stage=cond_stage)
+    mapper = torch.randn(4, 182, 1, 1) if kind == "semantic" else None
+    told = with_hints(told, extra, autoencoder.latent_channels, autoencoder.downsampling, mapper).eval()
+    return Parts(autoencoder, unet, told, scheduling)
 
 
 def write_yaml(folder: Path, text: str = YAML) -> Path:

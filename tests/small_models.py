@@ -7,6 +7,7 @@ from small_encoders import build_scratch, save_bert
 
 from autoencoder import Autoencoder, AutoencoderConfig
 from conditioning import ConditionerConfig, build_conditioner
+from conditioning.building import AnyConditioner
 from ldm.pipeline import TextToImage
 from ldm.schedule import ScheduleConfig
 from ldm.scheduling import Scheduling
@@ -33,9 +34,17 @@ def build_model(
     """A model in evaluation mode; `folder` is for what its text encoder is made from."""
     clip = encoder == "clip"
     conditioner = build_scratch() if clip else build_conditioner(ConditionerConfig(name=str(save_bert(folder))))
+    return build_model_of(conditioner, regularizer, prediction, **schedule)
+
+
+def build_model_of(
+    conditioner: AnyConditioner, regularizer: str = "kl", prediction: str = "noise", **schedule
+) -> TextToImage:
+    """A model in evaluation mode that is told what a conditioner says."""
     torch.manual_seed(1)
     autoencoder = Autoencoder(AutoencoderConfig(regularizer=regularizer, codebook_size=64, **VAE))
-    unet = UNet(UNetConfig(cross_attention_dim=conditioner.context_dim, **UNET))
+    told = dict(cross_attention_dim=conditioner.context_dim, vector_dim=conditioner.vector_dim)
+    unet = UNet(UNetConfig(in_channels=4 + conditioner.latent_channels, **told, **UNET))
     for name, parameter in unet.named_parameters():  # the zero layers too, and what reads the prompt strongly
         gain = 3.0 if "attn2" in name else 1.0
         std = 0.1 if parameter.ndim == 1 else gain * parameter[0].numel() ** -0.5

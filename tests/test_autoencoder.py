@@ -287,3 +287,15 @@ def test_preview_matrix_recovers_colors_that_are_linear_in_the_latents():
     assert small_images.abs().max() < 1
     pixels = small_images.repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
     assert torch.allclose(latent_rgb(latents, pixels), matrix, atol=1e-4)
+
+
+@pytest.mark.parametrize("saved", [torch.float32, torch.float16])
+def test_a_fingerprint_is_the_same_in_whatever_precision_weights_are_saved_and_opened(tmp_path, saved):
+    torch.manual_seed(0)
+    ours = Autoencoder(AutoencoderConfig(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4))
+    ours.save(tmp_path, saved)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert Autoencoder.load(tmp_path, dtype=dtype).fingerprint() == ours.fingerprint()
+    with torch.no_grad():
+        ours.quant_conv.weight.mul_(1.01)
+    assert Autoencoder.load(tmp_path).fingerprint() != ours.fingerprint()

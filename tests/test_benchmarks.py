@@ -102,3 +102,14 @@ def test_what_many_gpus_need_is_counted_from_the_configs(capsys):
     assert "1,000,000 pictures: 100 shards" in told
     assert "| txt2img-1p4b | 872.3 M | 0.55 | 7.0 GB |" in told  # the paper's parameters, 8 bytes for each
     assert "| txt2img-small | 0.0 TB | 0.0 TB | 4.0 GB |" in told
+
+
+@pytest.mark.parametrize("way", ["decode", "encode"])
+def test_large_pictures_in_tiles_are_compared_with_the_whole(way, same_process, capsys):
+    flags = ["--tiny", "--sizes", "64", "--memory", "0", "0.0005", "--way", way, "--threads", "1"]
+    threads = torch.get_num_threads()
+    importlib.import_module("benchmarks.large_pictures").main(flags)
+    torch.set_num_threads(threads)
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| 0")]
+    assert [row[0] for row in rows] == ["| 0", "| 0.0005"]
+    assert float(rows[0][-1].strip(" |")) == 0 and 0 < float(rows[1][-1].strip(" |")) < 0.1

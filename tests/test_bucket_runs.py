@@ -11,6 +11,16 @@ import pytest
 from PIL import Image
 from tiny_runs import CACHE, STAGE_1, STAGE_2, final_state, launch, losses, run_here
 
+from conditioning import Unconditional
+from conditioning.composed import Composed
+from conditioning.frame import FrameConfig, FrameReader
+from stages.denoising import Shown
+from stages.inputs import Inputs
+from stages.pictures import Pictures
+from stages.survey import Survey
+from storage.buckets import BucketConfig, assign, bucket_shapes
+from storage.dataset import DataConfig, scan
+
 pytestmark = pytest.mark.usefixtures("settings_of_runs")
 OPTIONS = ["data.buckets={step: 8}", "trainer.steps=4", "trainer.save_every=2", "trainer.micro_batch_size=2"]
 
@@ -83,3 +93,16 @@ def test_two_processes_train_in_buckets_as_one_does(tmp_path):
         launch(*STAGE_2, data, *OPTIONS, f"run={ldm}", f"autoencoder={ae}/model", processes=processes)
         states.append((final_state(ae), final_state(ldm)))
     assert states[0] == states[1]
+
+
+def test_examples_are_of_one_shape_whatever_the_buckets(tmp_path):
+    make_folder(tmp_path / "data")
+    config = DataConfig(folder=str(tmp_path / "data"), image_size=32, validation=0.3, buckets=BucketConfig(step=8))
+    records, shapes = scan(config), bucket_shapes(32, config.buckets)
+    sizes = [Image.open(record.path).size for record in records.validation]
+    survey = Survey(records=records, held_out=assign(sizes, shapes))
+    pictures = Pictures.open(config, survey, 0, str(tmp_path / "run"))
+    assert len({pictures.held_out.held_out(i).image.shape for i in range(8)}) > 1
+    conditioner = Composed(Unconditional(), {"frame": FrameReader(FrameConfig(width=2))})
+    shown = Shown.of([], pictures.examples, Inputs(None, conditioner, conditioner, None))
+    assert shown.given.frame.shape == (8, 6) and pictures.examples.records is records.validation

@@ -50,7 +50,8 @@ def test_only_a_trainable_table_gets_gradients(table, tmp_path):
 @pytest.mark.parametrize(
     ("rows", "prompt", "message"),
     (
-        (1001, "a cat", "prompt 'a cat' is no class of this model; give a number from 0 to 1000"),
+        (1001, "a cat", "prompt 'a cat' is no class of this model; give a number from 0 to 999"),
+        (1001, "1000", "prompt '1000' is no class of this model; give a number from 0 to 999"),  # the null class
         (1000, "1000", "prompt '1000' is no class of this model; give a number from 0 to 999"),
         (1000, "-1", "prompt '-1' is no class"),
         (1000, "²", "prompt '²' is no class"),

@@ -14,6 +14,7 @@ from PIL import Image
 
 from storage.buckets import Buckets
 from storage.dataset import DataConfig, ImageDataset, Order, TooManyBad, collate, make_loader, scan
+from storage.rows import maps_fingerprint
 
 PICTURES = Path(__file__).parent / "pictures"
 
@@ -172,3 +173,17 @@ def test_a_fault_of_the_system_names_the_picture_and_skips_nothing(tmp_path, mon
     with pytest.raises(OSError, match="Too many open files") as raised:
         dataset.picture(0)
     assert raised.value.filename == f"{tmp_path}/0.png" and not dataset.skipped
+
+
+def test_other_maps_have_another_fingerprint(tmp_path):
+    folder = make_folder(tmp_path / "data", [{"file_name": f"{name}.png", "text": name} for name in "abc"])
+    for name in "abc":
+        (tmp_path / "maps").mkdir(exist_ok=True)
+        Image.new("L", (8, 8)).save(tmp_path / "maps" / f"{name}.png")
+    records, maps = scan(config(folder)).train, str(tmp_path / "maps")
+    before = maps_fingerprint(maps, records)
+    assert maps_fingerprint(maps, records) == before
+    Image.effect_noise((8, 8), 90).save(tmp_path / "maps" / "b.png")
+    assert maps_fingerprint(maps, records) != before
+    (tmp_path / "maps" / "b.png").unlink()
+    assert maps_fingerprint(maps, records) != before

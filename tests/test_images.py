@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
-from storage.images import TRANSPOSE, UnusableImage, fit, grid, image_to_tensor, load_image, read_size, tensor_to_image
+from storage.cutout import fit
+from storage.images import TRANSPOSE, UnusableImage, grid, image_to_tensor, load_image, read_size, tensor_to_image
 from storage.randomness import generator
 
 PICTURES = Path(__file__).parent / "pictures"

@@ -126,8 +126,7 @@ def test_what_does_not_fit_the_model_is_one_line(given, tmp_path, capsys):
     wide = said(sd1, "unet.block_out_channels=[64, 64]", "unet.attention_heads=[2]")
     assert "unet.block_out_channels is (64, 64), not (64, 128); unet.attention_heads is (2, 2), not (4, 4)" in wide
     assert "unet.norm_eps" in said(sd1, "unet.norm_eps=1e-6")
-    assert "5 channels beside the 4 of z_t, a masked picture" in said(f"init_from={given}/inpainting")
-    assert "it reads no prompts" in said(f"init_from={given}/unconditional")
+    assert "this model is unconditional; leave it empty" in said(f"init_from={given}/unconditional")
     assert "has no null class" in said(f"init_from={given}/no null")
     assert "give its YAML, which says num_heads (convert_checkpoint.py" in said(f"init_from={given}/class.safetensors")
     assert "nowhere does not exist" in said(f"init_from={tmp_path}/nowhere")
@@ -165,3 +164,24 @@ def test_overwriting_the_checkpoint_that_a_run_came_from_does_not_change_its_wei
     with open(path, "r+b") as file:
         file.write(b"\0" * path.stat().st_size)  # in place
     assert change(unet, parts.unet) == 0 and all(parameter.requires_grad for parameter in unet.parameters())
+
+
+def test_what_an_inpainting_model_is_shown_begins_with_no_effect_whatever_its_start_was_shown(tmp_path):
+    from conditioning.building import ConditionerConfig
+    from conditioning.spatial import SpatialConfig
+    from stages.ldm_parts import make_unet
+    from stages.ldm_run import DataConfig, RunConfig
+
+    init = build_parts("depth", tmp_path)
+    torch.nn.init.normal_(init.unet.conv_in.weight)
+
+    def begun(kind: str, channels: int) -> torch.Tensor:
+        shape = replace(init.unet.config, in_channels=channels)
+        shown = ConditionerConfig(spatial=SpatialConfig(kind=kind))
+        config = RunConfig(init_from="x", data=DataConfig(folder=""), autoencoder="", unet=shape, conditioner=shown)
+        return make_unet(config, init).conv_in.weight
+
+    before = init.unet.conv_in.weight
+    completing, same = begun("inpainting", 9), begun("depth", 5)
+    assert torch.equal(completing[:, :4], before[:, :4]) and not completing[:, 4:].any()
+    assert torch.equal(same, before)

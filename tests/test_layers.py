@@ -1,6 +1,6 @@
 """The layering rule, enforced by reading imports.
 
-scripts -> stages -> {ldm, training} -> {autoencoder, conditioning, storage}, with operators below all.
+scripts -> stages -> {ldm, training} -> {autoencoder, conditioning, storage}, with operators and embedders below all.
 
 One module is open to all rooms but training: storage.weights. Weights of strangers are read in one place, because what
 must be guarded against there (code in pickles, truncation, missing shards, shapes) is the same for all networks.
@@ -16,17 +16,29 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")}
 PACKAGES = {  # what each may import of ours
     "operators": set(),
-    "autoencoder": {"operators"},
-    "conditioning": set(),
+    "embedders": set(),
+    "autoencoder": {"operators", "embedders"},
+    "conditioning": {"embedders"},
     "storage": set(),
     "training": {"storage"},
-    "stages": {"ldm", "training", "autoencoder", "conditioning", "storage", "operators"},
+    "stages": {"ldm", "training", "autoencoder", "conditioning", "storage", "operators", "embedders"},
     "ldm": {"operators"},  # and more in the modules that put rooms together, below
 }
-WHOLE_MODELS = {"pipeline", "parts", "single_file"}  # modules of ldm that put rooms together
+# modules of ldm that put rooms together
+WHOLE_MODELS = {
+    "agreement",
+    "developing",
+    "pipeline",
+    "planning",
+    "imagining",
+    "run",
+    "sources",
+    "parts",
+    "single_file",
+}
 OUTSIDE_LDM = {"autoencoder", "conditioning", "storage"}
 WEIGHTS = "storage.weights"  # imports nothing of ours itself
-READ_WEIGHTS = ["autoencoder", "conditioning", "ldm/compvis.py", "ldm/interop.py"]
+READ_WEIGHTS = ["autoencoder", "conditioning", "ldm/compvis.py", "ldm/interop.py", "ldm/lora.py", "ldm/classifier.py"]
 INSIDE_LDM = {  # what each module of ldm may import of ldm
     "levels": set(),
     "tables": {"levels"},
@@ -43,11 +55,13 @@ INSIDE_LDM = {  # what each module of ldm may import of ldm
     "unet_config": set(),
     "denoiser": {"schedule", "prediction"},
     "loss": {"denoiser"},
+    "consistency": {"denoiser", "guidance", "prediction", "schedule"},
     "densities": {"schedule"},
     "times": {"schedule"},
     "walk": {"schedule", "times"},
     "variational_bound": {"schedule", "walk"},
     "likelihood": {"ode", "schedule", "variational_bound", "walk"},
+    "inpainting": {"guidance", "schedule", "walk"},
     "onestep": {"schedule", "walk"},
     "interpolation": set(),
     "multistep": {"interpolation", "schedule", "prediction", "walk"},
@@ -56,6 +70,7 @@ INSIDE_LDM = {  # what each module of ldm may import of ldm
     "ode": set(),
     "stochastic": {"interpolation", "onestep", "schedule", "times", "walk"},
     "langevin": {"schedule", "walk"},
+    "windows": {"perturbed_attention"},
     "learned_variance": set(),
     "samplers": {
         "langevin",
@@ -67,10 +82,12 @@ INSIDE_LDM = {  # what each module of ldm may import of ldm
         "times",
         "walk",
     },
-    "settings": {"guidances", "onestep", "samplers", "times"},
+    "settings": {"guidances", "onestep", "samplers", "times", "windows"},
     "known_schedulers": set(),
     "scheduling": {"known_schedulers", "samplers", "schedule", "prediction", "times"},
     "unet": {"attention", "blocks", "unet_config"},
+    "classifier": {"attention", "blocks", "options", "prediction", "schedule", "unet", "unet_config"},
+    "leads": {"classifier", "guidance", "guidance_by_gradient", "schedule", "settings"},
     "reading": {"unet", "attention", "perturbed_attention"},
     "known_options": set(),
     "options": {"unet", "known_options"},
@@ -78,7 +95,12 @@ INSIDE_LDM = {  # what each module of ldm may import of ldm
     "compvis": {"unet", "compvis_names"},
     "compvis_schedule": {"schedule"},
     "schedule_buffers": {"schedule", "tables"},
-    "interop": {"unet", "options", "scheduling"},
+    "prior_config": set(),
+    "prior_options": {"prior_config"},
+    "prior": {"blocks", "prior_config", "unet"},
+    "networks": {"options", "prior", "prior_config", "prior_options", "unet"},
+    "interop": {"networks", "scheduling"},
+    "lora": set(),
 }
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 LDM_MODULES = sorted((ROOT / "ldm").glob("*.py"))

@@ -5,7 +5,7 @@ import torch
 from small_encoders import ldm_bert_shapes
 
 from conditioning import Conditioner, conditioner_from_compvis
-from conditioning.layouts import LayoutTokenizer
+from conditioning.layouts import LayoutConfig, LayoutTokenizer
 
 EMPTY, WHOLE = 8191, [0, 89 * 90 + 89]  # the grid of 8192 tokens has 90 x 90 cells
 
@@ -43,3 +43,11 @@ def test_a_layout_model_opens_without_a_tokenizer_and_survives_the_disk(tmp_path
     loaded = Conditioner.load(tmp_path)
     assert torch.equal(loaded.encode(["17 0.1 0.2 0.5 0.9", ""]).tokens, tokens)
     assert loaded.fingerprint() == Conditioner.load(tmp_path).fingerprint()
+
+
+def test_no_cell_is_the_token_of_no_object():
+    tokenizer = LayoutTokenizer(LayoutConfig(vocab_size=26).vocab_size, 5)
+    last = tokenizer(["0 1 1 1 1"]).ids[0, 1].item()
+    assert last == 24 and tokenizer([""]).ids[0, 0] == 25
+    with pytest.raises(ValueError, match="layout.vocab_size 25 leaves, .* no token for no object; use 26"):
+        LayoutConfig(vocab_size=25)

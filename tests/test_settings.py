@@ -58,7 +58,8 @@ def test_changed_settings_are_told_and_what_is_no_part_of_what_is_learned_is_not
     path = str(tmp_path / "config.yaml")
     save_config(read(stage), path)
     free = ["trainer.steps=7", "trainer.workers=2", "run=other", "validation.every=5", "trainer.resume=false"]
-    assert changes(read(stage, *free), path) == ""
+    moved = ["data.maps=elsewhere", "data.folder=moved"]
+    assert changes(read(stage, *free, *moved), path) == ""
     now = ["seed=3", "trainer.batch_size=8", "data.flip=true", "trainer.precision=bf16", "optimizer.learning_rate=0.5"]
     told = changes(read(stage, *now), path)
     for each in (
@@ -79,3 +80,12 @@ def test_settings_that_cannot_be_read_are_not_compared(tmp_path):
     assert changes(config, str(tmp_path / "config.yaml")) == ""
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"seed": 5}))
     assert changes(config, str(tmp_path / "config.yaml")) == "seed 5 -> 0"
+
+
+def test_what_a_run_reads_besides_its_data_may_be_moved(tmp_path):
+    def run(folder: str) -> train_ldm.RunConfig:
+        kept = f"preservation={{folder: {folder}, prompt: a dog}}"
+        return read(train_ldm.RunConfig, kept, f"conditioner.retrieval={{database: {folder}}}", "init_from=MODEL")
+
+    save_config(run("here"), str(tmp_path / "config.yaml"))
+    assert changes(run("there"), str(tmp_path / "config.yaml")) == ""

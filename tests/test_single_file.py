@@ -1,20 +1,26 @@
 """Claims about single files: every kind opens by its keys, comes back bit for bit, and other programs read ours."""
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
 from single_files import KINDS, PROMPTS, YAML, build_parts, save_words, write_yaml
+from told_pictures import draw_told
 
 import ldm.single_file
 from autoencoder import Autoencoder
 from autoencoder.compvis import compvis_config
+from conditioning.composed import Composed
+from conditioning.hints import Files
+from conditioning.spatial import SpatialConfig, SpatialReader
 from ldm.parts import open_model, save_model
 from ldm.pipeline import TextToImage
 from ldm.schedule import ScheduleConfig
 from ldm.schedule_buffers import BUFFERS, schedule_buffers
 from ldm.scheduling import Scheduling
 from ldm.single_file import modelspec, open_single_file, save_first_stage, save_single_file
+from ldm.unet import UNet
 from storage.weights import read_metadata, read_weights, write_weights
 
 
@@ -51,8 +57,8 @@ def files(tmp_path_factory, words):
     return get
 
 
-def state_of(module):
-    return {} if module is None else module.state_dict()
+def configs(parts):
+    return {name: reader.config for name, reader in parts.conditioner.readers.items()}
 
 
 def same(a, b):
@@ -75,8 +81,8 @@ def test_every_kind_is_known_by_its_keys_and_opens_as_it_was(kind, files, words,
     assert type(opened.conditioner) is type(given.conditioner)
     assert opened.autoencoder.scaling_factor == pytest.approx(given.autoencoder.scaling_factor)
     for part in ("unet", "autoencoder", "conditioner"):
-        assert same(state_of(getattr(opened, part)), state_of(getattr(given, part))), part
-    assert same(dict(opened.cond_stage), dict(given.cond_stage))
+        assert same(getattr(opened, part).state_dict(), getattr(given, part).state_dict()), part
+    assert configs(opened) == configs(given)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -86,6 +92,7 @@ def test_file_to_folder_to_file_gives_the_same_tensors(kind, files, words, yaml,
     save_model(opened, tmp_path / "model")
     again = open_model(tmp_path / "model")
     assert again.unet.config == opened.unet.config and again.scheduling == opened.scheduling
+    assert configs(again) == configs(opened)
     save_single_file(again, tmp_path / "again.safetensors")
     assert same(read_weights(tmp_path / "again.safetensors"), read_weights(path))
 
@@ -288,7 +295,7 @@ STABLE = [
 
 @pytest.mark.parametrize("kind, dim, prediction, extra, family", STABLE)
 def test_stable_diffusions_shapes_get_its_name(kind, dim, prediction, extra, family, words):
-    from ldm.unet import UNet, UNetConfig
+    from ldm.unet import UNetConfig
 
     parts = build_parts(kind, words)
     with torch.device("meta"):
@@ -345,11 +352,60 @@ def test_any_shape_that_is_wrong_is_an_error_and_not_a_crash(files, yaml, monkey
             open_single_file(path, yaml)
 
 
-@pytest.mark.parametrize("kind, purpose", [("inpainting", "inpainting"), ("semantic", "a map")])
-def test_models_that_are_told_more_than_a_prompt_say_what_they_are_for(kind, purpose, files, yaml):
-    with pytest.raises(ValueError, match=f"draws from more than prompts: its UNet reads .*{purpose}") as caught:
-        TextToImage.load(files(kind)[0], config_yaml=yaml)
-    assert "\n" not in str(caught.value)
+SHOWN = [
+    ("inpainting", "inpainting", "stable_diffusion"),
+    ("holes", "inpainting", "ldm"),
+    ("semantic", "semantic", None),
+    ("enlarging", "low_resolution", None),
+    ("depth", "depth", None),
+]
+
+
+@pytest.mark.parametrize("kind, shown, convention", SHOWN)
+def test_a_model_that_is_shown_more_than_a_prompt_draws_what_it_is_shown(kind, shown, convention, files, yaml):
+    model = TextToImage.load(files(kind)[0], config_yaml=yaml)
+    reader = model.conditioner.readers["spatial"]
+    assert reader.config.kind == shown and convention in (None, reader.config.convention)
+    values = dict(image=torch.linspace(-1, 1, 768).view(3, 16, 16), mask=torch.eye(16)[None])
+    values["map"] = torch.arange(256.0).view(1, 16, 16) % 7
+
+    def drawn(**changed):
+        hint = reader.hint.of_files(Files(**values | changed), 16, 16, torch.Generator())
+        return draw_told(model, hint, steps=2)
+
+    assert torch.equal(drawn(), drawn())
+    different = drawn(image=-values["image"], map=3 - values["map"] / 2)
+    assert drawn().isfinite().all() and (different - drawn()).abs().max() > 0.01
+
+
+def test_a_file_with_the_first_stage_twice_opens_as_ldms_inpainting_model(files, yaml, tmp_path):
+    path, given = files("holes")
+    state = read_weights(path)
+    stage = {name: value for name, value in state.items() if name.startswith("first_stage_model.")}
+    twice = {name.replace("first_stage_model.", "cond_stage_model."): value for name, value in stage.items()}
+    write_weights(state | twice, tmp_path / "x.safetensors")
+    assert configs(open_single_file(tmp_path / "x.safetensors", yaml)) == configs(given)
+
+
+@pytest.mark.parametrize("kind", ["edges", "low_resolution"])
+def test_a_reader_that_would_come_back_as_another_is_refused(kind, words, tmp_path):
+    parts = build_parts("depth" if kind == "edges" else "enlarging", words)
+    config = SpatialConfig(kind=kind, downsampling=2, noise=0.0 if kind == "edges" else 0.5)
+    changed = Composed(parts.conditioner.prompts, {"spatial": SpatialReader(config)})
+    parts = type(parts)(parts.autoencoder, parts.unet, changed, parts.scheduling)
+    with pytest.raises(ValueError, match=f"spatial.kind {kind} as it is here has no place in a single file"):
+        save_single_file(parts, tmp_path / "x.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_so_many_channels_that_none_knows_what_they_show_are_one_line(words, tmp_path, yaml):
+    parts = build_parts("sd1", words)
+    wide = UNet(replace(parts.unet.config, in_channels=6))
+    save_single_file(
+        type(parts)(parts.autoencoder, wide, parts.conditioner, parts.scheduling), tmp_path / "x.safetensors"
+    )
+    with pytest.raises(ValueError, match="can't be opened: its UNet reads 2 channels beside the 4 of z_t"):
+        open_single_file(tmp_path / "x.safetensors", yaml)
 
 
 @pytest.mark.parametrize("kind", ["sd1", "layout"])

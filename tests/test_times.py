@@ -150,3 +150,14 @@ def test_wrong_requests_say_what_is_wrong():
         times(VP, 1001)
     with pytest.raises(ValueError, match="unknown spacing 'even'"):
         times(VP, 10, "even")
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 6, 8, 50])
+def test_rungs_are_the_times_of_lcm(steps):
+    from diffusers import LCMScheduler
+
+    scheduler = LCMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    scheduler.set_timesteps(steps, original_inference_steps=50)
+    ours = times(make_schedule(ScheduleConfig(name="scaled_linear")), steps, "rungs")
+    assert [round(t * 1000) - 1 for t in ours[:-1].tolist()] == scheduler.timesteps.tolist()
+    assert ours[-1] == 0

@@ -24,6 +24,7 @@ from ldm.samplers import SAMPLERS
 from ldm.settings import Settings
 from ldm.single_file import save_single_file
 from ldm.times import SPACINGS
+from stages import opening
 from storage.pictures import RECORD, a1111_parameters, encode_png, read_record, write_numbered
 
 SCRIPT = Path(txt2img.__file__)
@@ -105,7 +106,7 @@ def test_every_way_to_guide_and_to_sample_has_its_flags_and_makes_another_pictur
     assert again.read_bytes() == path.read_bytes()
 
 
-def test_a_weaker_model_guides_and_is_recorded(run, checkpoint, tmp_path):
+def test_a_weaker_model_guides_and_is_recorded(run, checkpoint, tmp_path, capsys):
     weaker = tmp_path / "weaker"
     model = TextToImage.load(checkpoint)
     with torch.no_grad():
@@ -116,6 +117,11 @@ def test_a_weaker_model_guides_and_is_recorded(run, checkpoint, tmp_path):
     assert read_record(path)["guidance_model"] == str(weaker)
     (same,), (plain,) = run("--like", path), run("a heart", "--steps", 2, "--guidance-scale", 1)
     assert same.read_bytes() == path.read_bytes() and not np.array_equal(pixels(path), pixels(plain))
+    with torch.no_grad():
+        model.unet.conv_in.weight.mul_(0.5)
+    model.save(weaker)
+    txt2img.main(["--like", str(path), "--outdir", str(tmp_path / "out")])
+    assert f"{path} was made with guidance model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -367,13 +373,13 @@ def test_sampler_help_lists_the_samplers(capsys):
 
 def test_the_default_checkpoint_is_in_the_folder_of_the_script(checkpoint, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(txt2img, "HERE", checkpoint.parent)
-    monkeypatch.setattr(txt2img, "CHECKPOINT", "small")
+    monkeypatch.setattr(opening, "HERE", checkpoint.parent)
+    monkeypatch.setattr(opening, "CHECKPOINT", "small")
     txt2img.main(["a heart", "--steps=1"])
     assert capsys.readouterr().out == "outputs/00000.png\n"
     txt2img.main(["--like=outputs/00000.png"])
     assert Path("outputs/00001.png").read_bytes() == Path("outputs/00000.png").read_bytes()
-    monkeypatch.setattr(txt2img, "CHECKPOINT", "large")
+    monkeypatch.setattr(opening, "CHECKPOINT", "large")
     with pytest.raises(SystemExit, match="2"):
         txt2img.main(["a heart"])
     assert "checkpoint large does not exist; give a model folder or file with --checkpoint" in capsys.readouterr().err
@@ -467,7 +473,7 @@ def test_a_full_disk_ends_in_one_line_and_leaves_no_half_picture(run, tmp_path, 
     def full(self, *rest):
         raise OSError(28, "No space left on device", "00000.png")
 
-    monkeypatch.setattr("txt2img.write_numbered", full)
+    monkeypatch.setattr("stages.gallery.write_numbered", full)
     with pytest.raises(SystemExit, match="2"):
         run("a heart", "--steps", 1)
     assert capsys.readouterr().err == "error: 00000.png: No space left on device\n"

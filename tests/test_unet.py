@@ -39,7 +39,8 @@ def random_unet(config: UNetConfig, seed: int = 0) -> UNet:
 
 def context(batch: int = 2, tokens: int = 5, width: int | None = 12, **parts) -> SimpleNamespace:
     words = None if width is None else torch.randn(batch, tokens, width)
-    return SimpleNamespace(**({"tokens": words, "mask": None, "vector": None, "latents": None} | parts))
+    absent = dict.fromkeys(("mask", "vector", "latents", "guidance"))
+    return SimpleNamespace(**({"tokens": words} | absent | parts))
 
 
 def told(config: UNetConfig) -> SimpleNamespace:

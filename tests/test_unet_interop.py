@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers import LatentConsistencyModelPipeline, UNet2DConditionModel, UNet2DModel
 from safetensors.torch import load_file, save_file
 from test_unet import PLAIN, SMALL, close, context, random_unet
 
@@ -61,7 +61,11 @@ def run_theirs(theirs, z_t, timestep, told):
     sample = z_t if told.latents is None else torch.cat([z_t, told.latents], dim=1)
     if isinstance(theirs, UNet2DModel):
         return theirs(sample, timestep).sample
-    return theirs(sample, timestep, told.tokens, class_labels=told.vector, encoder_attention_mask=told.mask).sample
+    dim, options = theirs.config.time_cond_proj_dim, {"class_labels": told.vector, "encoder_attention_mask": told.mask}
+    if dim is not None:
+        embed = LatentConsistencyModelPipeline.get_guidance_scale_embedding
+        options["timestep_cond"] = embed(None, told.guidance - 1, dim)
+    return theirs(sample, timestep, told.tokens, **options).sample
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

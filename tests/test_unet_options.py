@@ -140,7 +140,7 @@ OTHERS = {
     "resnet_time_scale_shift": ["scale_shift", "spatial"],
     "reverse_transformer_layers_per_block": [[1, 2]],
     "sample_size": [16, [8, 16]],
-    "time_cond_proj_dim": [8],
+    "time_cond_proj_dim": [8, 9],
     "time_embedding_act_fn": ["silu"],
     "time_embedding_dim": [64],
     "time_embedding_type": ["fourier"],
@@ -182,6 +182,7 @@ def test_every_option_of_diffusers_is_implemented_or_refused_by_name(kind, name,
     ours, theirs = random_unet(config).eval(), kind(**options).eval()
     theirs.load_state_dict(ours.state_dict(), strict=True)
     told, z_t = context(width=config.cross_attention_dim), torch.randn(2, config.in_channels, 8, 8)
+    told.guidance = torch.tensor([1.5, 8.0])
     with torch.no_grad():
         expected = run_theirs(theirs, z_t, torch.tensor([3.0, 700.0]), told)
         assert close(ours(z_t, torch.tensor([3.0, 700.0]), told), expected)

@@ -1,0 +1,60 @@
+"""Enlarging: by the model's factor, of any size, told the noise; and which models can't."""
+
+import numpy as np
+import pytest
+from drawn import build, folder_of, photo, pixels, refused, run
+from PIL import Image
+
+import upscale
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build("low_resolution")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return folder_of("low_resolution", tmp_path_factory.mktemp("upscaler"))
+
+
+@pytest.mark.parametrize("size", [(8, 8), (9, 5)])
+def test_a_picture_is_larger_by_the_factor_of_the_model(model, size):
+    (made,) = model("", image=photo(*size), steps=2)
+    assert made.size == (4 * size[0], 4 * size[1])
+
+
+def test_image_and_noise_bear_on_the_picture_and_its_noise_is_the_pictures_own(model):
+    plain, other, noisy, again = (
+        pixels(model("", image=photo(8, 8, seed), noise_level=level, steps=2)[0])
+        for seed, level in ((0, 0.0), (1, 0.0), (0, 0.4), (0, 0.4))
+    )
+    assert (plain != other).any() and (plain != noisy).any() and np.array_equal(noisy, again)
+
+
+def test_a_picture_may_be_made_in_windows(model):
+    (made,) = model("", image=photo(24, 8), window=8, overlap=4, steps=2)
+    assert made.size == (96, 32)
+
+
+def test_the_command_writes_it_and_makes_it_again(checkpoint, tmp_path, capsys):
+    photo(8, 8).save(tmp_path / "small.png")
+    words = (tmp_path / "small.png", "--checkpoint", checkpoint, "--noise-level", 0.2, "--steps", 2)
+    (path,) = run(upscale.main, capsys, tmp_path / "out", *words)
+    assert Image.open(path).size == (32, 32)
+    (again,) = run(upscale.main, capsys, tmp_path / "out", "--like", path)
+    assert again.read_bytes() == path.read_bytes()
+
+
+def test_what_can_not_be_done_is_one_line(checkpoint, tmp_path, tmp_path_factory, capsys):
+    photo(8, 8).save(tmp_path / "small.png")
+    text = folder_of("text", tmp_path_factory.mktemp("text"))
+    for words, complaint in (
+        ([], "there is no image; give one, as in: upscale.py small.png"),
+        ([tmp_path / "small.png", "--checkpoint", text], "this model was not trained to enlarge pictures; give one"),
+        (
+            [tmp_path / "small.png", "--checkpoint", checkpoint, "--noise-level", 0.9],
+            "noise level 0.9 is more than this",
+        ),
+    ):
+        assert complaint in refused(upscale.main, capsys, tmp_path / "out", *words)
