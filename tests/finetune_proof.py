@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from autoencoder import Autoencoder
 from benchmarks.recall import distances, small_rgb
 from ldm import TextToImage
-from storage.images import fit, image_to_tensor, load_image
+from storage.cutout import fit
+from storage.images import image_to_tensor, load_image
 
 SIDE = 64
 GROUPS = ("smileys-emotion", "animals-nature", "food-drink", "travel-places", "activities", "objects")
