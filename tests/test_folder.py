@@ -230,7 +230,7 @@ def test_missing_and_empty_folders_are_errors(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{"crop": "left"}, {"image_size": 0}, {"validation": 1.0}, {"captions": []}], ids=lambda o: next(iter(o))
+    "options", [{"crop": "left"}, {"image_size": 0}, {"validation": 1.0}], ids=lambda o: next(iter(o))
 )
 def test_wrong_options_are_refused_by_name(options):
     with pytest.raises(ValueError, match=f"data.{next(iter(options))}"):
