@@ -60,20 +60,21 @@ CONVENTIONS = {
 
 @dataclass(frozen=True)
 class SemanticHint:
-    """A map of class numbers."""
+    """A map of class numbers, [1, H, W]."""
 
     config: SpatialConfig
     channels, tells_noise, needs_map = 1, False, True
     reads, factor = frozenset({"map"}), 1
     command = ("sample.py", "--map", "MAP.png")
+    called, mode = "a semantic map", "nearest-exact"  # how it is named, and brought to size
 
     def __call__(self, image: Tensor, map: Tensor | None, generator: torch.Generator) -> Tensor:
         """The map itself. Raises ValueError where there is none."""
-        return _required(map, "a semantic map", "data.maps=FOLDER")
+        return _required(map, self.called, "data.maps=FOLDER")
 
     def of_files(self, files: Files, height: int, width: int, generator: torch.Generator) -> Tensor:
-        """The map, cut to size. Raises ValueError where there is none."""
-        return fitted(_required(files.map, "a semantic map", "a map"), height, width, "nearest-exact")[None]
+        """The map, cut to size, [1, 1, H, W]. Raises ValueError where there is none."""
+        return fitted(_required(files.map, self.called, "a map"), height, width, self.mode)[None]
 
 
 @dataclass(frozen=True)
@@ -155,21 +156,10 @@ class LowResolutionHint:
 
 
 @dataclass(frozen=True)
-class DepthHint:
-    """Depths, or anything else that is one number per pixel."""
+class DepthHint(SemanticHint):
+    """Depths, or anything else that is one number per pixel: a map that may be interpolated, [1, H, W]."""
 
-    config: SpatialConfig
-    channels, tells_noise, needs_map = 1, False, True
-    reads, factor = frozenset({"map"}), 1
-    command = ("sample.py", "--map", "MAP.png")
-
-    def __call__(self, image: Tensor, map: Tensor | None, generator: torch.Generator) -> Tensor:
-        """The map itself. Raises ValueError where there is none."""
-        return _required(map, "a map of depths", "data.maps=FOLDER")
-
-    def of_files(self, files: Files, height: int, width: int, generator: torch.Generator) -> Tensor:
-        """The map, cut to size. Raises ValueError where there is none."""
-        return fitted(_required(files.map, "a map of depths", "a map"), height, width)[None]
+    called, mode = "a map of depths", "bicubic"
 
 
 @dataclass(frozen=True)

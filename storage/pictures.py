@@ -136,20 +136,20 @@ def read_record(path: Path) -> dict[str, Any]:
     from PIL import Image
 
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; give a PNG file that txt2img.py wrote")
+        raise FileNotFoundError(f"{path} does not exist; give a PNG file that a drawing command wrote")
     try:
         with Image.open(path, formats=("PNG",)) as image:
             text = image.info.get(RECORD)
     except Exception as error:  # damaged chunks: Pillow raises SyntaxError, ValueError, OSError, struct.error
         raise ValueError(f"{path} is not a readable PNG file ({type(error).__name__}); give another") from None
     if text is None:
-        raise ValueError(f"{path} does not say how it was made; give a PNG file that txt2img.py wrote")
+        raise ValueError(f"{path} does not say how it was made; give a PNG file that a drawing command wrote")
     try:
         record = json.loads(text)
     except (ValueError, RecursionError):
         record = None
     if not isinstance(record, dict):
-        raise ValueError(f"{path} has a record that is not readable; give a PNG file that txt2img.py wrote")
+        raise ValueError(f"{path} has a record that is not readable; give a PNG file that a drawing command wrote")
     return record
 
 
