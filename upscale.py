@@ -4,7 +4,9 @@ python upscale.py small.png --checkpoint runs/upscaler/model
 python upscale.py small.png "a castle" --checkpoint runs/upscaler/model --noise-level 0.2 --window 64
 
 --noise-level is for models that were trained with noise on the small picture (Saharia et al. 2022, Imagen): the more of
-it, the more is invented. Large results are made in windows: --window.
+it, the more is invented. Of a model that was trained on pictures which were made smaller and nothing else, results are
+changed a little, so that they shrink to the picture that was given: --back-projection 0 leaves them. Large results are
+made in windows: --window.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from conditioning.boxes import MODEL_TYPE as BOXES
 from conditioning.class_names import ClassConfig
 from conditioning.classes import MODEL_TYPE as CLASSES
 from conditioning.classes import ClassConditioner, Unconditional, is_unconditional, load_classes, new_classes
@@ -32,7 +33,7 @@ from conditioning.transformer import TransformerConfig, random_transformer, trai
 ENCODERS = ("text_encoder", "bert")  # folders of a model folder; the second is diffusers' for LDMTextToImage
 LAYERS = {"last": 0, "penultimate": 1}  # name -> layers left out at the end
 NAMING = ("class", "layout")  # kinds whose prompts are of classes, which captions may name
-UNMASKED = ("clip", "clip_text_model", OPEN_CLIP, LDM_BERT)  # model types that were trained with no mask
+UNMASKED = ("clip", "clip_text_model", OPEN_CLIP, LDM_BERT, BOXES)  # model types that were trained with no mask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,7 @@ class ConditionerConfig:
     final_norm: bool = True  # open_clip only: norm after the chosen layer
     scratch: TransformerConfig = field(default_factory=TransformerConfig)  # scratch only: size of the transformer
     classes: ClassConfig = field(default_factory=ClassConfig)  # class only: the table
-    layout: LayoutConfig = field(default_factory=LayoutConfig)  # layout only: the transformer over boxes
+    layout: LayoutConfig = field(default_factory=LayoutConfig)  # layout only: what reads boxes
     second: SecondEncoderConfig | None = None  # a second text encoder beside the first, as in SDXL
     spatial: SpatialConfig | None = None  # also a dense picture: a map, a picture to be completed or enlarged
     frame: FrameConfig | None = None  # also the size of the whole picture, and which part of it is seen
@@ -187,7 +188,7 @@ TEXT: dict[str, Callable[..., Conditioner]] = {  # what can lie beside each othe
 }
 KINDS: dict[str, Callable[..., Prompts]] = TEXT | {
     "class": _class,  # a table of classes trained with the UNet
-    "layout": _layout,  # a transformer over boxes, trained with the UNet
+    "layout": _layout,  # boxes, read by what is trained with the UNet
     "unconditional": _unconditional,
 }
 

@@ -120,6 +120,11 @@ class LowResolutionHint:
         return self.config.degradation.factor
 
     @property
+    def back_projection(self) -> int:
+        """How often a picture is compared with the image, where nobody says: not if that may be blurred or noisy."""
+        return 3 if self.config.degradation.kind == "bicubic" else 0
+
+    @property
     def tells_noise(self) -> bool:
         """Whether the last channel is the level of the noise."""
         return self.config.noise > 0

@@ -1,8 +1,8 @@
 """Layouts as prompts (Rombach et al. 2022, section 4.3.1): boxes with class numbers, as LDM's layout model reads them.
 
-An object is three tokens: its class, and the cells of a grid in which two corners of its box lie. Room that no object
-takes is filled with the last token; the two tokens at the end are the box of the crop, here always the whole picture.
-Their transformer, LDM's BERT, is trained with the UNet.
+An object is three ids: its class, and the cells of a grid in which two corners of its box lie. Room that no object
+takes is filled with the last id; the two at the end are the box of the crop, here always the whole picture. What reads
+them is trained with the UNet: LDM's BERT, or the perceptron of `conditioning.boxes`.
 """
 
 from __future__ import annotations
@@ -14,19 +14,22 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
+from conditioning.boxes import BoxEncoder, random_boxes
 from conditioning.class_names import ClassNames, check_names
 from conditioning.ldm_bert import LdmBert, random_ldm_bert
 from conditioning.tokenizer import Tokens
 
 TOKENIZER_CLASS = "LayoutTokenizer"  # our mark in tokenizer/tokenizer_config.json
 VOCAB_SIZE = 8192  # of LDM's layout model
+HIDDEN_LAYERS = 2  # of the perceptron of waves; GLIGEN's
 RULE = 'an object is "CLASS LEFT TOP RIGHT BOTTOM", a class and four numbers from 0 to 1; objects are parted by ";"'
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayoutConfig:
-    """A transformer over the tokens of boxes that is trained from scratch; the defaults are LDM's (58.9 M parameters).
+    """What reads boxes, trained from scratch; the defaults are LDM's transformer (58.9 M parameters).
 
     Raises:
         ValueError: a value breaks a rule; the message names value, rule and mend.
@@ -36,11 +39,17 @@ class LayoutConfig:
     vocab_size: int = VOCAB_SIZE  # at least one more than the cells, a square number: 8192 for 90 x 90 and some left
     max_objects: int = 30  # what a layout has more is left out
     width: int = 512  # d of the tokens
-    layers: int = 16  # residual blocks
-    heads: int = 8  # attention heads per block
+    reader: str = "cells"  # cells: LDM's transformer, a vector per cell | waves: sines of coordinates, as in GLIGEN
+    layers: int = 16  # cells only: residual blocks
+    heads: int = 8  # cells only: attention heads per block
 
     def __post_init__(self):
         check_names(self.names)
+        if self.reader not in LAYOUT_READERS:
+            raise ValueError(f"layout.reader {self.reader!r} is unknown; use one of {', '.join(LAYOUT_READERS)}")
+        for name in ("layers", "heads") if self.reader == "waves" else ():
+            if getattr(self, name) != getattr(LayoutConfig, name):
+                raise ValueError(f"layout.{name} {getattr(self, name)} is of the reader cells; leave it out")
         if self.width % self.heads:
             raise ValueError(f"layout.width {self.width} is not divisible by {self.heads} heads; change one of them")
         if self.vocab_size < len(self.names) + 1 or self.vocab_size < 5:
@@ -124,8 +133,8 @@ class LayoutTokenizer:
         return round(y * (self.side - 1)) * self.side + round(x * (self.side - 1))
 
 
-def new_layouts(config: LayoutConfig, captions: Iterable[str] | None, seed: int) -> tuple[LayoutTokenizer, LdmBert]:
-    """A tokenizer of layouts, and its transformer with weights drawn from the seed.
+def new_layouts(config: LayoutConfig, captions: Iterable[str] | None, seed: int) -> tuple[LayoutTokenizer, nn.Module]:
+    """A tokenizer of layouts, and what reads its ids, with weights drawn from the seed.
 
     Args:
         captions: of the training set, each a layout; they give the names where the config does not.
@@ -138,6 +147,10 @@ def new_layouts(config: LayoutConfig, captions: Iterable[str] | None, seed: int)
     names = replace(config, names=[] if all(name.isdecimal() for name in names) else names).names
     tokenizer = LayoutTokenizer(config.vocab_size, 3 * config.max_objects + 2, names)
     tokenizer(captions)  # a caption that is no layout is to be found now
+    return tokenizer, LAYOUT_READERS[config.reader](config, tokenizer, seed)
+
+
+def _cells(config: LayoutConfig, tokenizer: LayoutTokenizer, seed: int) -> LdmBert:
     sizes = {
         "vocab_size": config.vocab_size,
         "d_model": config.width,
@@ -147,7 +160,14 @@ def new_layouts(config: LayoutConfig, captions: Iterable[str] | None, seed: int)
         "encoder_attention_heads": config.heads,
         "head_dim": config.width // config.heads,
     }
-    return tokenizer, random_ldm_bert(sizes, seed)
+    return random_ldm_bert(sizes, seed)
+
+
+def _waves(config: LayoutConfig, tokenizer: LayoutTokenizer, seed: int) -> BoxEncoder:
+    return random_boxes(config.vocab_size, config.width, HIDDEN_LAYERS, seed)
+
+
+LAYOUT_READERS = {"cells": _cells, "waves": _waves}
 
 
 def read_layout_tokenizer(folder: Path) -> LayoutTokenizer | None:

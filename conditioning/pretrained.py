@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from conditioning.bert import bert_config, bert_weights, empty_bert, is_plain_bert
+from conditioning.boxes import HIDDEN, boxes_config, empty_boxes
+from conditioning.boxes import MODEL_TYPE as BOXES
 from conditioning.clip import clip_config, clip_weights, empty_clip, is_plain_clip, projects
 from conditioning.ldm_bert import MODEL_TYPE as LDM_BERT
 from conditioning.ldm_bert import empty_ldm_bert, ldm_bert_config, ldm_bert_weights
@@ -165,6 +167,8 @@ def own_kind(config: dict[str, Any]) -> OwnKind | None:
         return OwnKind(config=clip_config, layers="num_hidden_layers", empty=empty_clip, select=select)
     if config["model_type"] == LDM_BERT:
         return OwnKind(config=ldm_bert_config, layers="encoder_layers", empty=empty_ldm_bert, select=ldm_bert_weights)
+    if config["model_type"] == BOXES:
+        return OwnKind(config=boxes_config, layers=HIDDEN, empty=empty_boxes, select=lambda weights, layers: weights)
     return None
 
 

@@ -194,8 +194,10 @@ class TextToImage:
                 yield Picture(self.fitted(self.decode(latents[place : place + 1])[0], picture), picture)
 
     def fitted(self, made: Image.Image, picture: Settings) -> Image.Image:
-        """A decoded image cut to the picture's size, around it what a mask keeps of the given image."""
+        """A decoded image cut to the picture's size, in agreement with the image that it enlarges or completes."""
         size = self.size(picture)
+        if picture.back_projection:
+            made = Sources.of(picture).agreed(made, size, self.factor, picture.back_projection)
         made = made.crop((0, 0, size.width, size.height))
         return made if picture.mask is None else Sources.of(picture).completed(made, size, picture.feather)
 

@@ -20,6 +20,7 @@ from ldm.times import SPACINGS
 from ldm.windows import check as check_windows
 
 MAX_FEATHER = 512
+MAX_BACK_PROJECTION = 100
 MAX_BATCH = 256  # a record read from a picture must not eat the memory
 SEEDS = 2**64  # torch's generators take a seed below this
 Source = str | Image.Image  # a file's path, or from Python a picture of PIL, which no record can hold
@@ -33,6 +34,7 @@ OF_IMAGES = {  # settings that say something of a picture that is given, and whi
     "mask": "image",
     "strength": "image",
     "noise_level": "image",
+    "back_projection": "image",
     "resample": "mask",
     "feather": "mask",
 }
@@ -78,6 +80,7 @@ class Settings:
     resample: int = 1  # with a mask: how often each part of the walk is walked, to make the new fit the old; 10 is much
     feather: int = 0  # with a mask: pixels around it in which the new fades into the old
     noise_level: float = 0.0  # noise added to the image, for models that were trained so; 0 to 1
+    back_projection: int | None = None  # rounds that make an enlarged picture shrink to the image; None: the model's
     reuse: int = 1  # compute the inner layers of the UNet at every so many network calls; above 1 is not exact
     height: int | None = None  # pixels; None: as trained
     width: int | None = None  # pixels; None: as trained
@@ -171,6 +174,9 @@ class Settings:
             raise ValueError(f"feather {self.feather} {rule}; 4 to 16 are usual")
         if not 0 <= self.noise_level <= 1:
             raise ValueError(f"noise level {self.noise_level} must be between 0 (none) and 1")
+        if self.back_projection is not None and not 0 <= self.back_projection <= MAX_BACK_PROJECTION:
+            rule = f"must be between 0 (none) and {MAX_BACK_PROJECTION}"
+            raise ValueError(f"back projection {self.back_projection} {rule}; 3 rounds are usual")
         for field in fields(self):
             whose, value = OF_IMAGES.get(field.name), getattr(self, field.name)
             if whose and value != field.default and getattr(self, whose) is None:

@@ -20,11 +20,12 @@ from PIL import Image
 from torch import Tensor
 
 from conditioning.building import AnyConditioner
+from conditioning.degradation import back_projected
 from conditioning.given import Given
 from conditioning.hints import Files
 from ldm.settings import Settings, Source
 from storage.cutout import Cutout
-from storage.images import UnusableImage, load_image, load_map, tensor_to_image
+from storage.images import UnusableImage, image_to_tensor, load_image, load_map, tensor_to_image
 from storage.randomness import generator
 
 BACKGROUNDS = {"image": (255, 255, 255), "mask": (0, 0, 0)}  # what is transparent is not painted
@@ -92,6 +93,11 @@ class Sources:
             map_of_it = _padded(_cut(self.map, size.height, size.width).map(self.map), *size.padded)
         return Files(image=image, mask=mask, map=map_of_it, noise_level=noise_level)
 
+    def agreed(self, made: Image.Image, size: Size, factor: int, rounds: int) -> Image.Image:
+        """A picture of the size that was decoded, changed so that it shrinks to the image, see `back_projected`."""
+        small = self.files(size, factor, 0.0).image[None]  # [1, 3, h, w]
+        return tensor_to_image(back_projected(image_to_tensor(made)[None], small, rounds)[0])
+
     def completed(self, made: Image.Image, size: Size, feather: int) -> Image.Image:
         """A made picture where the mask is white, the image's own pixels elsewhere.
 
@@ -139,6 +145,8 @@ def check_read(conditioner: AnyConditioner, picture: Settings) -> None:
     reads = conditioner.hint.reads if "hint" in conditioner.needs else ()
     if picture.map is not None and "map" not in reads:
         raise ValueError(f"map {picture.map} is given, and this model reads none; leave it out")
+    if picture.back_projection and "noise_level" not in reads:
+        raise ValueError(f"back projection {picture.back_projection} is for models that enlarge; leave it out")
     if picture.noise_level and "noise_level" not in reads:
         raise ValueError(f"noise level {picture.noise_level} is for models that enlarge; leave it out")
 

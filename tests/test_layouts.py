@@ -5,6 +5,7 @@ import torch
 from small_encoders import ldm_bert_shapes
 
 from conditioning import Conditioner, conditioner_from_compvis
+from conditioning.building import ConditionerConfig, build_conditioner
 from conditioning.layouts import LayoutConfig, LayoutTokenizer
 
 EMPTY, WHOLE = 8191, [0, 89 * 90 + 89]  # the grid of 8192 tokens has 90 x 90 cells
@@ -51,3 +52,43 @@ def test_no_cell_is_the_token_of_no_object():
     assert last == 24 and tokenizer([""]).ids[0, 0] == 25
     with pytest.raises(ValueError, match="layout.vocab_size 25 leaves, .* no token for no object; use 26"):
         LayoutConfig(vocab_size=25)
+
+
+def waves(names: list[str], seed: int = 0) -> Conditioner:
+    """A conditioner of layouts that reads corners as sines, on a grid of 65 x 65 cells."""
+    config = LayoutConfig(names=names, vocab_size=4226, max_objects=2, width=16, reader="waves")
+    return build_conditioner(ConditionerConfig(kind="layout", layout=config), seed=seed).eval()
+
+
+def test_waves_are_a_token_per_object_and_one_of_the_whole_picture_and_survive_the_disk(tmp_path):
+    conditioner = waves(["cat", "dog"])
+    conditioner.trainable = False  # no gradients: prompts one at a time
+    prompts = ["cat 0 0 0.5 0.5; dog 0.5 0.5 1 1", "cat 0 0 0.5 0.5", ""]
+    tokens = conditioner.encode(prompts).tokens
+    assert tokens.shape == (3, 3, 16)
+    for a, b in ((tokens[0, 0], tokens[1, 0]), (tokens[1, 1], tokens[2, 1]), (tokens[0, 2], tokens[2, 2])):
+        assert torch.allclose(a, b, atol=1e-5)  # a token tells of its own object alone
+    assert not torch.allclose(tokens[0, 0], conditioner.encode(["dog 0 0 0.5 0.5"]).tokens[0, 0], atol=0.1)
+    conditioner.save(tmp_path)
+    loaded = Conditioner.load(tmp_path)
+    assert torch.equal(loaded.encode(prompts).tokens, tokens)
+    assert loaded.fingerprint() == conditioner.fingerprint() != waves(["cat", "dog"], seed=1).fingerprint()
+
+
+def test_waves_of_near_corners_are_alike_and_those_of_cells_are_not_before_anything_is_learned():
+    def unlikeness(conditioner: Conditioner, other: str) -> float:
+        tokens = conditioner.encode(["cat 0.25 0.25 0.75 0.75", other]).tokens
+        return (tokens[0] - tokens[1]).norm().item()
+
+    near, far = "cat 0.25 0.25 0.765625 0.75", "cat 0 0 0.25 1"
+    assert unlikeness(waves(["cat"]), near) < 0.5 * unlikeness(waves(["cat"]), far)
+    sizes = LayoutConfig(names=["cat"], vocab_size=4226, max_objects=2, width=16, layers=1, heads=2)
+    cells = build_conditioner(ConditionerConfig(kind="layout", layout=sizes)).eval()
+    assert unlikeness(cells, near) > 0.5 * unlikeness(cells, far)
+
+
+def test_what_waves_have_not_is_refused():
+    with pytest.raises(ValueError, match="layout.layers 2 is of the reader cells; leave it out"):
+        LayoutConfig(reader="waves", layers=2)
+    with pytest.raises(ValueError, match="layout.reader 'wave' is unknown; use one of cells, waves"):
+        LayoutConfig(reader="wave")

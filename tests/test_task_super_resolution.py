@@ -15,14 +15,12 @@ from photo_classes import photos
 from photo_crops import CROP, SIDE, make_crops, make_small, photo_files, whole
 from photo_distances import frechet, train_distance
 from tiny_runs import run_here
-from told_pictures import draw_told
 from torch import Tensor
 
 from autoencoder.features import FeatureDistance
-from conditioning.degradation import back_projected, resized
-from conditioning.hints import Files
+from conditioning.degradation import resized
 from ldm.pipeline import TextToImage
-from storage.images import grid, tensor_to_image
+from storage.images import grid, image_to_tensor, tensor_to_image
 from training.evaluation import psnr, ssim
 
 MEAN = {"sampler": "ddim", "steps": 1, "guidance_scale": 1.0}  # the mean of what may be there
@@ -52,11 +50,10 @@ def enlarged(small: Tensor) -> Tensor:
 
 
 def by_model(model: TextToImage, small: Tensor, noise_level: float, **settings) -> Tensor:
-    """The same by a model, whose hints are drawn from seeds 0, 1, 2, ...; they shrink to what they were made of."""
-    hint = model.conditioner.readers["spatial"].hint
-    files = [Files(image=image, noise_level=noise_level) for image in small]
-    hints = [hint.of_files(each, SIDE, SIDE, torch.Generator().manual_seed(i)) for i, each in enumerate(files)]
-    return back_projected(draw_told(model, torch.cat(hints), together=4, **settings), small)
+    """The same by a model, of 8-bit pictures and with seeds 0, 1, 2, ..., as upscale.py does it."""
+    files = [tensor_to_image(image) for image in small]
+    made = [model("", image=x, noise_level=noise_level, seed=i, **settings)[0] for i, x in enumerate(files)]
+    return torch.stack([image_to_tensor(image) for image in made])
 
 
 def measure(second: TextToImage, first: TextToImage, truth: Tensor, crops: Path) -> Measured:

@@ -6,6 +6,9 @@ from drawn import build, folder_of, photo, pixels, refused, run
 from PIL import Image
 
 import upscale
+from conditioning.degradation import DegradationConfig
+from conditioning.hints import HINTS
+from conditioning.spatial import SpatialConfig
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +33,26 @@ def test_image_and_noise_bear_on_the_picture_and_its_noise_is_the_pictures_own(m
         for seed, level in ((0, 0.0), (1, 0.0), (0, 0.4), (0, 0.4))
     )
     assert (plain != other).any() and (plain != noisy).any() and np.array_equal(noisy, again)
+
+
+def test_a_picture_shrinks_to_the_image_unless_it_is_left_as_the_model_made_it(model):
+    small = photo(8, 8)
+    as_made, agreed = (
+        pixels(model("", image=small, steps=2, back_projection=rounds)[0].resize((8, 8), Image.Resampling.BICUBIC))
+        for rounds in (0, 12)
+    )
+    off = [np.abs(x.astype(float) - pixels(small)).mean() for x in (as_made, agreed)]
+    assert off[1] < 0.25 * off[0]
+    assert model.plan("", image=small)[0].back_projection == 3
+    with pytest.raises(ValueError, match="back projection 2 is for models that enlarge; leave it out"):
+        build("text").plan("", image=small, back_projection=2)
+    with pytest.raises(ValueError, match="back projection 101 must be between 0"):
+        model.plan("", image=small, back_projection=101)
+
+
+def test_what_may_be_blurred_and_noisy_is_not_agreed_with():
+    config = SpatialConfig(kind="low_resolution", downsampling=1, degradation=DegradationConfig(kind="bsrgan"))
+    assert HINTS["low_resolution"](config).back_projection == 0
 
 
 def test_a_picture_may_be_made_in_windows(model):
