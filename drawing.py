@@ -7,6 +7,7 @@ is asked for, `stages.opening` for the model, `stages.gallery` for what is writt
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,7 +44,9 @@ class Parser(argparse.ArgumentParser):
     """A parser whose complaints are one line."""
 
     def error(self, message: str) -> None:
-        raise ValueError(message)
+        _, _, unknown = message.partition("unrecognized arguments: ")
+        near = difflib.get_close_matches(unknown.split(" ")[0].split("=")[0], self._option_string_actions, n=1)
+        raise ValueError(f"{message}; did you mean {near[0]}?" if near else message)
 
 
 def parser(command: Command) -> Parser:

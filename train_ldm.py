@@ -19,7 +19,7 @@ from conditioning.context import drop_context
 from ldm.denoiser import Denoiser
 from ldm.densities import Importance, make_density
 from stages.adapters import Learning, what_learns
-from stages.denoising import Shown, draw_samples, drawing_command, learn, validate
+from stages.denoising import Shown, draw_samples, drawing_command, learn, sampling_flags, validate
 from stages.inputs import Inputs
 from stages.ldm_parts import Learner, build_model, open_cache
 from stages.ldm_run import RunConfig, inherited
@@ -101,7 +101,10 @@ def train(config: RunConfig) -> None:
                 with learner.averaged() as whole:
                     if trainer.is_main:
                         draw_samples(trainer, whole, shown, seed)
-    command = shlex.join(["python", *drawing_command(model, shown.prompts[0]), *learning.flags(config.run)])
+    opening = learning.flags(config.run)
+    if config.distillation is not None and learning.base is not None:
+        opening += sampling_flags(model.defaults)  # which are not those of the model that it is added to
+    command = shlex.join(["python", *drawing_command(model, shown.prompts[0], opening)])
     trainer.print(f"the {product} is in {config.run}/{product}; next:\n  {command}")
 
 

@@ -18,6 +18,7 @@ many channels k it has, whether training needs maps for it (needs_map), and whet
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,9 @@ from conditioning.masks import draw_mask
 
 if TYPE_CHECKING:
     from conditioning.spatial import SpatialConfig
+
+
+VOID = 255  # in maps of classes: what nobody has named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +77,19 @@ class SemanticHint:
         return _required(map, self.called, "data.maps=FOLDER")
 
     def of_files(self, files: Files, height: int, width: int, generator: torch.Generator) -> Tensor:
-        """The map, cut to size, [1, 1, H, W]. Raises ValueError where there is none."""
-        return fitted(_required(files.map, self.called, "a map"), height, width, self.mode)[None]
+        """The map, cut to size, [1, 1, H, W]. Raises ValueError where there is none, or nothing that is known in it."""
+        told = _required(files.map, self.called, "a map")
+        self.check(told)
+        return fitted(told, height, width, self.mode)[None]
+
+    def check(self, map: Tensor) -> None:
+        """Raise ValueError for a map without a class that the model knows; warn of numbers that are of none."""
+        most, numbers = self.config.classes - 1, map.round().unique()
+        known = f"the model knows 0 to {most}"
+        if numbers.min() > most:
+            raise ValueError(f"the map has no class in it: its numbers begin at {numbers.min():g}, {known}")
+        if unknown := [f"{number:g}" for number in numbers.tolist() if number > most and number != VOID]:
+            warnings.warn(f"the map has numbers that are of no class: {', '.join(unknown[:5])}; {known}", stacklevel=2)
 
 
 @dataclass(frozen=True)
@@ -165,6 +180,9 @@ class DepthHint(SemanticHint):
     """Depths, or anything else that is one number per pixel: a map that may be interpolated, [1, H, W]."""
 
     called, mode = "a map of depths", "bicubic"
+
+    def check(self, map: Tensor) -> None:
+        """Any number is a depth."""
 
 
 @dataclass(frozen=True)

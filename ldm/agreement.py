@@ -24,10 +24,15 @@ def check_parts(autoencoder: Autoencoder, unet: UNet, conditioner: Conditioner) 
             "learned variances"
         )
     if dim != conditioner.context_dim:
-        raise ValueError(f"the UNet reads tokens of width {dim}, the text encoder's have {conditioner.context_dim}")
+        reads, makes = _wide("tokens", dim), _wide("tokens", conditioner.context_dim)
+        raise ValueError(f"the UNet reads {reads}, the conditioner makes {makes}")
     if unet.config.vector_dim != conditioner.vector_dim:
-        width = unet.config.vector_dim
-        raise ValueError(f"the UNet reads a vector of width {width}, the conditioner's has {conditioner.vector_dim}")
+        reads, makes = _wide("vectors", unet.config.vector_dim), _wide("vectors", conditioner.vector_dim)
+        raise ValueError(f"the UNet reads {reads}, the conditioner makes {makes}")
+
+
+def _wide(what: str, width: int | None) -> str:
+    return f"no {what}" if width is None else f"{what} of width {width}"
 
 
 def check_draws(model: TextToImage) -> None:

@@ -48,16 +48,18 @@ def add(
 
 
 def parse_lora(text: str) -> tuple[str, float]:
-    """PATH:WEIGHT, or PATH, whose weight is 1. Raises ValueError for a weight that is not finite."""
+    """PATH:WEIGHT, or PATH, whose weight is 1. Raises ValueError for a weight that is no finite number."""
     path, colon, number = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return text, 1.0
     try:
         weight = float(number)
     except ValueError:
-        path, colon, weight = text, "", 1.0
-    if not colon:
-        return text, 1.0
+        if number and not Path(path).exists():
+            return text, 1.0  # a path with a colon in it, which is not there
+        weight = math.nan
     if not math.isfinite(weight):
-        raise ValueError(f"--lora {text!r} has the weight {number}; use a finite number, 1 is as trained")
+        raise ValueError(f"--lora {text!r} has the weight {number!r}; use a finite number, 1 is as trained")
     return path, weight
 
 

@@ -13,6 +13,7 @@ from ldm.denoiser import Denoiser
 from ldm.densities import Importance
 from ldm.loss import diffusion_loss
 from ldm.pipeline import TextToImage
+from ldm.settings import Settings
 from stages.inputs import Inputs
 from storage.dataset import ImageDataset, collate
 from storage.images import grid
@@ -128,8 +129,21 @@ def draw_samples(trainer: Trainer, model: TextToImage, shown: Shown, seed: int) 
     grid(pictures, min(8, len(pictures)), shown.prompts).save(trainer.sample_path())
 
 
-def drawing_command(model: TextToImage, prompt: str) -> list[str]:
-    """The words that draw with a model, such as ["txt2img.py", "a red heart"], but for how it is opened."""
+def drawing_command(model: TextToImage, prompt: str, opening: Sequence[str]) -> list[str]:
+    """The words that draw with a model, such as ["txt2img.py", "a red heart"], and those that say how it is opened."""
+    if not model.autoencoder.decodes:
+        return ["txt2img.py", prompt, *("--checkpoint", "DECODER", "--prior"), opening[-1]]
+    return [*_drawing(model, prompt), *opening]
+
+
+def sampling_flags(defaults: Settings) -> list[str]:
+    """How a model makes pictures by default, for those that have other defaults."""
+    chosen = [("sampler", defaults.sampler), ("spacing", defaults.spacing), ("steps", str(defaults.steps))]
+    chosen.append(("guidance-scale", f"{defaults.guidance_scale:g}"))
+    return [word for name, value in chosen if value for word in (f"--{name}", value)]
+
+
+def _drawing(model: TextToImage, prompt: str) -> list[str]:
     if model.conditioner.hint is None and model.conditioner.reads_text:
         return ["txt2img.py", prompt]
     if model.conditioner.hint is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from stages.distillation import DistillationConfig
 from stages.ldm_parts import make_unet
 from stages.ldm_run import DataConfig, DiffusionConfig, RunConfig, inherited
 from storage.config import load_config
+from storage.pictures import read_record
 
 pytestmark = pytest.mark.usefixtures("settings_of_runs")
 SHORT = [
@@ -90,6 +92,17 @@ def test_the_size_of_micro_batches_does_not_change_what_is_learned(case, tmp_pat
     ours, theirs = (open_model(run / "model").unet.state_dict() for run in (tmp_path / "run", whole))
     for name, weight in ours.items():
         torch.testing.assert_close(weight, theirs[name], rtol=0, atol=2e-4)
+
+
+def test_low_rank_additions_that_were_distilled_say_how_they_are_sampled(teacher, tmp_path, capsys):
+    """LCM-LoRA (Luo et al. 2023): the command that is printed draws with them."""
+    run_here(*SHORT, f"init_from={teacher}", *CASES["consistency"], "lora.rank=2", f"run={tmp_path / 'run'}")
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    said = ["--sampler", "lcm", "--spacing", "trailing", "--steps", "4", "--guidance-scale", "1"]
+    assert command[:3] == ["python", "txt2img.py", "a red heart"] and command[-len(said) :] == said
+    run_here(*command[1:], "--outdir", str(tmp_path / "drawn"))
+    record = read_record(tmp_path / "drawn" / "00000.png")
+    assert record["lora"] == [f"{tmp_path}/run/lora:1"] and record["pictures"][0]["sampler"] == "lcm"
 
 
 @pytest.mark.slow

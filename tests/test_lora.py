@@ -161,8 +161,11 @@ def test_half_precision_is_what_is_asked_for(folder, tmp_path):
     assert kinds == {torch.float16}
 
 
-def test_paths_may_hold_colons():
+def test_paths_may_hold_colons(tmp_path):
     assert parse_lora("a/b:0.5") == ("a/b", 0.5) and parse_lora("a/b") == ("a/b", 1.0)
     assert parse_lora("C:\\x.safetensors") == ("C:\\x.safetensors", 1.0) and parse_lora("a:-1e-1") == ("a", -0.1)
-    with pytest.raises(ValueError, match="finite"):
-        parse_lora("a:nan")
+    for wrong in ("a:nan", "a:", f"{tmp_path}:abc"):
+        with pytest.raises(ValueError, match="has the weight .* finite number"):
+            parse_lora(wrong)
+    (tmp_path / "b:1").touch()
+    assert parse_lora(f"{tmp_path}/b:1") == (f"{tmp_path}/b:1", 1.0)

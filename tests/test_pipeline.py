@@ -260,7 +260,7 @@ def test_parts_that_do_not_fit_together_are_refused(models, monkeypatch):
     assert wide.conditioner.context_dim == model.conditioner.context_dim  # else the next line proves nothing
     thin = build_scratch()
     monkeypatch.setattr(type(thin), "context_dim", 16)
-    with pytest.raises(ValueError, match="the UNet reads tokens of width 32, the text encoder's have 16"):
+    with pytest.raises(ValueError, match="the UNet reads tokens of width 32, the conditioner makes tokens of width 16"):
         TextToImage(model.autoencoder, model.unet, thin, model.scheduling)
 
 

@@ -66,7 +66,8 @@ def test_a_lora_of_30_pictures_changes_the_style_and_keeps_the_concept(runs, rea
     targets = "lora.targets=[to_q,to_k,to_v,to_out.0,ff.net.0.proj,ff.net.2]"
     settings = [f"data.where={where}", "data.captions=['{name}, mono style']", f"run={runs}/lora", "ema.decay=0.99"]
     settings += ["lora.rank=16", "lora.alpha=16", targets, "optimizer.learning_rate=1e-3", "optimizer.warmup_steps=20"]
-    run_here("train_ldm.py", *COMMON, *settings, "trainer.steps=1000", "trainer.batch_size=8", "trainer.save_every=100")
+    settings += ["optimizer.schedule=cosine", "trainer.steps=1000", "trainer.batch_size=16", "trainer.save_every=100"]
+    run_here("train_ldm.py", *COMMON, *settings)
     classifier, styles, accuracy = train_classifier(reconstructed(TextToImage.load(BASE).autoencoder, real))
     shares, concept = {}, {}
     for weight in (0.0, 1.0):

@@ -387,7 +387,7 @@ def test_the_default_checkpoint_is_in_the_folder_of_the_script(checkpoint, monke
 
 BAD = {
     "no prompt": ([], "there is no prompt; give one"),
-    "unknown flag": (["a", "--stepz", "3"], "unrecognized arguments: --stepz"),
+    "unknown flag": (["a", "--stepz", "3"], "unrecognized arguments: --stepz 3; did you mean --steps?"),
     "no number": (["a", "--steps", "many"], "argument --steps/--ddim-steps: invalid int value: 'many'"),
     "sampler": (["a", "--sampler", "dpmp_2m"], "sampler 'dpmp_2m' is unknown; did you mean dpmpp_2m? There are ddim"),
     "steps 0": (["a", "--steps", "0"], "steps 0 must be at least 1"),

@@ -19,6 +19,7 @@ from ldm.imagining import imagined
 from ldm.pipeline import TextToImage
 from ldm.settings import Settings
 from ldm.single_file import save_single_file
+from stages.denoising import drawing_command
 from stages.inputs import Inputs
 from storage.dataset import DataConfig, ImageDataset, Skip, collate, scan
 from storage.weights import read_weights, write_weights
@@ -47,6 +48,12 @@ def runs(tmp_path_factory, autoencoder, settings_of_runs) -> Path:
             run = f"run={folder / kind}"
             run_here("train_ldm.py", "--config", f"configs/ldm/{kind}-small.yaml", run, *BRIEF, *settings)
     return folder
+
+
+def test_a_prior_is_said_to_serve_a_decoder(runs):
+    prior = TextToImage.load(runs / "unclip-prior" / "model")
+    words = drawing_command(prior, "a cat", ["--checkpoint", "runs/prior/model"])
+    assert words == ["txt2img.py", "a cat", "--checkpoint", "DECODER", "--prior", "runs/prior/model"]
 
 
 def test_a_decoder_draws_prompts_through_its_prior(runs):
