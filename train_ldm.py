@@ -20,6 +20,7 @@ from ldm.denoiser import Denoiser
 from ldm.densities import Importance, make_density
 from stages.adapters import Learning, what_learns
 from stages.denoising import Shown, draw_samples, drawing_command, learn, sampling_flags, validate
+from stages.examples import Examples
 from stages.inputs import Inputs
 from stages.ldm_parts import Learner, build_model, open_cache
 from stages.ldm_run import RunConfig, inherited
@@ -86,7 +87,7 @@ def train(config: RunConfig) -> None:
             told, null = inputs.contexts(batch, device)
             context = told if null is None else drop_context(told, null, drop.to(device))
             draw = partial(uniform, seed, step=step, positions=positions)
-            losses = objective(denoiser, z_0, context, null, t, noise, draw)
+            losses = objective(denoiser, Examples(z_0=z_0, context=context, null=null, t=t, noise=noise, draw=draw))
             loss = (losses * weight.to(losses) * pictures.weights(batch).to(losses)).mean()
             trainer.update(loss, learner.optimizer)
             trainer.log(loss=loss)

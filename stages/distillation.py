@@ -21,10 +21,10 @@ from ldm.consistency import (
 )
 from ldm.denoiser import Denoiser
 from ldm.times import RUNGS
+from stages.examples import Examples
 from training.ema import Ema, EmaConfig
 
 CONSISTENCY_ONLY = ("levels", "target_decay", "huber")  # settings
-Draw = Callable[[str], Tensor]  # (what for) -> a uniform number for each image [B], from its own address
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,27 +79,18 @@ class ConsistencyDistillation:
     unet: nn.Module  # the student, not wrapped
     averages: Sequence[Ema]  # one, of the student's weights; none: it is compared with itself
 
-    def __call__(
-        self,
-        denoiser: Denoiser,
-        z_0: Tensor,
-        context: Context,
-        null: Context | None,
-        t: Tensor,
-        noise: Tensor,
-        draw: Draw,
-    ) -> Tensor:
+    def __call__(self, denoiser: Denoiser, examples: Examples) -> Tensor:
         """Losses [B], see `stages.objectives.Objective`."""
-        scale = self.config.scales(draw("guidance scale"))
-        t, s = rung(denoiser.schedule, t, self.config.levels)
+        scale = self.config.scales(examples.draw("guidance scale"))
+        t, s = rung(denoiser.schedule, examples.t, self.config.levels)
         return consistency_loss(
             ConsistencyFunction(denoiser),
             ConsistencyFunction(replace(denoiser, network=self._averaged) if self.averages else denoiser),
-            _guided(self.config, self.teacher, context, null, scale),
-            denoiser.add_noise(z_0, noise, t),
+            _guided(self.config, self.teacher, examples, scale),
+            denoiser.add_noise(examples.z_0, examples.noise, t),
             t,
             s,
-            _told(self.unet, context, scale),
+            _told(self.unet, examples.context, scale),
             denoiser.schedule,
             self.config.huber,
         )
@@ -118,30 +109,19 @@ class GuidanceDistillation:
     unet: nn.Module  # the student, not wrapped
     averages: Sequence[Ema] = ()
 
-    def __call__(
-        self,
-        denoiser: Denoiser,
-        z_0: Tensor,
-        context: Context,
-        null: Context | None,
-        t: Tensor,
-        noise: Tensor,
-        draw: Draw,
-    ) -> Tensor:
+    def __call__(self, denoiser: Denoiser, examples: Examples) -> Tensor:
         """Losses [B], see `stages.objectives.Objective`."""
-        scale = self.config.scales(draw("guidance scale"))
-        teacher = _guided(self.config, self.teacher, context, null, scale)
-        told = _told(self.unet, context, scale)
-        return guidance_loss(denoiser, teacher, denoiser.add_noise(z_0, noise, t), t, told)
+        scale, t = self.config.scales(examples.draw("guidance scale")), examples.t
+        teacher = _guided(self.config, self.teacher, examples, scale)
+        told = _told(self.unet, examples.context, scale)
+        return guidance_loss(denoiser, teacher, denoiser.add_noise(examples.z_0, examples.noise, t), t, told)
 
 
-def _guided(
-    config: DistillationConfig, teacher: Denoiser, context: Context, null: Context | None, scale: Tensor
-) -> Teacher:
+def _guided(config: DistillationConfig, teacher: Denoiser, examples: Examples, scale: Tensor) -> Teacher:
     """The teacher at guidance scales [B]; alone where these are always 1, and nobody is told nothing."""
     if not config.guides:
-        return partial(teacher, context=context)
-    return guided_teacher(teacher, context, null, scale)
+        return partial(teacher, context=examples.context)
+    return guided_teacher(teacher, examples.context, examples.null, scale)
 
 
 def _told(unet: nn.Module, context: Context, scale: Tensor) -> Context:

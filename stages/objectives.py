@@ -1,4 +1,4 @@
-"""What is learned in stage 2, each as one call that makes losses of latents, contexts, times and noise."""
+"""What is learned in stage 2, each as one call that makes losses of examples."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from conditioning.context import Context
 from ldm.consistency import rung
 from ldm.denoiser import Denoiser
 from ldm.loss import diffusion_loss
 from ldm.pipeline import TextToImage
 from ldm.schedule import make_schedule
-from stages.distillation import DISTILLATIONS, Draw
+from stages.distillation import DISTILLATIONS
+from stages.examples import Examples
 from stages.ldm_run import RunConfig, opened
 from storage.config import require_same
 from storage.pictures import model_hash
@@ -29,27 +29,8 @@ class Objective(Protocol):
 
     averages: Sequence[Ema]  # of the learning network's weights, made after each update, saved and restored
 
-    def __call__(
-        self,
-        denoiser: Denoiser,
-        z_0: Tensor,
-        context: Context,
-        null: Context | None,
-        t: Tensor,
-        noise: Tensor,
-        draw: Draw,
-    ) -> Tensor:
-        """Losses [B], of which the mean is to fall.
-
-        Args:
-            denoiser: what learns.
-            z_0: clean latents [B, c, h, w].
-            context: what it is told, of B; that of some members may be the null context.
-            null: what it is told of nothing, of B or 1; None where nobody is, see `Inputs`.
-            t: times [B], as the density draws them.
-            noise: standard normal [B, c, h, w].
-            draw: (what for) -> uniform numbers [B], each from its image's own address.
-        """
+    def __call__(self, denoiser: Denoiser, examples: Examples) -> Tensor:
+        """Losses [B], of which the mean is to fall; `denoiser` is what learns."""
         ...
 
 
@@ -61,18 +42,10 @@ class Diffusion:
     gamma: float | None
     averages: Sequence[Ema] = ()
 
-    def __call__(
-        self,
-        denoiser: Denoiser,
-        z_0: Tensor,
-        context: Context,
-        null: Context | None,
-        t: Tensor,
-        noise: Tensor,
-        draw: Draw,
-    ) -> Tensor:
+    def __call__(self, denoiser: Denoiser, examples: Examples) -> Tensor:
         """Losses [B], see `Objective`."""
-        return diffusion_loss(denoiser, z_0, context, t, noise, self.weighting, self.gamma)
+        x = examples
+        return diffusion_loss(denoiser, x.z_0, x.context, x.t, x.noise, self.weighting, self.gamma)
 
 
 def make_objective(config: RunConfig, model: TextToImage, trainer: Trainer) -> Objective:
