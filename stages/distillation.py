@@ -154,7 +154,11 @@ DISTILLATIONS = {
         samples={"sampler": "lcm", "steps": 4, "guidance_scale": 1.0},
         scheduling={"sampler": "lcm", "spacing": "rungs"},
     ),
-    "guidance": Distillation(build=_guidance, samples={"guidance_scale": 1.0}, scheduling={}),
+    "guidance": Distillation(
+        build=_guidance,
+        samples={"guidance_scale": 1.0},
+        scheduling={"spacing": "trailing"},  # for few steps better than what samplers choose for many: few_steps.md
+    ),
 }
 
 

@@ -20,7 +20,7 @@ from ldm import TextToImage
 from ldm.parts import open_model
 from ldm.unet import UNetConfig
 from stages.denoising import ValidationConfig
-from stages.distillation import DistillationConfig
+from stages.distillation import DistillationConfig, scheduling_of
 from stages.ldm_parts import make_unet
 from stages.ldm_run import DataConfig, DiffusionConfig, RunConfig, inherited
 from storage.config import load_config
@@ -124,6 +124,12 @@ def test_a_student_of_consistency_says_that_it_wants_four_steps_of_lcm_and_diffu
     assert isinstance(scheduler, diffusers.LCMScheduler)
     scheduler.set_timesteps(4)
     assert scheduler.timesteps.tolist() == [999, 759, 499, 259]
+
+
+def test_a_student_of_guidance_walks_evenly_in_time_and_one_of_other_levels_than_lcms_too():
+    for config in (DistillationConfig(kind="guidance"), DistillationConfig(levels=10)):
+        assert scheduling_of(config)["spacing"] == "trailing"
+    assert scheduling_of(DistillationConfig())["spacing"] == "rungs"
 
 
 @pytest.fixture
