@@ -75,7 +75,7 @@ def judge(folder: Path) -> dict:
     for number in range(len(CLASSES)):  # eight samples of the class, and two held-out pictures of it
         rows += made[best][number * EACH : number * EACH + 8]
         rows += [tensor_to_image(image) for image in images[labels == number][:2]]
-    grid([image.resize((64, 64)) for image in rows], 10).save(folder / "samples.png", optimize=True)
+    grid([image.resize((64, 64)) for image in rows], 10).save(folder / "samples.webp", quality=85)
     return measured
 
 
