@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from flags import GIVEN, MODEL, PICTURE, RUN
 from stages.gallery import Output, columns, make, signs
@@ -43,9 +43,10 @@ class Command:
 class Parser(argparse.ArgumentParser):
     """A parser whose complaints are one line."""
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         _, _, unknown = message.partition("unrecognized arguments: ")
-        near = difflib.get_close_matches(unknown.split(" ")[0].split("=")[0], self._option_string_actions, n=1)
+        flag = unknown.split(" ")[0].split("=")[0]
+        near = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.75)
         raise ValueError(f"{message}; did you mean {near[0]}?" if near else message)
 
 

@@ -58,7 +58,7 @@ GIVEN: dict[str, Flag] = {  # likewise: what a picture is made of besides prompt
     "resample": flag(type=int, metavar="N", help="with a mask: walk each part of the way N times; 5 to 10 are usual"),
     "feather": flag(type=int, metavar="PIXELS", help="around the mask, where the new fades into the old (default: 0)"),
     "back_projection": flag(
-        type=int, metavar="N", help="rounds that make a picture shrink to its image (default: 3 if trained on such)"
+        type=int, metavar="N", help="rounds that make a picture shrink to its image (default: the model's, 3 or 0)"
     ),
     "noise_level": flag(type=float, metavar="L", help="added to the image, for models that enlarge so; 0 to 1"),
 }

@@ -103,8 +103,8 @@ def train(config: RunConfig) -> None:
                     if trainer.is_main:
                         draw_samples(trainer, whole, shown, seed)
     opening = learning.flags(config.run)
-    if config.distillation is not None and learning.base is not None:
-        opening += sampling_flags(model.defaults)  # which are not those of the model that it is added to
+    if config.distillation is not None and product != "model":  # what it is added to is sampled otherwise
+        opening += sampling_flags(model.defaults)
     command = shlex.join(["python", *drawing_command(model, shown.prompts[0], opening)])
     trainer.print(f"the {product} is in {config.run}/{product}; next:\n  {command}")
 

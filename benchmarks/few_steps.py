@@ -1,6 +1,6 @@
 """A student in few steps against its teacher in many: prompt recall, processor time, and a sheet to look at.
 
-python benchmarks/few_steps.py --student runs/emoji-lcm/model --data data/emoji --output docs/tasks/few_steps.png
+python benchmarks/few_steps.py --student runs/emoji-guidance/model --data data/emoji --output docs/tasks/few_steps.png
 
 Each draws the same prompts from the same seeds, by turns; time is what this process uses of a processor on one thread.
 """

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from conditioning.bert import empty_embedding
 
 MODEL_TYPE = "boxes"  # our mark in text_encoder/config.json
+MARK = {"model_type": MODEL_TYPE, "architectures": ["BoxEncoder"]}
 FREQUENCIES = 8  # sines and cosines per coordinate; GLIGEN's
-HIGHEST = 100.0  # the frequencies are HIGHEST ** (k / FREQUENCIES), in radians per side of the picture; GLIGEN's
+BASE = 100.0  # frequency k is BASE ** (k / FREQUENCIES), in radians per side of the picture; GLIGEN's temperature
 HIDDEN = "hidden_layers"  # of the perceptron, in config.json
 
 
@@ -33,7 +34,7 @@ class BoxEncoder(nn.Module):
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
-        self.config = {**config, "model_type": MODEL_TYPE}
+        self.config = {**config, **MARK}
         width, hidden = config["d_model"], config[HIDDEN]
         self.none, self.side = config["vocab_size"] - 1, math.isqrt(config["vocab_size"])
         self.classes = empty_embedding(config["vocab_size"], width)
@@ -61,8 +62,8 @@ class BoxEncoder(nn.Module):
         """Cells [..., 2] of two corners -> sines, then cosines, of their coordinates from 0 to 1."""
         corners = torch.stack([cells % self.side, cells // self.side], -1).flatten(-2) / max(self.side - 1, 1)
         steps = torch.arange(FREQUENCIES, device=cells.device) / FREQUENCIES
-        angles = (corners[..., None] * HIGHEST**steps).flatten(-2).to(self.whole.dtype)
-        return torch.cat([angles.sin(), angles.cos()], -1)
+        angles = (corners[..., None] * BASE**steps).flatten(-2)  # float32: half precision would miss by 0.1
+        return torch.cat([angles.sin(), angles.cos()], -1).to(self.whole.dtype)
 
 
 def boxes_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -20,13 +20,15 @@ from storage.weights import write_weights
 if TYPE_CHECKING:
     from conditioning.building import AnyConditioner
 
+LIBRARIES = {"LDMBertModel": "latent_diffusion", "BoxEncoder": None}  # of model_index.json; None: nobody else has it
+
 
 class Conditioner(nn.Module):
     """Prompts -> Context with tokens [B, L, d]; frozen unless trainable.
 
     Args:
         tokenizer: text to ids of one length L, so that nothing depends on the other prompts of a batch.
-        encoder: (ids, mask) [B, L] -> tokens [B, L, d], with .config and .weights().
+        encoder: (ids, mask) [B, L] -> tokens [B, L, d] (of layouts there may be fewer), with .config and .weights().
         use_mask: hides padding from the encoder and, by context.mask, from the UNet.
         trainable: lets gradients through and obeys train(); otherwise no_grad and eval mode for good.
 
@@ -58,7 +60,7 @@ class Conditioner(nn.Module):
 
     @property
     def max_length(self) -> int:
-        """L of the tokens [B, L, d]."""
+        """L of the ids [B, L], and of the tokens where each id becomes one."""
         return self.tokenizer.max_length
 
     @property
@@ -75,7 +77,7 @@ class Conditioner(nn.Module):
     def components(self) -> dict[str, list[str | None]]:
         """What model_index.json says of text_encoder/ and tokenizer/: library and class."""
         encoder = (self.encoder.config.get("architectures") or ["AutoModel"])[0]
-        library = "latent_diffusion" if encoder == "LDMBertModel" else "transformers"
+        library = LIBRARIES.get(encoder, "transformers")
         tokenizer = self.tokenizer.options.get("tokenizer_class", "AutoTokenizer")
         return {"text_encoder": [library, encoder], "tokenizer": ["transformers", tokenizer]}
 

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 RESIZINGS = ("bicubic", "bilinear", "area")
+ROUNDS = 3  # of back-projection, as usual
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +84,7 @@ DEGRADATIONS: dict[str, Callable[[Tensor, tuple[int, int], DegradationConfig, to
 }
 
 
-def back_projected(images: Tensor, small: Tensor, rounds: int = 3) -> Tensor:
+def back_projected(images: Tensor, small: Tensor, rounds: int = ROUNDS) -> Tensor:
     """Images [B, 3, H, W] changed so that they shrink to the small ones [B, 3, h, w] (Irani & Peleg 1991).
 
     What enlarging got wrong on a scale that the small pictures show is mended: colors, where edges are. What is finer

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from conditioning.degradation import degrade
+from conditioning.degradation import ROUNDS, degrade
 from conditioning.masks import draw_mask
 
 if TYPE_CHECKING:
@@ -84,12 +84,14 @@ class SemanticHint:
 
     def check(self, map: Tensor) -> None:
         """Raise ValueError for a map without a class that the model knows; warn of numbers that are of none."""
-        most, numbers = self.config.classes - 1, map.round().unique()
-        known = f"the model knows 0 to {most}"
-        if numbers.min() > most:
-            raise ValueError(f"the map has no class in it: its numbers begin at {numbers.min():g}, {known}")
-        if unknown := [f"{number:g}" for number in numbers.tolist() if number > most and number != VOID]:
-            warnings.warn(f"the map has numbers that are of no class: {', '.join(unknown[:5])}; {known}", stacklevel=2)
+        numbers, most = map.round().unique(), self.config.classes - 1
+        known = (numbers >= 0) & (numbers <= most)
+        unknown = ", ".join(f"{number:g}" for number in numbers[~known & (numbers != VOID)][:5].tolist())
+        mend = f"give numbers from 0 to {most}, the model's classes"
+        if not known.any():
+            raise ValueError(f"the map has no class in it, its numbers are {unknown or VOID}; {mend}")
+        if unknown:
+            warnings.warn(f"the map has numbers that are of no class: {unknown}; {mend}", stacklevel=2)
 
 
 @dataclass(frozen=True)
@@ -136,8 +138,8 @@ class LowResolutionHint:
 
     @property
     def back_projection(self) -> int:
-        """How often a picture is compared with the image, where nobody says: not if that may be blurred or noisy."""
-        return 3 if self.config.degradation.kind == "bicubic" else 0
+        """Rounds where nobody says how many: none for a model whose images may be blurred and noisy."""
+        return ROUNDS if self.config.degradation.kind == "bicubic" else 0
 
     @property
     def tells_noise(self) -> bool:

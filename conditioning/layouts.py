@@ -36,7 +36,7 @@ class LayoutConfig:
     """
 
     names: list[str] = field(default_factory=list)  # of the classes; empty: those of the captions, sorted
-    vocab_size: int = VOCAB_SIZE  # at least one more than the cells, a square number: 8192 for 90 x 90 and some left
+    vocab_size: int = VOCAB_SIZE  # rows of the table; the cells are the largest square below: 8192 for 90 x 90
     max_objects: int = 30  # what a layout has more is left out
     width: int = 512  # d of the tokens
     reader: str = "cells"  # cells: LDM's transformer, a vector per cell | waves: sines of coordinates, as in GLIGEN
@@ -50,7 +50,7 @@ class LayoutConfig:
         for name in ("layers", "heads") if self.reader == "waves" else ():
             if getattr(self, name) != getattr(LayoutConfig, name):
                 raise ValueError(f"layout.{name} {getattr(self, name)} is of the reader cells; leave it out")
-        if self.width % self.heads:
+        if self.reader == "cells" and self.width % self.heads:
             raise ValueError(f"layout.width {self.width} is not divisible by {self.heads} heads; change one of them")
         if self.vocab_size < len(self.names) + 1 or self.vocab_size < 5:
             least = max(len(self.names) + 1, 5)

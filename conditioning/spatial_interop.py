@@ -45,7 +45,7 @@ def with_hints(
         convention = "ldm" if isinstance(conditioner.prompts, Unconditional) else "stable_diffusion"
         shown |= {"kind": "inpainting", "latent_channels": latent_channels, "convention": convention}
     elif extra == 3:
-        shown |= {"kind": "low_resolution", "degradation": DegradationConfig(factor=downsampling)}
+        shown |= {"kind": "low_resolution", "degradation": DegradationConfig(kind="bsrgan", factor=downsampling)}
     elif extra == 1:
         shown |= {"kind": "depth"}
     else:

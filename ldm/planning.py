@@ -131,11 +131,12 @@ def _of_sources(model: TextToImage, picture: Settings, said: dict[str, Any]) -> 
         factor = model.factor if shown is sources.image else 1
         sides = {"height": shown.height * factor, "width": shown.width * factor}
         picture = replace(picture, **{name: said.get(name, side) for name, side in sides.items()})
-    if model.factor > 1 and picture.back_projection is None:
-        picture = replace(picture, back_projection=model.conditioner.hint.back_projection)
     if min(picture.height, picture.width) < 1:
         raise ValueError(f"a picture of {picture.width} x {picture.height} pixels has none; use 1 or more")
     give(model.conditioner, [picture], sources, model.autoencoder.downsampling, model.prior is not None)  # raises
+    if model.factor > 1 and picture.back_projection is None:
+        free = picture.noise_level or picture.mask  # what is asked to be invented is not to be taken back
+        picture = replace(picture, back_projection=0 if free else model.conditioner.hint.back_projection)
     return picture
 
 

@@ -145,7 +145,7 @@ def check_read(conditioner: AnyConditioner, picture: Settings) -> None:
     reads = conditioner.hint.reads if "hint" in conditioner.needs else ()
     if picture.map is not None and "map" not in reads:
         raise ValueError(f"map {picture.map} is given, and this model reads none; leave it out")
-    if picture.back_projection and "noise_level" not in reads:
+    if picture.back_projection and ("hint" not in conditioner.needs or conditioner.hint.factor == 1):
         raise ValueError(f"back projection {picture.back_projection} is for models that enlarge; leave it out")
     if picture.noise_level and "noise_level" not in reads:
         raise ValueError(f"noise level {picture.noise_level} is for models that enlarge; leave it out")

@@ -12,6 +12,7 @@ times the memory. GPUs have such algorithms in cuDNN.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -57,12 +58,26 @@ class Convolution(nn.Conv2d):
     Where its weight is laid out (see `lay_out`) and input and weight are float32 on the CPU, `convolve` is used, with a
     relative error of about 3e-6; otherwise, under autocast and by torch.compile, PyTorch's own convolution.
 
+    Args:
+        channels, out_channels: C and O.
+        kernel_size, stride, padding, options: as of nn.Conv2d, for those who make another layer of this one's kind, as
+            peft does; padding None is half of the kernel. What is no 3x3 convolution is PyTorch's own.
+
     Attributes:
         keeps: whether the transformed weight is kept from the first call on, see `keep_transforms`.
     """
 
-    def __init__(self, channels: int, out_channels: int):
-        super().__init__(channels, out_channels, 3, padding=1)
+    def __init__(
+        self,
+        channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int] = 3,
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | None = None,
+        **options: Any,
+    ):
+        half = (kernel_size if isinstance(kernel_size, int) else kernel_size[0]) // 2
+        super().__init__(channels, out_channels, kernel_size, stride, half if padding is None else padding, **options)
         self.keeps = False
         self._kept: Tensor | None = None  # [36, C, O]
 
@@ -106,8 +121,9 @@ def keep_transforms(module: nn.Module) -> nn.Module:
 
 
 def fits(weight: Tensor) -> bool:
-    """Whether a weight [O, C, 3, 3] is one that Winograd's algorithm makes faster."""
-    return weight.is_cpu and weight.dtype == torch.float32 and min(weight.shape[:2]) >= FEWEST_CHANNELS
+    """Whether a weight [O, C, h, w] is one that Winograd's algorithm makes faster."""
+    plain = weight.is_cpu and weight.dtype == torch.float32 and weight.shape[2:] == (3, 3)
+    return plain and min(weight.shape[:2]) >= FEWEST_CHANNELS
 
 
 def is_laid_out(weight: Tensor) -> bool:

@@ -109,6 +109,7 @@ class Additions:
 
     def prepare(self, model: TextToImage, records: Sequence[Record], seed: int) -> None:
         """Put peft's layers around those that are adapted; B is zero, so the model is what it was."""
+        _check_draws(model, "lora")
         torch.manual_seed(generator(seed, "lora").initial_seed())
         model.conditioner.requires_grad_(False)
         model.conditioner.trainable = model.conditioner.prompts.trainable = self.config.text_encoder
@@ -167,6 +168,7 @@ class NewWord:
 
     def prepare(self, model: TextToImage, records: Sequence[Record], seed: int) -> None:
         """Give the text encoder rows for the word; ValueError where no caption has it."""
+        _check_draws(model, "inversion")
         token, prompts = self.config.token, model.conditioner.prompts
         if not any(token in caption for record in records for group in record.captions for caption in group):
             raise ValueError(f"no caption holds inversion.token {token}; write it into one of data.captions")
@@ -197,6 +199,12 @@ def what_learns(lora: LoraConfig | None, inversion: InversionConfig | None, sour
         name = "lora" if lora is not None else "inversion"
         raise ValueError(f"{name} adapts a model, and init_from names none; give init_from=PATH")
     return Additions(lora, source) if lora is not None else NewWord(inversion, source)
+
+
+def _check_draws(model: TextToImage, how: str) -> None:
+    """Raise ValueError for a prior, which no command could use with additions."""
+    if not model.autoencoder.decodes:
+        raise ValueError(f"{how} adapts models that make pictures, and this one makes embeddings; train it whole")
 
 
 def _named(network: nn.Module, target: str) -> bool:

@@ -21,6 +21,10 @@ from storage.randomness import normal, uniform
 from training.trainer import Trainer
 
 SHOWN = 8  # pictures, where the config names no prompts
+CHOSEN = (  # fields of Settings
+    *("sampler", "spacing", "steps", "corrections"),
+    *("guidance_scale", "guidance_bound", "guidance_percentile"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,10 +141,10 @@ def drawing_command(model: TextToImage, prompt: str, opening: Sequence[str]) -> 
 
 
 def sampling_flags(defaults: Settings) -> list[str]:
-    """How a model makes pictures by default, for those that have other defaults."""
-    chosen = [("sampler", defaults.sampler), ("spacing", defaults.spacing), ("steps", str(defaults.steps))]
-    chosen.append(("guidance-scale", f"{defaults.guidance_scale:g}"))
-    return [word for name, value in chosen if value for word in (f"--{name}", value)]
+    """Flags that say what `SamplesConfig` and a distillation choose, such as ["--sampler", "lcm", "--steps", "4"]."""
+    chosen = {name: getattr(defaults, name) for name in CHOSEN if getattr(defaults, name) is not None}
+    texts = {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in chosen.items()}
+    return [word for name, text in texts.items() for word in (f"--{name.replace('_', '-')}", text)]
 
 
 def _drawing(model: TextToImage, prompt: str) -> list[str]:

@@ -179,7 +179,7 @@ def habits(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def scheduling_of(config: DistillationConfig) -> dict[str, Any]:
-    """How students are sampled, over the teacher's: on the times that they have learned."""
+    """How students are sampled, over the teacher's: on times that suit few steps."""
     chosen = dict(DISTILLATIONS[config.kind].scheduling)
     if "spacing" in chosen and config.levels != RUNGS:
         chosen["spacing"] = "trailing"

@@ -44,8 +44,8 @@ class Diffusion:
 
     def __call__(self, denoiser: Denoiser, examples: Examples) -> Tensor:
         """Losses [B], see `Objective`."""
-        x = examples
-        return diffusion_loss(denoiser, x.z_0, x.context, x.t, x.noise, self.weighting, self.gamma)
+        given = examples.z_0, examples.context, examples.t, examples.noise
+        return diffusion_loss(denoiser, *given, self.weighting, self.gamma)
 
 
 def make_objective(config: RunConfig, model: TextToImage, trainer: Trainer) -> Objective:

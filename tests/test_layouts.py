@@ -92,3 +92,17 @@ def test_what_waves_have_not_is_refused():
         LayoutConfig(reader="waves", layers=2)
     with pytest.raises(ValueError, match="layout.reader 'wave' is unknown; use one of cells, waves"):
         LayoutConfig(reader="wave")
+    LayoutConfig(reader="waves", width=20)  # which heads need not divide: there are none
+
+
+def test_waves_in_half_precision_are_those_of_float32_rounded():
+    conditioner = waves(["cat", "dog"])
+    ids = conditioner.tokenize(["cat 0.1 0.2 0.5 0.9; dog 0.5 0.5 1 1"]).ids
+    cells = ids[:, :-2].unflatten(1, (-1, 3))[..., 1:]
+    exact = conditioner.encoder._waves(cells)
+    assert (conditioner.bfloat16().encoder._waves(cells) - exact).abs().max() < 0.005
+    assert conditioner.encode(["cat 0.1 0.2 0.5 0.9"]).tokens.dtype == torch.bfloat16
+
+
+def test_diffusers_is_told_that_it_has_no_such_reader():
+    assert waves(["cat"]).components["text_encoder"] == [None, "BoxEncoder"]

@@ -106,15 +106,18 @@ def test_a_class_beyond_the_last_is_none():
 
 def test_a_users_map_without_a_class_is_refused_and_one_with_unknown_numbers_is_warned_of():
     hint, draw = reader("semantic").hint, draws(0)
-    with pytest.raises(ValueError, match="no class in it: its numbers begin at 7, the model knows 0 to 4"):
+    for value in (-1.0, 255.0, float("nan")):
+        with pytest.raises(ValueError, match="the map has no class in it"):
+            hint.of_files(Files(map=torch.full((1, SIDE, SIDE), value)), SIDE, SIDE, draw)
+    with pytest.raises(ValueError, match="no class in it, its numbers are 7; give numbers from 0 to 4"):
         hint.of_files(Files(map=torch.full((1, SIDE, SIDE), 7.0)), SIDE, SIDE, draw)
     numbers = torch.zeros(1, SIDE, SIDE)
-    numbers[0, 0, :2] = torch.tensor([9.0, 255.0])
-    with pytest.warns(UserWarning, match="numbers that are of no class: 9; the model knows 0 to 4"):
+    numbers[0, 0, :3] = torch.tensor([9.0, 255.0, -1.0])
+    with pytest.warns(UserWarning, match="numbers that are of no class: -1, 9; give numbers from 0 to 4"):
         hint.of_files(Files(map=numbers), SIDE, SIDE, draw)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        hint.of_files(Files(map=numbers.clamp(max=4)), SIDE, SIDE, draw)
+        hint.of_files(Files(map=numbers.clamp(0, 4)), SIDE, SIDE, draw)
         reader("depth").hint.of_files(Files(map=torch.full((1, SIDE, SIDE), 900.0)), SIDE, SIDE, draw)
 
 

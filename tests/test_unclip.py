@@ -19,6 +19,7 @@ from ldm.imagining import imagined
 from ldm.pipeline import TextToImage
 from ldm.settings import Settings
 from ldm.single_file import save_single_file
+from stages.adapters import InversionConfig, LoraConfig, what_learns
 from stages.denoising import drawing_command
 from stages.inputs import Inputs
 from storage.dataset import DataConfig, ImageDataset, Skip, collate, scan
@@ -54,6 +55,15 @@ def test_a_prior_is_said_to_serve_a_decoder(runs):
     prior = TextToImage.load(runs / "unclip-prior" / "model")
     words = drawing_command(prior, "a cat", ["--checkpoint", "runs/prior/model"])
     assert words == ["txt2img.py", "a cat", "--checkpoint", "DECODER", "--prior", "runs/prior/model"]
+
+
+@pytest.mark.parametrize("wanted", [LoraConfig(), InversionConfig(token="cat", initial="dog")])
+def test_a_prior_is_not_adapted(runs, wanted):
+    prior = TextToImage.load(runs / "unclip-prior" / "model")
+    kind = "lora" if isinstance(wanted, LoraConfig) else "inversion"
+    learning = what_learns(**{"lora": None, "inversion": None, kind: wanted}, source=str(runs))
+    with pytest.raises(ValueError, match=f"{kind} adapts models that make pictures, and this one makes embeddings"):
+        learning.prepare(prior, [], 0)
 
 
 def test_a_decoder_draws_prompts_through_its_prior(runs):

@@ -6,9 +6,11 @@ from drawn import build, folder_of, photo, pixels, refused, run
 from PIL import Image
 
 import upscale
+from conditioning import Unconditional
 from conditioning.degradation import DegradationConfig
 from conditioning.hints import HINTS
 from conditioning.spatial import SpatialConfig
+from conditioning.spatial_interop import with_hints
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +46,10 @@ def test_a_picture_shrinks_to_the_image_unless_it_is_left_as_the_model_made_it(m
     off = [np.abs(x.astype(float) - pixels(small)).mean() for x in (as_made, agreed)]
     assert off[1] < 0.25 * off[0]
     assert model.plan("", image=small)[0].back_projection == 3
+    for asked in ({"noise_level": 0.2}, {"mask": Image.new("L", (8, 8), 255)}):  # what is invented is not taken back
+        assert model.plan("", image=small, **asked)[0].back_projection == 0
+    with pytest.raises(ValueError, match="told a picture to be enlarged, and none is given"):
+        model.plan("")
     with pytest.raises(ValueError, match="back projection 2 is for models that enlarge; leave it out"):
         build("text").plan("", image=small, back_projection=2)
     with pytest.raises(ValueError, match="back projection 101 must be between 0"):
@@ -53,6 +59,7 @@ def test_a_picture_shrinks_to_the_image_unless_it_is_left_as_the_model_made_it(m
 def test_what_may_be_blurred_and_noisy_is_not_agreed_with():
     config = SpatialConfig(kind="low_resolution", downsampling=1, degradation=DegradationConfig(kind="bsrgan"))
     assert HINTS["low_resolution"](config).back_projection == 0
+    assert with_hints(Unconditional(), 3, 3, 4).hint.back_projection == 0  # LDM's bsr_sr, of whatever damage
 
 
 def test_a_picture_may_be_made_in_windows(model):
