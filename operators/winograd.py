@@ -61,9 +61,10 @@ class Convolution(nn.Conv2d):
     Args:
         channels, out_channels: C and O.
         kernel_size, stride, padding, options: as of nn.Conv2d, for those who make another layer of this one's kind, as
-            peft does; padding None is half of the kernel. What is no 3x3 convolution is PyTorch's own.
+            peft does; padding None is half of the kernel. With others than the defaults it is PyTorch's own one.
 
     Attributes:
+        is_known: whether it is a 3x3 convolution of stride 1, padded by 1.
         keeps: whether the transformed weight is kept from the first call on, see `keep_transforms`.
     """
 
@@ -78,6 +79,7 @@ class Convolution(nn.Conv2d):
     ):
         half = (kernel_size if isinstance(kernel_size, int) else kernel_size[0]) // 2
         super().__init__(channels, out_channels, kernel_size, stride, half if padding is None else padding, **options)
+        self.is_known = (self.kernel_size, self.stride, self.padding) == ((3, 3), (1, 1), (1, 1))
         self.keeps = False
         self._kept: Tensor | None = None  # [36, C, O]
 
@@ -102,7 +104,7 @@ def lay_out(module: nn.Module) -> nn.Module:
     for convolution in module.modules():
         if isinstance(convolution, nn.Conv2d):
             weight = convolution.weight
-            if isinstance(convolution, Convolution) and fits(weight):
+            if getattr(convolution, "is_known", False) and fits(weight):
                 weight.data = weight.data.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
             else:
                 weight.data = weight.data.contiguous(memory_format=torch.channels_last)
@@ -121,9 +123,8 @@ def keep_transforms(module: nn.Module) -> nn.Module:
 
 
 def fits(weight: Tensor) -> bool:
-    """Whether a weight [O, C, h, w] is one that Winograd's algorithm makes faster."""
-    plain = weight.is_cpu and weight.dtype == torch.float32 and weight.shape[2:] == (3, 3)
-    return plain and min(weight.shape[:2]) >= FEWEST_CHANNELS
+    """Whether a weight [O, C, 3, 3] is one that Winograd's algorithm makes faster."""
+    return weight.is_cpu and weight.dtype == torch.float32 and min(weight.shape[:2]) >= FEWEST_CHANNELS
 
 
 def is_laid_out(weight: Tensor) -> bool:

@@ -15,7 +15,7 @@ from stages.adapters import Additions, LoraConfig
 from stages.additions import parse_lora
 from storage.weights import read_metadata
 
-CONFIG = LoraConfig(rank=4, alpha=3.0, targets=["to_q", "to_v", "to_out.0", "ff.net.2"], text_encoder=True)
+CONFIG = LoraConfig(rank=4, alpha=3.0, targets=["conv1", "to_q", "to_v", "to_out.0", "ff.net.2"], text_encoder=True)
 SCHEDULER = {
     "_class_name": "DDIMScheduler",
     "beta_end": 0.012,

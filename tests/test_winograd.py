@@ -145,3 +145,13 @@ def test_what_is_trained_is_transformed_anew():
         convolution.bias.zero_()
     assert not torch.allclose(convolution(x), before)  # with gradients
     assert convolution(x).requires_grad
+
+
+@pytest.mark.parametrize("options", [dict(kernel_size=(1, 1), bias=False), dict(kernel_size=5), dict(padding=0)])
+def test_other_convolutions_of_its_kind_are_pytorchs_own(options):
+    """peft makes a layer's low-rank halves by the layer's class: of rank 96 or more they would seem to fit."""
+    convolution, x = Convolution(96, 128, **options), torch.randn(2, 96, 16, 16)
+    before = F.conv2d(x, convolution.weight, convolution.bias, padding=convolution.padding)
+    with torch.no_grad():
+        assert torch.allclose(lay_out(convolution)(x), before, atol=1e-4)
+    assert convolution(x).shape == before.shape
