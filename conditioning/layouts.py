@@ -123,7 +123,8 @@ class LayoutTokenizer:
                 near = f"; {self.classes.near(name)}" if self.classes.names else ""
                 raise ValueError(f"{text!r:.80} is no object of a layout: {RULE}{near}")
             if not (0 <= left <= right <= 1 and 0 <= top <= bottom <= 1):
-                raise ValueError(f"{text!r:.80} is no object of a layout: an edge is out of range; {RULE}")
+                rule = "left may not be beyond right, nor top below bottom, nor any of them out of 0 to 1"
+                raise ValueError(f"{text!r:.80} is no object of a layout: {rule}; {RULE}")
             ids += [number, self._cell(left, top), self._cell(right, bottom)]
         empty = [self.vocab_size - 1] * (self.max_length - 2 - len(ids))
         return [*ids, *empty, self._cell(0, 0), self._cell(1, 1)]

@@ -90,7 +90,9 @@ def read_lora(path: str | os.PathLike) -> Lora:
     Raises:
         FileNotFoundError, ValueError: in one line: not there, damaged, or it holds what is no LoRA.
     """
-    path = Path(path) / DIFFUSERS_FILE if Path(path).is_dir() else Path(path)
+    given, path = Path(path), Path(path) / DIFFUSERS_FILE if Path(path).is_dir() else Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no LoRA is in {given}; give a file, or the folder that training leaves, RUN/lora")
     weights, found, unknown = read_weights(path), {}, []
     for key, value in weights.items():
         network, layer, part = _parsed(key)

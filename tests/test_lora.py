@@ -169,3 +169,9 @@ def test_paths_may_hold_colons(tmp_path):
             parse_lora(wrong)
     (tmp_path / "b:1").touch()
     assert parse_lora(f"{tmp_path}/b:1") == (f"{tmp_path}/b:1", 1.0)
+
+
+def test_a_folder_without_a_lora_is_one_line(folder):
+    for path in (folder, folder / "nothere"):
+        with pytest.raises(FileNotFoundError, match=f"no LoRA is in {path}; give a file, or the folder that training"):
+            read_lora(path)
