@@ -107,9 +107,9 @@ def classify(network: nn.Module, images: Tensor) -> Tensor:
     return torch.cat([network(look(batch)).argmax(1) for batch in images.split(256)])
 
 
-def draw(model: TextToImage, prompts: Sequence[str], seed: int = 0) -> Tensor:
+def draw(model: TextToImage, prompts: Sequence[str], **settings: float) -> Tensor:
     """A picture of each prompt, [B, 3, 64, 64]."""
-    made = model.generate(list(prompts), seed=seed, batch_size=8)
+    made = model.generate(list(prompts), seed=0, batch_size=8, **settings)
     return torch.stack([image_to_tensor(picture.image) for picture in made])
 
 
