@@ -73,6 +73,14 @@ def augmented(folder: Path) -> Path:
     return trained(folder, "rdm", f"autoencoder={folder / 'autoencoder' / 'model'}", *said)
 
 
+def unconditional(folder: Path) -> Path:
+    """A model that draws shapes and is told nothing."""
+    said = ["unet.in_channels=4", "unet.out_channels=4", "unet.block_out_channels=[32,64]", "trainer.steps=400"]
+    said += ["trainer.batch_size=64", "optimizer.learning_rate=2e-3", "data.flip=false", "samples.every=0"]
+    said += ["validation.every=0", f"autoencoder={folder / 'autoencoder' / 'model'}"]
+    return trained(folder, "unconditional", *said)
+
+
 def clip(folder: Path) -> Embedder:
     """The CLIP that all of them look through."""
     return build_embedder(EmbedderConfig(name=f"local-dir:{folder / 'clip'}"))
