@@ -64,7 +64,8 @@ def distances(request, tmp_path_factory, settings_of_runs) -> dict[str, float]:
         if not (folder / f"{request.param}-{count}").exists():
             run_here("train_ldm.py", "--config", f"configs/ldm/{request.param}-small.yaml", *overrides)
             shutil.copytree(run / "model", folder / f"{request.param}-{count}")
-        made = TextToImage.load(folder / f"{request.param}-{count}")("", num_images=DRAWN, batch_size=DRAWN, seed=0)
+        model = TextToImage.load(folder / f"{request.param}-{count}")
+        made = model("", num_images=DRAWN, batch_size=DRAWN, seed=0, guidance_bound=1.0)
         found[f"{count} steps"] = frechet(true, torch.stack([image_to_tensor(image) for image in made]))
         shown += [image.resize((48, 48)) for image in made[:12]]
     found["other photographs"] = frechet(true[::2], true[1::2])
