@@ -15,19 +15,19 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from autoencoder.losses import discriminator_loss, generator_loss
-from stages.autoencoder_parts import AutoencoderLearner, build_networks, train_perceptual
-from stages.autoencoder_run import RunConfig, inherited
-from stages.judgement import judge
-from stages.pictures import Pictures
-from stages.reconstruction import measure_scale, validate
-from stages.survey import Survey
-from storage.config import load_config, one_line_errors, to_dict
-from storage.dataset import scan
-from storage.randomness import normal
-from training.command_line import parse
-from training.run_folder import disk_errors
-from training.trainer import Trainer
+from autoencoder.losses.first_stage_loss import discriminator_loss, generator_loss
+from stipple.stages.autoencoder.adversary import judge
+from stipple.stages.autoencoder.autoencoder_parts import AutoencoderLearner, build_networks, train_perceptual
+from stipple.stages.autoencoder.autoencoder_run import RunConfig, inherited
+from stipple.stages.autoencoder.reconstruction import measure_scale, validate
+from stipple.stages.data.data_check import Survey
+from stipple.stages.data.run_pictures import Pictures
+from stipple.training.command_line import parse
+from stipple.training.run.run_folder import disk_errors
+from stipple.training.trainer import Trainer
+from stipple_core.config import load_config, one_line_errors, to_dict
+from stipple_core.data.dataset import scan
+from stipple_core.randomness import normal
 
 
 def train(config: RunConfig) -> None:
@@ -87,7 +87,7 @@ def next_command(config: RunConfig, path: str | None) -> str:
     ldm = f"configs/ldm/{stem}" if Path(f"configs/ldm/{stem}").is_file() else "configs/ldm/txt2img-small.yaml"
     given = [*config.data.overrides, f"autoencoder={config.run}/model"]
     given += [f"cache=cache/{Path(config.run).name}"]
-    return shlex.join(["accelerate", "launch", "cache_latents.py", "--config", ldm, *given])
+    return shlex.join(["accelerate", "launch", "-m", "stipple.commands.cache", "--config", ldm, *given])
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -15,25 +15,25 @@ from pathlib import Path
 
 import torch
 
-from conditioning.context import drop_context
-from ldm.denoiser import Denoiser
-from ldm.densities import Importance, make_density
-from stages.adapters import Learning, what_learns
-from stages.denoising import Shown, draw_samples, drawing_command, learn, sampling_flags, validate
-from stages.examples import Examples
-from stages.inputs import Inputs
-from stages.ldm_parts import Learner, build_model, open_cache
-from stages.ldm_run import RunConfig, inherited
-from stages.objectives import make_objective
-from stages.pictures import Pictures
-from stages.preservation import with_class
-from stages.survey import Survey
-from storage.config import load_config, one_line_errors, to_dict
-from storage.dataset import Records, scan
-from storage.randomness import generator, normal, uniform
-from training.command_line import parse
-from training.run_folder import disk_errors
-from training.trainer import Trainer
+from conditioning.interface.context import drop_context
+from ldm.denoising.denoiser import Denoiser
+from ldm.losses.time_density import Importance, make_density
+from stipple.stages.data.data_check import Survey
+from stipple.stages.data.run_pictures import Pictures
+from stipple.stages.ldm.batch_inputs import Inputs
+from stipple.stages.ldm.denoiser_validation import Shown, draw_samples, drawing_command, learn, sampling_flags, validate
+from stipple.stages.ldm.examples import Examples
+from stipple.stages.ldm.ldm_parts import Learner, build_model, open_cache
+from stipple.stages.ldm.ldm_run import RunConfig, inherited
+from stipple.stages.ldm.objectives import make_objective
+from stipple.stages.ldm.preservation import with_class
+from stipple.stages.ldm.trainable import Learning, what_learns
+from stipple.training.command_line import parse
+from stipple.training.run.run_folder import disk_errors
+from stipple.training.trainer import Trainer
+from stipple_core.config import load_config, one_line_errors, to_dict
+from stipple_core.data.dataset import Records, scan
+from stipple_core.randomness import generator, normal, uniform
 
 
 def check(config: RunConfig, learning: Learning, device: torch.device, found: Records) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from drawing import Command, draw
+from stipple.commands.draw import Command, draw
 
 COMMAND = Command(about=__doc__, example='txt2img.py "a red heart"')
 

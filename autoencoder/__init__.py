@@ -1,12 +1,12 @@
 """The first stage: images to latents and back, and what it is trained with."""
 
 from autoencoder.autoencoder import Autoencoder, Reconstruction
-from autoencoder.config import AutoencoderConfig
-from autoencoder.discriminator import DiscriminatorConfig, PatchDiscriminator
-from autoencoder.embeddings import ImageEmbeddings
+from autoencoder.image_embeddings import ImageEmbeddings
+from autoencoder.latent_statistics import LatentStatistics, latent_rgb, preview
+from autoencoder.losses.discriminator import DiscriminatorConfig, PatchDiscriminator
+from autoencoder.networks.autoencoder_config import AutoencoderConfig
+from autoencoder.networks.regularizer import Posterior
 from autoencoder.pixels import Pixels, open_autoencoder
-from autoencoder.regularizer import Posterior
-from autoencoder.statistics import LatentStatistics, latent_rgb, preview
 
 __all__ = [
     "Autoencoder",

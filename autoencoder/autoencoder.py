@@ -11,11 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from autoencoder import compvis, interop, tiling
-from autoencoder.config import AutoencoderConfig
-from autoencoder.networks import Decoder, Encoder
-from autoencoder.regularizer import Posterior, VectorQuantizer
-from storage.weights import (
+from autoencoder.formats import compvis_first_stage as compvis
+from autoencoder.formats import diffusers_autoencoder as interop
+from autoencoder.networks import tiling
+from autoencoder.networks.autoencoder_config import AutoencoderConfig
+from autoencoder.networks.encoder_decoder import Decoder, Encoder
+from autoencoder.networks.regularizer import Posterior, VectorQuantizer
+from stipple_core.files.weights import (
     find_weights,
     misfits,
     outline,
@@ -233,7 +235,7 @@ class Autoencoder(nn.Module):
                 file of a first stage or a whole model.
             device: where to.
             dtype: of the weights in memory, whatever the files hold.
-            variant: such as "fp16", of the files; see `storage.weights.read_folder`.
+            variant: such as "fp16", of the files; see `stipple_core.files.weights.read_folder`.
 
         Raises:
             FileNotFoundError: config.json or the weights are not there.

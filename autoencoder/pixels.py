@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from autoencoder.autoencoder import FOLDERS, Autoencoder
-from autoencoder.embeddings import CLASS as EMBEDDINGS
-from autoencoder.embeddings import ImageEmbeddings
-from autoencoder.regularizer import Posterior
-from storage.weights import read_json, write_json
+from autoencoder.image_embeddings import CLASS as EMBEDDINGS
+from autoencoder.image_embeddings import ImageEmbeddings
+from autoencoder.networks.regularizer import Posterior
+from stipple_core.files.weights import read_json, write_json
 
 NAME = "pixels"  # instead of a path; a folder of this name is ./pixels
 CLASS = "Pixels"  # _class_name in vae/config.json

@@ -1,14 +1,14 @@
 """From prompts to contexts: text encoders, frozen or trained from scratch."""
 
-from conditioning.building import AnyConditioner, ConditionerConfig, build_conditioner, load_conditioner
-from conditioning.classes import ClassConditioner, Unconditional
-from conditioning.conditioner import Conditioner
-from conditioning.context import Context, drop_context
-from conditioning.given import Given
-from conditioning.interop import conditioner_from_compvis, conditioner_to_compvis
-from conditioning.known_tokenizers import bert_tokenizer, clip_tokenizer
-from conditioning.tokenizer import Tokenizer, Tokens
-from conditioning.transformer import TransformerConfig
+from conditioning.build import AnyConditioner, ConditionerConfig, build_conditioner, load_conditioner
+from conditioning.classes.class_conditioner import ClassConditioner, Unconditional
+from conditioning.encoders.scratch import TransformerConfig
+from conditioning.formats.compvis_conditioner import conditioner_from_compvis, conditioner_to_compvis
+from conditioning.interface.context import Context, drop_context
+from conditioning.interface.inputs import Given
+from conditioning.text.text_conditioner import Conditioner
+from conditioning.tokenizers.known_tokenizers import bert_tokenizer, clip_tokenizer
+from conditioning.tokenizers.tokenizer import Tokenizer, Tokens
 
 __all__ = [
     "AnyConditioner",

@@ -17,23 +17,23 @@ from torch import Tensor
 
 from autoencoder import Autoencoder
 from conditioning import Conditioner, Given
-from ldm.agreement import check_draws, check_parts, check_prior, check_weaker
-from ldm.denoiser import Denoiser
-from ldm.developing import developed, rough
-from ldm.guidance import Denoise
-from ldm.leads import Lead
-from ldm.parts import DEFAULTS, Parts, open_model, save_model
-from ldm.planning import batches, plan, walked
-from ldm.reading import Reader
-from ldm.run import run
-from ldm.schedule import make_schedule
-from ldm.scheduling import Scheduling
-from ldm.settings import Settings
-from ldm.sources import Size, Sources
-from ldm.unet import UNet
-from ldm.walk import Step
-from operators import winograd
-from operators.winograd import lay_out
+from ldm.denoising.denoiser import Denoiser
+from ldm.formats.diffusers.scheduler import Scheduling
+from ldm.formats.model_folder import DEFAULTS, Parts, open_model, save_model
+from ldm.guidance.base import Denoise
+from ldm.networks.cached_unet import Reader
+from ldm.networks.unet import UNet
+from ldm.samplers.steps import Step
+from ldm.sampling.compatibility import check_draws, check_parts, check_prior, check_weaker
+from ldm.sampling.decoding import developed, rough
+from ldm.sampling.gradient_guides import Lead
+from ldm.sampling.plan import batches, plan, walked
+from ldm.sampling.run import run
+from ldm.sampling.settings import Settings
+from ldm.sampling.source_images import Size, Sources
+from ldm.schedules.registry import make_schedule
+from stipple_core.operators import winograd
+from stipple_core.operators.winograd import lay_out
 
 
 @dataclass(frozen=True)
@@ -242,8 +242,8 @@ class TextToImage:
             device: where to compute.
             dtype: to compute in, whatever the files hold; on a CPU half precision is many times slower.
             variant: such as "fp16": which weights of a folder that has several.
-            config_yaml, tokenizer, prediction: of a single file: see `ldm.single_file.open_single_file`.
-            keep_transforms: spend memory for time on a CPU, see `operators.winograd.keep_transforms`.
+            config_yaml, tokenizer, prediction: of a single file: see `ldm.formats.single_file.open_single_file`.
+            keep_transforms: spend memory for time on a CPU, see `stipple_core.operators.winograd.keep_transforms`.
 
         Raises:
             FileNotFoundError, ValueError: naming what is missing, or the option that we don't implement, or that is of

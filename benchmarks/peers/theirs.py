@@ -1,0 +1,74 @@
+"""diffusers, as its documentation has it used. Nothing of ours is imported, which would count as their memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from benchmarks.shared.inputs import GUIDANCE_SCALE, PROMPT, SEED, Pair, Wanted
+
+SCALE = 0.18215  # of Stable Diffusion's latents
+SAVINGS = ("slicing", "tiling", "attention slicing")  # what it has for less memory
+
+
+def unet_call(unet: nn.Module, pair: Pair) -> Callable[[], Tensor]:
+    """A forward pass."""
+    return lambda: unet(pair.z_t, pair.timestep, encoder_hidden_states=pair.tokens, return_dict=False)[0]
+
+
+def decode_call(vae: nn.Module, latents: Tensor) -> Callable[[], Tensor]:
+    """Unit-scale latents [B, 4, h, w] to images [B, 3, H, W], as its pipelines do it."""
+    return lambda: vae.decode(latents / SCALE, return_dict=False)[0]
+
+
+def encode_call(vae: nn.Module, images: Tensor) -> Callable[[], Tensor]:
+    """Images [B, 3, H, W] to the mean of their latents [B, 4, h, w]."""
+    return lambda: vae.encode(images, return_dict=False)[0].mode() * SCALE
+
+
+def save_memory(saving: str | None, vae: nn.Module, pipeline: Any = None) -> None:
+    """Turn on one of SAVINGS; None is none."""
+    if saving == "slicing":
+        vae.enable_slicing()
+    elif saving == "tiling":
+        vae.enable_tiling()
+    elif saving == "attention slicing":
+        pipeline.enable_attention_slicing()
+
+
+def open_pipeline(folder: Path, channels_last: bool = False, saving: str | None = None) -> Any:
+    """StableDiffusionPipeline with DDIM."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, requires_safety_checker=False)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    if channels_last:
+        pipeline.unet.to(memory_format=torch.channels_last)
+        pipeline.vae.to(memory_format=torch.channels_last)
+    save_memory(saving, pipeline.vae, pipeline)
+    return pipeline
+
+
+def draw(pipeline: Any, wanted: Wanted, after_step: Callable[[], None]) -> list[Image.Image]:
+    """The pictures wanted."""
+
+    def callback(_: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        after_step()
+        return tensors
+
+    return pipeline(
+        PROMPT,
+        num_images_per_prompt=wanted.batch,
+        height=wanted.size,
+        width=wanted.size,
+        guidance_scale=GUIDANCE_SCALE,
+        num_inference_steps=wanted.steps,
+        generator=[torch.Generator("cpu").manual_seed(SEED + i) for i in range(wanted.batch)],
+        callback_on_step_end=callback,
+    ).images

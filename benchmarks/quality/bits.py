@@ -1,0 +1,165 @@
+"""Bits per dimension of held-out pictures under models of pixels: the bound, the ODE's, and rate against distortion.
+
+python -m benchmarks.quality.bits --folder PICTURES runs/ddpm-small/model
+python -m benchmarks.quality.bits --folder PICTURES early=MODEL later=MODEL --output docs/tasks/pixels
+
+Pictures are those that a run on the same folder holds out. The bound is that of all noise levels, estimates clipped to
+[-1, 1], with the discretized decoder (Ho et al. 2020, section 3.3); the ODE's that of Song et al. 2021, unclipped, with
+the same decoder. With --output numbers
+go to OUTPUT.json, and what is drawn of them to OUTPUT.png; --redraw only draws.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from benchmarks.shared.contest import note
+from ldm import TextToImage
+from ldm.guidance.base import Denoise, classifier_free, thresholded
+from ldm.likelihood.flow_likelihood import ode_bound
+from ldm.likelihood.variational_bound import EIGHT_BIT_UNIT, Bound, RateDistortion, rate_distortion, variational_bound
+from stipple_core.data.dataset import DataConfig, ImageDataset, scan
+from stipple_core.randomness import generator
+
+VARIANCE = "large"  # of the bound; the small one costs more (docs/likelihood.md)
+TOGETHER = 8  # pictures computed at a time
+
+
+def held_out(folder: str, size: int, share: float, count: int) -> Tensor:
+    """Pictures [B, 3, H, W] in [-1, 1] with values of 8 bits, that a run on this folder would not train on."""
+    config = DataConfig(folder=folder, image_size=size, validation=share)
+    records = scan(config, captioned=False).validation
+    pictures = (ImageDataset(records, config, 0).picture(index) for index in range(len(records)))
+    return torch.stack([picture for _, picture in zip(range(count), pictures, strict=False) if picture is not None])
+
+
+def denoiser(model: TextToImage, batch: int) -> Denoise:
+    """Told nothing. Raises ValueError for a model whose latents are no pixels."""
+    if model.autoencoder.downsampling != 1:
+        raise ValueError("bits of pictures are those of models of pixels: train one with autoencoder=pixels")
+    null = model.conditioner.null(batch) if model.is_told else None
+    return classifier_free(model.denoiser, null, None, 1.0)
+
+
+def batches(images: Tensor, seed: int, purpose: str) -> Iterator[tuple[Tensor, list[torch.Generator]]]:
+    """Some images at a time, each with the generator of its own place."""
+    for first in range(0, len(images), TOGETHER):
+        part = images[first : first + TOGETHER]
+        yield part, [generator(seed, purpose, first + place) for place in range(len(part))]
+
+
+def bound(model: TextToImage, images: Tensor, steps: int, seed: int) -> Bound:
+    """The bound of the chain that visits so many noise levels, evenly spaced."""
+    walked, parts = torch.linspace(1, 0, steps + 1, dtype=torch.float64), []
+    walked = torch.cat([model.schedule.nearest(walked[:-1]), walked[-1:]])
+    for part, draws in batches(images, seed, "noise"):
+        with torch.inference_mode():
+            denoise = thresholded(denoiser(model, len(part)), 1.0)  # as in the paper's chain: pixels are in [-1, 1]
+            parts.append(variational_bound(denoise, part, walked, model.schedule, draws, VARIANCE, "discretized"))
+        note(f"bound of {len(part)} pictures: {parts[-1].total.mean():.3f}")
+    return Bound(
+        times=parts[0].times,
+        prior=torch.cat([part.prior for part in parts]),
+        terms=torch.cat([part.terms for part in parts], 1),
+        decoder=torch.cat([part.decoder for part in parts]),
+        errors=torch.cat([part.errors for part in parts], 1),
+    )
+
+
+def flow(model: TextToImage, images: Tensor, tolerance: float, seed: int) -> Tensor:
+    """The ODE's bits [B], with the decoder of the bound."""
+    model.unet.requires_grad_(False)
+    found = []
+    for part, draws in batches(images, seed, "ode"):
+        found.append(ode_bound(denoiser(model, len(part)), part, model.schedule, draws, tolerance=tolerance))
+        note(f"ODE of {len(part)} pictures: {found[-1].mean():.3f}")
+    return torch.cat(found)
+
+
+def measure(path: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What is drawn of one model."""
+    model = TextToImage.load(path)
+    images = held_out(options.folder, model.unet.config.sample_size, options.held_out, options.images)
+    found = bound(model, images, options.steps, options.seed)
+    curve: RateDistortion = rate_distortion(found, EIGHT_BIT_UNIT)
+    spread = found.total.std() / len(images) ** 0.5
+    result = {"images": len(images), "bound": found.total.mean().item(), "bound_error": spread.item()}
+    result |= {"rate": (found.total - found.decoder).mean().item(), "decoder": found.decoder.mean().item()}
+    result |= {"distortion": curve.distortion[-1].item(), "prior": found.prior.mean().item()}
+    result["curve"] = {name: _plain(getattr(curve, name)) for name in ("times", "rate", "distortion")}
+    if options.tolerance:
+        bits = flow(model, images, options.tolerance, options.seed)
+        result |= {"ode": bits.mean().item(), "ode_error": (bits.std() / len(images) ** 0.5).item()}
+        result["above_ode"] = (found.total > bits).float().mean().item()
+    return result
+
+
+def _plain(values: Tensor) -> list[float]:
+    return [float(f"{value:.5g}") for value in values[:: max(1, len(values) // 200)].tolist()]
+
+
+def table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Markdown: bits per dimension by model."""
+    lines = ["| model | bound | of it rate | of it decoder | distortion of 255 | ODE |", "|---" * 6 + "|"]
+    for name, found in results.items():
+        numbers = (f"{found[key]:.3f}" for key in ("bound", "rate", "decoder"))
+        flowed = f"{found['ode']:.3f}" if "ode" in found else "-"
+        lines.append(f"| {name} | {' | '.join(numbers)} | {found['distortion']:.2f} | {flowed} |")
+    return "\n".join(lines)
+
+
+def draw(results: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Ho et al. 2020, figure 5: distortion by time, rate by time, and one by the other."""
+    page = Figure(figsize=(12.6, 3.6), layout="constrained")
+    known, sent, both = page.subplots(1, 3)
+    for name, found in results.items():
+        curve, label = found["curve"], {"label": f"{name}: {found['bound']:.2f} bits"}
+        backward = [1 - t for t in curve["times"]]
+        known.plot(backward, curve["distortion"], **label)
+        sent.plot(backward, curve["rate"], **label)
+        both.plot(curve["rate"], curve["distortion"], **label)
+    error, spent = "distortion: RMSE of 255", "rate: bits per dimension sent"
+    known.set(title="What is known", xlabel="reverse time 1 - t", ylabel=error)
+    sent.set(title="What was sent", xlabel="reverse time 1 - t", ylabel=spent)
+    both.set(title="Rate and distortion", xlabel=spent, ylabel=error)
+    for axes in (known, sent, both):
+        axes.grid(alpha=0.3)
+        axes.set_ylim(0)
+    both.legend()
+    return page
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", metavar="[NAME=]MODEL", help="folders of models of pixels")
+    parser.add_argument("--folder", help="of pictures, as the models' data.folder")
+    parser.add_argument("--held-out", type=float, default=0.02, metavar="SHARE", help="as the models' data.validation")
+    parser.add_argument("--images", type=int, default=24, help="at most")
+    parser.add_argument("--steps", type=int, default=1000, help="noise levels of the bound")
+    parser.add_argument("--tolerance", type=float, default=1e-2, help="of the ODE's solver; 0: no ODE")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", metavar="PATH", help="keep numbers in PATH.json, and draw them to PATH.png")
+    parser.add_argument("--redraw", action="store_true", help="draw what PATH.json says, and compute nothing")
+    options = parser.parse_args(argv)
+    kept = None if options.output is None else Path(f"{options.output}.json")
+    results = json.loads(kept.read_text()) if options.redraw else {}
+    for model in () if options.redraw else options.models:
+        name, _, path = model.rpartition("=")
+        results[name or Path(path).parent.name] = measure(path, options)
+        if kept is not None:
+            kept.write_text(json.dumps(results) + "\n")
+    print(table(results))
+    if kept is not None:
+        draw(results).savefig(kept.with_suffix(".png"), dpi=80)
+
+
+if __name__ == "__main__":
+    main()

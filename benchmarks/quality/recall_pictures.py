@@ -1,0 +1,121 @@
+"""Generated pictures on disk, each made when it is first asked for, and the contact sheets made of them."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from benchmarks.quality.recall_prompts import Case
+from ldm import TextToImage
+from stipple_core.images.drawn_pictures import encode_png, replace_file
+from stipple_core.images.images import grid, load_image
+
+CELL = 128  # pixels of a picture on a sheet, so that a caption fits under it
+SHEET_BYTES = 400_000
+
+
+class Gallery:
+    """Pictures of each case's prompts at each guidance scale; case i has seed `seed + i` at every scale and wording.
+
+    Args:
+        model: what makes them, with its own defaults but for `steps` (None: its default, too).
+        cases: all there are.
+        folder: where pictures are kept, in a subfolder for this model, these settings and these prompts: a run that
+            was interrupted goes on.
+        model_hash: tells models apart.
+        batch_size: pictures computed together, always the same ones.
+    """
+
+    def __init__(
+        self,
+        model: TextToImage,
+        cases: Sequence[Case],
+        folder: Path,
+        model_hash: str,
+        *,
+        batch_size: int,
+        steps: int | None,
+        seed: int,
+    ):
+        self.model, self.cases, self.batch_size, self.steps, self.seed = model, cases, batch_size, steps, seed
+        self.settings = model.plan("", guidance_scale=1, steps=steps, seed=seed)[0]
+        key = [model_hash, repr(self.settings), batch_size, [case.prompts for case in cases]]
+        self.folder = folder / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
+
+    def make(self, kind: str, guidance_scale: float, indices: Sequence[int]) -> list[Image.Image]:
+        """The pictures of some cases' prompts of a kind."""
+        folder = self.folder / f"{kind}-{guidance_scale:g}"
+        paths = {i: folder / f"{i:04d}.png" for i in range(len(self.cases))}
+        todo = sorted({i // self.batch_size for i in indices if not paths[i].exists()})
+        folder.mkdir(parents=True, exist_ok=True)
+        for batch in tqdm(todo, desc=f"{kind} at {guidance_scale:g}", unit="batch", disable=None):
+            first = batch * self.batch_size
+            prompts = [case.prompts[kind] for case in self.cases[first : first + self.batch_size]]
+            made = self.model.generate(
+                prompts,
+                batch_size=self.batch_size,
+                guidance_scale=guidance_scale,
+                steps=self.steps,
+                seed=self.seed + first,
+            )
+            for i, picture in enumerate(made, first):
+                replace_file(encode_png(picture.image, {}), paths[i])
+        return [load_image(str(paths[i])) for i in indices]
+
+
+def prompts_sheet(gallery: Gallery, guidance_scale: float, count: int) -> Image.Image:
+    """`count` captions the model was trained on, in the upper rows, and as many unseen wordings of others, below."""
+    count = min(count, len(gallery.cases) // 2)
+    halves = {"caption": range(count), "keywords": range(count, 2 * count)}
+    images = [image for kind, half in halves.items() for image in gallery.make(kind, guidance_scale, half)]
+    captions = [gallery.cases[i].prompts[kind] for kind, half in halves.items() for i in half]
+    return grid([enlarge(image) for image in images], min(8, count), [plain(caption) for caption in captions])
+
+
+def guidance_sheet(
+    gallery: Gallery, scales: Sequence[float], references: Sequence[Image.Image], count: int
+) -> Image.Image:
+    """A row per prompt, caption and unseen wording in turn: guidance scales from left to right, then the reference."""
+    images, captions = [], []
+    for i in range(min(count, len(gallery.cases))):
+        kind = ("caption", "keywords")[i % 2]
+        images += [gallery.make(kind, scale, [i])[0] for scale in scales] + [references[i]]
+        captions += [f"{scale:g}: {gallery.cases[i].prompts[kind]}" for scale in scales] + ["reference"]
+    return grid([enlarge(image) for image in images], len(scales) + 1, [plain(caption) for caption in captions])
+
+
+def pairs_sheet(images: Sequence[Image.Image], reconstructions: Sequence[Image.Image], columns: int = 8) -> Image.Image:
+    """Each image above its reconstruction."""
+    rows = []
+    for first in range(0, len(images), columns):
+        for pictures in (images, reconstructions):
+            row = [enlarge(image) for image in pictures[first : first + columns]]
+            rows += row + [Image.new("RGB", row[0].size, "white")] * (columns - len(row))
+    return grid(rows, columns)
+
+
+def enlarge(image: Image.Image) -> Image.Image:
+    """A picture at the size of a cell."""
+    return image.resize((CELL, CELL), Image.Resampling.BICUBIC)
+
+
+def plain(caption: str) -> str:
+    """A caption without the accents that the sheet's font has no glyphs for."""
+    return "".join(c for c in unicodedata.normalize("NFKD", caption) if not unicodedata.combining(c))
+
+
+def save_sheet(sheet: Image.Image, path: Path) -> None:
+    """Write WebP of the best quality that keeps the file below SHEET_BYTES."""
+    for quality in (95, 90, 80, 65, 50):
+        buffer = io.BytesIO()
+        sheet.save(buffer, "WEBP", quality=quality, method=6)
+        if buffer.tell() < SHEET_BYTES:
+            break
+    replace_file(buffer.getvalue(), path)

@@ -1,0 +1,90 @@
+"""Which training pictures prompt recall asks for, and in which words: their captions, and words never in a caption."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from stipple_core.data.records.records import Record
+from stipple_core.data.sources.metadata import read_rows
+from stipple_core.randomness import generator
+
+KINDS = ("caption", "keywords", "synonyms")
+COUNTS = {"keywords": 3, "synonyms": 2}  # words in place of the name
+
+
+@dataclass(frozen=True)
+class Case:
+    """A training picture and the prompts that describe it."""
+
+    index: int  # of its record among the training records
+    prompts: dict[str, str]  # by kind: its caption; three of its keywords; two that share no word with its name
+
+
+def read_metadata(folder: str) -> dict[str, dict[str, Any]]:
+    """Rows of the folder's metadata.jsonl by file name. Raises FileNotFoundError."""
+    path = os.path.join(folder, "metadata.jsonl")
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no metadata.jsonl in {folder}; --data is a folder whose rows have name and keywords")
+    return {row["file_name"]: row for _, row in read_rows(path) if isinstance(row, dict) and "file_name" in row}
+
+
+def choose_cases(records: Sequence[Record], rows: Mapping[str, Mapping[str, Any]], count: int, seed: int) -> list[Case]:
+    """At most `count` cases with as many concepts, in turn from each style; the same for the same records and seed.
+
+    A case needs three keywords besides its name, two of them synonyms, and a caption that holds the name.
+
+    Raises:
+        ValueError: there are no two such records.
+    """
+    order = torch.randperm(len(records), generator=generator(seed, "recall references")).tolist()
+    by_style: dict[str, list[int]] = {}
+    for index in order:
+        row = rows.get(records[index].name, {})
+        if all(len(words(row, kind)) >= least for kind, least in COUNTS.items()):
+            if row["name"] in records[index].captions[0][0]:
+                by_style.setdefault(str(row.get("style")), []).append(index)
+    queues = [iter(by_style[style]) for style in sorted(by_style)]
+    chosen: dict[str, int] = {}  # concept to record
+    while queues and len(chosen) < count:
+        queue = queues.pop(0)
+        index = next((i for i in queue if _concept(rows[records[i].name]) not in chosen), None)
+        if index is not None:
+            chosen[_concept(rows[records[index].name])] = index
+            queues.append(queue)
+    if len(chosen) < 2:
+        raise ValueError(f"{len(chosen)} records have their name in a caption, and enough keywords; recall needs 2")
+    return [_make_case(index, records[index], rows[records[index].name], seed) for index in chosen.values()]
+
+
+def words(row: Mapping[str, Any], kind: str) -> list[str]:
+    """The keywords of a row that may stand for its name: none is the name itself; a synonym shares no word with it."""
+    name = str(row.get("name", ""))
+    keywords = [word for word in row.get("keywords") or [] if re.search(r"\w\w", word)]  # signs, such as *, say nothing
+    keywords = [word for word in keywords if word.casefold() != name.casefold()]
+    return [word for word in keywords if kind == "keywords" or not share_a_word(word, name)]
+
+
+def share_a_word(one: str, other: str) -> bool:
+    """Whether a word of one begins with a word of the other, as in grin and grinning."""
+    first, second = (re.findall(r"\w+", text.casefold()) for text in (one, other))
+    return any(a.startswith(b) or b.startswith(a) for a in first for b in second)
+
+
+def _make_case(index: int, record: Record, row: Mapping[str, Any], seed: int) -> Case:
+    prompts = {"caption": record.captions[0][0]}
+    for kind, count in COUNTS.items():
+        known = words(row, kind)
+        drawn = torch.randperm(len(known), generator=generator(seed, f"recall {kind}", index)).tolist()[:count]
+        wording = ", ".join(known[i] for i in drawn)
+        prompts[kind] = record.captions[0][0].replace(row["name"], wording, 1)
+    return Case(index, prompts)
+
+
+def _concept(row: Mapping[str, Any]) -> str:
+    return str(row.get("concept") or row["name"])

@@ -1,0 +1,202 @@
+"""How samplers walk: paths on a 2-D mixture whose denoiser is known exactly, and their error against network calls.
+
+python -m benchmarks.quality.sampler_figure --output docs/samplers.png
+
+Above, a panel per sampler: from the same noise, with about 16 calls, to the data's density in gray; rings mark where
+the exact probability flow ends. Below, how far deterministic samplers are from those rings, and stochastic ones from
+the distribution of the data, for more and more calls.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from benchmarks.quality.gaussians import Gaussians
+from benchmarks.shared.contest import note
+from ldm.guidance.base import Denoise
+from ldm.samplers.registry import SAMPLERS, Sampler
+from ldm.samplers.spacing import times
+from ldm.samplers.steps import initial_noise
+from ldm.schedules.registry import ScheduleConfig, make_schedule
+
+SCHEDULE = make_schedule(ScheduleConfig())
+DATA = Gaussians(
+    torch.tensor([0.4, 0.35, 0.25], dtype=torch.float64),
+    torch.tensor([[-1.1, -0.6], [0.3, 1.1], [1.2, -0.7]], dtype=torch.float64),
+    torch.tensor([0.18, 0.28, 0.12], dtype=torch.float64),
+)
+DENOISE = DATA.denoiser(SCHEDULE)
+SPACING = "log_snr"
+CALLS = 16  # of the paths
+BUDGETS = (4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+PATIENT = {"langevin": 96, "restart": 32}  # calls of the paths of those that do nothing good with fewer
+PATHS, FEW_PATHS = 9, 3  # of deterministic samplers, and of stochastic ones, which cross
+POINTS, CLOUD = 500, 20_000  # points whose error is measured, and those that stand for a distribution
+EDGE = 2.3  # of the panels
+BLUE, ORANGE = "#1f69b4", "#d95f0e"
+UNFIT = {"ode": "chooses its own steps", "lcm": "needs a distilled network"}  # for a curve against calls
+
+
+@dataclass
+class Counted:
+    """A denoiser that counts its calls."""
+
+    calls: int = 0
+
+    def __call__(self, z_t: Tensor, t: float) -> Tensor:
+        self.calls += 1
+        return DENOISE(z_t, t)
+
+
+def noise(count: int) -> Tensor:
+    """Where sampling begins, [1, count, 2]."""
+    return initial_noise((1, count, 2), seeds(0), SCHEDULE).double()
+
+
+def seeds(seed: int) -> list[torch.Generator]:
+    """One generator: all points are one image."""
+    return [torch.Generator().manual_seed(seed)]
+
+
+def run(sampler: Sampler, z: Tensor, steps: int, **options: Any) -> tuple[list[Tensor], int]:
+    """All z of a walk [steps + 1] and the calls that it took."""
+    denoise: Denoise = Counted()
+    visited = times(SCHEDULE, steps, SPACING, sampler.habit, ends_clean=True)
+    return [z, *(s.z for s in sampler.run(denoise, z, visited, SCHEDULE, seeds(1), **options))], denoise.calls
+
+
+@functools.cache
+def calls_of(sampler: Sampler, steps: int) -> int:
+    """The calls that so many steps take."""
+    return run(sampler, noise(1), steps)[1]
+
+
+def steps_for(sampler: Sampler, budget: int) -> int | None:
+    """The most steps that take no more calls than the budget."""
+    return max((steps for steps in range(1, budget + 1) if calls_of(sampler, steps) <= budget), default=None)
+
+
+def exact(z: Tensor) -> Tensor:
+    """Where the probability flow ends, [1, N, 2]."""
+    visited = torch.tensor([1.0, 1 / SCHEDULE.config.timesteps, 0.0], dtype=torch.float64)
+    *_, last = SAMPLERS["ode"].run(DENOISE, z, visited, SCHEDULE, seeds(1), tolerance=1e-9)
+    return last.z
+
+
+def flow_error(sampler: Sampler, z: Tensor, ends: Tensor, steps: int) -> float:
+    """Root mean square distance of each point from the end of its exact flow."""
+    return (run(sampler, z, steps)[0][-1] - ends).square().sum(-1).mean().sqrt().item()
+
+
+def distribution_error(sampler: Sampler, z: Tensor, data: Tensor, steps: int) -> float:
+    """Wasserstein distance from data [N, 2], root mean square over 32 directions; of finite clouds it is never 0."""
+    return sliced(run(sampler, z, steps)[0][-1][0], data)
+
+
+def sliced(a: Tensor, b: Tensor) -> float:
+    """Sliced Wasserstein distance of two clouds [N, 2]."""
+    angles = torch.arange(32, dtype=torch.float64) * math.pi / 32
+    directions = torch.stack([angles.cos(), angles.sin()])  # [2, 32]
+    return ((a @ directions).sort(0).values - (b @ directions).sort(0).values).square().mean().sqrt().item()
+
+
+def errors(budgets: Sequence[int]) -> tuple[dict[str, list[tuple[int, float]]], dict[str, list[tuple[int, float]]]]:
+    """Of deterministic samplers from the exact flow, of stochastic ones from the data: points (calls, error)."""
+    flow: dict[str, list[tuple[int, float]]] = {}
+    spread: dict[str, list[tuple[int, float]]] = {}
+    z, cloud, data = noise(POINTS), noise(CLOUD), DATA.sample(CLOUD, seeds(2)[0])
+    ends = exact(z)
+    for name, sampler in SAMPLERS.items():
+        if name in UNFIT:
+            continue
+        note(name)
+        for steps in dict.fromkeys(steps_for(sampler, budget) for budget in budgets):
+            if steps is not None:
+                calls = calls_of(sampler, steps)
+                if sampler.draws:
+                    point = calls, distribution_error(sampler, cloud, data, steps)
+                else:
+                    point = calls, flow_error(sampler, z, ends, steps)
+                (spread if sampler.draws else flow).setdefault(name, []).append(point)
+    return flow, spread
+
+
+def draw_paths(axes: Any, name: str, grid: tuple[Tensor, Tensor, Tensor]) -> None:
+    """The panel of one sampler."""
+    sampler, z = SAMPLERS[name], noise(PATHS)
+    steps = CALLS if name == "ode" else steps_for(sampler, PATIENT.get(name, CALLS))
+    walked, calls = run(sampler, z, steps, **({"tolerance": 1e-2} if name == "ode" else {}))
+    axes.contourf(*grid, levels=8, cmap="Greys", alpha=0.7)
+    path = torch.stack(walked)[:, 0].numpy()  # [steps + 1, N, 2]
+    for point in range(FEW_PATHS if sampler.draws else PATHS):
+        axes.plot(*path[:, point].T, "-o", color=ORANGE if sampler.draws else BLUE, ms=2, lw=0.9)
+    axes.plot(*path[-1].T, "o", color="black", ms=3)
+    if not sampler.draws:
+        axes.plot(*exact(z)[0].T.numpy(), "o", color="black", mfc="none", ms=7, lw=0.8)
+    axes.set(xlim=(-EDGE, EDGE), ylim=(-EDGE, EDGE), xticks=[], yticks=[], aspect="equal")
+    axes.set_title(f"{name}, {calls} calls", fontsize=10)
+
+
+def draw_errors(axes: Any, curves: dict[str, list[tuple[int, float]]], title: str) -> None:
+    """Error against calls, both on logarithmic axes; each curve is named where it ends."""
+    for index, (name, points) in enumerate(curves.items()):
+        style = "--" if index >= 10 else "-"  # there are ten colors
+        axes.loglog(*zip(*points, strict=True), style, marker="o", ms=3, lw=1.4, label=name)
+    axes.set_title(title, fontsize=11, loc="left")
+    axes.set_xlabel("network calls")
+    axes.set_xlim(2.8, 1.1 * BUDGETS[-1])
+    axes.set_xticks(BUDGETS[::2], [str(budget) for budget in BUDGETS[::2]])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, ncols=2)
+
+
+def figure(budgets: Sequence[int]) -> Figure:
+    """The whole figure."""
+    columns = 7
+    rows = -(-len(SAMPLERS) // columns)
+    page = Figure(figsize=(15, 2.3 * rows + 5.6), layout="constrained")
+    above, below = page.subfigures(2, 1, height_ratios=[2.3 * rows, 5.6])
+    line = torch.linspace(-EDGE, EDGE, 120, dtype=torch.float64)
+    y, x = torch.meshgrid(line, line, indexing="ij")
+    grid = x.numpy(), y.numpy(), DATA.density(torch.stack([x, y], -1)).sqrt().numpy()
+    panels = above.subplots(rows, columns).flatten()
+    for name, axes in zip(SAMPLERS, panels, strict=False):
+        draw_paths(axes, name, grid)
+    for axes in panels[len(SAMPLERS) :]:
+        axes.remove()
+    above.suptitle(
+        "From the same nine points of noise to data (gray). Blue: deterministic; rings: where the exact probability "
+        "flow ends. Orange: stochastic, three of nine paths.",
+        fontsize=12,
+    )
+    flow, spread = errors(budgets)
+    left, right = below.subplots(1, 2)
+    draw_errors(left, flow, "Deterministic: distance from the exact flow's end")
+    draw_errors(right, spread, "Stochastic: Wasserstein distance from the data's distribution")
+    floor = sliced(DATA.sample(CLOUD, seeds(3)[0]), DATA.sample(CLOUD, seeds(4)[0]))
+    right.axhline(floor, color="black", lw=0.8)
+    right.annotate("two samples of the data", (3, floor), xytext=(0, -11), textcoords="offset points", fontsize=8)
+    return page
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", default="docs/samplers.png")
+    parser.add_argument("--budgets", type=int, nargs="+", default=BUDGETS, help="network calls")
+    options = parser.parse_args(argv)
+    figure(options.budgets).savefig(Path(options.output), dpi=100)
+
+
+if __name__ == "__main__":
+    main()

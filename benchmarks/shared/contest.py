@@ -1,0 +1,149 @@
+"""What the races of benchmarks/ share: contenders that alternate, the table of their times, the machine's peak.
+
+Machines are shared: a ratio is made of neighbors in time, round by round, and CPU seconds stand beside the clock's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # a parent process without torch is small, see `peak_memory`
+    from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+OURS = "ours"
+WORKDIR = str(Path(tempfile.gettempdir()) / "stipple-benchmarks")  # of models that are written once
+
+
+@dataclass(frozen=True)
+class Times:
+    """What one contender took, a number per round."""
+
+    wall: list[float] = field(default_factory=list)  # seconds by the clock
+    cpu: list[float] = field(default_factory=list)  # seconds of all threads together
+
+    def add(self, wall: float, cpu: float) -> None:
+        """Keep one more round."""
+        self.wall.append(wall)
+        self.cpu.append(cpu)
+
+
+@dataclass(frozen=True)
+class Work:
+    """How much arithmetic a contender has to do by the definition, and how fast the machine is at it."""
+
+    flops: float  # floating-point operations
+    peak: float  # the same per second, in a large matrix product
+
+
+def parser(doc: str | None, rounds: int) -> argparse.ArgumentParser:
+    """A command line with what every race has."""
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--threads", type=int, default=2, help="of each contender")
+    p.add_argument("--rounds", type=int, default=rounds, help="of which the median counts")
+    p.add_argument("--tiny", action="store_true", help="small widths, to see whether it runs")
+    return p
+
+
+def measure(run: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds by the clock, and of all threads of this process, that a call takes."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    run()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def alternate(contenders: Mapping[str, Callable[[], Any]], rounds: int, warm_up: bool = True) -> dict[str, Times]:
+    """Run all contenders once per round, every other round in reverse order; a round before is not counted."""
+    times = {name: Times() for name in contenders}
+    order = list(contenders)
+    for index in range(-1 if warm_up else 0, rounds):
+        for name in order:
+            seconds = measure(contenders[name])
+            if index >= 0:
+                times[name].add(*seconds)
+                note(f"round {index + 1} of {rounds}: {name} {seconds[0]:.2f} s")
+        order.reverse()
+    return times
+
+
+def ratios(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    """Ours by theirs, round by round: the median, the least and the most."""
+    by_round = [a / b for a, b in zip(ours, theirs, strict=True)]
+    return f"{statistics.median(by_round):.2f} ({min(by_round):.2f} - {max(by_round):.2f})"
+
+
+def table(times: Mapping[str, Times], work: Work | None = None, unit: str = "") -> str:
+    """Markdown: seconds, CPU seconds, share of the peak, and the ratio of ours to each; the fastest other is marked."""
+    reference = min((name for name in times if name != OURS), key=lambda name: statistics.median(times[name].wall))
+    lines = [
+        f"| contender | seconds{unit} (fastest - slowest) | CPU seconds | share of peak | ratio: ours / it | by CPU |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, each in times.items():
+        middle = statistics.median(each.wall)
+        share = f"{work.flops / middle / work.peak:.0%}" if work else ""
+        cells = [f"**{name}**" if name == reference else name]
+        cells += [f"{middle:.3f} ({min(each.wall):.3f} - {max(each.wall):.3f})", f"{statistics.median(each.cpu):.3f}"]
+        ours = times[OURS]
+        compared = [ratios(ours.wall, each.wall), ratios(ours.cpu, each.cpu)] if each is not ours else ["", ""]
+        cells += [share, *compared]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def machine(threads: int, peak: float | None = None) -> str:
+    """A line that says where and with what it was measured."""
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers"))
+    load = f"load average {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+    speed = f"GEMM peak {peak / 1e9:.0f} GFLOP/s; " if peak else ""
+    return f"{versions}; {threads} threads of {os.cpu_count()} cores; {speed}{load}"
+
+
+def gemm_peak(tiny: bool = False, rounds: int = 5) -> float:
+    """Floating-point operations per second of a product of two float32 [2048, 2048], the fastest of some."""
+    import torch
+
+    size = 256 if tiny else 2048
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    with torch.inference_mode():
+        seconds = [measure(lambda: a @ b)[0] for _ in range(rounds + 1)]
+    return 2 * size**3 / min(seconds[1:])
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    """The length of the difference by the length of theirs."""
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+def require_equal(ours: Tensor, theirs: Tensor, what: str, limit: float = 1e-4) -> None:
+    """Raise RuntimeError unless the relative error is below the limit: a race of unequal results says nothing."""
+    error = relative_error(ours, theirs)
+    if not error < limit:
+        raise RuntimeError(f"{what}: relative error {error:.2e} is not below {limit:g}; there is nothing to compare")
+    note(f"{what}: relative error {error:.1e}")
+
+
+def require_alike(ours: Sequence[Any], theirs: Sequence[Any], what: str, limit: int = 2) -> None:
+    """Raise RuntimeError unless all values of 8 bits in pairs of PIL images are within the limit."""
+    import numpy as np
+
+    pairs = zip(ours, theirs, strict=True)
+    worst = max(int(abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max()) for a, b in pairs)
+    if worst > limit:
+        raise RuntimeError(f"{what}: pictures differ by {worst} of 255, more than {limit}; there is nothing to compare")
+    note(f"{what}: pictures within {worst} of 255")
+
+
+def note(text: str) -> None:
+    """Progress for the person who waits."""
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,52 @@
+"""The model with random weights that the benchmarks open, in diffusers' layout.
+
+python -m benchmarks.shared.model_folder --workdir DIR
+
+writes it, if it is not there yet, and names its folder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from autoencoder import Autoencoder
+from benchmarks.peers.theirs import SCALE
+from benchmarks.shared import contest
+from benchmarks.shared.models import empty, randomize, shapes
+from conditioning.encoders.clip import Clip
+from conditioning.text.text_conditioner import Conditioner
+from conditioning.tokenizers.known_tokenizers import clip_tokenizer
+from ldm.formats.diffusers.scheduler import Scheduling
+from ldm.networks.unet import UNet
+from ldm.pipeline import TextToImage
+from ldm.sampling.settings import Settings
+from ldm.schedules.registry import ScheduleConfig
+
+
+def model_folder(workdir: str | Path, tiny: bool) -> Path:
+    """A whole model with random weights in diffusers' layout, written when it is not there yet: 4.3 GB for SD's."""
+    wanted = shapes(tiny)
+    folder = Path(workdir) / wanted.name
+    if (folder / "model_index.json").is_file():
+        return folder
+    autoencoder = randomize(empty(Autoencoder, wanted.vae), seed=1)
+    autoencoder.scaling_factor = SCALE
+    conditioner = Conditioner(clip_tokenizer(), randomize(empty(Clip, wanted.text), seed=2), use_mask=False)
+    schedule = ScheduleConfig(beta_start=0.00085, beta_end=0.012)
+    scheduling = Scheduling(schedule=schedule, prediction="noise", spacing="leading", ends_clean=False)
+    unet, defaults = randomize(empty(UNet, wanted.unet), seed=3), Settings(guidance_scale=7.5, spacing="leading")
+    TextToImage(autoencoder.eval(), unet.eval(), conditioner.eval(), scheduling, defaults).save(folder)
+    return folder
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = contest.parser(__doc__, rounds=0)
+    parser.add_argument("--workdir", default=contest.WORKDIR, help="where the model is written to")
+    options = parser.parse_args(argv)
+    print(json.dumps({"folder": str(model_folder(options.workdir, options.tiny).resolve())}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Whole pipelines, prompt to picture: ours against diffusers' StableDiffusionPipeline, opened from the same folder.
+
+python -m benchmarks.speed.text_to_picture --workdir DIR --sizes 256 512 --batches 1 4 --steps 20 --rounds 3
+
+Stable Diffusion 1.5's shapes with random weights, float32, DDIM, guidance 7.5, the same seeds; the folder (4.3 GB) is
+written once. Seconds per step and those after the last step (decoding) stand below each table.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from PIL import Image
+
+from benchmarks.peers import theirs
+from benchmarks.shared import contest
+from benchmarks.shared.inputs import GUIDANCE_SCALE, PROMPT, SEED, Wanted
+from benchmarks.shared.model_folder import model_folder
+from ldm.pipeline import TextToImage
+
+LAYOUTS = ("contiguous", "channels_last")
+Draw = Callable[[Wanted, Callable[[], None]], list[Image.Image]]  # what is wanted, whom to tell after each step
+
+
+@dataclass
+class Contender:
+    """A pipeline, the pictures that it made last, and the seconds of its parts."""
+
+    draw: Draw
+    steps: list[float] = field(default_factory=list)  # seconds per step, but for the first
+    rest: list[float] = field(default_factory=list)  # seconds from the last step to the pictures
+    pictures: list[Image.Image] = field(default_factory=list)
+
+    def run(self, wanted: Wanted) -> None:
+        """Make the pictures once."""
+        marks: list[float] = []
+        self.pictures = self.draw(wanted, lambda: marks.append(time.perf_counter()))
+        self.rest.append(time.perf_counter() - marks[-1])
+        self.steps.append((marks[-1] - marks[0]) / max(1, len(marks) - 1))
+
+
+def our_draw(model: TextToImage, wanted: Wanted, after_step: Callable[[], None]) -> list[Image.Image]:
+    """The pictures wanted, at our defaults but for the pictures per batch."""
+    same = dict(guidance_scale=GUIDANCE_SCALE, steps=wanted.steps, sampler="ddim", seed=SEED)
+    plan = model.plan(PROMPT, num_images=wanted.batch, height=wanted.size, width=wanted.size, **same)
+    (batch,) = model.batches(plan, wanted.batch)
+    for step in model.sample(batch):
+        latents = step.z  # of the last step when the loop ends
+        after_step()
+    return [picture.image for picture in model.finish(batch, latents)]
+
+
+def race(pipelines: dict[str, Draw], wanted: Wanted, rounds: int) -> str:
+    """The table of one size and batch; pictures are compared after two steps, and at the end."""
+    title = f"{wanted.batch} x {wanted.size} x {wanted.size} pixels, {wanted.steps} steps"
+    for steps in dict.fromkeys((min(2, wanted.steps), wanted.steps)):
+        contenders = {name: Contender(draw) for name, draw in pipelines.items()}
+        now = Wanted(wanted.size, wanted.batch, steps)
+        calls = {name: functools.partial(one.run, now) for name, one in contenders.items()}
+        times = contest.alternate(calls, rounds if steps == wanted.steps else 1, warm_up=False)
+        for name, one in contenders.items():
+            contest.require_alike(contenders[contest.OURS].pictures, one.pictures, f"{title}, {steps} made, {name}")
+    lines = [f"\n{title}\n\n{contest.table(times)}\n"]
+    ours = contenders[contest.OURS]
+    for name, one in contenders.items():
+        compared = f"; ratio: ours / it {contest.ratios(ours.steps, one.steps)}, {contest.ratios(ours.rest, one.rest)}"
+        step, rest = statistics.median(one.steps), statistics.median(one.rest)
+        lines.append(f"- {name}: {step:.3f} s per step, {rest:.3f} s after the last" + compared * (one is not ours))
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = contest.parser(__doc__, rounds=3)
+    parser.add_argument("--workdir", default=contest.WORKDIR, help="where the model is written to")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512], help="sides of the pictures in pixels")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4], help="pictures made together")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--theirs", nargs="+", choices=LAYOUTS, default=["channels_last"], help="layouts of diffusers'")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    folder = model_folder(options.workdir, options.tiny)
+    pipelines: dict[str, Draw] = {contest.OURS: functools.partial(our_draw, TextToImage.load(folder))}
+    for layout in options.theirs:
+        pipeline = theirs.open_pipeline(folder, channels_last=layout == "channels_last")
+        pipelines[f"diffusers, {layout}"] = functools.partial(theirs.draw, pipeline)
+    for size in options.sizes:
+        for batch in options.batches:
+            print(race(pipelines, Wanted(size, batch, options.steps), options.rounds), flush=True)
+    print(f"\n{contest.machine(options.threads, contest.gemm_peak(options.tiny))}; {options.rounds} rounds")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""A UNet's forward pass: ours against diffusers' at its documented settings, on the same weights, in one process.
+
+python -m benchmarks.speed.unet_forward --sizes 32 64 --rounds 5
+
+Stable Diffusion 1.5's shapes, float32, a pair as classifier-free guidance makes it: z_t twice, two contexts. Ours reads
+the contexts once before, as its pipeline does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.peers import theirs
+from benchmarks.shared import contest, models
+from benchmarks.shared.inputs import Pair
+from conditioning import Context
+
+
+def our_call(unet: nn.Module, pair: Pair) -> Callable[[], Tensor]:
+    """A forward pass of ours, as sampling makes it: what is told is read before, and z_t is not there twice."""
+    read = unet.read(Context(tokens=pair.tokens))
+    z_t = pair.z_t[: len(pair.z_t) // 2]
+    timestep = torch.full((len(z_t),), float(pair.timestep))
+    return lambda: unet(z_t, timestep, read)
+
+
+def networks(tiny: bool, compiled: bool = False) -> dict[str, nn.Module]:
+    """All contenders with the same weights, which share the memory of all but convolutions."""
+    config = models.shapes(tiny).unet
+    weights = dict(models.randomize(models.their_unet(config)).state_dict())
+
+    def other(channels_last: bool) -> nn.Module:
+        return models.sharing(models.their_unet(config), weights, channels_last)
+
+    found = {
+        contest.OURS: models.our_unet(config, weights),
+        "diffusers": other(False),
+        "diffusers, channels_last": other(True),
+    }
+    if compiled:
+        freezing = {"max_autotune": True, "freezing": True}
+        found["diffusers, compiled max-autotune"] = torch.compile(other(True), mode="max-autotune")
+        found["diffusers, compiled and frozen"] = torch.compile(other(True), options=freezing)
+    return found
+
+
+def race(networks: dict[str, nn.Module], size: int, width: int, rounds: int) -> dict[str, contest.Times]:
+    """Check that all outputs are ours, then time all."""
+    pair = Pair.draw(size, width)
+    calls = {n: (our_call if n == contest.OURS else theirs.unet_call)(unet, pair) for n, unet in networks.items()}
+    output = calls[contest.OURS]()
+    for name, call in calls.items():
+        if name != contest.OURS:
+            contest.require_equal(output, call(), f"{size} x {size}, {name}")
+    return contest.alternate(calls, rounds, warm_up=False)  # they have just been called
+
+
+def flops(size: int, tiny: bool) -> int:
+    """Operations of a forward pass by the definition of its layers."""
+    config = models.shapes(tiny).unet
+    pair = Pair.draw(size, config.cross_attention_dim, device="meta")
+    return models.count_flops(theirs.unet_call(models.their_unet(config), pair))
+
+
+@torch.inference_mode()
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = contest.parser(__doc__, rounds=5)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[32, 64], help="sides of the latents")
+    parser.add_argument("--compile", action="store_true", help="diffusers by torch.compile too, which takes minutes")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    peak = contest.gemm_peak(options.tiny)
+    contenders = networks(options.tiny, options.compile)
+    for size in options.sizes:
+        times = race(contenders, size, models.shapes(options.tiny).unet.cross_attention_dim, options.rounds)
+        work = contest.Work(flops(size, options.tiny), peak)
+        title = f"UNet forward, 2 x {size} x {size} latents, {work.flops / 1e9:.3g} GFLOP"
+        print(f"\n{title}\n\n{contest.table(times, work)}", flush=True)
+    print(f"\n{contest.machine(options.threads, peak)}; {options.rounds} rounds")
+
+
+if __name__ == "__main__":
+    main()

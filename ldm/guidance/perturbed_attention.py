@@ -1,0 +1,87 @@
+"""Perturbed attention guidance: away from what the network makes where its pixels don't see each other.
+
+Ahn et al. 2024 (arXiv:2403.17377). It needs no empty caption, and serves unconditional models as well.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ldm.guidance.base import Combine, Denoise, Scale, classifier_free, copies, extrapolate, for_all, scale_of
+
+
+@dataclass(frozen=True, eq=False)
+class Perturbed:
+    """A context for a batch whose last pictures are denoised with perturbed self-attention; `Reader` understands it."""
+
+    context: Any  # for all of the batch; None: the network is told nothing
+    pictures: int  # how many at the end of the batch
+    blocks: tuple[str, ...]  # where in the network
+
+
+def perturbed_attention(
+    denoiser: Callable[[Tensor, Any, Any], Tensor],
+    context: Any,
+    null: Any,
+    guidance_scale: Scale,
+    perturbed_scale: float = 3.0,
+    blocks: tuple[str, ...] = ("mid_block",),
+    combine: Combine = extrapolate,
+) -> Denoise:
+    """Guide by perturbed attention, and classifier-free besides (Ahn et al. 2024, eq. 16).
+
+    Of the conditional estimate c, the unconditional u and the perturbed conditional p, all in one batch, this makes
+    u + guidance_scale (c - u) + perturbed_scale (c - p). The same is made by guiding c at the sum of both scales away
+    from the mean of u and p, weighed by guidance_scale - 1 and perturbed_scale; so any `combine` serves.
+
+    Args:
+        denoiser: (z_t, t, context) -> z_0, whose network understands `Perturbed`.
+        context, null, guidance_scale: as `classifier_free`; at guidance_scale 1 `null` is never computed.
+        perturbed_scale: the paper's s; 0 is `classifier_free`.
+        blocks: names of the network's parts in which self-attention becomes the identity.
+        combine: what to make of the conditional estimate and that mean.
+
+    Raises:
+        ValueError: a scale is not a finite number, or both add up to 1, where there is no such mean.
+    """
+    if not math.isfinite(perturbed_scale):
+        raise ValueError(f"perturbed scale {perturbed_scale} must be a finite number; 0 is none, 3 is usual")
+    if perturbed_scale == 0:
+        return classifier_free(denoiser, context, null, guidance_scale, combine)
+    scale_at = scale_of(guidance_scale)
+    if not callable(guidance_scale):
+        _share(guidance_scale, perturbed_scale)
+
+    @functools.cache
+    def told(batch: int, with_null: bool) -> Perturbed:
+        positive = for_all(context, batch)
+        whole = positive.cat(for_all(null, batch)).cat(positive) if with_null else _twice(positive)
+        return Perturbed(whole, batch, blocks)
+
+    def denoise(z_t: Tensor, t: Any) -> Tensor:
+        scale = scale_at(t)
+        count = 2 if scale == 1 else 3
+        estimates = denoiser(*copies(z_t, t, count), told(len(z_t), scale != 1)).chunk(count)  # [B, c, h, w] each
+        away = estimates[-1]
+        if scale != 1:
+            away = estimates[1] + _share(scale, perturbed_scale) * (away - estimates[1])
+        return combine(estimates[0], away, scale + perturbed_scale, z_t, t)
+
+    return denoise
+
+
+def _share(scale: float, perturbed_scale: float) -> float:
+    """Of the perturbed estimate in the mean that guidance leads away from."""
+    if scale - 1 + perturbed_scale == 0:
+        raise ValueError(f"guidance scale {scale} and perturbed scale {perturbed_scale} add up to 1; change one")
+    return perturbed_scale / (scale - 1 + perturbed_scale)
+
+
+def _twice(context: Any) -> Any:
+    return None if context is None else context.cat(context)

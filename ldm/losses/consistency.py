@@ -1,0 +1,135 @@
+"""Consistency functions, which map z_t in one call to where its probability flow ends, and how they are distilled.
+
+Song et al. 2023 (arXiv:2303.01469); in latents, of a guided teacher: Luo et al. 2023 (LCM, arXiv:2310.04378).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.denoising.denoiser import Denoiser
+from ldm.denoising.prediction import mix, per_image
+from ldm.guidance.base import copies, extrapolate, for_all
+from ldm.schedules.registry import Schedule
+
+SIGMA_DATA = 0.5  # of the boundary condition, as in Karras et al. 2022
+TIMESTEP_SCALING = 10.0  # of the authors' code; what the timestep is multiplied by before it meets sigma_data
+
+Consistency = Callable[[Tensor, Tensor, Any], Tensor]  # (z_t [B, c, h, w], t [B], context) -> z_0 [B, c, h, w]
+Teacher = Callable[[Tensor, Tensor], Tensor]  # (z_t [B, c, h, w], t [B]) -> z_0 [B, c, h, w]
+
+
+def boundary(schedule: Schedule, t: Tensor | float) -> tuple[Tensor, Tensor]:
+    """c_skip and c_out at times t, float64: 1 and 0 at the first noise level, next to 0 and 1 above (LCM, eq. 9).
+
+    They are those of LCMScheduler of diffusers: of the timestep, not of sigma.
+    """
+    scaled = TIMESTEP_SCALING * schedule.timestep(t).to(torch.float64).clamp(min=0)
+    size = torch.hypot(scaled, torch.full_like(scaled, SIGMA_DATA))
+    return (SIGMA_DATA / size).square(), scaled / size
+
+
+@dataclass(frozen=True, eq=False)
+class ConsistencyFunction:
+    """f(z_t, t) = c_skip(t) z_t + c_out(t) denoiser(z_t, t): at the first noise level it returns z_t (LCM, eq. 9)."""
+
+    denoiser: Denoiser
+
+    def __call__(self, z_t: Tensor, t: Tensor | float, context: Any = None) -> Tensor:
+        """Where the flow from z_t [B, c, h, w] at times t (one, or [B]) ends."""
+        c_skip, c_out = boundary(self.denoiser.schedule, t)
+        return mix(z_t, self.denoiser(z_t, t, context), c_skip, c_out)
+
+
+def rung(schedule: Schedule, t: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """The next of `levels` evenly spaced times at or above t [B], and the time one below, at least the first level.
+
+    With 50 of 1000 noise levels a step is of k = 20, at the times of the authors' code (LCM, section 4.3).
+    """
+    index = (t.to(torch.float64) * levels - 1e-3).ceil().clamp(1, levels)  # of float32 times that are a last bit late
+    return schedule.nearest(index / levels), schedule.nearest((index - 1) / levels)
+
+
+def ddim_step(z_t: Tensor, z_0: Tensor, t: Tensor, s: Tensor, schedule: Schedule) -> Tensor:
+    """z_s [B, c, h, w] where z_0 and noise stay what they are, each image at its own times (Song et al. 2020, eq. 12).
+
+    Args:
+        z_t, z_0: [B, c, h, w].
+        t, s: [B], from where and to where.
+        schedule: gives alpha and sigma.
+    """
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule(t, torch.float64), schedule(s, torch.float64)
+    kept = sigma_s / sigma_t
+    return mix(z_t, z_0, kept, alpha_s - alpha_t * kept)
+
+
+def guided_teacher(denoiser: Denoiser, context: Any, null: Any, scale: Tensor) -> Teacher:
+    """The denoiser with classifier-free guidance, each image at its own guidance scale [B] (LCM, eq. 14; w + 1)."""
+
+    def denoise(z_t: Tensor, t: Tensor) -> Tensor:
+        told = for_all(context, len(z_t)).cat(for_all(null, len(z_t)))
+        conditional, unconditional = denoiser(*copies(z_t, t, 2), told).chunk(2)  # [B, c, h, w] each
+        return extrapolate(conditional, unconditional, per_image(scale, z_t))
+
+    return denoise
+
+
+def distance(one: Tensor, other: Tensor, huber: float) -> Tensor:
+    """Pseudo-Huber distance [B] of elements, averaged: sqrt(d^2 + huber^2) - huber; at 0 it is the squared difference.
+
+    Song & Dhariwal 2023 (arXiv:2310.14189), eq. 6, of elements as in diffusers' training scripts.
+    """
+    squared = (one - other).square()
+    return ((squared + huber**2).sqrt() - huber if huber else squared).flatten(1).mean(1)
+
+
+def consistency_loss(
+    student: Consistency,
+    target: Consistency,
+    teacher: Teacher,
+    z_t: Tensor,
+    t: Tensor,
+    s: Tensor,
+    context: Any,
+    schedule: Schedule,
+    huber: float = 0.001,
+) -> Tensor:
+    """How far the student at z_t is from the target one teacher's step further down the flow, [B] (LCM, eq. 17).
+
+    Args:
+        student: the consistency function that is trained.
+        target: the same with averaged weights, or the student itself; no gradient passes through it.
+        teacher: a denoiser, guided or not.
+        z_t: noisy latents [B, c, h, w].
+        t, s: [B], from where and to where the teacher steps, by `ddim_step`.
+        context: what student and target are told.
+        schedule: gives alpha and sigma.
+        huber: of `distance`.
+    """
+    with torch.no_grad():
+        z_s = ddim_step(z_t, teacher(z_t, t), t, s, schedule)
+        wanted = target(z_s, s, context)
+    return distance(student(z_t, t, context), wanted, huber)
+
+
+def guidance_loss(student: Denoiser, teacher: Teacher, z_t: Tensor, t: Tensor, context: Any) -> Tensor:
+    """Squared error [B] of the student's output where the guided teacher's is right (Meng et al. 2022, eq. 3).
+
+    It is weighed as the network's output, as `diffusion_loss` with weighting simple: finite at all times.
+
+    Args:
+        student: told the context and no null.
+        teacher: guided, on the student's schedule.
+        z_t: noisy latents [B, c, h, w].
+        t: [B].
+        context: what the student is told.
+    """
+    with torch.no_grad():
+        wanted = teacher(z_t, t)
+    error = (student(z_t, t, context) - wanted).square().flatten(1).mean(1)  # [B], of z_0
+    return error / student.gain(t).to(error)

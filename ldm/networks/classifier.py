@@ -1,0 +1,163 @@
+"""A classifier of noisy latents, log p(y | z_t, t): half a UNet and a head (Dhariwal & Nichol 2021, section 4)."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.denoising.prediction import per_image
+from ldm.formats.diffusers.unet_options import unet_from_diffusers, unet_to_diffusers
+from ldm.networks.attention import Attention, Signal
+from ldm.networks.unet import UNet
+from ldm.networks.unet_blocks import sinusoids
+from ldm.networks.unet_config import UNetConfig
+from ldm.schedules.registry import Schedule, ScheduleConfig
+from stipple_core.files.weights import place, read_folder, read_json, write_json, write_weights
+from stipple_core.operators.normalization import norm_silu
+
+FOLDER, STEM, CLASS = "classifier", "model", "NoisyClassifier"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierConfig:
+    """The shape of a classifier, and what it has been trained on.
+
+    Raises:
+        ValueError: in one line naming value, rule and mend.
+    """
+
+    unet: UNetConfig = field(default_factory=UNetConfig)  # of which the way down and the middle are taken
+    pool: str = "attention"  # a key of POOLS: how features of all places become those of the picture
+    names: tuple[str, ...] = ()  # of the classes, in the order of the logits
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)  # noise levels that it knows
+    autoencoder: str = ""  # fingerprint: whose latents it reads
+
+    def __post_init__(self):
+        object.__setattr__(self, "names", tuple(self.names))
+        if self.pool not in POOLS:
+            raise ValueError(f"pool {self.pool!r} is unknown; use one of {', '.join(POOLS)}")
+        if self.unet.cross_attention_dim is not None or self.unet.vector_dim is not None:
+            raise ValueError("a classifier is told nothing; set unet.cross_attention_dim and unet.vector_dim to null")
+
+    def row(self, name: str) -> int:
+        """The number of a class, whatever the case of its name. Raises ValueError where there is none of this name."""
+        rows = {known.lower(): row for row, known in enumerate(self.names)}
+        if (text := name.strip().lower()) in rows:
+            return rows[text]
+        near = difflib.get_close_matches(text, rows, n=1)
+        mend = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(self.names[:20])}"
+        raise ValueError(f"{name!r:.80} is no class of the classifier; {mend}")
+
+
+class AttentionPool(nn.Module):
+    """The mean of all places attends to them and to itself: [B, C, h, w] -> [B, C] (Radford et al. 2021).
+
+    Without embeddings of places, so that pictures may have any size.
+    """
+
+    def __init__(self, channels: int, heads: int):
+        super().__init__()
+        self.attention = Attention(channels, heads, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = x.flatten(2).transpose(1, 2)  # [B, h * w, C]
+        mean = places.mean(1, keepdim=True)  # [B, 1, C]
+        return self.attention(mean, torch.cat([mean, places], 1))[:, 0]  # [B, C]
+
+
+class MeanPool(nn.Module):
+    """The mean of all places: [B, C, h, w] -> [B, C]."""
+
+    def __init__(self, channels: int, heads: int):
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3))
+
+
+POOLS: dict[str, Callable[[int, int], nn.Module]] = {"attention": AttentionPool, "mean": MeanPool}
+
+
+class Classifier(nn.Module):
+    """Noisy latents and a timestep to logits of classes; parameter names are the UNet's, `pool` and `head`."""
+
+    def __init__(self, config: ClassifierConfig):
+        super().__init__()
+        self.config = config
+        shape, whole = config.unet, UNet(config.unet)
+        self.conv_in, self.time_embedding = whole.conv_in, whole.time_embedding
+        self.down_blocks, self.mid_block = whole.down_blocks, whole.mid_block
+        channels = shape.block_out_channels[-1]
+        self.norm_out = nn.GroupNorm(shape.norm_num_groups, channels, eps=shape.norm_eps)
+        self.pool = POOLS[config.pool](channels, shape.attention_heads[-1])
+        self.head = nn.Linear(channels, len(config.names))
+
+    def forward(self, z_t: Tensor, timestep: Tensor) -> Tensor:
+        """Logits [B, classes] of z_t [B, c, h, w] at timesteps [B], as `Schedule.timestep` gives them."""
+        embedding = self.time_embedding(sinusoids(timestep, self.config.unet.block_out_channels[0]).to(z_t.dtype))
+        signal, x = Signal(F.silu(embedding)), self.conv_in(z_t)  # [B, C0, h, w]
+        for level in self.down_blocks:
+            for index in range(len(level.resnets)):
+                x = level.layer(index, x, signal)
+            for downsampler in level.downsamplers:
+                x = downsampler(x, signal)  # [B, C, h / 2, w / 2]
+        for index in range(len(self.mid_block.resnets)):
+            x = self.mid_block.layer(index, x, signal)
+        return self.head(self.pool(norm_silu(self.norm_out, x)))  # [B, C, h, w] -> [B, classes]
+
+    def save(self, model_folder: str | os.PathLike) -> None:
+        """Write `classifier/` (config.json, model.safetensors) into a folder."""
+        folder = Path(model_folder) / FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+        options = asdict(self.config) | {"_class_name": CLASS, "unet": unet_to_diffusers(self.config.unet)}
+        write_json(options, folder / "config.json")
+        write_weights({name: value.cpu() for name, value in self.state_dict().items()}, folder / f"{STEM}.safetensors")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Classifier:
+        """Read what `save` wrote, from the folder or the `classifier` folder in it; on the CPU, for evaluation.
+
+        Raises:
+            FileNotFoundError, ValueError: it is not there, or is no classifier, or its weights don't fit.
+        """
+        folder = Path(path) / FOLDER if (Path(path) / FOLDER).is_dir() else Path(path)
+        options = read_json(folder / "config.json", f"no config.json in {folder}; give the folder of a classifier")
+        if options.pop("_class_name", None) != CLASS:
+            raise ValueError(
+                f"{folder} is no classifier of noisy latents; give what stipple train-classifier wrote"
+            )
+        unet, schedule = unet_from_diffusers(options.pop("unet")), ScheduleConfig(**options.pop("schedule"))
+        with torch.device("meta"):
+            classifier = cls(ClassifierConfig(unet=unet, schedule=schedule, **options))
+        place(classifier, read_folder(folder, STEM), folder)
+        return classifier.eval().requires_grad_(False)
+
+
+def classify(network: Callable[[Tensor, Tensor], Tensor], schedule: Schedule, z_t: Tensor, t: Tensor | float) -> Tensor:
+    """Logits [B, classes] of z_t [B, c, h, w] at times t (one, or [B]) of the schedule that the network knows."""
+    alpha, sigma = schedule(t, torch.float64)
+    z_in = z_t / per_image(torch.hypot(alpha, sigma), z_t) if schedule.unit_input else z_t
+    return network(z_in, schedule.timestep(t).to(z_t.device).expand(len(z_t)))
+
+
+def translated(z_t: Tensor, t: float, schedule: Schedule, known: Schedule) -> tuple[Tensor, float]:
+    """The same noisy latents on another schedule: where sigma / alpha is the same, scaled as it scales them."""
+    if schedule.config == known.config:
+        return z_t, t
+    alpha, sigma = schedule(t, torch.float64)
+    time = known.time(sigma / alpha).item()
+    return z_t * (known(time)[0] / alpha).item(), time
+
+
+def with_names(config: ClassifierConfig, names: list[str]) -> ClassifierConfig:
+    """The config with its classes named. Raises ValueError where there are fewer than two of them."""
+    if len(names) < 2:
+        raise ValueError(f"there is nothing to tell apart: the classes are {', '.join(names) or 'none'}; give two")
+    return replace(config, names=tuple(names))

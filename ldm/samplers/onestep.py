@@ -1,0 +1,148 @@
+"""Samplers that remember nothing: each step begins from z_t alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from ldm.samplers.steps import (
+    Denoise,
+    Generators,
+    Point,
+    Step,
+    along,
+    drawn,
+    noise_in,
+    noise_like,
+    noised,
+    renewed,
+    walk,
+)
+from ldm.schedules.registry import Schedule
+
+# How `ddpm` draws: the exponent v of its variance, small^(1 - v) large^v; None: the network says it (see `ddpm`).
+VARIANCES: dict[str, float | None] = {"small": 0.0, "large": 1.0, "learned": None}
+LARGEST_GAMMA = math.sqrt(2) - 1  # at most as much noise is added as there is (Karras et al. 2022, algorithm 2)
+
+
+def ddim(
+    denoise: Denoise, z: Tensor, times: Tensor, schedule: Schedule, generators: Generators, eta: float = 0.0
+) -> Iterator[Step]:
+    """Keep z_0 and noise, change their amounts; eta of the noise is drawn anew (Song et al. 2020, eq. 12 and 16).
+
+    eta 0 is deterministic, eta 1 is `ddpm`. Each step ends where the next begins; DDIMScheduler and PNDMScheduler of
+    diffusers end it at t - T // S, which for linspace and for step counts that do not divide T is somewhere else.
+
+    Raises:
+        ValueError: eta outside [0, 1].
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta {eta} must be between 0 (deterministic) and 1 (ddpm)")
+    for index, (t, s) in enumerate(walk(times, schedule)):
+        z_0 = denoise(z, t.time)
+        fresh = eta * math.sqrt(renewed(t, s))
+        z = s.alpha * z_0 + s.sigma * math.sqrt(1 - fresh**2) * noise_in(z, z_0, t)
+        if fresh and s.sigma:
+            z = z + s.sigma * fresh * noise_like(z, generators)
+        yield Step(index, s.time, z, z_0)
+
+
+def ddpm(
+    denoise: Denoise,
+    z: Tensor,
+    times: Tensor,
+    schedule: Schedule,
+    generators: Generators,
+    variance: str = "small",
+    interpolation: Callable[[], Tensor] | None = None,
+) -> Iterator[Step]:
+    """Draw z_s around the mean of q(z_s | z_t, z_0), the posterior of the noising process (Ho et al. 2020, eq. 7).
+
+    Args:
+        variance: "small" is that of the posterior, right where z_0 is known; "large" that of q(z_t | z_s), right where
+            the data are standard normal (Ho et al. 2020, section 3.2); "learned" lies between, on a line of logarithms,
+            where the network says (Nichol & Dhariwal 2021, eq. 15).
+        interpolation: learned: gives v of the last network call, [B, ...] or, where guidance doubles the batch and the
+            conditional half is the first, [2 B, ...]; 0 is small, 1 is large. See `LearnedVariance`.
+
+    Raises:
+        ValueError: an unknown variance, or learned without an interpolation.
+    """
+    if variance not in VARIANCES:
+        raise ValueError(f"unknown variance {variance!r}; use one of {', '.join(VARIANCES)}")
+    if variance == "learned" and interpolation is None:
+        raise ValueError("variance 'learned' needs a network that says it; use small or large")
+    for index, (t, s) in enumerate(walk(times, schedule)):
+        z_0 = denoise(z, t.time)
+        v = interpolation()[: len(z)].to(z) if variance == "learned" else VARIANCES[variance]
+        z = drawn(z, z_0, t, s, generators, (t.sigma / s.sigma) ** v if s.sigma else 1.0)
+        yield Step(index, s.time, z, z_0)
+
+
+def euler(denoise: Denoise, z: Tensor, times: Tensor, schedule: Schedule, generators: Generators) -> Iterator[Step]:
+    """Euler's rule along straight lines, the same map as `ddim` (Karras et al. 2022, algorithm 1 without line 6)."""
+    for index, (t, s) in enumerate(walk(times, schedule)):
+        z_0 = denoise(z, t.time)
+        z = along(z, [(z_0, noise_in(z, z_0, t))], t, s)
+        yield Step(index, s.time, z, z_0)
+
+
+def euler_ancestral(
+    denoise: Denoise, z: Tensor, times: Tensor, schedule: Schedule, generators: Generators
+) -> Iterator[Step]:
+    """Euler to below s, then noise up to s: the map of `ddpm` (Song et al. 2020, eq. 16; Katherine Crowson's code)."""
+    yield from ddim(denoise, z, times, schedule, generators, eta=1.0)
+
+
+def heun(
+    denoise: Denoise,
+    z: Tensor,
+    times: Tensor,
+    schedule: Schedule,
+    generators: Generators,
+    churn: float = 0.0,
+    churn_range: tuple[float, float] = (0.0, math.inf),
+    noise_scale: float = 1.0,
+) -> Iterator[Step]:
+    """Heun's rule, the mean of the slopes at both ends of a step (Karras et al. 2022, algorithms 1 and 2).
+
+    A step that ends at t = 0, where there is no slope, is Euler's.
+
+    Args:
+        churn: 0 is deterministic; above, each step first adds noise, which makes sigma / alpha 1 + churn / S times what
+            it was, 1.41 at most and never above the last noise level (S_churn; good values depend on the model).
+        churn_range: the least and the largest sigma / alpha where noise is added (S_tmin, S_tmax).
+        noise_scale: of the standard deviation of that noise (S_noise); the paper takes 1.003 to make up for networks
+            that take away too much.
+
+    Raises:
+        ValueError: churn is negative.
+    """
+    if not churn >= 0:
+        raise ValueError(f"churn {churn} must be at least 0 (deterministic); 40 is usual")
+    for index, (t, s) in enumerate(walk(times, schedule)):
+        if churn and t.alpha and churn_range[0] <= t.sigma / t.alpha <= churn_range[1]:
+            higher = _raised(t, s, min(churn / (len(times) - 1), LARGEST_GAMMA), schedule)
+            z, t = noised(z, t, higher, generators, noise_scale), higher
+        z, z_0 = heun_step(denoise, z, t, s)
+        yield Step(index, s.time, z, z_0)
+
+
+def heun_step(denoise: Denoise, z: Tensor, t: Point, s: Point) -> tuple[Tensor, Tensor]:
+    """z_s from z_t by Heun's rule, or by Euler's where s is t = 0; and z_0 as estimated at t."""
+    z_0 = denoise(z, t.time)
+    lines = [(z_0, noise_in(z, z_0, t))]
+    if s.sigma:
+        ahead = along(z, lines, t, s)
+        z_0_ahead = denoise(ahead, s.time)
+        lines.append((z_0_ahead, noise_in(ahead, z_0_ahead, s)))
+    return along(z, lines, t, s), z_0
+
+
+def _raised(t: Point, s: Point, gamma: float, schedule: Schedule) -> Point:
+    """The point where sigma / alpha is 1 + gamma times that of t, or t = 1."""
+    time = schedule.time(t.sigma / t.alpha * (1 + gamma)).item()
+    return walk(torch.tensor([max(time, t.time), s.time], dtype=torch.float64), schedule)[0][0]

@@ -1,0 +1,86 @@
+"""The probability-flow ODE, solved as exactly as asked, and walked backwards (Song et al. 2021, section 4.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ldm.samplers.runge_kutta import adaptive
+from ldm.samplers.steps import Denoise, Generators, Step, noise_in, towards, walk
+from ldm.schedules.registry import Schedule
+
+
+def ode(
+    denoise: Denoise,
+    z: Tensor,
+    times: Tensor,
+    schedule: Schedule,
+    generators: Generators,
+    tolerance: float = 1e-5,
+) -> Iterator[Step]:
+    """Solve the probability-flow ODE with steps of its own, as the tolerance asks (Song et al. 2021, section 4.3).
+
+    From the first time to the first noise level, whose estimate is the end where that is t = 0. It is solved as what
+    it is in every schedule, y = z_t / (alpha + sigma) with slope noise - z_0 along x = sigma / (alpha + sigma), which
+    knows neither infinities nor the kinks of a table of noise levels. Pictures of one batch share their steps, so each
+    depends on the others, by less than the tolerance.
+
+    Args:
+        tolerance: relative and absolute, of each step (the paper: 1e-5).
+
+    Raises:
+        ValueError: the tolerance is not a positive number, or is too small for the dtype of z.
+    """
+    steps = walk(times, schedule)
+    first, (t, end) = steps[0][0], steps[-1]
+    lowest = 1 / schedule.config.timesteps
+    if not end.sigma and t.time > lowest:  # however few steps are asked for
+        t = walk(torch.tensor([lowest, end.time], dtype=torch.float64), schedule)[0][0]
+    last = end if end.sigma else t
+    start, stop = (point.sigma / (point.alpha + point.sigma) for point in (first, last))
+    index, z_0 = -1, None
+
+    def at(x: float) -> tuple[float, float]:
+        """The time, and alpha + sigma then."""
+        time = first.time if x == start else last.time if x == stop else schedule.time(x / (1 - x)).item()
+        return time, sum(level.item() for level in schedule(time))
+
+    def slope(x: float, y: Tensor) -> Tensor:
+        nonlocal z_0  # of the last call, which is that at the end of a step
+        time, scale = at(x)
+        z_0 = denoise(y * scale, time)
+        return (y - z_0) / x
+
+    for index, (x, y) in enumerate(adaptive(slope, z / at(start)[1], start, stop, tolerance)):
+        time, scale = at(x)
+        z = y * scale
+        yield Step(index, time, z, z_0)
+    if z_0 is None or not end.sigma:
+        z_0 = denoise(z, last.time) if z_0 is None else z_0
+        yield Step(index + 1, end.time, towards(z, z_0, last, end), z_0)
+
+
+def invert(denoise: Denoise, z_0: Tensor, times: Tensor, schedule: Schedule) -> Iterator[Step]:
+    """DDIM from data to noise: from z_0 back to the z_t that `ddim` would lead to it (Mokady et al. 2023, section 3.1).
+
+    Each step keeps the estimate and the noise made where it begins, as those of `ddim` do, so there and back is
+    the identity up to the error of first order of both (Song et al. 2020, section 4.3). Where it begins at t = 0 there
+    is no noise to know; the first step asks at its end instead.
+
+    Args:
+        denoise: (z_t, t) -> z_0; told what z_0 shows, and best not guided.
+        z_0: clean latents [B, c, h, w], or, where the times end at a noise level, latents of that level.
+        times: as a sampler walks them, falling; here they are walked backwards.
+
+    Yields:
+        Steps whose t rises to the first of the times, and whose z_0 is the estimate made on the way.
+    """
+    z = z_0
+    for index, (t, s) in enumerate(reversed(walk(times, schedule))):
+        kept = t.alpha / s.alpha
+        here, at = (z, s) if s.sigma else (kept * z, t)
+        estimate = denoise(here, at.time)
+        z = kept * z + (t.sigma - kept * s.sigma) * noise_in(here, estimate, at)
+        yield Step(index, t.time, z, estimate)

@@ -1,0 +1,80 @@
+"""The table of samplers: generators that walk times from noise to data, given nothing but denoise(z_t, t) -> z_0.
+
+They walk times, not sigma / alpha, which is infinite where a rectified flow or a zero-terminal-SNR schedule begins.
+The caller owns progress bars, previews and cancellation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from ldm.samplers.langevin import langevin, predictor_corrector
+from ldm.samplers.multistep import deis, dpmpp_2m, dpmpp_3m, lms, pndm, unipc
+from ldm.samplers.onestep import ddim, ddpm, euler, euler_ancestral, heun
+from ldm.samplers.probability_flow import ode
+from ldm.samplers.singlestep import dpm2, dpmpp_2s
+from ldm.samplers.spacing import Habit
+from ldm.samplers.steps import Step
+from ldm.samplers.stochastic import dpmpp_2m_sde, dpmpp_3m_sde, dpmpp_sde, lcm, restart
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """A sampler and what there is to know of it."""
+
+    run: Callable[..., Iterator[Step]]  # (denoise, z, times, schedule, generators, **options) -> steps
+    order: int  # the error falls with steps^-order; of stochastic ones, that of moments; 0: not with steps
+    calls: str = "S"  # of the network in S steps
+    draws: bool = False  # whether noise is drawn on the way, whatever eta
+    options: tuple[str, ...] = ()  # what `run` takes besides
+    alone: bool = False  # whether its steps would depend on all pictures of a batch, so that each needs its own
+    habit: Habit  # how it chooses its times
+
+    @property
+    def summary(self) -> str:
+        """One line: its order, whether it draws, its network calls in S steps, its spacing, what it does."""
+        choice = next((name for name in ("eta", "churn") if name in self.options), None)  # 0 is deterministic
+        draws = "stochastic" if self.draws else f"either by {choice}" if choice else "deterministic"
+        does = (self.run.__doc__ or "").strip().splitlines()[0].rstrip(".")
+        return f"order {self.order}  {draws:15} {self.calls:7} calls  {self.habit.spacing:9} {does}"
+
+
+LATTICE = Habit(spacing="leading", ends_clean=True)  # of papers that step over noise levels
+SIGMAS = Habit(spacing="linspace", fractional=True, noise_only=True)  # of Karras et al. 2022 in k-diffusion
+LEVELS = Habit(spacing="trailing")  # of papers that visit all noise levels
+SOLVER = Habit(spacing="linspace", drops_lowest=True)  # of Lu et al. 2022
+
+SAMPLERS: dict[str, Sampler] = {
+    "ddim": Sampler(run=ddim, order=1, options=("eta",), habit=LATTICE),
+    "ddpm": Sampler(
+        run=ddpm, order=1, draws=True, options=("variance", "interpolation"), habit=Habit(spacing="leading")
+    ),
+    "pndm": Sampler(
+        run=pndm, order=2, calls="S + 1", options=("averaged",), habit=Habit(spacing="leading", ends_clean=False)
+    ),
+    "euler": Sampler(run=euler, order=1, habit=SIGMAS),
+    "euler_ancestral": Sampler(run=euler_ancestral, order=1, draws=True, habit=SIGMAS),
+    "heun": Sampler(run=heun, order=2, calls="2 S - 1", options=("churn",), habit=SIGMAS),
+    "dpm2": Sampler(run=dpm2, order=2, calls="2 S - 1", habit=SIGMAS),
+    "lms": Sampler(run=lms, order=4, habit=SIGMAS),
+    "dpmpp_2s": Sampler(run=dpmpp_2s, order=2, calls="2 S - 1", habit=SOLVER),
+    "dpmpp_2m": Sampler(run=dpmpp_2m, order=2, habit=SOLVER),
+    "dpmpp_3m": Sampler(run=dpmpp_3m, order=3, habit=SOLVER),
+    "dpmpp_sde": Sampler(run=dpmpp_sde, order=2, calls="2 S - 1", draws=True, habit=SIGMAS),
+    "dpmpp_2m_sde": Sampler(run=dpmpp_2m_sde, order=2, draws=True, habit=SOLVER),
+    "dpmpp_3m_sde": Sampler(run=dpmpp_3m_sde, order=2, draws=True, habit=SOLVER),
+    "unipc": Sampler(run=unipc, order=3, habit=SOLVER),
+    "deis": Sampler(run=deis, order=2, habit=replace(SOLVER, ends_clean=False)),
+    "restart": Sampler(run=restart, order=2, calls="3 S - 1", draws=True, habit=SIGMAS),  # one less where S is odd
+    "lcm": Sampler(  # of a consistency function there is no error to fall
+        run=lcm, order=0, draws=True, habit=Habit(spacing="rungs")
+    ),
+    "langevin": Sampler(  # the step size leaves bias
+        run=langevin, order=0, calls="5 S - 4", draws=True, options=("corrections",), habit=LEVELS
+    ),
+    "predictor_corrector": Sampler(
+        run=predictor_corrector, order=0, calls="2 S - 1", draws=True, options=("corrections",), habit=LEVELS
+    ),
+    "ode": Sampler(run=ode, order=5, calls="any", options=("tolerance",), alone=True, habit=SIGMAS),
+}

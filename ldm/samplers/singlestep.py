@@ -1,0 +1,44 @@
+"""Samplers that ask the network a second time in the middle of each step: second order with nothing remembered."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from ldm.samplers.steps import Denoise, Generators, Step, along, middle, noise_in, towards, walk
+from ldm.schedules.registry import Schedule
+
+
+def dpm2(denoise: Denoise, z: Tensor, times: Tensor, schedule: Schedule, generators: Generators) -> Iterator[Step]:
+    """DPM-Solver-2: the slope in the middle of a step, in log(sigma / alpha), is that of all of it (Lu et al. 2022a).
+
+    Algorithm 1 with r = 1/2, of steps along straight lines as in Karras et al. 2022. Steps from or to an infinite
+    logarithm are Euler's.
+    """
+    for index, (t, s) in enumerate(walk(times, schedule)):
+        z_0 = denoise(z, t.time)
+        line = z_0, noise_in(z, z_0, t)
+        if math.isfinite(s.growth - t.growth):
+            m = middle(t, s, schedule)
+            ahead = along(z, [line], t, m)
+            z_0 = denoise(ahead, m.time)
+            line = z_0, noise_in(ahead, z_0, m)
+        z = along(z, [line], t, s)
+        yield Step(index, s.time, z, z_0)
+
+
+def dpmpp_2s(denoise: Denoise, z: Tensor, times: Tensor, schedule: Schedule, generators: Generators) -> Iterator[Step]:
+    """DPM-Solver++(2S): z_0 in the middle of a step, in log(alpha / sigma), is that of all of it (Lu et al. 2022b).
+
+    Algorithm 1 with r = 1/2. Steps from or to an infinite logarithm are of first order. DPMSolverSinglestepScheduler of
+    diffusers counts network calls as steps: its middles are every other of its times, wherever they lie.
+    """
+    for index, (t, s) in enumerate(walk(times, schedule)):
+        z_0 = denoise(z, t.time)
+        if math.isfinite(s.growth - t.growth):
+            m = middle(t, s, schedule)
+            z_0 = denoise(towards(z, z_0, t, m), m.time)
+        z = towards(z, z_0, t, s)
+        yield Step(index, s.time, z, z_0)

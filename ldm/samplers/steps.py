@@ -1,0 +1,148 @@
+"""What samplers share: a walk over times, the noise levels at both ends of a step, noise drawn per image."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ldm.samplers.spacing import LARGEST_RATIO
+from ldm.schedules.registry import Schedule
+
+Denoise = Callable[[Tensor, float], Tensor]
+Generators = Sequence[torch.Generator]
+
+NO_SIGNAL = 1e-3  # below this alpha at t = 1 straight lines are drawn in rectified flow's coordinates: see `Point`
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a sampler knows after a step."""
+
+    index: int  # 0 for the first step
+    t: float  # the time that has been reached; that of the end of the walk after the last step
+    z: Tensor  # [B, c, h, w], noisy latents at t; the result after the last step
+    z_0: Tensor  # [B, c, h, w], the estimate of clean latents that made this step
+
+
+class Point(NamedTuple):
+    """A time and its noise level, as numbers, which leave the dtype and the device of latents alone.
+
+    z_t / scale runs along a straight line for as long as z_0 and noise stay what they are. The scale is alpha, which
+    makes sigma / alpha the time on that line (Karras et al. 2022); where next to no signal is left at t = 1 and
+    sigma / alpha explodes, it is alpha + sigma, the scale in which every schedule is a rectified flow.
+    """
+
+    time: float
+    alpha: float
+    sigma: float
+    scale: float
+    growth: float  # log(alpha / sigma), the time of multistep solvers; infinite at t = 0, see `_growths`
+
+
+def signal_remains(schedule: Schedule) -> bool:
+    """Whether z_t at t = 1 still holds something of z_0, so that sigma / alpha is a number to work with."""
+    return schedule(1.0)[0].item() > NO_SIGNAL
+
+
+def walk(times: Tensor, schedule: Schedule) -> list[tuple[Point, Point]]:
+    """Where each step begins and ends. The last may end where it begins: that is how some models end.
+
+    Raises:
+        ValueError: the times do not fall.
+    """
+    falling = (times[1:-1] < times[:-2]).all() and (times[-1:] <= times[-2:-1]).all()
+    if len(times) < 2 or not falling:
+        raise ValueError(f"times {times.tolist()} must be at least two, each below the one before it")
+    alpha, sigma = schedule(times, torch.float64)
+    scale = alpha if signal_remains(schedule) else alpha + sigma
+    columns = torch.stack([times.double(), alpha, sigma, scale, _growths(alpha / sigma)], 1)
+    points = [Point(*values) for values in columns.tolist()]
+    return list(zip(points[:-1], points[1:], strict=True))
+
+
+def middle(t: Point, s: Point, schedule: Schedule) -> Point:
+    """The point halfway from t to s in log(alpha / sigma), which must be finite at both."""
+    time = schedule.time(math.exp(-(t.growth + s.growth) / 2)).clamp(s.time, t.time).item()
+    return walk(torch.tensor([time, s.time], dtype=torch.float64), schedule)[0][0]
+
+
+def _growths(ratios: Tensor) -> Tensor:
+    """log(alpha / sigma), with a finite number for no signal at all where the next level leaves room for it."""
+    begins_in_noise = ratios[0] == 0 and ratios[1] * LARGEST_RATIO > 1
+    return torch.cat([ratios[:1].clamp(min=1 / LARGEST_RATIO) if begins_in_noise else ratios[:1], ratios[1:]]).log()
+
+
+def initial_noise(
+    shape: Sequence[int], generators: Generators, schedule: Schedule, t: float = 1.0, noise_only: bool = False
+) -> Tensor:
+    """Where sampling begins: normal z_t [B, c, h, w], float32 on the CPU, of variance alpha^2 + sigma^2.
+
+    That is the variance of noised latents of unit scale, 1 unless variance explodes.
+
+    Args:
+        shape: (B, c, h, w).
+        generators: one per image, on the CPU.
+        schedule: gives alpha and sigma.
+        t: the time at which sampling begins.
+        noise_only: give them variance sigma^2 instead, as if no signal were left at t.
+
+    Raises:
+        ValueError: B is not the number of generators.
+    """
+    if shape[0] != len(generators):
+        raise ValueError(f"{shape[0]} images need as many generators, not {len(generators)}")
+    alpha, sigma = schedule(t)
+    return noise_like(torch.empty(*shape), generators) * (sigma.item() if noise_only else math.hypot(alpha, sigma))
+
+
+def noise_like(z: Tensor, generators: Generators) -> Tensor:
+    """Standard normal noise like z [B, ...]; each image draws float32 numbers from its own CPU generator."""
+    drawn = torch.stack([torch.randn(z.shape[1:], generator=generator) for generator in generators])
+    return drawn.to(z.device, z.dtype)
+
+
+def noise_in(z: Tensor, z_0: Tensor, t: Point) -> Tensor:
+    """The noise that makes z_t of z_0."""
+    return (z - t.alpha * z_0) / t.sigma
+
+
+def renewed(t: Point, s: Point) -> float:
+    """The share of the noise in z_s that q(z_s | z_t, z_0) draws anew: its variance is s.sigma^2 times this."""
+    return 1 - (t.alpha * s.sigma / (s.alpha * t.sigma)) ** 2
+
+
+def towards(z: Tensor, z_0: Tensor, t: Point, s: Point) -> Tensor:
+    """z_s from z_t where z_0 and noise stay what they are: the step that `ddim` takes (Song et al. 2020, eq. 12)."""
+    kept = s.sigma / t.sigma
+    return kept * z + (s.alpha - t.alpha * kept) * z_0
+
+
+def drawn(
+    z: Tensor, z_0: Tensor, t: Point, s: Point, generators: Generators, noise_scale: float | Tensor = 1.0
+) -> Tensor:
+    """z_s drawn from q(z_s | z_t, z_0), the posterior of the noising process (Ho et al. 2020, eq. 6 and 7).
+
+    Its noise is multiplied by `noise_scale`, a number or like z; at t = 0 there is none.
+    """
+    share = max(renewed(t, s), 0.0)  # where s is t, nothing is drawn
+    z = t.alpha / s.alpha * (s.sigma / t.sigma) ** 2 * z + s.alpha * share * z_0
+    return z + s.sigma * math.sqrt(share) * noise_scale * noise_like(z, generators) if s.sigma else z
+
+
+def noised(z: Tensor, t: Point, u: Point, generators: Generators, noise_scale: float = 1.0) -> Tensor:
+    """z_u drawn from q(z_u | z_t) at a noisier point u, the noising process, its noise times `noise_scale`."""
+    kept = u.alpha / t.alpha
+    added = math.sqrt(max(u.sigma**2 - (kept * t.sigma) ** 2, 0.0))
+    return kept * z + noise_scale * added * noise_like(z, generators)
+
+
+def along(z: Tensor, lines: list[tuple[Tensor, Tensor]], t: Point, s: Point) -> Tensor:
+    """z_s from z_t along the mean of the straight lines that pairs of z_0 and noise span."""
+    signal, noise = s.alpha / s.scale - t.alpha / t.scale, s.sigma / s.scale - t.sigma / t.scale
+    slope = sum(signal * z_0 + noise * noise_in for z_0, noise_in in lines) / len(lines)
+    return s.scale * (z / t.scale + slope)

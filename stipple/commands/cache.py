@@ -1,0 +1,160 @@
+"""Encode images and captions once: posterior moments and text contexts in memory-mapped shards, split over processes.
+
+stipple cache --config configs/ldm/emoji.yaml data.folder=PATH cache=cache/emoji
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from autoencoder import Autoencoder, open_autoencoder
+from conditioning.build import AnyConditioner
+from conditioning.text.text_conditioner import Conditioner
+from stipple.stages.data.data_check import bucketed
+from stipple.stages.ldm.ldm_parts import MOMENTS_DTYPES, cache_key, caches_contexts, make_conditioner
+from stipple.stages.ldm.ldm_run import RunConfig, inherited, opened
+from stipple.stages.ldm.shapes import check_shapes
+from stipple.training.run.run_folder import RunFolder
+from stipple_core.config import load_config, one_line_errors
+from stipple_core.data.dataset import ImageDataset, scan
+from stipple_core.data.records.records import Records, merge_skipped
+from stipple_core.latent_cache.reader import CachedLatents, ShardWriter
+from stipple_core.operators.winograd import lay_out
+
+BATCH = 16  # images, or captions, encoded at a time
+
+
+class Views(Dataset):
+    """Each record's picture, and its mirror image where the config has flips: [1 or 2, 3, H, W], or None."""
+
+    def __init__(self, pictures: ImageDataset):
+        self.pictures, self.flips = pictures, (False, True) if pictures.config.flip else (False,)
+
+    def __getitem__(self, record: int) -> torch.Tensor | None:
+        views = [self.pictures.picture(record, flip) for flip in self.flips]
+        return None if views[0] is None else torch.stack(views)
+
+
+@torch.no_grad()
+def cache_moments(
+    writer: ShardWriter, pictures: ImageDataset, autoencoder: Autoencoder, state: Accelerator, workers: int
+) -> None:
+    """Encode this process's parts of the images; `workers` processes decode."""
+    missing = writer.missing("moments")
+    batches = [[*part[first : first + BATCH]] for part in missing for first in range(0, len(part), BATCH)]
+    views = iter(DataLoader(Views(pictures), batch_sampler=batches, num_workers=workers, collate_fn=list))
+    for part in tqdm(missing, desc="images", disable=not state.is_main_process):
+        moments: list[torch.Tensor | None] = []  # of each record [1 or 2, 2c, h, w]
+        while len(moments) < len(part):
+            moments += encode_views(autoencoder, next(views), state.device)
+        writer.add_moments(part, moments)
+
+
+def encode_views(
+    autoencoder: Autoencoder, views: Sequence[torch.Tensor | None], device: torch.device
+) -> list[torch.Tensor | None]:
+    """The moments [1 or 2, 2c, h, w] of each picture's views, those of one size together; None stays None."""
+    moments: list[torch.Tensor | None] = [None] * len(views)
+    for shape in {each.shape for each in views if each is not None}:
+        alike = [i for i, each in enumerate(views) if each is not None and each.shape == shape]
+        images = torch.cat([views[i] for i in alike]).to(device)
+        encoded = autoencoder.encode(images).moments.cpu().unflatten(0, (len(alike), shape[0]))
+        for i, each in zip(alike, encoded, strict=True):
+            moments[i] = each
+    return moments
+
+
+def cache_contexts(writer: ShardWriter, conditioner: Conditioner, state: Accelerator) -> None:
+    """Encode this process's parts of the captions."""
+    for part in tqdm(writer.missing("contexts"), desc="captions", disable=not state.is_main_process):
+        contexts: list[torch.Tensor] = []
+        for first in range(part.start, part.stop, BATCH):
+            captions = writer.captions[first : min(first + BATCH, part.stop)]
+            contexts += encode_captions(conditioner, captions, state.device)
+        writer.add_contexts(part, contexts)
+
+
+@torch.no_grad()
+def encode_captions(conditioner: Conditioner, captions: list[str], device: torch.device) -> list[torch.Tensor]:
+    """The context [L, d] of each caption, without masked tokens."""
+    tokens = conditioner.tokenize(captions)
+    context = conditioner(tokens.ids.to(device), tokens.mask.to(device))
+    if context.mask is None:
+        return list(context.tokens)
+    return [each[mask] for each, mask in zip(context.tokens, context.mask, strict=True)]
+
+
+def open_writer(
+    config: RunConfig, records: Records, autoencoder: Autoencoder, conditioner: AnyConditioner, state: Accelerator
+) -> ShardWriter:
+    """Say what goes to the cache, or make sure that it is what goes there already; the first process does so first."""
+    check_shapes(config, autoencoder, conditioner)
+    key = cache_key(config, records.train, autoencoder, conditioner)
+    with state.main_process_first():
+        writer = ShardWriter(
+            config.cache, state.process_index, key, records.train, state.num_processes,
+            MOMENTS_DTYPES[config.cache_precision], contexts=caches_contexts(config, conditioner),
+        )  # fmt: skip
+    if state.is_main_process:
+        merge_skipped(records.skipped, f"{config.cache}/skipped.jsonl")
+    return writer
+
+
+def cache(config: RunConfig, arguments: Sequence[str]) -> None:
+    """Fill `config.cache`; what is already there is not made again. `arguments` are shown for the next command."""
+    if config.cache is None:
+        raise ValueError("there is no folder to write to; give cache=FOLDER")
+    if config.data.crop == "random":
+        raise ValueError("data.crop random cannot be cached; use data.crop=center, or train without a cache")
+    # a process may have to make all that another run left undone, so the others wait long for it
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=7))
+    state = Accelerator(kwargs_handlers=[patience])  # unlike PartialState it reads ACCELERATE_USE_CPU
+    records = scan(config.data)
+    autoencoder = open_autoencoder(config.autoencoder).eval().requires_grad_(False)
+    conditioner = make_conditioner(config, opened(config), records)
+    folder = RunFolder(config.cache, keep=2)  # held while this function runs: no two may fill one cache
+    if state.is_main_process:
+        folder.take()
+    writer = open_writer(config, records, autoencoder, conditioner, state)
+    lay_out(autoencoder.to(state.device))
+    conditioner.to(state.device)
+    buckets = bucketed(records.train, config.data, (state.process_index, state.num_processes))
+    entries = len(records.train) + len(records.validation) + len(records.skipped)
+    skipped = f"{config.cache}/skipped.jsonl"
+    pictures = ImageDataset(records.train, config.data, config.seed, skipped, buckets, entries)
+    cache_moments(writer, pictures, autoencoder, state, config.trainer.workers)
+    cache_contexts(writer, conditioner, state)
+    state.wait_for_everyone()
+    writer.close(encode_captions(conditioner, [""], state.device)[0] if writer.contexts else None)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        cached = len(CachedLatents(config.cache))
+        print(f"{cached} images and {len(writer.captions)} captions are in {config.cache}")
+        told = f"{len(records.skipped)} skipped, {len(records.train) - cached} not decoded"
+        print(f"{told} (see {skipped}); next:")
+        print("  " + shlex.join(["accelerate", "launch", "train_ldm.py", *arguments]))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", help="the config of the stage-2 run, such as configs/ldm/emoji.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.folder=PATH cache=cache/emoji")
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = parser.parse_intermixed_args(argv)
+    with one_line_errors():
+        cache(load_config(RunConfig, arguments.config, arguments.overrides, inherited), argv)
+
+
+if __name__ == "__main__":
+    main()

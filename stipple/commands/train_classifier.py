@@ -1,0 +1,74 @@
+"""Train a classifier of noisy latents, which guides a model of these latents (Dhariwal & Nichol 2021, section 4).
+
+stipple train-classifier --config configs/classifier/pixels-small.yaml data.folder=PATH
+stipple sample --checkpoint MODEL --classifier runs/classifier/model --classifier-scale 3 --classifier-class apple
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from stipple.stages.classifier.classifier_run import ClassifierLearner, RunConfig, build_classifier, validate
+from stipple.stages.data.data_check import Survey
+from stipple.stages.data.run_pictures import Pictures
+from stipple.training.command_line import parse
+from stipple.training.run.run_folder import disk_errors
+from stipple.training.trainer import Trainer
+from stipple_core.config import load_config, one_line_errors, to_dict
+from stipple_core.data.dataset import scan
+from stipple_core.randomness import generator, normal, uniform
+
+
+def train(config: RunConfig) -> None:
+    """Train, and leave the classifier in `run/model/classifier`."""
+    with one_line_errors():
+        trainer = Trainer(config.trainer, config.run, to_dict(config))  # first: from here on time and signals count
+        survey = Survey.of(scan(config.data), config.data, trainer)
+        classifier, autoencoder = build_classifier(config, survey.records, trainer.device)
+        pictures = Pictures.open(config.data, survey, config.seed, config.run)
+        learner = ClassifierLearner.register(trainer, classifier, config)
+    device, seed = trainer.device, config.seed
+    with one_line_errors():
+        pictures.begin(trainer, config)
+
+    def save_model(folder: Path) -> None:
+        with learner.averaged() as averaged:
+            averaged.save(folder)
+
+    with pictures.reported(trainer):
+        for batch in trainer.steps(pictures.loader(trainer, seed), save_model, pictures.names):
+            step, positions = trainer.step, trainer.positions()
+            if config.unet.dropout:  # the one draw that is made inside a network
+                torch.manual_seed(generator(seed, "dropout", step, positions[0]).initial_seed())
+            with torch.no_grad():
+                posterior = autoencoder.encode(batch.images.to(device, non_blocking=True))
+            shape = posterior.mean.shape[1:]
+            z_0 = posterior.sample(normal(seed, "posterior", step, positions, shape).to(device))
+            z_0 = z_0.to(memory_format=torch.channels_last)
+            noise = normal(seed, "noise", step, positions, shape).to(device, memory_format=torch.channels_last)
+            t = learner.schedule.quantize(uniform(seed, "t", step, positions))
+            losses, right = learner.losses(z_0, batch.captions, t, noise)
+            trainer.update(losses.mean(), learner.optimizer)
+            trainer.log(loss=losses.mean(), accuracy=right.mean())
+            if trainer.due(config.validation.every) and len(pictures.held_out):
+                with learner.averaged():
+                    validate(trainer, learner, pictures.held_out, autoencoder, config.validation, seed)
+    trainer.print(f"the classifier is in {config.run}/model; drawing commands take it with --classifier")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = parse(parser, "configs/classifier/pixels-small.yaml", argv)
+    with one_line_errors():
+        config = load_config(RunConfig, arguments.config, arguments.overrides)
+    with disk_errors(config.run):
+        train(config)
+
+
+if __name__ == "__main__":
+    main()

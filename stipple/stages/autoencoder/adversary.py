@@ -1,0 +1,32 @@
+"""What the discriminator says of reconstructions, for the autoencoder to learn from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from autoencoder import PatchDiscriminator
+from autoencoder.losses.first_stage_loss import Judgement, LossConfig
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Within the block gradients flow through the module, not into it."""
+    module.requires_grad_(False)
+    try:
+        yield
+    finally:
+        module.requires_grad_(True)
+
+
+def judge(discriminator: PatchDiscriminator, images: Tensor, reconstructions: Tensor, config: LossConfig) -> Judgement:
+    """The discriminator's view of the reconstructions, for the autoencoder to learn from."""
+    with frozen(discriminator):
+        logits, features = discriminator(reconstructions)
+        if not config.feature_matching:
+            return Judgement(logits, features)
+        with torch.no_grad():
+            return Judgement(logits, features, discriminator(images)[1])

@@ -1,0 +1,291 @@
+"""What surrounds a training step: processes, precision, accumulation, progress, metrics, checkpoints, exact resume.
+
+The script owns the loop; the trainer owns the machinery around it and knows no model:
+
+    for batch in trainer.steps(loader):
+        trainer.update(loss, optimizer)
+        trainer.log(loss=loss)
+
+One iteration is one micro-batch; `batch_size / (micro_batch_size * processes)` of them make one optimizer step.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate.utils import broadcast, broadcast_object_list
+from torch import nn
+from tqdm import tqdm
+
+from stipple.training.bad_steps import BadSteps
+from stipple.training.batch_share import Share
+from stipple.training.checkpoints import Checkpoints, SaveModel
+from stipple.training.distributed import sharding
+from stipple.training.distributed.collective import on_main
+from stipple.training.distributed.wrapped_networks import Networks
+from stipple.training.optimization.ema import Ema
+from stipple.training.optimization.optimizer import Optimizer, OptimizerConfig
+from stipple.training.run.metrics import Metrics, drop_lines_after, flat
+from stipple.training.run.run_folder import RunFolder
+from stipple.training.run.signals import Signals
+from stipple.training.run_state import Parts, Watched
+from stipple.training.trainer_config import TrainerConfig, make_accelerator
+from stipple_core.data.order import Order
+
+T = TypeVar("T")
+
+__all__ = ["Stopped", "Trainer", "TrainerConfig"]
+
+
+class Stopped(SystemExit):
+    """The run ended before its last step, with everything saved."""
+
+
+class Trainer:
+    """The machinery of one run in one folder; the same code for both stages.
+
+    Args:
+        config: how long, how much at a time, how often on disk.
+        folder: the run folder, `runs/NAME`.
+        settings: the whole run config as plain values, for the trackers.
+        product: the folder in it that `save_model` writes.
+
+    Raises:
+        ValueError: the batch sizes do not divide.
+    """
+
+    def __init__(self, config: TrainerConfig, folder: str | Path, settings: dict[str, Any], product: str = "model"):
+        self._began, self._signals = time.monotonic(), Signals()
+        weakref.finalize(self, self._signals.close).atexit = False  # of a run that never came to its loop
+        self.config, self.folder, self.step = config, RunFolder(folder, config.keep, product), 0
+        shards = sharding.requested()  # before accelerate looks
+        self.accelerator = make_accelerator(config, folder)
+        self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.share = Share(config, self.rank, self.world)
+        self.accumulation = self.share.accumulation
+        self.micro = 0  # micro-batches done of the optimizer step under way
+        path = self.folder.path / "metrics.jsonl" if self.is_main else None
+        self.metrics = Metrics(path, self.accelerator, config.log_every)
+        path = self.folder.path / "bad_steps.jsonl" if self.is_main else None
+        self._bad_steps = BadSteps(path, self.device, self.world, config.max_bad_steps, config.precision)
+        self._parts = Parts()
+        self._networks = Networks(self.accelerator, config.compile, shards)
+        self._checkpoints = Checkpoints(self.folder, self._parts, self._networks, self.metrics, self.is_main)
+        self._averages: list[tuple[Optimizer, Ema]] = []
+        self._settings = settings
+
+    # -- what a run consists of ---------------------------------------------------------------------------------------
+
+    def network(self, name: str, model: nn.Module, may_shard: bool = False) -> nn.Module:
+        """Register a trained model, move it to the device; returns it wrapped for several processes.
+
+        Where `accelerate launch` asks for FSDP and `may_shard` allows it, the model itself is sharded: the script then
+        calls nothing of it but its forward, and takes a `whole` copy for all else. Others are synchronised (DDP).
+        """
+        network, self._parts[name] = self._networks.add(model, may_shard)
+        return network
+
+    def whole(self, model: nn.Module, saved: bool = False) -> nn.Module | None:
+        """A model with all its weights in one place: itself, or where it is sharded a copy; every process calls it.
+
+        With `saved` the copy is on the CPU, of the main process alone; others get None.
+        """
+        place, wanted = ("cpu", self.is_main) if saved else (self.device, True)
+        return self._networks.whole(model, place, wanted)
+
+    def optimizer(
+        self, name: str, modules: Iterable[nn.Module], config: OptimizerConfig, averages: Iterable[Ema] = ()
+    ) -> Optimizer:
+        """Register an optimizer over the plain models; the moving averages follow its updates."""
+        optimizer = Optimizer(modules, config, self.config.precision == "fp16", name)
+        self._parts[name] = optimizer
+        for i, ema in enumerate(averages):
+            self._parts[f"{name}_ema{i}"] = ema
+            self._averages.append((optimizer, ema))
+        return optimizer
+
+    def keep(self, name: str, part: Any) -> None:
+        """Save and restore anything else that has state_dict() and load_state_dict()."""
+        self._parts[name] = part
+
+    def watch(self, name: str, value: str) -> None:
+        """Make sure that something the run depends on, such as its data, is the same everywhere and after a resume.
+
+        Raises:
+            ValueError: the processes do not have the same value.
+        """
+        if broadcast_object_list([value])[0] != value:
+            raise ValueError(f"process {self.rank} found other {name} than process 0; is somebody writing there?")
+        self._parts[name] = Watched(name, value, self.print)
+
+    @contextmanager
+    def holding_folder(self) -> Iterator[None]:
+        """Within the block no other run can use the folder; afterwards, if nothing was written, it is as before.
+
+        Raises:
+            ValueError: another run holds the folder; on every process.
+        """
+        on_main(self.folder.take, self.is_main)
+        try:
+            yield
+        finally:
+            if self.is_main:
+                self.folder.leave()
+
+    def resume(self) -> None:
+        """Take the run folder, and up its newest valid checkpoint, if any; call when all parts are registered.
+
+        Before this call nothing is written but within `holding_folder`, so what is refused leaves no trace.
+
+        Raises:
+            ValueError: another run holds the folder, or the checkpoint is not of these parts.
+        """
+        self.step = self._checkpoints.resume(self.config.resume, self.print)
+        if self.is_main:
+            drop_lines_after(self.folder.path / "bad_steps.jsonl", self.step)
+        if self.config.trackers:
+            self.accelerator.init_trackers(self.folder.path.name, config=flat(self._settings))
+
+    # -- the loop -----------------------------------------------------------------------------------------------------
+
+    def steps(
+        self,
+        loader: Iterable[T],
+        save_model: SaveModel | None = None,
+        names: Callable[[T], Sequence[str]] = lambda batch: (),
+    ) -> Iterator[T]:
+        """Yield micro-batches until the last step; between steps save, log, and stop when asked to.
+
+        Args:
+            loader: starts at `self.step`.
+            save_model: writes the model to a folder, on the main process, at each save; where a network is sharded, it
+                is called on the others, too, with None, to take part in making it whole.
+            names: of the samples of a micro-batch, for messages.
+        """
+        if self.step >= self.config.steps:  # the end may have come between the last state and the rest
+            self._checkpoints.finish(self.step, save_model)
+        with self._progress() as bar, self._signals as signals:
+            try:
+                for batch in loader:
+                    self._networks.synchronise(self.last_micro)
+                    if self.micro == 0:
+                        self._bad_steps.begin(self._networks.buffers())
+                    self._bad_steps.add_samples(names(batch))
+                    yield batch
+                    self.micro += 1
+                    if self.micro == self.accumulation:
+                        self._bad_steps.end()
+                        self.micro, self.step = 0, self.step + 1
+                        self._end_step(bar, signals, save_model)
+            finally:
+                self.accelerator.end_training()
+
+    def update(self, loss: torch.Tensor, optimizer: Optimizer) -> None:
+        """Backward through a scalar loss; at the last micro-batch of a step: clip, step, moving average.
+
+        Where a loss or the gradient is not finite, on any process, nothing is changed (`left_out`).
+
+        Raises:
+            Diverged: that happened `max_bad_steps` times in a row.
+        """
+        optimizer.backward(loss / self.accumulation)
+        self._bad_steps.add_loss(optimizer.name, loss)
+        if not self.last_micro:
+            return
+        norm = optimizer.gradient_norm()
+        if not self._bad_steps.passes(optimizer.name, norm):
+            return self._bad_steps.leave_out(self.step + 1, optimizer, norm)
+        optimizer.step(self.step, self.config.steps, norm)
+        self.log(**{f"{optimizer.name.removesuffix('optimizer')}grad_norm": norm})
+        for owner, ema in self._averages:
+            if owner is optimizer:
+                ema.update()
+
+    def log(self, **values: torch.Tensor | float) -> None:
+        """Average these over micro-batches, processes and `log_every` steps into metrics.jsonl and the trackers."""
+        self.metrics.add(values)
+
+    def record(self, **values: float) -> None:
+        """Write values measured once, such as a validation, at this step; the main process writes."""
+        self.metrics.write(self.step + 1, values)
+
+    def positions(self) -> list[int]:
+        """Where the samples of this micro-batch stand in the global batch of this step: the address of their draws."""
+        return self.share.positions(self.micro)
+
+    def order(self, size: int, seed: int, buckets: Sequence[int] | None = None) -> Order:
+        """The order of training over `size` records, this process's share of it, from this step on; see `Order`."""
+        return self.share.order(size, seed, self.step, buckets)
+
+    def sample_path(self) -> Path:
+        """Where a picture drawn at this step goes."""
+        path = self.folder.path / "samples" / f"step-{self.step + 1:07d}.png"
+        path.parent.mkdir(exist_ok=True)
+        return path
+
+    @property
+    def shards(self) -> bool:
+        """Whether networks that allow it are spread over the processes (FSDP), so that none has them whole."""
+        return self._networks.shards
+
+    @property
+    def left_out(self) -> bool:
+        """Whether an update of this step was left out: then nothing else is to learn from the step, either."""
+        return self._bad_steps.left_out
+
+    @property
+    def last_micro(self) -> bool:
+        """Whether this micro-batch is the last of its optimizer step."""
+        return self.micro == self.accumulation - 1
+
+    def sum(self, value: torch.Tensor) -> torch.Tensor:
+        """The sum of a tensor over the processes."""
+        return self.accelerator.reduce(value.clone(), "sum")
+
+    def from_main(self, value: torch.Tensor) -> torch.Tensor:
+        """The main process's tensor, on every process."""
+        return broadcast(value.clone())
+
+    def due(self, every: int) -> bool:
+        """Whether something done each `every` optimizer steps (0: never) is due at the end of this iteration."""
+        return self.last_micro and every > 0 and ((self.step + 1) % every == 0 or self.step + 1 == self.config.steps)
+
+    def save(self, save_model: SaveModel | None = None) -> None:
+        """Write state/step-N atomically, then the model folder, then prune."""
+        self._checkpoints.save(self.step, save_model)
+
+    def print(self, text: str) -> None:
+        """A line for the person watching, once, below the progress bar."""
+        if self.is_main:
+            tqdm.write(text)
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _progress(self) -> tqdm:
+        images = {"total": self.config.steps * self.config.batch_size, "initial": self.step * self.config.batch_size}
+        name = self.folder.path.name
+        return tqdm(**images, unit="img", unit_scale=True, desc=name, disable=not self.is_main)
+
+    def _end_step(self, bar: tqdm, signals: Signals, save_model: SaveModel | None) -> None:
+        """After an optimizer step: progress, metrics, and a checkpoint where one is due or asked for."""
+        config = self.config
+        bar.update(config.batch_size)
+        written = self.metrics.end_step(self.step)
+        if written is not None:
+            bar.set_postfix({name: f"{value:.4g}" for name, value in written.items() if "loss" in name})
+        minutes = (time.monotonic() - self._began) / 60
+        out_of_time = config.max_minutes is not None and minutes >= config.max_minutes
+        request = signals.request(out_of_time, self.device, self.world)
+        stop = request.exit_code is not None
+        if self.step % config.save_every == 0 or self.step == config.steps or request.save or stop:
+            self.save(save_model)
+        if stop and self.step < config.steps:
+            self.print(f"stopped at step {self.step} of {config.steps}; the same command goes on from here")
+            raise Stopped(request.exit_code)

@@ -1,0 +1,136 @@
+"""Completing a picture: what stays, what is painted, by blending and by models that read a mask."""
+
+import copy
+import gc
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import stipple.commands.inpaint as inpaint
+from ldm import TextToImage
+from tests.helpers.drawn import build, folder_of, mask, photo, pixels, refused, run
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {kind: build(kind) for kind in ("text", "inpainting")}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return folder_of("text", tmp_path_factory.mktemp("text"))
+
+
+@pytest.mark.parametrize("kind", ["text", "inpainting"])
+@pytest.mark.parametrize("size", [(32, 32), (30, 21)])
+def test_pixels_outside_the_mask_are_those_of_the_image(models, kind, size):
+    given, hole = photo(*size), mask(*size)
+    (made,) = models[kind]("a heart", image=given, mask=hole, steps=3)
+    kept = pixels(hole) == 0
+    assert made.size == size and np.array_equal(pixels(made)[kept], pixels(given)[kept])
+    assert np.abs(pixels(made) - pixels(given))[~kept].mean() > 5
+
+
+def test_a_seam_is_soft_in_as_many_pixels_as_are_asked_for(models):
+    given, hole = photo(32, 32), mask(32, 32)
+    hard, soft = (models["text"]("a heart", image=given, mask=hole, feather=n, steps=3)[0] for n in (0, 4))
+    changed = np.abs(pixels(soft) - pixels(hard)).sum((0, 2)) > 0  # of each column
+    assert not changed[:12].any() and changed[12:16].any() and not changed[16:].any()
+    far = np.abs(pixels(soft) - pixels(given)).sum((0, 2))
+    assert far[15] > far[12]
+
+
+def test_what_is_known_bears_on_what_is_painted_and_a_whole_mask_leaves_nothing(models):
+    hole, whole = mask(32, 32), Image.new("L", (32, 32), 255)
+    one, other = (models["text"]("a heart", image=photo(32, 32, seed), mask=hole)[0] for seed in (0, 1))
+    assert (pixels(one) != pixels(other))[:, 16:].any()
+    (alone,), (painted,) = models["text"]("a heart"), models["text"]("a heart", image=photo(32, 32), mask=whole)
+    assert np.array_equal(pixels(alone), pixels(painted))
+
+
+def test_repetitions_take_as_many_steps_more(models):
+    given = dict(image=photo(32, 32), mask=mask(32, 32), steps=4)
+    (picture,) = models["text"].plan("a heart", resample=3, **given)
+    steps = list(models["text"].sample([picture]))
+    assert len(steps) == models["text"].steps(picture) == 12
+    (once,), (again,) = (models["text"]("a heart", resample=n, **given) for n in (1, 3))
+    assert (pixels(once) != pixels(again)).any()
+
+
+def test_a_model_that_reads_a_mask_is_not_blended_but_told(models, monkeypatch):
+    """Of the hole it sees nothing, of the mask and of the rest it does."""
+    model = models["inpainting"]
+    (picture,) = model.plan("a heart", image=photo(32, 32), mask=mask(32, 32), steps=1)
+    given, encode = [], model.conditioner.encode
+    monkeypatch.setattr(model.conditioner, "encode", lambda prompts, g: given.append(g) or encode(prompts, g))
+    list(model.sample([picture]))
+    hint = given[0].hint
+    assert hint.shape == (1, 4, 32, 32) and torch.equal(hint[0, 3] > 0, torch.from_numpy(pixels(mask(32, 32)) > 0))
+    assert (hint[0, :3, :, 16:] == 0).all() and (hint[0, :3, :, :16] != 0).any()
+    assert picture.strength == 1
+
+
+def test_the_command_makes_it_again(checkpoint, tmp_path, capsys):
+    photo(32, 32).save(tmp_path / "photo.png")
+    mask(32, 32).save(tmp_path / "mask.png")
+    words = (tmp_path / "photo.png", tmp_path / "mask.png", "a heart", "--checkpoint", checkpoint, "--resample", 2)
+    (path,) = run(inpaint.main, capsys, tmp_path / "out", *words, "--steps", 3, "--feather", 2)
+    (again,) = run(inpaint.main, capsys, tmp_path / "out", "--like", path)
+    assert again.read_bytes() == path.read_bytes()
+
+
+BAD = {
+    "no mask": (
+        ["{tmp}/photo.png"],
+        "there is no mask; give one, as in: stipple inpaint photo.png mask.png",
+    ),
+    "another size": (
+        ["{tmp}/photo.png", "{tmp}/small.png"],
+        "the mask has 8 x 8 pixels, the image 32 x 32; give a",
+    ),
+    "no white": (["{tmp}/photo.png", "{tmp}/black.png"], "the mask has no white, and white is what is painted"),
+    "resample 0": (["{tmp}/photo.png", "{tmp}/mask.png", "--resample", "0"], "resample 0 must be at least 1"),
+    "feather": (["{tmp}/photo.png", "{tmp}/mask.png", "--feather", "-1"], "feather -1 must be between 0 pixels"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_can_not_be_done_is_one_line(name, checkpoint, tmp_path, capsys):
+    photo(32, 32).save(tmp_path / "photo.png")
+    mask(32, 32).save(tmp_path / "mask.png")
+    mask(8, 8).save(tmp_path / "small.png")
+    Image.new("L", (32, 32)).save(tmp_path / "black.png")
+    words, complaint = BAD[name]
+    words = [word.format(tmp=tmp_path) for word in words]
+    assert complaint in refused(inpaint.main, capsys, tmp_path / "out", "--checkpoint", checkpoint, *words)
+
+
+def test_what_a_reader_sees_by_moves_images_to_the_autoencoder_and_holds_no_model(models):
+    """Of a conditioner without weights hints stay where they are made; "meta" stands for a GPU."""
+    made = models["inpainting"]
+    autoencoder, reader = copy.deepcopy(made.autoencoder).to("meta"), made.conditioner.readers["spatial"]
+    unet = copy.deepcopy(made.unet)
+    kept, encode = weakref.ref(unet), reader.encode
+    TextToImage(autoencoder, unet, made.conditioner, made.scheduling)
+    assert reader.encode(torch.zeros(1, 3, 32, 32)).device.type == "meta"
+    del unet
+    gc.collect()
+    assert kept() is None
+    reader.encode = encode
+
+
+def test_a_mask_on_a_transparent_layer_paints_what_is_opaque(models):
+    given, hole = photo(32, 32), mask(32, 32)
+    layer = Image.new("RGBA", (32, 32), (255, 255, 255, 0))
+    layer.putalpha(hole)
+    one, other = (models["text"]("a heart", image=given, mask=each, steps=2)[0] for each in (hole, layer))
+    assert np.array_equal(pixels(one), pixels(other))
+
+
+def test_a_mask_with_colors_is_refused(models):
+    with pytest.raises(ValueError, match="the mask has colors.*swapped"):
+        models["text"].plan("a heart", image=mask(32, 32).convert("RGB"), mask=photo(32, 32))
+        models["text"]("a heart", image=mask(32, 32).convert("RGB"), mask=photo(32, 32))

@@ -1,0 +1,130 @@
+"""Embedders: what open_clip and transformers say, at one scale, from their names or from what a model folder keeps."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from autoencoder import ImageEmbeddings, open_autoencoder
+from stipple_core.embedders import EmbedderConfig, build_embedder
+from tests.helpers.small_encoders import save_open_clip
+
+PROMPTS = ["a large red circle", "two small cats"]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> EmbedderConfig:
+    return EmbedderConfig(name=f"local-dir:{save_open_clip(tmp_path_factory.mktemp('clip'))}")
+
+
+@pytest.fixture(scope="module")
+def embedder(config):
+    return build_embedder(config)
+
+
+def images(side: int = 32) -> torch.Tensor:
+    return torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def test_points_are_those_of_open_clip_at_unit_scale(config, embedder):
+    import open_clip
+
+    model = open_clip.create_model(config.name).eval()
+    mean, std = (torch.tensor(model.visual.preprocess_cfg[name]).reshape(-1, 1, 1) for name in ("mean", "std"))
+    theirs = model.encode_image(((images() + 1) / 2 - mean) / std), model.encode_text(_ids(20))
+    for ours, wanted in zip((embedder.images(images()), embedder.texts(PROMPTS)), theirs, strict=True):
+        torch.testing.assert_close(ours, F.normalize(wanted, dim=-1) * 4)  # sqrt(16)
+        torch.testing.assert_close(ours.square().mean(1), torch.ones(2))
+
+
+def _ids(length: int) -> torch.Tensor:
+    from open_clip.tokenizer import SimpleTokenizer
+
+    return SimpleTokenizer(context_length=length)(PROMPTS)
+
+
+def test_points_are_those_of_transformers(tmp_path):
+    from transformers import CLIPConfig, CLIPModel
+
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    text, vision = {**sizes, "eos_token_id": 49407}, {**sizes, "image_size": 32, "patch_size": 16}
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
+    config.text_config.projection_dim = config.vision_config.projection_dim = 16
+    model = CLIPModel(config).eval()
+    model.save_pretrained(tmp_path)
+    ours = build_embedder(EmbedderConfig(kind="transformers", name=str(tmp_path)))
+    mean, std = (torch.tensor(ours.config.network[name]).reshape(-1, 1, 1) for name in ("mean", "std"))
+    with torch.no_grad():
+        theirs = model(input_ids=_ids(77), pixel_values=((images() + 1) / 2 - mean) / std)
+    again = build_embedder(ours.config)
+    again.load_state_dict(ours.state_dict())
+    for embedder in (ours, again):
+        torch.testing.assert_close(embedder.images(images()), F.normalize(theirs.image_embeds, dim=-1) * 4)
+        torch.testing.assert_close(embedder.texts(PROMPTS), F.normalize(theirs.text_embeds, dim=-1) * 4)
+
+
+def test_gradients_reach_the_pictures_and_never_the_weights(embedder):
+    seen = images().requires_grad_()
+    embedder.images(seen)[:, 0].sum().backward()
+    assert seen.grad.abs().sum() > 0
+    assert all(weight.grad is None and not weight.requires_grad for weight in embedder.parameters())
+
+
+def test_what_lies_beside_the_middle_square_is_not_seen(embedder):
+    wide = F.pad(images(), (8, 8), value=0.3)
+    torch.testing.assert_close(embedder.images(wide), embedder.images(images()))
+
+
+def test_a_model_folder_holds_all_that_is_needed_to_build_it_again(embedder):
+    shape = json.loads(json.dumps(embedder.config.network))
+    with torch.device("meta"):
+        again = build_embedder(EmbedderConfig(name="gone", network=shape))
+    again.load_state_dict(embedder.state_dict(), assign=True)
+    torch.testing.assert_close(again.images(images(48)), embedder.images(images(48)))
+    torch.testing.assert_close(again.texts(PROMPTS), embedder.texts(PROMPTS))
+    assert again.fingerprint() == embedder.fingerprint() == again.half().fingerprint()
+
+
+def test_one_tower_alone_is_kept_where_the_other_is_not_needed(config, embedder):
+    sees, reads = build_embedder(config, reads=False), build_embedder(config, sees=False)
+    torch.testing.assert_close(sees.images(images()), embedder.images(images()))
+    torch.testing.assert_close(reads.texts(PROMPTS), embedder.texts(PROMPTS))
+    count = [sum(weight.numel() for weight in each.parameters()) for each in (sees, reads, embedder)]
+    assert count[0] + count[1] == count[2]
+
+
+def test_embeddings_are_latents_of_measured_scale_and_back(config, tmp_path):
+    embedder = build_embedder(config, reads=False)
+    points = embedder.images(images())
+    made = ImageEmbeddings(embedder, mean=torch.full((16,), 0.2), std=torch.full((16,), 0.5))
+    made.save(tmp_path)
+    again = open_autoencoder(tmp_path)
+    latents = again.encode(images()).mode()
+    assert latents.shape == (2, 16, 1, 1) and again.downsampling == 32 and again.fingerprint() == made.fingerprint()
+    torch.testing.assert_close(latents.flatten(1), (points - 0.2) / 0.5)
+    torch.testing.assert_close(again.points(latents), points)
+    with pytest.raises(ValueError, match="embeddings, not pictures"):
+        again.decode(latents)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (dict(kind="siglip"), "embedder kind 'siglip' is unknown; use one of open_clip, transformers"),
+        (dict(), "an embedder needs `name`"),
+        (dict(name="ViT-B-32"), "needs `pretrained`"),
+        (dict(name="local-dir:/nowhere"), "can't be loaded"),
+        (dict(kind="transformers", name="/nowhere"), "can't be loaded"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(config, said):
+    with pytest.raises((ValueError, FileNotFoundError), match=said) as raised:
+        build_embedder(EmbedderConfig(**config))
+    assert "\n" not in str(raised.value)
+
+
+def test_an_embedder_is_a_module_that_never_trains(embedder):
+    assert isinstance(embedder, nn.Module) and not embedder.train(True).training

@@ -1,0 +1,191 @@
+"""Claims about two text encoders and the frame: the folder is SDXL's, and diffusers makes the same picture of it."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from autoencoder import Autoencoder, AutoencoderConfig
+from conditioning import ConditionerConfig, TransformerConfig, build_conditioner, load_conditioner
+from conditioning.interface.inputs import Given
+from conditioning.readers.frame import FrameConfig
+from conditioning.text.two_encoders import SecondEncoderConfig
+from ldm.formats.diffusers.scheduler import Scheduling
+from ldm.networks.unet import UNet, UNetConfig
+from ldm.pipeline import TextToImage
+from ldm.sampling.settings import Settings
+from ldm.schedules.registry import ScheduleConfig
+from stipple.stages.ldm.trainable import InversionConfig, LoraConfig, what_learns
+from stipple_core.data.records.records import Record
+from tests.helpers.tiny_runs import launch, run_here
+
+CAPTIONS = ["a red circle above a blue square", "a blue circle below a red one"]
+FRAME = torch.tensor([[100.0, 80.0, 3.0, 4.0, 64.0, 48.0]])
+ONE = TransformerConfig(vocab_size=560, width=16, layers=2, heads=2, max_length=77)
+TWO = TransformerConfig(vocab_size=560, width=24, layers=3, heads=2, max_length=77)
+SECOND = SecondEncoderConfig(kind="scratch", scratch=TWO)
+CONFIG = ConditionerConfig(kind="scratch", scratch=ONE, second=SECOND, frame=FrameConfig(width=8))
+SHAPE = UNetConfig(
+    sample_size=4,
+    block_out_channels=(16, 32),
+    layers_per_block=1,
+    attention_levels=(True, True),
+    attention_heads=(2, 4),
+    cross_attention_dim=16 + 24,
+    transformer_layers=(1, 2),
+    use_linear_projection=True,
+    vector_dim=24 + 6 * 8,
+    frame_width=8,
+    norm_num_groups=8,
+)
+
+
+@pytest.fixture(scope="module")
+def model() -> TextToImage:
+    torch.manual_seed(0)
+    small = AutoencoderConfig(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, mid_attention=False)
+    unet = UNet(SHAPE)
+    for parameter in unet.parameters():  # else a new network says 0, whatever it is told
+        torch.nn.init.normal_(parameter, std=0.2)
+    scheduling = Scheduling(schedule=ScheduleConfig(name="scaled_linear"), prediction="noise", spacing="leading")
+    conditioner = build_conditioner(CONFIG, CAPTIONS)
+    defaults = Settings(sampler="ddim", steps=3, guidance_scale=3.0)
+    return TextToImage(Autoencoder(small).eval(), unet.eval(), conditioner.eval(), scheduling, defaults)
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("xl")
+    model.save(path)
+    return str(path)
+
+
+def test_diffusers_draws_the_same_picture_from_the_folder(model, folder, recwarn):
+    from diffusers import StableDiffusionXLPipeline
+
+    theirs = StableDiffusionXLPipeline.from_pretrained(folder)
+    theirs.set_progress_bar_config(disable=True)
+    z = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(7))
+    size = {"height": 8, "width": 8}
+    expected = theirs(CAPTIONS[0], negative_prompt="", latents=z, num_inference_steps=3, guidance_scale=3.0, **size)
+    opened = TextToImage.load(folder)
+    (ours,) = opened(CAPTIONS[0], seed=7)
+    difference = np.abs(np.asarray(ours, float) - np.asarray(expected.images[0], float))
+    assert difference.max() <= 1 and np.asarray(ours).std() > 5
+    frames = torch.tensor([[8.0, 8, 0, 0, 8, 8], [8, 8, 2, 0, 8, 8]])
+    with torch.no_grad():
+        told = opened.conditioner.encode([CAPTIONS[0]] * 2, Given(prompts=[CAPTIONS[0]] * 2, frame=frames))
+        said = opened.unet(z.expand(2, -1, -1, -1), torch.tensor([500.0, 500]), told)
+    assert (said[0] - said[1]).abs().max() > 1e-3  # the frame is read
+
+
+def test_tokens_and_pooled_output_are_those_of_transformers(model, folder):
+    from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
+
+    prompts = ["a red circle", "", "a blue square"]
+    states = []
+    for kind, suffix in ((CLIPTextModel, ""), (CLIPTextModelWithProjection, "_2")):
+        tokenizer = AutoTokenizer.from_pretrained(f"{folder}/tokenizer{suffix}")
+        ids = tokenizer(prompts, padding="max_length", max_length=77, return_tensors="pt").input_ids
+        with torch.no_grad():
+            states.append(kind.from_pretrained(f"{folder}/text_encoder{suffix}")(ids, output_hidden_states=True))
+    with torch.no_grad():
+        context = model.conditioner.encode(prompts, Given(prompts=prompts, frame=FRAME.expand(3, -1)))
+    tokens = torch.cat([state.hidden_states[-2] for state in states], dim=-1)  # [B, L, 16 + 24]
+    torch.testing.assert_close(context.tokens, tokens, rtol=0, atol=1e-5)
+    torch.testing.assert_close(context.vector[:, :24], states[1].text_embeds, rtol=0, atol=1e-5)
+
+
+def test_both_encoders_learn_with_the_frames_of_random_crops(settings_of_runs, autoencoder, tmp_path):
+    few = ["trainer.steps=2", "trainer.save_every=2", "trainer.batch_size=4", "samples.every=0", "validation.every=0"]
+    data = ["data.folder=tests/pictures", "data.crop=random", "data.validation=0.2", f"autoencoder={autoencoder}"]
+    run = f"run={tmp_path}/run"
+    run_here("train_ldm.py", "--config", "configs/ldm/sdxl-small.yaml", *data, run, *few, "samples.prompts=[a heart]")
+    opened = TextToImage.load(tmp_path / "run" / "model")
+    assert opened.conditioner.prompts.trainable and list(opened.conditioner.readers) == ["frame"]
+    index = json.loads((tmp_path / "run/model/model_index.json").read_text())
+    assert index["text_encoder_2"] == ["transformers", "CLIPTextModelWithProjection"]
+
+
+def test_the_frame_is_told_as_diffusers_embeds_it(model):
+    from diffusers.models.embeddings import Timesteps
+
+    context = model.conditioner.encode([""], Given(prompts=[""], frame=FRAME))
+    embedded = Timesteps(8, flip_sin_to_cos=True, downscale_freq_shift=0)(FRAME.flatten()).flatten()
+    torch.testing.assert_close(context.vector[0, 24:], embedded)
+
+
+def test_both_encoders_survive_the_disk(model, folder):
+    with torch.no_grad():
+        loaded = load_conditioner(folder).eval().encode(CAPTIONS, Given(prompts=CAPTIONS, frame=FRAME.expand(2, -1)))
+        before = model.conditioner.encode(CAPTIONS, Given(prompts=CAPTIONS, frame=FRAME.expand(2, -1)))
+    assert torch.equal(loaded.tokens, before.tokens) and torch.equal(loaded.vector, before.vector)
+
+
+def test_a_folder_that_says_so_has_zeros_for_the_empty_prompt(folder, tmp_path):
+    import shutil
+
+    path = shutil.copytree(folder, tmp_path / "zeros")
+    index = json.loads((path / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusionXLPipeline" and index["force_zeros_for_empty_prompt"] is False
+    (path / "model_index.json").write_text(json.dumps(index | {"force_zeros_for_empty_prompt": True}))
+    conditioner = TextToImage.load(path).conditioner
+    with torch.no_grad():
+        context = conditioner.encode(["", "a red circle"], Given(prompts=["", ""], frame=FRAME.expand(2, -1)))
+    assert not context.tokens[0].any() and not context.vector[0, :24].any() and context.vector[0, 24:].any()
+    assert context.tokens[1].any() and context.vector[1, :24].any()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "class"}, "conditioner.kind 'class' is no text encoder"),
+        ({"layer": "penultimate"}, "layer and final_norm are for one text encoder"),
+        ({"scratch": TransformerConfig(vocab_size=560, width=16, layers=1, heads=2, max_length=8)}, "8 and 77 tokens"),
+    ],
+)
+def test_two_encoders_that_do_not_go_together_are_one_line(change, message):
+    from dataclasses import replace
+
+    with pytest.raises(ValueError, match=message) as error:
+        build_conditioner(replace(CONFIG, **change), CAPTIONS)
+    assert "\n" not in str(error.value)
+
+
+def test_all_that_learns_of_both_encoders_gets_a_gradient():
+    """Or DistributedDataParallel waits for it for good."""
+    conditioner = build_conditioner(CONFIG, CAPTIONS)
+    learns = {name: p for name, p in conditioner.named_parameters() if p.requires_grad}
+    context = conditioner.encode(CAPTIONS, Given(prompts=CAPTIONS, frame=FRAME.expand(2, -1)))
+    (context.tokens.square().sum() + context.vector.square().sum()).backward()
+    assert [name for name, p in learns.items() if p.grad is None] == []
+    assert any(".first." in name for name in learns) and any("layers.0" in name for name in learns)
+
+
+@pytest.mark.slow
+def test_two_processes_train_both_encoders(autoencoder, tmp_path):
+    few = ["trainer.steps=3", "trainer.save_every=3", "trainer.batch_size=4", "samples.every=0", "validation.every=0"]
+    data = ["data.folder=tests/pictures", "data.validation=0.2", f"autoencoder={autoencoder}", f"run={tmp_path}/run"]
+    sdxl = ["train_ldm.py", "--config", "configs/ldm/sdxl-small.yaml"]
+    launch(*sdxl, *data, *few, "samples.prompts=[a heart]", processes=2)
+    assert (tmp_path / "run/model/model_index.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ({"lora": LoraConfig(targets=["to_q"], text_encoder=True)}, "text_encoder=true is for models with one text"),
+        (
+            {"inversion": InversionConfig(token="<toy>", initial="red")},
+            "a new word is for models with one text encoder",
+        ),
+    ],
+    ids=["lora", "inversion"],
+)
+def test_what_only_one_text_encoder_can_learn_is_refused_for_two(model, said, told):
+    learning = what_learns(**{"lora": None, "inversion": None, **said}, source="FOLDER")
+    seen = [Record("a.png", "a.png", (("a <toy>",),), 1)]
+    with pytest.raises(ValueError, match=told):
+        learning.prepare(copy.deepcopy(model), seen, 0)

@@ -1,0 +1,97 @@
+"""Captions: templates over columns, and text made clean."""
+
+from __future__ import annotations
+
+import random
+import time
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+
+from stipple_core.data.dataset import DataConfig, Record, draw_caption
+from stipple_core.data.records.captions import MAX_LENGTH, clean, columns_of, expand
+from stipple_core.randomness import generator
+
+
+@pytest.mark.parametrize("template", ["{", "{}", "{a!r}", "{a:>9}", "a}"])
+def test_malformed_templates_are_refused(template):
+    with pytest.raises(ValueError, match="caption template"):
+        DataConfig(folder="x", captions=[template])
+
+
+def test_templates_read_columns_and_never_attributes():
+    assert columns_of("{{{a.__class__}}} {b[0]} {b[0]}") == ("a.__class__", "b[0]")
+    row = {"a.__class__": "A", "b[0]": ["x", "y"], "a": "no"}
+    assert expand("{{{a.__class__}}} {b[0]}", ("a.__class__", "b[0]"), row) == ("{A} x", "{A} y")
+    assert expand("{a.__class__}", ("a.__class__",), {"a": "x"}) == ()
+
+
+def test_list_columns_expand_to_all_combinations_up_to_a_limit():
+    row = {"a": ["1", "2"], "b": ["x", "", None, "y"], "n": 7}
+    assert expand("{a}{b}{n}", ("a", "b", "n"), row) == ("1x7", "1y7", "2x7", "2y7")
+    with pytest.raises(ValueError, match="more than"):
+        expand("{a}{b}", ("a", "b"), {"a": ["x"] * 2000, "b": ["y"] * 2000})
+
+
+def test_cleaning_text_is_idempotent_and_keeps_emoji_and_accents():
+    for text in ("a  b\n\tc ", "e\u0301t\xe9", "\U0001f469\u200d\U0001f680 astronaut", "雪だるま", "a\xa0b"):
+        assert clean(clean(text)) == clean(text)
+    assert clean(" a  b\n\tc ") == "a b c"
+    assert clean("e\u0301") == "\xe9"
+    assert clean("\U0001f469\u200d\U0001f680") == "\U0001f469\u200d\U0001f680"
+    for text in ("", " \n", "\0\x1b\x85", "\r\n"):
+        with pytest.raises(ValueError, match="empty"):
+            clean(text)
+
+
+def test_what_is_no_text_is_replaced_and_what_is_too_long_is_cut():
+    assert clean("a\0b\x1b\x7f\x85c") == "a b c"
+    assert clean("a\ud800b\udc00") == "a\ufffdb\ufffd" and clean("\ud83d\ude00") == "\N{GRINNING FACE}"
+    assert clean("x" * 1_000_000) == "x" * MAX_LENGTH
+    assert clean("word " * 10_000) == ("word " * (MAX_LENGTH // 5)).strip()
+
+
+def test_long_runs_of_accents_take_no_quadratic_time():
+    started = time.perf_counter()
+    clean("a" + "\u0301\u0323" * 500_000)  # a second and a half per 100,000 if all were brought into order
+    assert time.perf_counter() - started < 3
+
+
+def test_any_text_becomes_one_line_of_nfc_that_stays_as_it_is_and_that_a_tokenizer_can_encode():
+    for text in random_texts(2_000):
+        check(text)
+
+
+@pytest.mark.slow
+def test_a_million_texts_become_one_line_of_nfc():
+    for text in random_texts(1_000_000):
+        check(text)
+
+
+def random_texts(count: int) -> Iterator[str]:
+    """Texts of ordinary, combining, control, private, half and unassigned characters."""
+    draw = random.Random(0)
+    ranges = [(32, 126), (0, 160), (0x300, 0x370), (0x1100, 0x1200), (0xD7F0, 0xE010), (0xFB00, 0xFFFF), (0, 0x10FFFF)]
+    for _ in range(count):
+        yield "".join(chr(draw.randint(*draw.choice(ranges))) for _ in range(draw.randint(0, 24)))
+
+
+def check(text: str) -> None:
+    """`clean` gives what its docstring says."""
+    try:
+        cleaned = clean(text)
+    except ValueError:
+        assert not "".join(character for character in text if unicodedata.category(character) != "Cc").strip()
+        return
+    assert clean(cleaned) == cleaned == " ".join(cleaned.split()) == unicodedata.normalize("NFC", cleaned) != ""
+    assert not any(unicodedata.category(character) in ("Cc", "Cs") for character in cleaned)
+    assert len(cleaned) <= MAX_LENGTH and cleaned.encode().decode() == cleaned
+
+
+def test_captions_are_drawn_template_first():
+    record = Record("", "", (("rare",), tuple(f"word {i}" for i in range(9)), ("rare",)))
+    drawn = Counter(draw_caption(record, generator(0, "caption", i)) for i in range(900))
+    assert 540 < drawn["rare"] < 660
+    assert len(drawn) == 10 and all(15 < drawn[f"word {i}"] < 60 for i in range(9))

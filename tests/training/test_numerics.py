@@ -1,0 +1,277 @@
+"""What is not finite goes no further: a step with a NaN or an infinity leaves nothing but a line that says so."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from stipple.training.bad_steps import BadSteps, Diverged
+from stipple.training.optimization.optimizer import Optimizer
+from stipple.training.run.signals import Signals
+from stipple.training.trainer import Trainer
+from stipple_core.files.checkpoint_folder import checkpoints
+from tests.helpers.line_runs import Run, at
+
+BAD = [math.nan, math.inf, -math.inf, 1e25]  # whose square, of which a second moment is made, float32 does not hold
+pytestmark = pytest.mark.usefixtures("settings_of_runs")
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting_for_the_disk(monkeypatch):
+    monkeypatch.setattr("os.fsync", lambda handle: None)
+
+
+def bad_steps(run: Path) -> list[dict]:
+    """The lines of bad_steps.jsonl, read as strict JSON."""
+    path = run / "bad_steps.jsonl"
+    return [strict(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def strict(line: str) -> dict:
+    return json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is not JSON: {line}"))
+
+
+def assert_finite_on_disk(run: Path) -> None:
+    """Every number of every checkpoint and of the model; metrics are JSON."""
+    found = [*(run / "state").rglob("*.safetensors"), *(run / "model").rglob("*.safetensors")]
+    assert found
+    for path in found:
+        for name, value in load_file(path).items():
+            assert not value.is_floating_point() or torch.isfinite(value).all(), (path, name)
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        strict(line)
+
+
+def normalized_line() -> nn.Module:
+    """With buffers: the running mean and variance of a batch norm."""
+    return nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)).double()
+
+
+def poison_a_gradient(run: Run, value: float, draws: random.Random) -> None:
+    parameter = draws.choice(list(run.model.parameters()))
+    handle = parameter.register_hook(lambda gradient: (handle.remove(), gradient.index_fill(0, ZERO, value))[1])
+
+
+ZERO = torch.tensor([0])
+
+
+def test_fifty_injections_into_losses_and_gradients_change_no_number(tmp_path, capsys):
+    draws = random.Random(5)
+    kinds = {"factor": BAD, "summand": BAD[:3], "gradient": BAD}  # a summand leaves the gradient as it is
+    chosen = {step: draws.choice(list(kinds)) for step in draws.sample(range(100), 50)}
+    bad = {step: (kind, draws.choice(kinds[kind])) for step, kind in chosen.items()}
+    run, before, last = Run(tmp_path, normalized_line, steps=100, micro_batch_size=4, max_bad_steps=50), {}, {}
+
+    def numbers() -> list[Tensor]:
+        return run.numbers() + [buffer.clone() for buffer in run.model.buffers()]
+
+    def each(step: int, loss: Tensor) -> Tensor:
+        if run.trainer.micro == 1:
+            before[step] = numbers()[: -len(list(run.model.buffers()))] + last.get("buffers", [])
+        kind, value = bad.get(step, ("", 0.0))
+        if run.trainer.micro != step % 2 or not kind:
+            return loss
+        if kind == "gradient":
+            poison_a_gradient(run, value, draws)
+            return loss
+        return loss * value if kind == "factor" else loss + value
+
+    after, end = {}, run.trainer._end_step
+
+    def noting(*arguments) -> None:
+        after[run.trainer.step - 1], last["buffers"] = numbers(), [b.clone() for b in run.model.buffers()]
+        end(*arguments)
+
+    run.trainer._end_step = noting
+    last["buffers"] = [buffer.clone() for buffer in run.model.buffers()]
+    run.train(each)
+    unchanged = [s for s in after if all(map(torch.equal, before[s], after[s])) and len(before[s]) == len(after[s])]
+    assert unchanged == sorted(bad) and [line["step"] - 1 for line in bad_steps(tmp_path)] == unchanged
+    assert run.ema.updates == 50
+    assert_finite_on_disk(tmp_path)
+
+
+def test_a_step_left_out_is_told_with_the_samples_of_the_micro_batch_that_was_not_finite(tmp_path, capsys):
+    run = Run(tmp_path, steps=5, micro_batch_size=2)
+    run.train(lambda step, loss: loss * math.nan if step == 3 and run.trainer.micro == 1 else loss)
+    (line,) = bad_steps(tmp_path)
+    assert line == {"step": 4, "optimizer": "optimizer", "loss": "nan", "gradient_norm": "nan",
+                    "samples": ["3/2", "3/3"]}  # fmt: skip
+    said = "step 4: loss nan, gradient norm nan of optimizer; this update was left out (samples: 3/2, 3/3)\n"
+    assert said in capsys.readouterr().out
+
+
+def test_of_a_gradient_alone_that_is_not_finite_all_samples_of_the_step_are_named(tmp_path, capsys):
+    run = Run(tmp_path, steps=5, micro_batch_size=4)
+    run.train(at(3, lambda: poison_a_gradient(run, math.inf, random.Random(0))))
+    (line,) = bad_steps(tmp_path)
+    assert line["samples"] == [f"3/{j}" for j in range(8)] and math.isfinite(line["loss"])
+    assert "3/3, 3/4 and 3 more)" in capsys.readouterr().out
+
+
+def test_values_that_are_not_finite_are_left_out_of_the_averages(tmp_path):
+    run = Run(tmp_path, steps=4, micro_batch_size=4, log_every=2)
+    losses = []
+
+    def each(step: int, loss: Tensor) -> Tensor:
+        losses.append(loss.item())
+        run.trainer.log(half=math.nan if step == 0 else step, never=math.inf)
+        return loss * math.nan if step == 3 else loss
+
+    run.train(each)
+    first, second = (strict(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert first["half"] == 1 and second["half"] == 2.5 and "never" not in first | second
+    assert first["loss"] == pytest.approx(sum(losses[:4]) / 4)
+    run.trainer.record(validation_loss=math.nan, validation_psnr=3.0)
+    assert strict((tmp_path / "metrics.jsonl").read_text().splitlines()[-1]) == {"step": 5, "validation_psnr": 3.0}
+
+
+def test_too_many_bad_steps_in_a_row_end_the_run_in_one_line_with_the_checkpoint_intact(tmp_path, capsys):
+    run = Run(tmp_path, steps=20, max_bad_steps=3)
+    with pytest.raises(Diverged) as ended:
+        run.train(lambda step, loss: loss * math.nan if step >= 6 else loss)
+    assert ended.value.code == 1 and run.trainer.step == 8
+    assert [path.name for path in checkpoints(tmp_path / "state")] == ["step-0000003", "step-0000006"]
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and "3 steps in a row were not finite" in said[0] and "bad_steps.jsonl" in said[0]
+    assert f"the last good checkpoint is {tmp_path}/state/step-0000006;" in said[0]
+    assert_finite_on_disk(tmp_path)
+
+
+def test_too_many_bad_steps_before_the_first_checkpoint_do_not_send_anybody_to_one(tmp_path, capsys):
+    run = Run(tmp_path, max_bad_steps=2)
+    with pytest.raises(Diverged):
+        run.train(lambda step, loss: loss * math.nan)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "; there is no checkpoint yet; lower the learning rate, or look" in said[0]
+
+
+def test_a_good_step_starts_the_count_of_bad_ones_anew(tmp_path):
+    run = Run(tmp_path, max_bad_steps=3).train(lambda step, loss: loss if step in (2, 5) else loss * math.nan)
+    assert run.trainer.step == 8 and run.ema.updates == 2
+
+
+def test_bad_steps_in_a_row_are_counted_over_a_restart_and_told_once(tmp_path):
+    def nan_from_2(step: int, loss: Tensor) -> Tensor:
+        return loss * math.nan if step >= 2 else loss
+
+    with pytest.raises(ZeroDivisionError):
+        Run(tmp_path, max_bad_steps=5, save_every=4).train(lambda s, loss: nan_from_2(s, loss) if s < 5 else 1 / 0)
+    gc.collect()
+    with pytest.raises(Diverged):
+        Run(tmp_path, max_bad_steps=5, save_every=4).train(nan_from_2)
+    assert [line["step"] for line in bad_steps(tmp_path)] == [3, 4, 5, 6, 7]
+
+
+# -- fp16 --------------------------------------------------------------------------------------------------------------
+
+
+def fp16_run(folder: Path, **settings) -> Run:
+    """A run whose optimizer scales its losses, which accelerate allows on GPUs alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "optimizer", _scaled(Trainer.optimizer))
+        return Run(folder, **settings)
+
+
+def _scaled(make: Callable) -> Callable:
+    def inner(trainer: Trainer, *arguments) -> Optimizer:
+        config = trainer.config
+        trainer.config = dataclasses.replace(config, precision="fp16")
+        optimizer = make(trainer, *arguments)
+        trainer.config = config
+        return optimizer
+
+    return inner
+
+
+def overflowing(run: Run, largest: float) -> Callable[[int, Tensor], Tensor]:
+    """Gradients that overflow above a loss scale, as in float16."""
+
+    def each(step: int, loss: Tensor) -> Tensor:
+        if run.optimizer.scaler.get_scale() > largest:
+            poison_a_gradient(run, math.inf, random.Random(0))
+        return loss
+
+    return each
+
+
+def test_the_search_for_a_loss_scale_is_no_bad_step_and_is_not_told(tmp_path, capsys):
+    run = fp16_run(tmp_path, steps=20, max_bad_steps=3)
+    run.train(overflowing(run, 1024))
+    assert run.optimizer.scaler.get_scale() == 1024 and run.ema.updates == 20 - 6
+    assert bad_steps(tmp_path) == [] and "left out" not in capsys.readouterr().out
+
+
+def test_overflows_count_when_there_is_no_loss_scale_left_to_halve(tmp_path):
+    run = fp16_run(tmp_path, steps=40, max_bad_steps=3)
+    with pytest.raises(Diverged):
+        run.train(overflowing(run, 0))
+    assert [line["step"] for line in bad_steps(tmp_path)] == [17, 18, 19]
+
+
+def test_a_loss_that_is_not_finite_counts_under_fp16_too(tmp_path):
+    with pytest.raises(Diverged):
+        fp16_run(tmp_path, max_bad_steps=3).train(lambda step, loss: loss * math.nan)
+
+
+def broken_off_at_7(folder: Path) -> None:
+    run = fp16_run(folder)
+    with pytest.raises(ZeroDivisionError):
+        run.train(lambda step, loss: overflowing(run, 8192)(step, loss) if step < 7 else 1 / 0)
+
+
+def test_the_loss_scale_is_saved_and_restored(tmp_path):
+    whole = fp16_run(tmp_path / "whole")
+    whole.train(overflowing(whole, 8192))
+    broken_off_at_7(tmp_path / "run")
+    gc.collect()
+    again = fp16_run(tmp_path / "run")
+    assert again.trainer.step == 6 and again.optimizer.scaler.get_scale() == 8192
+    again.train(overflowing(again, 8192))
+    assert again.optimizer.scaler.state_dict() == whole.optimizer.scaler.state_dict()
+    assert all(map(torch.equal, again.numbers(), whole.numbers()))
+
+
+# -- the device is waited for once a step ------------------------------------------------------------------------------
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often a number is read from a device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_whether_a_step_is_finite_is_read_from_the_device_once():
+    guard = BadSteps(None, torch.device("cpu"), 1, 3)
+    for loss, passes in ((1.0, True), (math.nan, False)):
+        guard.begin([])
+        guard.add_loss("optimizer", torch.tensor(loss))
+        with Reads() as reads:
+            assert guard.passes("optimizer", torch.tensor(1.0)) == passes
+        assert reads.count == 1 and guard.left_out != passes
+
+
+def test_what_processes_were_asked_for_is_read_from_the_device_at_once(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda answer, operation: answer.fill_(143))
+    signals = Signals()
+    try:
+        with Reads() as reads:
+            request = signals.request(False, torch.device("cpu"), 2)
+    finally:
+        signals.close()
+    assert request.save and request.exit_code == 143 and reads.count == 0  # but as a list
