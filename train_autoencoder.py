@@ -16,11 +16,11 @@ import torch
 from accelerate import PartialState
 
 from autoencoder.losses.first_stage_loss import discriminator_loss, generator_loss
-from stipple.stages.autoencoder.adversary import judge
+from stipple.stages.autoencoder.adversary import discriminate
 from stipple.stages.autoencoder.autoencoder_parts import AutoencoderLearner, build_networks, train_perceptual
 from stipple.stages.autoencoder.autoencoder_run import RunConfig, inherited
 from stipple.stages.autoencoder.reconstruction import measure_scale, validate
-from stipple.stages.data.data_check import Survey
+from stipple.stages.data.data_check import DataCheck
 from stipple.stages.data.run_pictures import Pictures
 from stipple.training.command_line import parse
 from stipple.training.run.run_folder import disk_errors
@@ -36,8 +36,8 @@ def train(config: RunConfig) -> None:
         trainer = Trainer(config.trainer, config.run, to_dict(config))  # first: from here on time and signals count
         found = scan(config.data, captioned=False)
         networks = build_networks(config, trainer.device)
-        survey = Survey.of(found, config.data, trainer)
-        pictures = Pictures.open(config.data, survey, config.seed, config.run)
+        data_check = DataCheck.of(found, config.data, trainer)
+        pictures = Pictures.open(config.data, data_check, config.seed, config.run)
         learner = AutoencoderLearner.register(trainer, networks, config)
     with one_line_errors():
         pictures.begin(trainer, config)
@@ -60,18 +60,22 @@ def train(config: RunConfig) -> None:
             reconstruction = learner.network(images, noise)
             # accelerate makes float32 of tensors that leave a network under autocast, but not of those in a dataclass
             reconstruction = dataclasses.replace(reconstruction, images=reconstruction.images.float())
-            judging = config.discriminator_start is not None and trainer.step + 1 >= config.discriminator_start
-            judgement = judge(networks.discriminator, images, reconstruction.images, config.loss) if judging else None
+            adversarial = config.discriminator_start is not None and trainer.step + 1 >= config.discriminator_start
+            adversary = (
+                discriminate(networks.discriminator, images, reconstruction.images, config.loss)
+                if adversarial
+                else None
+            )
             loss = generator_loss(
-                images, reconstruction, config.loss, networks.perceptual, judgement, autoencoder.last_layer
+                images, reconstruction, config.loss, networks.perceptual, adversary, autoencoder.last_layer
             )
             trainer.update(loss.total, learner.optimizer)
             trainer.log(loss=loss.total, **{k: v for k, v in loss.scalars().items() if k != "total"})
-            if judging:
-                logits, _ = learner.judging_network(torch.cat([images, reconstruction.images.detach()]))
-                judge_loss = discriminator_loss(*logits.chunk(2))
-                trainer.update(judge_loss, learner.judge_optimizer)
-                trainer.log(discriminator_loss=judge_loss)
+            if adversarial:
+                logits, _ = learner.discriminator_network(torch.cat([images, reconstruction.images.detach()]))
+                critic_loss = discriminator_loss(*logits.chunk(2))
+                trainer.update(critic_loss, learner.discriminator_optimizer)
+                trainer.log(discriminator_loss=critic_loss)
             if learner.codebook is not None:
                 learner.codebook.add(reconstruction.indices, reconstruction.posterior.mean)
                 if learner.codebook.due(config.revive_every):

@@ -18,7 +18,7 @@ import torch
 from conditioning.interface.context import drop_context
 from ldm.denoising.denoiser import Denoiser
 from ldm.losses.time_density import Importance, make_density
-from stipple.stages.data.data_check import Survey
+from stipple.stages.data.data_check import DataCheck
 from stipple.stages.data.run_pictures import Pictures
 from stipple.stages.ldm.batch_inputs import Inputs
 from stipple.stages.ldm.denoiser_validation import Shown, draw_samples, drawing_command, learn, sampling_flags, validate
@@ -48,11 +48,11 @@ def train(config: RunConfig) -> None:
         product = learning.product
         trainer = Trainer(config.trainer, config.run, to_dict(config), product)  # from here on time and signals count
         found = with_class(scan(config.data), config, trainer, partial(check, config, learning, trainer.device))
-        survey = Survey.of(found, config.data, trainer, cached=config.cache is not None)
-        model = build_model(config, survey.records, trainer.device)
-        learning.prepare(model, survey.records.train, config.seed)
-        cache = open_cache(config, survey.records.train, model)
-        pictures = Pictures.open(config.data, survey, config.seed, config.run, cache, model.conditioner.hint)
+        data_check = DataCheck.of(found, config.data, trainer, cached=config.cache is not None)
+        model = build_model(config, data_check.records, trainer.device)
+        learning.prepare(model, data_check.records.train, config.seed)
+        cache = open_cache(config, data_check.records.train, model)
+        pictures = Pictures.open(config.data, data_check, config.seed, config.run, cache, model.conditioner.hint)
         objective = make_objective(config, model, trainer)
         learner = Learner.register(trainer, model, config, learning, objective.averages)
         inputs = Inputs(model.autoencoder, model.conditioner, learner.text_network, cache, config.drops)

@@ -5,7 +5,7 @@ from conditioning.classes.class_conditioner import ClassConditioner, Uncondition
 from conditioning.encoders.scratch import TransformerConfig
 from conditioning.formats.compvis_conditioner import conditioner_from_compvis, conditioner_to_compvis
 from conditioning.interface.context import Context, drop_context
-from conditioning.interface.inputs import Given
+from conditioning.interface.inputs import ConditionInputs
 from conditioning.text.text_conditioner import Conditioner
 from conditioning.tokenizers.known_tokenizers import bert_tokenizer, clip_tokenizer
 from conditioning.tokenizers.tokenizer import Tokenizer, Tokens
@@ -16,7 +16,7 @@ __all__ = [
     "Conditioner",
     "ConditionerConfig",
     "Context",
-    "Given",
+    "ConditionInputs",
     "Tokenizer",
     "Tokens",
     "TransformerConfig",

@@ -25,7 +25,7 @@ from conditioning.encoders.open_clip_text import build_open_clip, load_open_clip
 from conditioning.encoders.pretrained import find_encoder, load_encoder, read_config
 from conditioning.encoders.scratch import TransformerConfig, random_transformer, train_tokenizer
 from conditioning.layouts.layout_tokenizer import LayoutConfig, new_layouts, read_layout_tokenizer
-from conditioning.readers.combined import Composed
+from conditioning.readers.combined import CombinedConditioner
 from conditioning.readers.frame import FrameConfig
 from conditioning.readers.image_embedding import ImageEmbeddingConfig
 from conditioning.readers.registry import build_readers, load_readers
@@ -65,7 +65,7 @@ class ConditionerConfig:
 
 
 Prompts = Conditioner | TwoEncoders | ClassConditioner | Unconditional
-AnyConditioner = Prompts | Composed
+AnyConditioner = Prompts | CombinedConditioner
 
 
 def load_conditioner(
@@ -83,7 +83,7 @@ def load_conditioner(
     """
     prompts = _load_prompts(Path(model_folder), dtype, trainable, variant)
     readers = load_readers(model_folder, dtype)
-    return Composed(prompts, readers) if readers else prompts
+    return CombinedConditioner(prompts, readers) if readers else prompts
 
 
 def _load_prompts(folder: Path, dtype: torch.dtype | None, trainable: bool, variant: str | None) -> Prompts:
@@ -117,7 +117,7 @@ def build_conditioner(
     if config.kind in NAMING:
         captions = [*(captions or ()), *held_out]
     prompts, readers = _build_prompts(config, captions, seed), build_readers(config, seed)
-    return Composed(prompts, readers) if readers else prompts
+    return CombinedConditioner(prompts, readers) if readers else prompts
 
 
 def _build_prompts(config: ConditionerConfig, captions: Iterable[str] | None, seed: int) -> Prompts:
@@ -222,5 +222,5 @@ def _assemble(
 def _use_mask(wanted: bool | None, config: dict[str, Any]) -> bool:
     """The user's choice, else the stored one, else the habit of the encoder's kind."""
     stored = config.get("use_attention_mask")
-    habit = config["model_type"] not in UNMASKED or bool(config.get("tower_config"))
-    return next(choice for choice in (wanted, stored, habit) if choice is not None)
+    time_defaults = config["model_type"] not in UNMASKED or bool(config.get("tower_config"))
+    return next(choice for choice in (wanted, stored, time_defaults) if choice is not None)

@@ -16,17 +16,17 @@ from PIL import Image
 from torch import Tensor
 
 from autoencoder import Autoencoder
-from conditioning import Conditioner, Given
+from conditioning import Conditioner, ConditionInputs
 from ldm.denoising.denoiser import Denoiser
 from ldm.formats.diffusers.scheduler import Scheduling
 from ldm.formats.model_folder import DEFAULTS, Parts, open_model, save_model
 from ldm.guidance.base import Denoise
-from ldm.networks.cached_unet import Reader
+from ldm.networks.cached_unet import CachedUNet
 from ldm.networks.unet import UNet
 from ldm.samplers.steps import Step
 from ldm.sampling.compatibility import check_draws, check_parts, check_prior, check_weaker
-from ldm.sampling.decoding import developed, rough
-from ldm.sampling.gradient_guides import Lead
+from ldm.sampling.decoding import decode_images, preview_images
+from ldm.sampling.gradient_guides import GradientGuide
 from ldm.sampling.plan import batches, plan, walked
 from ldm.sampling.run import run
 from ldm.sampling.settings import Settings
@@ -54,7 +54,7 @@ class TextToImage:
 
     Attributes:
         weaker: what autoguidance leads away from, see `guide_by`.
-        prior: what says the embedding of a picture where only a prompt is given, see `imagine_by`.
+        prior: what says the embedding of a picture where only a prompt is given, see `use_prior`.
         leads: what leads by a gradient, by the field of `Settings` that is its scale.
 
     Raises:
@@ -78,10 +78,10 @@ class TextToImage:
         defaults = defaults or Settings()
         sides = {"height": defaults.height or side, "width": defaults.width or side}
         self.defaults = replace(defaults, **sides, spacing=defaults.spacing or scheduling.spacing)
-        self.denoiser = Denoiser(Reader(unet), self.schedule, scheduling.prediction)
+        self.denoiser = Denoiser(CachedUNet(unet), self.schedule, scheduling.prediction)
         self.weaker: TextToImage | None = None
         self.prior: TextToImage | None = None
-        self.leads: dict[str, Lead] = {}
+        self.gradient_guides: dict[str, GradientGuide] = {}
 
     def guide_by(self, weaker: TextToImage) -> None:
         """Give autoguidance a weaker version of this model: smaller, or trained for less (Karras et al. 2024).
@@ -92,7 +92,7 @@ class TextToImage:
         check_weaker(self, weaker)
         self.weaker = weaker
 
-    def imagine_by(self, prior: TextToImage) -> None:
+    def use_prior(self, prior: TextToImage) -> None:
         """Give a decoder of image embeddings the prior that makes them of prompts (Ramesh et al. 2022).
 
         Raises:
@@ -144,7 +144,7 @@ class TextToImage:
         return 1 if self.device.type == "cpu" else 4
 
     def plan(
-        self, prompt: str | Sequence[str], *, num_images: int = 1, given: Given | None = None, **settings: Any
+        self, prompt: str | Sequence[str], *, num_images: int = 1, given: ConditionInputs | None = None, **settings: Any
     ) -> list[Settings]:
         """The complete settings of each picture that `generate` would make; warns of prompts that are too long.
 
@@ -173,7 +173,7 @@ class TextToImage:
         self,
         batch: Sequence[Settings],
         around: Callable[[Denoise], Denoise] | None = None,
-        given: Given | None = None,
+        given: ConditionInputs | None = None,
     ) -> Iterator[Step]:
         """Walk a batch of B pictures from noise to latents [B, c, h, w]; each draws from its own CPU generator.
 
@@ -204,12 +204,12 @@ class TextToImage:
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """Latents [B, c, h, w] as images. Raises ValueError where they are not finite."""
-        return developed(self.autoencoder, latents.to(self.dtype))
+        return decode_images(self.autoencoder, latents.to(self.dtype))
 
     @torch.inference_mode()
     def preview(self, z_0: Tensor) -> list[Image.Image]:
         """Estimates of clean latents [B, c, h, w] as images: rough and at once where the autoencoder has its colors."""
-        return self.decode(z_0) if self.autoencoder.latent_rgb is None else rough(self.autoencoder, z_0)
+        return self.decode(z_0) if self.autoencoder.latent_rgb is None else preview_images(self.autoencoder, z_0)
 
     def save(self, folder: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
         """Write a model folder in the diffusers layout; dtype None keeps that of the weights."""
@@ -259,7 +259,7 @@ class TextToImage:
         return cls(autoencoder, unet, parts.conditioner.to(device), parts.scheduling, parts.settings)
 
     @property
-    def is_told(self) -> bool:
+    def is_conditional(self) -> bool:
         """Whether the UNet is told anything besides z_t and t."""
         widths = (self.conditioner.context_dim, self.conditioner.vector_dim, self.conditioner.latent_channels)
         return any(widths)

@@ -31,7 +31,7 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
-class Judgement:
+class Adversary:
     """What the discriminator says of the reconstructions, and how it sees the originals."""
 
     logits: Tensor  # [B, 1, h, w] of the reconstructions
@@ -62,7 +62,7 @@ def generator_loss(
     reconstruction: Reconstruction,
     config: LossConfig,
     perceptual: Perceptual | None = None,
-    judgement: Judgement | None = None,
+    adversary: Adversary | None = None,
     last_layer: Tensor | None = None,
 ) -> GeneratorLoss:
     """L1 + perceptual + regularizer (+ adversarial) of a batch of images [B, 3, H, W] in [-1, 1].
@@ -88,14 +88,14 @@ def generator_loss(
     else:
         parts["kl"] = reconstruction.posterior.kl().mean()
         total = total + config.kl / images[0].numel() * parts["kl"]
-    if judgement is not None:
-        parts["adversarial"] = -judgement.logits.mean()
+    if adversary is not None:
+        parts["adversarial"] = -adversary.logits.mean()
         # LDM's bound of 1e4 is on a reconstruction error that is summed over pixels, with a codebook averaged
         bound = 1e4 if reconstruction.codebook_loss is not None else 1e4 / images[0].numel()
         parts["adaptive_weight"] = adaptive_weight(nll, parts["adversarial"], last_layer, bound)
         total = total + config.adversarial * parts["adaptive_weight"] * parts["adversarial"]
-        if judgement.image_features is not None:
-            parts["feature_matching"] = feature_matching(judgement.image_features, judgement.features)
+        if adversary.image_features is not None:
+            parts["feature_matching"] = feature_matching(adversary.image_features, adversary.features)
             total = total + config.feature_matching * parts["feature_matching"]
     return GeneratorLoss(total, pixel.detach(), **{name: value.detach() for name, value in parts.items()})
 

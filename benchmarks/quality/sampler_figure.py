@@ -71,7 +71,7 @@ def seeds(seed: int) -> list[torch.Generator]:
 def run(sampler: Sampler, z: Tensor, steps: int, **options: Any) -> tuple[list[Tensor], int]:
     """All z of a walk [steps + 1] and the calls that it took."""
     denoise: Denoise = Counted()
-    visited = times(SCHEDULE, steps, SPACING, sampler.habit, ends_clean=True)
+    visited = times(SCHEDULE, steps, SPACING, sampler.time_defaults, ends_clean=True)
     return [z, *(s.z for s in sampler.run(denoise, z, visited, SCHEDULE, seeds(1), **options))], denoise.calls
 
 

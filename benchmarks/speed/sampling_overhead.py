@@ -20,7 +20,7 @@ from benchmarks.shared import contest, models
 from conditioning import Context
 from ldm.denoising.denoiser import Denoiser
 from ldm.guidance.registry import GuidanceConfig, Ingredients, guided
-from ldm.networks.cached_unet import Reader
+from ldm.networks.cached_unet import CachedUNet
 from ldm.networks.unet import UNet, UNetConfig
 from ldm.samplers.registry import SAMPLERS
 from ldm.samplers.spacing import times
@@ -53,9 +53,9 @@ def walk(unet: UNet, timed: Timed, sampler: str, steps: int, method: str) -> flo
     side, width = unet.config.sample_size, unet.config.cross_attention_dim
     context, null = (Context(tokens=torch.randn(1, TOKENS, width)) for _ in range(2))
     generators = [torch.Generator().manual_seed(0)]
-    visited = times(schedule, steps, "trailing", SAMPLERS[sampler].habit)
+    visited = times(schedule, steps, "trailing", SAMPLERS[sampler].time_defaults)
     z = initial_noise((1, unet.config.in_channels, side, side), generators, schedule)
-    denoiser = Denoiser(Reader(unet), schedule, "noise").prepared(visited)
+    denoiser = Denoiser(CachedUNet(unet), schedule, "noise").prepared(visited)
     given = Ingredients(denoiser=denoiser, context=context, null=null, times=visited)
     denoise = guided(GuidanceConfig(method=method, scale=0.6 if method == "cfg_plus_plus" else 4.0), given)
     start, timed.seconds = time.perf_counter(), 0.0

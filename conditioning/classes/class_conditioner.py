@@ -19,7 +19,7 @@ from conditioning.classes.class_names import ClassConfig, ClassNames, check_name
 from conditioning.encoders.bert import empty_embedding
 from conditioning.encoders.pretrained import WEIGHTS, read_config
 from conditioning.interface.context import Context
-from conditioning.interface.inputs import Given
+from conditioning.interface.inputs import ConditionInputs
 from conditioning.tokenizers.tokenizer import Tokens
 from stipple_core.files.weights import place, read_folder, write_weights
 
@@ -39,7 +39,7 @@ class ClassConditioner(nn.Module):
     """
 
     max_length, use_mask, latent_channels, hint, readers = 1, False, 0, None, {}
-    needs, asks, placed, reads_text, zero_empty = frozenset(), frozenset(), False, False, None
+    reads, required_to_sample, has_positions, reads_text, zero_empty = frozenset(), frozenset(), False, False, None
 
     def __init__(
         self,
@@ -47,10 +47,10 @@ class ClassConditioner(nn.Module):
         null_class: int | None,
         trainable: bool = False,
         names: Sequence[str] = (),
-        told_as: str = "tokens",
+        encoded_as: str = "tokens",
     ) -> None:
         super().__init__()
-        self.null_class, self.trainable, self.told_as = null_class, trainable, told_as
+        self.null_class, self.trainable, self.encoded_as = null_class, trainable, encoded_as
         self.tokenizer = ClassNames(names)
         self.embedding = empty_embedding(*table.shape)
         self.embedding.weight = nn.Parameter(table, requires_grad=trainable)
@@ -58,12 +58,12 @@ class ClassConditioner(nn.Module):
     @property
     def context_dim(self) -> int | None:
         """d of the tokens [B, 1, d]; None where a class is a vector."""
-        return self.embedding.embedding_dim if self.told_as == "tokens" else None
+        return self.embedding.embedding_dim if self.encoded_as == "tokens" else None
 
     @property
     def vector_dim(self) -> int | None:
         """d of the vector [B, d]; None where a class is a token."""
-        return self.embedding.embedding_dim if self.told_as == "vector" else None
+        return self.embedding.embedding_dim if self.encoded_as == "vector" else None
 
     @property
     def prompts(self) -> ClassConditioner:
@@ -80,12 +80,12 @@ class ClassConditioner(nn.Module):
         ids = torch.tensor([self._number(prompt) for prompt in prompts], dtype=torch.long).reshape(-1, 1)
         return Tokens(ids=ids, mask=torch.ones_like(ids, dtype=torch.bool))
 
-    def forward(self, ids: Tensor, mask: Tensor, given: Given | None = None) -> Context:
+    def forward(self, ids: Tensor, mask: Tensor, given: ConditionInputs | None = None) -> Context:
         """Context of rows [B, 1]; the mask, which is all true, has no effect."""
         embedded = self.embedding(ids)  # [B, 1] -> [B, 1, d]
-        return Context(tokens=embedded) if self.told_as == "tokens" else Context(vector=embedded[:, 0])
+        return Context(tokens=embedded) if self.encoded_as == "tokens" else Context(vector=embedded[:, 0])
 
-    def encode(self, prompts: Sequence[str], given: Given | None = None) -> Context:
+    def encode(self, prompts: Sequence[str], given: ConditionInputs | None = None) -> Context:
         """Context of B prompts such as "207" or "golden retriever", on the table's device."""
         if not prompts:
             raise ValueError("there are no prompts to encode")
@@ -115,7 +115,7 @@ class ClassConditioner(nn.Module):
         write_weights({"embedding.weight": self.embedding.weight.to(dtype)}, folder / "model.safetensors")
         rows, width = self.embedding.weight.shape
         config = {"model_type": MODEL_TYPE, "num_classes": rows, "hidden_size": width, "null_class": self.null_class}
-        config |= {"told_as": self.told_as, "class_names": self.tokenizer.names}
+        config |= {"told_as": self.encoded_as, "class_names": self.tokenizer.names}
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     def _number(self, prompt: str) -> int:
@@ -140,7 +140,7 @@ class Unconditional(nn.Module):
 
     max_length, use_mask, trainable, latent_channels = 0, False, False, 0
     context_dim, vector_dim, tokenizer, hint, readers = None, None, None, None, {}
-    needs, asks, placed, reads_text, zero_empty = frozenset(), frozenset(), False, False, None
+    reads, required_to_sample, has_positions, reads_text, zero_empty = frozenset(), frozenset(), False, False, None
     components = {"text_encoder": [None, None], "tokenizer": [None, None]}
 
     @property
@@ -155,11 +155,11 @@ class Unconditional(nn.Module):
                 raise ValueError(f"prompt {prompt!r:.80} is of no use: this model is unconditional; leave it empty")
         return Tokens(ids=torch.zeros(len(prompts), 0, dtype=torch.long), mask=torch.zeros(len(prompts), 0).bool())
 
-    def forward(self, ids: Tensor, mask: Tensor, given: Given | None = None) -> Context:
+    def forward(self, ids: Tensor, mask: Tensor, given: ConditionInputs | None = None) -> Context:
         """The context with no field."""
         return Context()
 
-    def encode(self, prompts: Sequence[str], given: Given | None = None) -> Context:
+    def encode(self, prompts: Sequence[str], given: ConditionInputs | None = None) -> Context:
         """The context with no field. Raises ValueError for a prompt that is not empty."""
         self.tokenize(prompts)
         return Context()
@@ -196,7 +196,7 @@ def new_classes(config: ClassConfig, captions: Iterable[str] | None, seed: int) 
     check_names(names)
     rows = config.count or len(names)
     table = torch.randn(rows + 1, config.width, generator=torch.Generator().manual_seed(seed))
-    conditioner = ClassConditioner(table, rows, True, names, config.told_as)
+    conditioner = ClassConditioner(table, rows, True, names, config.encoded_as)
     conditioner.tokenize(captions or [])  # a caption that is no class is to be found now
     return conditioner
 

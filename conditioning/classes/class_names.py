@@ -20,10 +20,10 @@ class ClassConfig:
     names: list[str] = field(default_factory=list)  # of the classes; empty: the distinct captions, sorted
     count: int | None = None  # or how many there are, where captions are numbers from 0
     width: int = 512  # of an embedding; LDM's ImageNet models: 512
-    told_as: str = "tokens"  # tokens: one, read by cross-attention | vector: added to the time embedding
+    encoded_as: str = "tokens"  # tokens: one, read by cross-attention | vector: added to the time embedding
 
     def __post_init__(self):
-        if self.told_as not in TOLD_AS:
+        if self.encoded_as not in TOLD_AS:
             raise ValueError(f"classes.told_as {self.told_as!r} is not known; use one of {', '.join(TOLD_AS)}")
         if self.names and self.count is not None:
             raise ValueError("classes.names and classes.count are both given; leave one out")

@@ -209,8 +209,8 @@ def _tokenizer(name: str, text_cfg: dict[str, Any], max_length: int | None) -> T
         else:
             _simple_tokenizer(theirs).save_pretrained(folder)
         tokenizer = read_tokenizer(Path(folder), max_length or length, length)
-    habit = "whitespace" if isinstance(theirs, HFTokenizer) else "lower"
-    tokenizer.options["open_clip_clean"] = options.get("clean", habit)
+    time_defaults = "whitespace" if isinstance(theirs, HFTokenizer) else "lower"
+    tokenizer.options["open_clip_clean"] = options.get("clean", time_defaults)
     return tokenizer
 
 

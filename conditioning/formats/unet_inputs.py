@@ -12,7 +12,7 @@ from torch import Tensor
 from conditioning.build import AnyConditioner
 from conditioning.classes.class_conditioner import Unconditional
 from conditioning.hints.degradation import DegradationConfig
-from conditioning.readers.combined import Composed
+from conditioning.readers.combined import CombinedConditioner
 from conditioning.readers.spatial import SpatialConfig, SpatialReader
 from stipple_core.files.weights import place
 
@@ -53,7 +53,7 @@ def with_hints(
     reader = SpatialReader(SpatialConfig(**shown))
     if mapper is not None:
         place(reader, {OURS: mapper}, "the semantic map's reader")
-    return Composed(conditioner.prompts, {NAME: reader.requires_grad_(False), **conditioner.readers})
+    return CombinedConditioner(conditioner.prompts, {NAME: reader.requires_grad_(False), **conditioner.readers})
 
 
 def hints_to_compvis(conditioner: AnyConditioner, extra: int, latent_channels: int) -> Mapping[str, Tensor]:

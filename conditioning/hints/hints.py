@@ -69,7 +69,7 @@ class SemanticHint:
     """A map of class numbers, [1, H, W]."""
 
     config: SpatialConfig
-    channels, tells_noise, needs_map = 1, False, True
+    channels, has_noise_level, needs_map = 1, False, True
     reads, factor = frozenset({"map"}), 1
     command = ("stipple sample", "--map", "MAP.png")
     called, mode = "a semantic map", "nearest-exact"  # how it is named, and brought to size
@@ -101,7 +101,7 @@ class InpaintingHint:
     """A picture with a hole, and a mask that is 1 in it."""
 
     config: SpatialConfig
-    channels, tells_noise, needs_map = 4, False, False
+    channels, has_noise_level, needs_map = 4, False, False
     reads, factor = frozenset({"image", "mask"}), 1
     command = ("stipple inpaint", "IMAGE.png", "MASK.png")
 
@@ -144,14 +144,14 @@ class LowResolutionHint:
         return ROUNDS if self.config.degradation.kind == "bicubic" else 0
 
     @property
-    def tells_noise(self) -> bool:
+    def has_noise_level(self) -> bool:
         """Whether the last channel is the level of the noise."""
         return self.config.noise > 0
 
     @property
     def channels(self) -> int:
         """3, and one more where the level of the noise is told."""
-        return 3 + self.tells_noise
+        return 3 + self.has_noise_level
 
     def __call__(self, image: Tensor, map: Tensor | None, generator: torch.Generator) -> Tensor:
         """Degraded as the config says, with a level that is drawn uniformly."""
@@ -162,21 +162,21 @@ class LowResolutionHint:
     def of_files(self, files: Files, height: int, width: int, generator: torch.Generator) -> Tensor:
         """The image, brought to the size of low resolution if it is not of it. Raises ValueError."""
         if not 0 <= files.noise_level <= self.config.noise:
-            most = f"use 0 to {self.config.noise}" if self.tells_noise else "leave it out"
+            most = f"use 0 to {self.config.noise}" if self.has_noise_level else "leave it out"
             raise ValueError(f"noise level {files.noise_level} is more than this model was trained with; {most}")
         image, factor = _required(files.image, "a picture to be enlarged", "an image"), self.config.degradation.factor
         small = fitted(image, math.ceil(height / factor), math.ceil(width / factor))
         return self._enlarged(small, height, width, files.noise_level, generator)[None]
 
     def _enlarged(self, small: Tensor, height: int, width: int, level: float, generator: torch.Generator) -> Tensor:
-        if self.tells_noise:
+        if self.has_noise_level:
             noise = torch.randn(small.shape, generator=generator)
             small = math.cos(level * math.pi / 2) * small + math.sin(level * math.pi / 2) * noise
         if self.config.downsampling == 1:
             large = F.interpolate(small[None], size=(height, width), mode="bicubic")[0]
         else:
             large = F.interpolate(small[None], size=(height, width), mode="nearest-exact")[0]
-        return torch.cat([large, torch.full((1, height, width), level)]) if self.tells_noise else large
+        return torch.cat([large, torch.full((1, height, width), level)]) if self.has_noise_level else large
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ class EdgesHint:
     """Edges: given, or the length of the brightness' gradient (Sobel)."""
 
     config: SpatialConfig
-    channels, tells_noise, needs_map = 1, False, False
+    channels, has_noise_level, needs_map = 1, False, False
     reads, factor = frozenset({"map", "image"}), 1
     command = ("stipple sample", "--image", "IMAGE.png")
 

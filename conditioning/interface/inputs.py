@@ -15,7 +15,7 @@ TENSORS = ("hint", "image", "frame", "embedding", "dropped")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Given:
+class ConditionInputs:
     """Of B pictures; fields that are None are absent.
 
     Raises:
@@ -48,16 +48,16 @@ class Given:
         device = next((x.device for x in present if x is not None), None)
         return torch.zeros(len(self), dtype=torch.bool, device=device)
 
-    def null(self) -> Given:
+    def null(self) -> ConditionInputs:
         """The same, of members that are told nothing: what caption dropout and guidance put in place.
 
         Where there are only prompts these are all alike, and one stands for them.
         """
         if all(getattr(self, name) is None for name in TENSORS[:-1]):
-            return Given(prompts=[""], dropped=torch.ones(1, dtype=torch.bool))
+            return ConditionInputs(prompts=[""], dropped=torch.ones(1, dtype=torch.bool))
         return replace(self, prompts=[""] * len(self), dropped=torch.ones_like(self.is_dropped))
 
-    def cat(self, other: Given) -> Given:
+    def cat(self, other: ConditionInputs) -> ConditionInputs:
         """Both, one after the other. Raises ValueError if a tensor is present in one and absent in the other."""
         joined: dict[str, Tensor | None] = {}
         for name in TENSORS[:-1]:
@@ -67,14 +67,14 @@ class Given:
             joined[name] = None if a is None else torch.cat([a, b])
         dropped = torch.cat([self.is_dropped, other.is_dropped])
         names = None if self.names is None or other.names is None else [*self.names, *other.names]
-        return Given(prompts=[*self.prompts, *other.prompts], dropped=dropped, names=names, **joined)
+        return ConditionInputs(prompts=[*self.prompts, *other.prompts], dropped=dropped, names=names, **joined)
 
-    def select(self, members: slice) -> Given:
+    def select(self, members: slice) -> ConditionInputs:
         """The members of a slice."""
         names = None if self.names is None else self.names[members]
-        return Given(prompts=self.prompts[members], names=names, **self._each(lambda x: x[members]))
+        return ConditionInputs(prompts=self.prompts[members], names=names, **self._each(lambda x: x[members]))
 
-    def to(self, device: torch.device | str) -> Given:
+    def to(self, device: torch.device | str) -> ConditionInputs:
         """The same on another device."""
         return replace(self, **self._each(lambda x: x.to(device, non_blocking=True)))
 

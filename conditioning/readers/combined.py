@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from conditioning.interface.context import Context
-from conditioning.interface.inputs import Given
+from conditioning.interface.inputs import ConditionInputs
 from conditioning.tokenizers.tokenizer import Tokens
 
 
@@ -30,19 +30,19 @@ class Widths:
 
 
 class Reader(Protocol):
-    """One thing that a model reads besides prompts: an nn.Module, `Given` -> Context."""
+    """One thing that a model reads besides prompts: an nn.Module, `ConditionInputs` -> Context."""
 
-    needs: frozenset[str]  # which of "hint", "image", "frame" it reads; "map": its hint is made of one in training
+    reads: frozenset[str]  # which of "hint", "image", "frame" it reads; "map": its hint is made of one in training
     config: Any  # a frozen dataclass, written as JSON beside the weights
     widths: Widths
     trainable: bool  # learns with the UNet
     kept: bool  # says of those that are dropped what it says of others; absent: no
 
-    def __call__(self, given: Given) -> Context:
+    def __call__(self, given: ConditionInputs) -> Context:
         """What it says of B pictures; of those that are dropped, what stands for nothing."""
 
 
-class Composed(nn.Module):
+class CombinedConditioner(nn.Module):
     """A conditioner of prompts with readers beside it; has the public members of `Conditioner`.
 
     Args:
@@ -74,25 +74,25 @@ class Composed(nn.Module):
         return self.prompts.latent_channels + sum(reader.widths.latents for reader in self.readers.values())
 
     @property
-    def needs(self) -> frozenset[str]:
+    def reads(self) -> frozenset[str]:
         """Which of "hint", "image", "frame" have to be given; "map": training needs one to make the hint of."""
-        return self.prompts.needs.union(*(reader.needs for reader in self.readers.values()))
+        return self.prompts.reads.union(*(reader.reads for reader in self.readers.values()))
 
     @property
-    def asks(self) -> frozenset[str]:
+    def required_to_sample(self) -> frozenset[str]:
         """Which of these have to be given for a picture to be drawn: some readers know another way then."""
         spared = {name: getattr(reader, "optional", frozenset()) for name, reader in self.readers.items()}
-        return self.prompts.needs.union(*(reader.needs - spared[name] for name, reader in self.readers.items()))
+        return self.prompts.reads.union(*(reader.reads - spared[name] for name, reader in self.readers.items()))
 
     @property
     def hint(self) -> Callable[[Tensor, Tensor | None, torch.Generator], Tensor] | None:
         """Makes the hint of a picture in training, see `stipple_core.data.dataset.ImageDataset`; None: none is read."""
-        return next((reader.hint for reader in self.readers.values() if "hint" in reader.needs), None)
+        return next((reader.hint for reader in self.readers.values() if "hint" in reader.reads), None)
 
     @property
-    def placed(self) -> bool:
+    def has_positions(self) -> bool:
         """Whether prompts say where things are."""
-        return self.prompts.placed
+        return self.prompts.has_positions
 
     @property
     def reads_text(self) -> bool:
@@ -119,7 +119,7 @@ class Composed(nn.Module):
         """What model_index.json says of the prompts' encoder."""
         return self.prompts.components
 
-    def train(self, mode: bool = True) -> Composed:
+    def train(self, mode: bool = True) -> CombinedConditioner:
         """Training mode, which what is frozen never enters."""
         super().train(mode)
         for part in (self.prompts, *self.readers.values()):
@@ -130,7 +130,7 @@ class Composed(nn.Module):
         """Ids and mask [B, L] on the CPU."""
         return self.prompts.tokenize(self._seen(prompts))
 
-    def forward(self, ids: Tensor, mask: Tensor, given: Given) -> Context:
+    def forward(self, ids: Tensor, mask: Tensor, given: ConditionInputs) -> Context:
         """Context of B members: prompts as ids and mask [B, L], and the rest as it is given, all on one device.
 
         Where there are more prompts than members given, the rest are of the same members, dropped: `given.null()`.
@@ -148,16 +148,16 @@ class Composed(nn.Module):
             return joined([read, *(reader(given) for reader in self.readers.values())])
         return joined([read, *(_twice(reader, given) for reader in self.readers.values())])
 
-    def encode(self, prompts: Sequence[str], given: Given | None = None) -> Context:
+    def encode(self, prompts: Sequence[str], given: ConditionInputs | None = None) -> Context:
         """Context of B prompts and what is given besides, on the networks' device.
 
         Raises:
             ValueError: something that a reader needs is not given.
         """
-        given = Given(prompts=prompts) if given is None else given
+        given = ConditionInputs(prompts=prompts) if given is None else given
         there = {name for name in ("hint", "image", "frame") if getattr(given, name) is not None}
         there |= {"map"} if given.embedding is None else {"map", "image"}
-        if absent := sorted(self.asks - there):
+        if absent := sorted(self.required_to_sample - there):
             raise ValueError(f"this model reads prompts and {absent[0]}, which is not given; give it")
         device = next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
         read = self.prompts.encode(self._seen(prompts))
@@ -216,7 +216,7 @@ def joined(contexts: Iterable[Context]) -> Context:
     )
 
 
-def _twice(reader: Reader, given: Given) -> Context:
+def _twice(reader: Reader, given: ConditionInputs) -> Context:
     """What a reader says of B members, and then of the same ones dropped; where that is the same it is asked once."""
     if getattr(reader, "kept", False):
         once = reader(given)

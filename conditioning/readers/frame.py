@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from conditioning.interface.context import Context
-from conditioning.interface.inputs import Given
-from conditioning.readers.combined import Composed, Widths
+from conditioning.interface.inputs import ConditionInputs
+from conditioning.readers.combined import CombinedConditioner, Widths
 
 NAME = "frame"  # of the section in a config, and of the reader
 NUMBERS = 6  # of Given.frame
@@ -41,7 +41,7 @@ class FrameReader(nn.Module):
     The frame is kept where captions are dropped: a picture without a caption has a size, too.
     """
 
-    needs = frozenset({"frame"})
+    reads = frozenset({"frame"})
     trainable = False
     kept = True
     Config = FrameConfig
@@ -51,7 +51,7 @@ class FrameReader(nn.Module):
         self.config = config
         self.widths = Widths(vector=NUMBERS * config.width)
 
-    def forward(self, given: Given) -> Context:
+    def forward(self, given: ConditionInputs) -> Context:
         """Cosines, then sines, of each number in turn, as diffusers' StableDiffusionXLPipeline has them."""
         return Context(vector=waves(given.frame, self.config.width).flatten(1))  # [B, 6] -> [B, 6 * width]
 
@@ -68,4 +68,6 @@ def with_frame(conditioner: nn.Module, width: int | None) -> nn.Module:
     """The conditioner of a model of others, with the reader of the frame that its UNet is told (None: it is not)."""
     if width is None or NAME in conditioner.readers:
         return conditioner
-    return Composed(conditioner.prompts, {**conditioner.readers, NAME: FrameReader(FrameConfig(width=width))})
+    return CombinedConditioner(
+        conditioner.prompts, {**conditioner.readers, NAME: FrameReader(FrameConfig(width=width))}
+    )

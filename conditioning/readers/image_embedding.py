@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from conditioning.interface.context import Context
-from conditioning.interface.inputs import Given
+from conditioning.interface.inputs import ConditionInputs
 from conditioning.readers.combined import Widths
 from stipple_core.embedders import EmbedderConfig, build_embedder
 
@@ -41,7 +41,7 @@ class ImageEmbeddingReader(nn.Module):
     prior or mixed from several, no picture is looked at.
     """
 
-    needs = frozenset({"image"})
+    reads = frozenset({"image"})
     reads_prompts = False  # true where a prior makes embeddings of them
     Config = ImageEmbeddingConfig
 
@@ -61,7 +61,7 @@ class ImageEmbeddingReader(nn.Module):
         self.embedder.requires_grad_(False)
         return self
 
-    def forward(self, given: Given) -> Context:
+    def forward(self, given: ConditionInputs) -> Context:
         """What is told of B pictures."""
         kept = ~given.is_dropped
         embedding = torch.zeros(len(kept), self.embedder.dim, device=kept.device)  # [B, d]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from conditioning.interface.context import Context
-from conditioning.interface.inputs import Given
+from conditioning.interface.inputs import ConditionInputs
 from conditioning.readers.combined import Widths
 from stipple_core.embedders import EmbedderConfig, build_embedder
 from stipple_core.files.weights import read_weights
@@ -51,9 +51,9 @@ class RetrievalReader(nn.Module):
     Whoever is dropped has zeros. The database stays the file that the config names: another one may take its place.
     """
 
-    needs = frozenset({"image"})
+    reads = frozenset({"image"})
     reads_prompts = True
-    optional = needs  # prompts are searched for where no picture is given
+    optional = reads  # prompts are searched for where no picture is given
     trainable = False
     Config = RetrievalConfig
 
@@ -80,9 +80,7 @@ class RetrievalReader(nn.Module):
         except ValueError:
             names = None
         if not isinstance(names, list) or len(names) != count:
-            raise ValueError(
-                f"{path} is no list of the names of {count} pictures; make it again: stipple embed"
-            )
+            raise ValueError(f"{path} is no list of the names of {count} pictures; make it again: stipple embed")
         return {str(name): row for row, name in enumerate(names)}
 
     def open(self) -> Path:
@@ -91,7 +89,7 @@ class RetrievalReader(nn.Module):
         return Path(self.config.database)
 
     @torch.no_grad()
-    def forward(self, given: Given) -> Context:
+    def forward(self, given: ConditionInputs) -> Context:
         """Embeddings of the k nearest, by cosine."""
         kept = ~given.is_dropped
         count = self.config.neighbors + self.config.query
@@ -105,14 +103,14 @@ class RetrievalReader(nn.Module):
             tokens[kept] = torch.cat([query[:, None], found], dim=1)[:, -count:]
         return Context(tokens=tokens)
 
-    def _own(self, given: Given, kept: Tensor) -> Tensor | None:
+    def _own(self, given: ConditionInputs, kept: Tensor) -> Tensor | None:
         """Rows [K] of the database that are the pictures themselves, -1 where none is; None where none can be."""
         if given.names is None or not self.rows:
             return None
         named = zip(given.names, kept.tolist(), strict=True)
         return torch.tensor([self.rows.get(name, -1) for name, keep in named if keep], device=kept.device)
 
-    def _query(self, given: Given, kept: Tensor) -> Tensor:
+    def _query(self, given: ConditionInputs, kept: Tensor) -> Tensor:
         """What is searched for on behalf of those that are kept, [K, d]."""
         if given.embedding is not None:
             return given.embedding[kept]

@@ -16,7 +16,7 @@ from conditioning.hints.degradation import DegradationConfig
 from conditioning.hints.hints import CONVENTIONS, HINTS
 from conditioning.hints.masks import MaskConfig
 from conditioning.interface.context import Context
-from conditioning.interface.inputs import Given
+from conditioning.interface.inputs import ConditionInputs
 from conditioning.readers.combined import Widths
 from conditioning.readers.frame import waves
 
@@ -69,7 +69,7 @@ class SpatialReader(nn.Module):
 
     Attributes:
         hint: makes hints, in training and of a user's files.
-        encode: images [B, 3, H, W] -> latents [B, c, h, w]; inpainting needs it, `Composed.see_by` sets it.
+        encode: images [B, 3, H, W] -> latents [B, c, h, w]; inpainting needs it, `CombinedConditioner.see_by` sets it.
     """
 
     Config = SpatialConfig
@@ -78,11 +78,11 @@ class SpatialReader(nn.Module):
         super().__init__()
         self.config = config
         self.hint = HINTS[config.kind](config)
-        self.needs = frozenset({"hint", "map"}) if self.hint.needs_map else frozenset({"hint"})
+        self.reads = frozenset({"hint", "map"}) if self.hint.needs_map else frozenset({"hint"})
         self.encode: Callable[[Tensor], Tensor] | None = None
         self.aligned = ALIGNED[config.kind](config)
         self.trainable, self.kept = any(True for _ in self.aligned.parameters()), not config.drop
-        vector = LEVEL_WIDTH if self.hint.tells_noise else 0
+        vector = LEVEL_WIDTH if self.hint.has_noise_level else 0
         self.widths = Widths(latents=self.aligned.channels, vector=vector)
 
     @property
@@ -90,7 +90,7 @@ class SpatialReader(nn.Module):
         """k of the hint [B, k, H, W]."""
         return self.hint.channels
 
-    def forward(self, given: Given) -> Context:
+    def forward(self, given: ConditionInputs) -> Context:
         """Latents of the hint; zeros for those that are dropped, if the config says so. Raises ValueError."""
         hint, f = given.hint, self.config.downsampling
         if hint.shape[1] != self.hint_channels or hint.shape[2] % f or hint.shape[3] % f:
@@ -101,7 +101,7 @@ class SpatialReader(nn.Module):
         latents = self.aligned(hint, self.encode)  # [B, k, H, W] -> [B, c, H / f, W / f]
         if self.config.drop:
             latents = latents.masked_fill(given.is_dropped.to(latents.device)[:, None, None, None], 0.0)
-        vector = level_embedding(hint[:, -1, 0, 0]) if self.hint.tells_noise else None
+        vector = level_embedding(hint[:, -1, 0, 0]) if self.hint.has_noise_level else None
         return Context(latents=latents, vector=vector)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from conditioning.interface.context import Context
-from conditioning.interface.inputs import Given
+from conditioning.interface.inputs import ConditionInputs
 from conditioning.readers.combined import Widths
 from stipple_core.embedders import EmbedderConfig, build_embedder
 
@@ -23,7 +23,7 @@ class TextEmbeddingConfig:
 class TextEmbeddingReader(nn.Module):
     """Given.prompts -> Context with vector [B, d], a point of the same space as embeddings of pictures."""
 
-    needs = frozenset()
+    reads = frozenset()
     reads_prompts = True
     trainable = False
     Config = TextEmbeddingConfig
@@ -35,6 +35,6 @@ class TextEmbeddingReader(nn.Module):
         self.widths = Widths(vector=self.embedder.dim)
 
     @torch.no_grad()
-    def forward(self, given: Given) -> Context:
+    def forward(self, given: ConditionInputs) -> Context:
         """The embeddings of B prompts; whoever is dropped has the empty prompt, or a negative one, for a prompt."""
         return Context(vector=self.embedder.texts(given.prompts))  # [B, d]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from conditioning.interface.context import Context
-from conditioning.interface.inputs import Given
+from conditioning.interface.inputs import ConditionInputs
 from conditioning.layouts.layout_tokenizer import LayoutTokenizer
 from conditioning.tokenizers.tokenizer import Tokenizer, Tokens
 from stipple_core.files.weights import write_weights
@@ -33,11 +33,11 @@ class Conditioner(nn.Module):
         trainable: lets gradients through and obeys train(); otherwise no_grad and eval mode for good.
 
     Attributes:
-        needs, asks, readers, hint, vector_dim, latent_channels: what `Composed` has besides prompts, and this has not.
+        needs, asks, readers, hint, vector_dim, latent_channels: what `CombinedConditioner` has besides prompts, and this has not.
         zero_empty: see `TwoEncoders`; None: the choice is of those alone.
     """
 
-    needs, asks, readers, hint, vector_dim, latent_channels = frozenset(), frozenset(), {}, None, None, 0
+    reads, required_to_sample, readers, hint, vector_dim, latent_channels = frozenset(), frozenset(), {}, None, None, 0
     zero_empty = None
 
     def __init__(
@@ -64,14 +64,14 @@ class Conditioner(nn.Module):
         return self.tokenizer.max_length
 
     @property
-    def placed(self) -> bool:
+    def has_positions(self) -> bool:
         """Whether prompts say where things are, so that a picture must not be mirrored or cut at random."""
         return isinstance(self.tokenizer, LayoutTokenizer)
 
     @property
     def reads_text(self) -> bool:
         """Whether prompts are text."""
-        return not self.placed
+        return not self.has_positions
 
     @property
     def components(self) -> dict[str, list[str | None]]:
@@ -89,13 +89,13 @@ class Conditioner(nn.Module):
         """Ids and mask [B, L] on the CPU; the end of a prompt that is too long is cut off (see `cut`)."""
         return self.tokenizer(prompts)
 
-    def forward(self, ids: Tensor, mask: Tensor, given: Given | None = None) -> Context:
+    def forward(self, ids: Tensor, mask: Tensor, given: ConditionInputs | None = None) -> Context:
         """Context of ids and mask [B, L], in one batch; this is what DistributedDataParallel wraps."""
         attended = mask if self.use_mask else None
         with torch.set_grad_enabled(self.trainable and torch.is_grad_enabled()):
             return Context(tokens=self.encoder(ids, attended), mask=attended)  # [B, L] -> [B, L, d]
 
-    def encode(self, prompts: Sequence[str], given: Given | None = None) -> Context:
+    def encode(self, prompts: Sequence[str], given: ConditionInputs | None = None) -> Context:
         """Context [B, L, d] of B prompts, on the encoder's device.
 
         Without gradients, distinct prompts are taken one at a time: a matrix product's last bits may depend on its

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from conditioning.encoders.clip import Clip
 from conditioning.encoders.scratch import TransformerConfig
 from conditioning.interface.context import Context
-from conditioning.interface.inputs import Given
+from conditioning.interface.inputs import ConditionInputs
 from conditioning.text.text_conditioner import Conditioner
 from conditioning.tokenizers.tokenizer import Tokens
 
@@ -79,7 +79,7 @@ class TwoEncoders(nn.Module):
         ValueError: the two have not the same number of tokens.
     """
 
-    latent_channels, hint, needs, readers, placed, reads_text = 0, None, frozenset(), {}, False, True
+    latent_channels, hint, reads, readers, has_positions, reads_text = 0, None, frozenset(), {}, False, True
 
     def __init__(self, first: Conditioner, second: Conditioner) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ class TwoEncoders(nn.Module):
         """Ids and mask [B, 2 L] on the CPU."""
         return self.tokenizer(prompts)
 
-    def forward(self, ids: Tensor, mask: Tensor, given: Given | None = None) -> Context:
+    def forward(self, ids: Tensor, mask: Tensor, given: ConditionInputs | None = None) -> Context:
         """Context of ids and mask [B, 2 L], in one batch."""
         (one, _), (two, pooled) = (
             _read(part, *both)
@@ -136,7 +136,7 @@ class TwoEncoders(nn.Module):
         vector = None if pooled is None else pooled * said[:, None]
         return replace(context, tokens=context.tokens * said[:, None, None], vector=vector)
 
-    def encode(self, prompts: Sequence[str], given: Given | None = None) -> Context:
+    def encode(self, prompts: Sequence[str], given: ConditionInputs | None = None) -> Context:
         """Context of B prompts, on the encoders' device; without gradients one at a time, as `Conditioner` does."""
         if not prompts:
             raise ValueError("there are no prompts to encode")

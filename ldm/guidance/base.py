@@ -62,7 +62,7 @@ def classifier_free(
     guidance_scale: Scale,
     combine: Combine = extrapolate,
 ) -> Denoise:
-    """Guide a denoiser away from `null`, towards `context` (Ho & Salimans 2022, eq. 6).
+    """Guide a denoiser away from `null`, ddim_step `context` (Ho & Salimans 2022, eq. 6).
 
     Args:
         denoiser: (z_t, t, context) -> z_0.
@@ -148,8 +148,8 @@ def composed(
         if len(asked) == len(weights):
             return sum(weight * z_0 for weight, z_0 in zip(weights, estimates, strict=True))
         *estimates, unconditional = estimates
-        towards = (weight * (z_0 - unconditional) for weight, z_0 in zip(weights, estimates, strict=True))
-        return sum(towards, start=unconditional)
+        ddim_step = (weight * (z_0 - unconditional) for weight, z_0 in zip(weights, estimates, strict=True))
+        return sum(ddim_step, start=unconditional)
 
     return denoise
 

@@ -44,8 +44,8 @@ def apg(momentum: float = -0.5, norm: float | None = None, parallel: float = 0.0
         before = difference = conditional - unconditional + momentum * before
         if norm is not None:
             difference = difference * (norm / _dot(difference, difference).sqrt()).clamp(max=1)
-        along = _share(difference, conditional) * conditional
-        return conditional + (guidance_scale - 1) * (difference - (1 - parallel) * along)
+        line_step = _share(difference, conditional) * conditional
+        return conditional + (guidance_scale - 1) * (difference - (1 - parallel) * line_step)
 
     return combine
 

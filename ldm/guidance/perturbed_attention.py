@@ -18,7 +18,7 @@ from ldm.guidance.base import Combine, Denoise, Scale, classifier_free, copies, 
 
 @dataclass(frozen=True, eq=False)
 class Perturbed:
-    """A context for a batch whose last pictures are denoised with perturbed self-attention; `Reader` understands it."""
+    """A context for a batch whose last pictures are denoised with perturbed self-attention; `CachedUNet` understands it."""
 
     context: Any  # for all of the batch; None: the network is told nothing
     pictures: int  # how many at the end of the batch

@@ -91,7 +91,9 @@ class Ingredients:
     times: Tensor  # of the walk, falling [S + 1]
     weak: Denoiser | None = None  # autoguidance: the weaker model
     others: Sequence[tuple[Any, float]] = ()  # classifier_free: further contexts and their weights, see `composed`
-    leads: Sequence[Callable[[Denoise], Denoise]] = ()  # what is put around the guided denoiser, such as a gradient
+    gradient_guides: Sequence[
+        Callable[[Denoise], Denoise]
+    ] = ()  # what is put around the guided denoiser, such as a gradient
     reads_scale: bool = False  # the network was distilled from a guided one, and reads the scale in its contexts
 
 
@@ -121,8 +123,8 @@ def guided(config: GuidanceConfig, given: Ingredients) -> Denoise:
         given, config = _with_scale(given, config.scale), replace(config, scale=1.0)
     plain = classifier_free(given.denoiser, given.context, None, 1.0)
     inside = GUIDANCES[config.method].build(config, given)
-    for lead in given.leads:
-        inside = lead(inside)
+    for guide in given.gradient_guides:
+        inside = guide(inside)
     return _around(config, inside, plain)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldm.samplers.steps import Denoise, Generators, Point, noise_like, renewed, walk
+from ldm.samplers.steps import Denoise, Generators, Point, fresh_share, noise_like, walk
 from ldm.schedules.registry import Schedule
 
 HALF_BIN = 1 / 255  # half the distance of two values of 8 bits in [-1, 1]
@@ -48,11 +48,11 @@ class RateDistortion:
 
 
 def _small(t: Point, s: Point) -> float:
-    return s.sigma**2 * renewed(t, s)
+    return s.sigma**2 * fresh_share(t, s)
 
 
 def _large(t: Point, s: Point) -> float:
-    return t.sigma**2 * renewed(t, s)
+    return t.sigma**2 * fresh_share(t, s)
 
 
 VARIANCES: dict[str, Callable[[Point, Point], float]] = {  # of p(z_s | z_t); Ho et al. 2020, section 3.2
@@ -160,7 +160,7 @@ def _step(error: Tensor, t: Point, s: Point, variance: float) -> Tensor:
     For the small variance it is the error times half of what the signal-to-noise ratio grows (Kingma et al. 2021).
     """
     ratio = _small(t, s) / variance
-    return ((s.alpha * renewed(t, s)) ** 2 / variance * error + ratio - 1 - math.log(ratio)) / (2 * LOG_2)
+    return ((s.alpha * fresh_share(t, s)) ** 2 / variance * error + ratio - 1 - math.log(ratio)) / (2 * LOG_2)
 
 
 def _check(z_0: Tensor, times: Tensor, generators: Generators, variance: str, decoder: str) -> None:

@@ -31,7 +31,7 @@ class Level:
         return self.denoiser.gain(self.t)
 
     @property
-    def lost(self) -> Tensor:
+    def snr_drop(self) -> Tensor:
         """-d snr / dt / 2, the variational bound's weight of the squared error of z_0.
 
         On a discrete schedule it is T / 2 times what is lost since the level before. Before the first one snr is
@@ -39,11 +39,11 @@ class Level:
         """
         schedule = self.denoiser.schedule
         if not schedule.discrete:
-            return torch.where(self.snr == 0, 0.0, schedule.fading(self.t) * self.snr) / 2
+            return torch.where(self.snr == 0, 0.0, schedule.dlogsnr_dt(self.t) * self.snr) / 2
         t, step = schedule.nearest(self.t.to(torch.float64)), 1 / schedule.config.timesteps
         later = t.clamp(min=2 * step)
-        lost = (schedule.snr(later - step) - schedule.snr(later)) / (2 * step)
-        return torch.where(t < later, schedule.snr(t) / schedule.snr(later), 1.0) * lost
+        snr_drop = (schedule.snr(later - step) - schedule.snr(later)) / (2 * step)
+        return torch.where(t < later, schedule.snr(t) / schedule.snr(later), 1.0) * snr_drop
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,11 @@ class Weighting:
 WEIGHTINGS: dict[str, Weighting] = {
     "simple": Weighting(lambda at, gamma: torch.ones_like(at.snr)),
     "min_snr": Weighting(lambda at, gamma: at.snr.clamp(max=gamma) * at.gain, gamma=5.0),
-    "vlb": Weighting(lambda at, gamma: at.lost * at.gain),
+    "vlb": Weighting(lambda at, gamma: at.snr_drop * at.gain),
     "p2": Weighting(lambda at, gamma: (1 + at.snr) ** -gamma * at.snr * at.gain, gamma=1.0),
     "edm": Weighting(lambda at, gamma: (1 + at.snr) * at.gain),
     "sigmoid": Weighting(
-        lambda at, gamma: torch.sigmoid(gamma - at.snr.log()) * at.lost * at.gain, gamma=0.0, lowest=-math.inf
+        lambda at, gamma: torch.sigmoid(gamma - at.snr.log()) * at.snr_drop * at.gain, gamma=0.0, lowest=-math.inf
     ),
     "noise": Weighting(lambda at, gamma: at.snr * at.gain),
 }

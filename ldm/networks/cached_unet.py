@@ -14,7 +14,7 @@ from ldm.networks.attention import Attention, PlainAttention, TransformerBlock
 from ldm.networks.unet import InnerFeatures, ReadContext, UNet
 
 
-class Reader:
+class CachedUNet:
     """A UNet in its own dtype, on latents in theirs, that does nothing twice: (z_t, timestep, context) -> output.
 
     It reads a context once for as long as it is told the same object. On a CPU it looks whether both halves of a batch

@@ -130,9 +130,7 @@ class Classifier(nn.Module):
         folder = Path(path) / FOLDER if (Path(path) / FOLDER).is_dir() else Path(path)
         options = read_json(folder / "config.json", f"no config.json in {folder}; give the folder of a classifier")
         if options.pop("_class_name", None) != CLASS:
-            raise ValueError(
-                f"{folder} is no classifier of noisy latents; give what stipple train-classifier wrote"
-            )
+            raise ValueError(f"{folder} is no classifier of noisy latents; give what stipple train-classifier wrote")
         unet, schedule = unet_from_diffusers(options.pop("unet")), ScheduleConfig(**options.pop("schedule"))
         with torch.device("meta"):
             classifier = cls(ClassifierConfig(unet=unet, schedule=schedule, **options))

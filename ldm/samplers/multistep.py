@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ldm.denoising.prediction import target, to_clean
 from ldm.samplers.interpolation import MIDDLE, mean_between, moments, usable
-from ldm.samplers.steps import Denoise, Generators, Point, Step, noise_in, signal_remains, towards, walk
+from ldm.samplers.steps import Denoise, Generators, Point, Step, ddim_step, noise_in, signal_remains, walk
 from ldm.schedules.registry import Schedule
 
 # Adams-Bashforth: weights of the newest output, the one before it, ..., for as many as there are (Liu et al. 2022,
@@ -49,12 +49,12 @@ def pndm(
         z_0 = denoise(z, t.time)
         past = [_output(z, z_0, t, averaged), *past]
         if index == 0 and len(steps) > 1:
-            ahead = towards(z, z_0, t, s)
+            ahead = ddim_step(z, z_0, t, s)
             mean = (past[0] + _output(ahead, denoise(ahead, s.time), s, averaged)) / 2
         else:
             mean = sum(weight * output for weight, output in zip(ADAMS_BASHFORTH[len(past) - 1], past, strict=True))
         z_0 = to_clean(mean, z, *_levels(t), averaged)
-        z = towards(z, z_0, t, s)
+        z = ddim_step(z, z_0, t, s)
         past = past[:3]
         yield Step(index, s.time, z, z_0)
 
@@ -75,7 +75,7 @@ def lms(
         if len(past) > 1:
             places = t.sigma / t.scale, s.sigma / s.scale
             z_0 = to_clean(mean_between(past, *places, moments(0, len(past))), z, *_levels(t), slope)
-        z = towards(z, z_0, t, s)
+        z = ddim_step(z, z_0, t, s)
         past = past[: order - 1]
         yield Step(index, s.time, z, z_0)
 
@@ -91,12 +91,12 @@ def deis(
     past: list[tuple[float, Tensor]] = []  # log(alpha / sigma) and noise, newest first
     for index, (t, s) in enumerate(steps):
         z_0 = denoise(z, t.time)
-        past = [(t.growth, noise_in(z, z_0, t)), *past]
+        past = [(t.log_snr_half, noise_in(z, z_0, t)), *past]
         used = usable(past, index, len(steps))
         if used > 1:
-            means = moments(t.growth - s.growth, used)
-            z_0 = to_clean(mean_between(past[:used], t.growth, s.growth, means), z, *_levels(t), "noise")
-        z = towards(z, z_0, t, s)
+            means = moments(t.log_snr_half - s.log_snr_half, used)
+            z_0 = to_clean(mean_between(past[:used], t.log_snr_half, s.log_snr_half, means), z, *_levels(t), "noise")
+        z = ddim_step(z, z_0, t, s)
         past = past[: order - 1]
         yield Step(index, s.time, z, z_0)
 
@@ -109,8 +109,8 @@ def dpmpp_2m(denoise: Denoise, z: Tensor, times: Tensor, schedule: Schedule, gen
     past: list[tuple[float, Tensor]] = []  # log(alpha / sigma) and z_0, newest first
     for index, (t, s) in enumerate(walk(times, schedule)):
         z_0 = denoise(z, t.time)
-        past = [(t.growth, z_0), *past]
-        z = towards(z, mean_between(past, t.growth, s.growth, MIDDLE), t, s)
+        past = [(t.log_snr_half, z_0), *past]
+        z = ddim_step(z, mean_between(past, t.log_snr_half, s.log_snr_half, MIDDLE), t, s)
         past = past[:1]
         yield Step(index, s.time, z, z_0)
 
@@ -130,11 +130,11 @@ def dpmpp_3m(
     past: list[tuple[float, Tensor]] = []  # log(alpha / sigma) and z_0, newest first
     for index, (t, s) in enumerate(steps):
         z_0 = denoise(z, t.time)
-        past = [(t.growth, z_0), *past]
+        past = [(t.log_snr_half, z_0), *past]
         used = usable(past, index, len(steps))
-        mean_x, *mean_square = moments(s.growth - t.growth, 3)[1:] if used == 3 else MIDDLE[1:]
+        mean_x, *mean_square = moments(s.log_snr_half - t.log_snr_half, 3)[1:] if used == 3 else MIDDLE[1:]
         means = [1.0, mean_x, *(curvature * square for square in mean_square)]
-        z = towards(z, mean_between(past[:used], t.growth, s.growth, means), t, s)
+        z = ddim_step(z, mean_between(past[:used], t.log_snr_half, s.log_snr_half, means), t, s)
         past = past[:2]
         yield Step(index, s.time, z, z_0)
 
@@ -157,15 +157,17 @@ def unipc(
     used = 0  # of them, for the last step
     for index, (t, s) in enumerate(steps):
         z_0 = denoise(z, t.time)
-        past = [(t.growth, z_0), *past]
+        past = [(t.log_snr_half, z_0), *past]
         if begun is not None:
-            growth = t.growth - begun[1].growth
-            means = MIDDLE if used == 1 else moments(growth, used + 1)
-            z = towards(begun[0], mean_between(past[: used + 1], begun[1].growth, t.growth, means), begun[1], t)
+            log_snr_half = t.log_snr_half - begun[1].log_snr_half
+            means = MIDDLE if used == 1 else moments(log_snr_half, used + 1)
+            z = ddim_step(
+                begun[0], mean_between(past[: used + 1], begun[1].log_snr_half, t.log_snr_half, means), begun[1], t
+            )
         past, begun = past[:order], (z, t)
         used = len(past) if steps[-1][1].sigma else min(len(past), len(steps) - index)
-        means = MIDDLE if used == 2 else moments(s.growth - t.growth, used)
-        z = towards(z, mean_between(past[:used], t.growth, s.growth, means), t, s)
+        means = MIDDLE if used == 2 else moments(s.log_snr_half - t.log_snr_half, used)
+        z = ddim_step(z, mean_between(past[:used], t.log_snr_half, s.log_snr_half, means), t, s)
         yield Step(index, s.time, z, z_0)
 
 

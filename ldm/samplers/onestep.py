@@ -13,12 +13,12 @@ from ldm.samplers.steps import (
     Generators,
     Point,
     Step,
-    along,
     drawn,
+    fresh_share,
+    line_step,
     noise_in,
     noise_like,
     noised,
-    renewed,
     walk,
 )
 from ldm.schedules.registry import Schedule
@@ -43,7 +43,7 @@ def ddim(
         raise ValueError(f"eta {eta} must be between 0 (deterministic) and 1 (ddpm)")
     for index, (t, s) in enumerate(walk(times, schedule)):
         z_0 = denoise(z, t.time)
-        fresh = eta * math.sqrt(renewed(t, s))
+        fresh = eta * math.sqrt(fresh_share(t, s))
         z = s.alpha * z_0 + s.sigma * math.sqrt(1 - fresh**2) * noise_in(z, z_0, t)
         if fresh and s.sigma:
             z = z + s.sigma * fresh * noise_like(z, generators)
@@ -86,7 +86,7 @@ def euler(denoise: Denoise, z: Tensor, times: Tensor, schedule: Schedule, genera
     """Euler's rule along straight lines, the same map as `ddim` (Karras et al. 2022, algorithm 1 without line 6)."""
     for index, (t, s) in enumerate(walk(times, schedule)):
         z_0 = denoise(z, t.time)
-        z = along(z, [(z_0, noise_in(z, z_0, t))], t, s)
+        z = line_step(z, [(z_0, noise_in(z, z_0, t))], t, s)
         yield Step(index, s.time, z, z_0)
 
 
@@ -136,10 +136,10 @@ def heun_step(denoise: Denoise, z: Tensor, t: Point, s: Point) -> tuple[Tensor, 
     z_0 = denoise(z, t.time)
     lines = [(z_0, noise_in(z, z_0, t))]
     if s.sigma:
-        ahead = along(z, lines, t, s)
+        ahead = line_step(z, lines, t, s)
         z_0_ahead = denoise(ahead, s.time)
         lines.append((z_0_ahead, noise_in(ahead, z_0_ahead, s)))
-    return along(z, lines, t, s), z_0
+    return line_step(z, lines, t, s), z_0
 
 
 def _raised(t: Point, s: Point, gamma: float, schedule: Schedule) -> Point:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ldm.samplers.runge_kutta import adaptive
-from ldm.samplers.steps import Denoise, Generators, Step, noise_in, towards, walk
+from ldm.samplers.steps import Denoise, Generators, Step, ddim_step, noise_in, walk
 from ldm.schedules.registry import Schedule
 
 
@@ -59,7 +59,7 @@ def ode(
         yield Step(index, time, z, z_0)
     if z_0 is None or not end.sigma:
         z_0 = denoise(z, last.time) if z_0 is None else z_0
-        yield Step(index + 1, end.time, towards(z, z_0, last, end), z_0)
+        yield Step(index + 1, end.time, ddim_step(z, z_0, last, end), z_0)
 
 
 def invert(denoise: Denoise, z_0: Tensor, times: Tensor, schedule: Schedule) -> Iterator[Step]:

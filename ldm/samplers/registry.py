@@ -14,7 +14,7 @@ from ldm.samplers.multistep import deis, dpmpp_2m, dpmpp_3m, lms, pndm, unipc
 from ldm.samplers.onestep import ddim, ddpm, euler, euler_ancestral, heun
 from ldm.samplers.probability_flow import ode
 from ldm.samplers.singlestep import dpm2, dpmpp_2s
-from ldm.samplers.spacing import Habit
+from ldm.samplers.spacing import TimeDefaults
 from ldm.samplers.steps import Step
 from ldm.samplers.stochastic import dpmpp_2m_sde, dpmpp_3m_sde, dpmpp_sde, lcm, restart
 
@@ -29,7 +29,7 @@ class Sampler:
     draws: bool = False  # whether noise is drawn on the way, whatever eta
     options: tuple[str, ...] = ()  # what `run` takes besides
     alone: bool = False  # whether its steps would depend on all pictures of a batch, so that each needs its own
-    habit: Habit  # how it chooses its times
+    time_defaults: TimeDefaults  # how it chooses its times
 
     @property
     def summary(self) -> str:
@@ -40,41 +40,51 @@ class Sampler:
         return f"order {self.order}  {draws:15} {self.calls:7} calls  {self.habit.spacing:9} {does}"
 
 
-LATTICE = Habit(spacing="leading", ends_clean=True)  # of papers that step over noise levels
-SIGMAS = Habit(spacing="linspace", fractional=True, noise_only=True)  # of Karras et al. 2022 in k-diffusion
-LEVELS = Habit(spacing="trailing")  # of papers that visit all noise levels
-SOLVER = Habit(spacing="linspace", drops_lowest=True)  # of Lu et al. 2022
+LATTICE = TimeDefaults(spacing="leading", ends_clean=True)  # of papers that step over noise levels
+SIGMAS = TimeDefaults(spacing="linspace", fractional=True, noise_only=True)  # of Karras et al. 2022 in k-diffusion
+LEVELS = TimeDefaults(spacing="trailing")  # of papers that visit all noise levels
+SOLVER = TimeDefaults(spacing="linspace", drops_lowest=True)  # of Lu et al. 2022
 
 SAMPLERS: dict[str, Sampler] = {
-    "ddim": Sampler(run=ddim, order=1, options=("eta",), habit=LATTICE),
+    "ddim": Sampler(run=ddim, order=1, options=("eta",), time_defaults=LATTICE),
     "ddpm": Sampler(
-        run=ddpm, order=1, draws=True, options=("variance", "interpolation"), habit=Habit(spacing="leading")
+        run=ddpm,
+        order=1,
+        draws=True,
+        options=("variance", "interpolation"),
+        time_defaults=TimeDefaults(spacing="leading"),
     ),
     "pndm": Sampler(
-        run=pndm, order=2, calls="S + 1", options=("averaged",), habit=Habit(spacing="leading", ends_clean=False)
+        run=pndm,
+        order=2,
+        calls="S + 1",
+        options=("averaged",),
+        time_defaults=TimeDefaults(spacing="leading", ends_clean=False),
     ),
-    "euler": Sampler(run=euler, order=1, habit=SIGMAS),
-    "euler_ancestral": Sampler(run=euler_ancestral, order=1, draws=True, habit=SIGMAS),
-    "heun": Sampler(run=heun, order=2, calls="2 S - 1", options=("churn",), habit=SIGMAS),
-    "dpm2": Sampler(run=dpm2, order=2, calls="2 S - 1", habit=SIGMAS),
-    "lms": Sampler(run=lms, order=4, habit=SIGMAS),
-    "dpmpp_2s": Sampler(run=dpmpp_2s, order=2, calls="2 S - 1", habit=SOLVER),
-    "dpmpp_2m": Sampler(run=dpmpp_2m, order=2, habit=SOLVER),
-    "dpmpp_3m": Sampler(run=dpmpp_3m, order=3, habit=SOLVER),
-    "dpmpp_sde": Sampler(run=dpmpp_sde, order=2, calls="2 S - 1", draws=True, habit=SIGMAS),
-    "dpmpp_2m_sde": Sampler(run=dpmpp_2m_sde, order=2, draws=True, habit=SOLVER),
-    "dpmpp_3m_sde": Sampler(run=dpmpp_3m_sde, order=2, draws=True, habit=SOLVER),
-    "unipc": Sampler(run=unipc, order=3, habit=SOLVER),
-    "deis": Sampler(run=deis, order=2, habit=replace(SOLVER, ends_clean=False)),
-    "restart": Sampler(run=restart, order=2, calls="3 S - 1", draws=True, habit=SIGMAS),  # one less where S is odd
+    "euler": Sampler(run=euler, order=1, time_defaults=SIGMAS),
+    "euler_ancestral": Sampler(run=euler_ancestral, order=1, draws=True, time_defaults=SIGMAS),
+    "heun": Sampler(run=heun, order=2, calls="2 S - 1", options=("churn",), time_defaults=SIGMAS),
+    "dpm2": Sampler(run=dpm2, order=2, calls="2 S - 1", time_defaults=SIGMAS),
+    "lms": Sampler(run=lms, order=4, time_defaults=SIGMAS),
+    "dpmpp_2s": Sampler(run=dpmpp_2s, order=2, calls="2 S - 1", time_defaults=SOLVER),
+    "dpmpp_2m": Sampler(run=dpmpp_2m, order=2, time_defaults=SOLVER),
+    "dpmpp_3m": Sampler(run=dpmpp_3m, order=3, time_defaults=SOLVER),
+    "dpmpp_sde": Sampler(run=dpmpp_sde, order=2, calls="2 S - 1", draws=True, time_defaults=SIGMAS),
+    "dpmpp_2m_sde": Sampler(run=dpmpp_2m_sde, order=2, draws=True, time_defaults=SOLVER),
+    "dpmpp_3m_sde": Sampler(run=dpmpp_3m_sde, order=2, draws=True, time_defaults=SOLVER),
+    "unipc": Sampler(run=unipc, order=3, time_defaults=SOLVER),
+    "deis": Sampler(run=deis, order=2, time_defaults=replace(SOLVER, ends_clean=False)),
+    "restart": Sampler(
+        run=restart, order=2, calls="3 S - 1", draws=True, time_defaults=SIGMAS
+    ),  # one less where S is odd
     "lcm": Sampler(  # of a consistency function there is no error to fall
-        run=lcm, order=0, draws=True, habit=Habit(spacing="rungs")
+        run=lcm, order=0, draws=True, time_defaults=TimeDefaults(spacing="rungs")
     ),
     "langevin": Sampler(  # the step size leaves bias
-        run=langevin, order=0, calls="5 S - 4", draws=True, options=("corrections",), habit=LEVELS
+        run=langevin, order=0, calls="5 S - 4", draws=True, options=("corrections",), time_defaults=LEVELS
     ),
     "predictor_corrector": Sampler(
-        run=predictor_corrector, order=0, calls="2 S - 1", draws=True, options=("corrections",), habit=LEVELS
+        run=predictor_corrector, order=0, calls="2 S - 1", draws=True, options=("corrections",), time_defaults=LEVELS
     ),
-    "ode": Sampler(run=ode, order=5, calls="any", options=("tolerance",), alone=True, habit=SIGMAS),
+    "ode": Sampler(run=ode, order=5, calls="any", options=("tolerance",), alone=True, time_defaults=SIGMAS),
 }

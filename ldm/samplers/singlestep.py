@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from ldm.samplers.steps import Denoise, Generators, Step, along, middle, noise_in, towards, walk
+from ldm.samplers.steps import Denoise, Generators, Step, ddim_step, line_step, middle, noise_in, walk
 from ldm.schedules.registry import Schedule
 
 
@@ -20,12 +20,12 @@ def dpm2(denoise: Denoise, z: Tensor, times: Tensor, schedule: Schedule, generat
     for index, (t, s) in enumerate(walk(times, schedule)):
         z_0 = denoise(z, t.time)
         line = z_0, noise_in(z, z_0, t)
-        if math.isfinite(s.growth - t.growth):
+        if math.isfinite(s.log_snr_half - t.log_snr_half):
             m = middle(t, s, schedule)
-            ahead = along(z, [line], t, m)
+            ahead = line_step(z, [line], t, m)
             z_0 = denoise(ahead, m.time)
             line = z_0, noise_in(ahead, z_0, m)
-        z = along(z, [line], t, s)
+        z = line_step(z, [line], t, s)
         yield Step(index, s.time, z, z_0)
 
 
@@ -37,8 +37,8 @@ def dpmpp_2s(denoise: Denoise, z: Tensor, times: Tensor, schedule: Schedule, gen
     """
     for index, (t, s) in enumerate(walk(times, schedule)):
         z_0 = denoise(z, t.time)
-        if math.isfinite(s.growth - t.growth):
+        if math.isfinite(s.log_snr_half - t.log_snr_half):
             m = middle(t, s, schedule)
-            z_0 = denoise(towards(z, z_0, t, m), m.time)
-        z = towards(z, z_0, t, s)
+            z_0 = denoise(ddim_step(z, z_0, t, m), m.time)
+        z = ddim_step(z, z_0, t, s)
         yield Step(index, s.time, z, z_0)

@@ -1,7 +1,7 @@
 """The times that samplers walk: where they begin, where they end, how the steps between are spaced.
 
 Papers and programs differ in this more than in the samplers themselves (Lin et al. 2023, table 2). What a sampler does
-where nobody says otherwise is its `Habit`.
+where nobody says otherwise is its `TimeDefaults`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ALIGNED = (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152
 
 
 @dataclass(frozen=True, kw_only=True)
-class Habit:
+class TimeDefaults:
     """How a sampler chooses its times, and begins; the same habits as in diffusers."""
 
     spacing: str = "leading"  # a key of SPACINGS, where neither the caller nor the model names one
@@ -149,7 +149,7 @@ def times(
     schedule: Schedule,
     steps: int,
     spacing: str = "trailing",
-    habit: Habit = Habit(),
+    time_defaults: TimeDefaults = TimeDefaults(),
     offset: int = 1,
     ends_clean: bool | None = None,
 ) -> Tensor:
@@ -173,8 +173,8 @@ def times(
         raise ValueError(f"unknown spacing {spacing!r}; use one of {', '.join(SPACINGS)}")
     if not 1 <= steps <= levels:
         raise ValueError(f"{steps} steps is not between 1 and {levels}, the number of noise levels of the schedule")
-    points = min(steps + 1, levels) if habit.drops_lowest else steps
-    positions = SPACINGS[spacing](Layout(schedule, steps, points, offset, habit.fractional))
-    clean = True if habit.ends_clean is None else habit.ends_clean if ends_clean is None else ends_clean
+    points = min(steps + 1, levels) if time_defaults.drops_lowest else steps
+    positions = SPACINGS[spacing](Layout(schedule, steps, points, offset, time_defaults.fractional))
+    clean = True if time_defaults.ends_clean is None else time_defaults.ends_clean if ends_clean is None else ends_clean
     end = torch.zeros(1, dtype=torch.float64) if clean else torch.ones(1, dtype=torch.float64)
     return torch.cat([positions, end]) / levels

@@ -41,7 +41,7 @@ class Point(NamedTuple):
     alpha: float
     sigma: float
     scale: float
-    growth: float  # log(alpha / sigma), the time of multistep solvers; infinite at t = 0, see `_growths`
+    log_snr_half: float  # log(alpha / sigma), the time of multistep solvers; infinite at t = 0, see `_log_snr_halves`
 
 
 def signal_remains(schedule: Schedule) -> bool:
@@ -60,18 +60,18 @@ def walk(times: Tensor, schedule: Schedule) -> list[tuple[Point, Point]]:
         raise ValueError(f"times {times.tolist()} must be at least two, each below the one before it")
     alpha, sigma = schedule(times, torch.float64)
     scale = alpha if signal_remains(schedule) else alpha + sigma
-    columns = torch.stack([times.double(), alpha, sigma, scale, _growths(alpha / sigma)], 1)
+    columns = torch.stack([times.double(), alpha, sigma, scale, _log_snr_halves(alpha / sigma)], 1)
     points = [Point(*values) for values in columns.tolist()]
     return list(zip(points[:-1], points[1:], strict=True))
 
 
 def middle(t: Point, s: Point, schedule: Schedule) -> Point:
     """The point halfway from t to s in log(alpha / sigma), which must be finite at both."""
-    time = schedule.time(math.exp(-(t.growth + s.growth) / 2)).clamp(s.time, t.time).item()
+    time = schedule.time(math.exp(-(t.log_snr_half + s.log_snr_half) / 2)).clamp(s.time, t.time).item()
     return walk(torch.tensor([time, s.time], dtype=torch.float64), schedule)[0][0]
 
 
-def _growths(ratios: Tensor) -> Tensor:
+def _log_snr_halves(ratios: Tensor) -> Tensor:
     """log(alpha / sigma), with a finite number for no signal at all where the next level leaves room for it."""
     begins_in_noise = ratios[0] == 0 and ratios[1] * LARGEST_RATIO > 1
     return torch.cat([ratios[:1].clamp(min=1 / LARGEST_RATIO) if begins_in_noise else ratios[:1], ratios[1:]]).log()
@@ -111,12 +111,12 @@ def noise_in(z: Tensor, z_0: Tensor, t: Point) -> Tensor:
     return (z - t.alpha * z_0) / t.sigma
 
 
-def renewed(t: Point, s: Point) -> float:
+def fresh_share(t: Point, s: Point) -> float:
     """The share of the noise in z_s that q(z_s | z_t, z_0) draws anew: its variance is s.sigma^2 times this."""
     return 1 - (t.alpha * s.sigma / (s.alpha * t.sigma)) ** 2
 
 
-def towards(z: Tensor, z_0: Tensor, t: Point, s: Point) -> Tensor:
+def ddim_step(z: Tensor, z_0: Tensor, t: Point, s: Point) -> Tensor:
     """z_s from z_t where z_0 and noise stay what they are: the step that `ddim` takes (Song et al. 2020, eq. 12)."""
     kept = s.sigma / t.sigma
     return kept * z + (s.alpha - t.alpha * kept) * z_0
@@ -129,7 +129,7 @@ def drawn(
 
     Its noise is multiplied by `noise_scale`, a number or like z; at t = 0 there is none.
     """
-    share = max(renewed(t, s), 0.0)  # where s is t, nothing is drawn
+    share = max(fresh_share(t, s), 0.0)  # where s is t, nothing is drawn
     z = t.alpha / s.alpha * (s.sigma / t.sigma) ** 2 * z + s.alpha * share * z_0
     return z + s.sigma * math.sqrt(share) * noise_scale * noise_like(z, generators) if s.sigma else z
 
@@ -141,7 +141,7 @@ def noised(z: Tensor, t: Point, u: Point, generators: Generators, noise_scale: f
     return kept * z + noise_scale * added * noise_like(z, generators)
 
 
-def along(z: Tensor, lines: list[tuple[Tensor, Tensor]], t: Point, s: Point) -> Tensor:
+def line_step(z: Tensor, lines: list[tuple[Tensor, Tensor]], t: Point, s: Point) -> Tensor:
     """z_s from z_t along the mean of the straight lines that pairs of z_0 and noise span."""
     signal, noise = s.alpha / s.scale - t.alpha / t.scale, s.sigma / s.scale - t.sigma / t.scale
     slope = sum(signal * z_0 + noise * noise_in for z_0, noise_in in lines) / len(lines)

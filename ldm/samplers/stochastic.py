@@ -11,7 +11,7 @@ from torch import Tensor
 from ldm.samplers.interpolation import MIDDLE, mean_between, moments, usable
 from ldm.samplers.onestep import heun_step
 from ldm.samplers.spacing import KARRAS_RHO
-from ldm.samplers.steps import Denoise, Generators, Point, Step, drawn, middle, noise_like, noised, renewed, walk
+from ldm.samplers.steps import Denoise, Generators, Point, Step, drawn, fresh_share, middle, noise_like, noised, walk
 from ldm.schedules.registry import Schedule
 
 
@@ -23,11 +23,11 @@ def dpmpp_sde(denoise: Denoise, z: Tensor, times: Tensor, schedule: Schedule, ge
     """
     for index, (t, s) in enumerate(walk(times, schedule)):
         z_0 = clean = denoise(z, t.time)
-        if math.isfinite(s.growth - t.growth):
+        if math.isfinite(s.log_snr_half - t.log_snr_half):
             m = middle(t, s, schedule)
             z = drawn(z, z_0, t, m, generators)
             clean = denoise(z, m.time)
-            z = z + m.alpha * renewed(t, m) * (clean - z_0)
+            z = z + m.alpha * fresh_share(t, m) * (clean - z_0)
             t = m
         z = drawn(z, clean, t, s, generators)
         yield Step(index, s.time, z, z_0)
@@ -115,10 +115,10 @@ def _multistep(
     past: list[tuple[float, Tensor]] = []  # log(alpha / sigma) and z_0, newest first
     for index, (t, s) in enumerate(steps):
         z_0 = denoise(z, t.time)
-        past = [(t.growth, z_0), *past]
+        past = [(t.log_snr_half, z_0), *past]
         used = usable(past, index, len(steps))
-        means = moments(2 * (s.growth - t.growth), 3) if used == 3 else MIDDLE
-        z = drawn(z, mean_between(past[:used], t.growth, s.growth, means), t, s, generators)
+        means = moments(2 * (s.log_snr_half - t.log_snr_half), 3) if used == 3 else MIDDLE
+        z = drawn(z, mean_between(past[:used], t.log_snr_half, s.log_snr_half, means), t, s, generators)
         past = past[: order - 1]
         yield Step(index, s.time, z, z_0)
 

@@ -10,7 +10,7 @@ from autoencoder import Autoencoder, preview
 from stipple_core.images.images import tensor_to_image
 
 
-def developed(autoencoder: Autoencoder, latents: Tensor) -> list[Image.Image]:
+def decode_images(autoencoder: Autoencoder, latents: Tensor) -> list[Image.Image]:
     """Latents [B, c, h, w] as images. Raises ValueError where they are not finite."""
     images = autoencoder.decode(latents).float()  # [B, 3, f * h, f * w]
     if not images.isfinite().all():
@@ -22,7 +22,7 @@ def developed(autoencoder: Autoencoder, latents: Tensor) -> list[Image.Image]:
     return [tensor_to_image(image) for image in images]
 
 
-def rough(autoencoder: Autoencoder, z_0: Tensor) -> list[Image.Image]:
+def preview_images(autoencoder: Autoencoder, z_0: Tensor) -> list[Image.Image]:
     """Latents [B, c, h, w] as images of flat squares, by the autoencoder's `latent_rgb`."""
     colors = preview(z_0.cpu(), autoencoder.latent_rgb.cpu())  # [B, 3, h, w]
     f, (h, w) = autoencoder.downsampling, z_0.shape[2:]

@@ -20,13 +20,13 @@ from ldm.schedules.registry import Schedule, make_schedule
 
 SHARPNESS = 100.0  # of cosines: what CLIP's own temperature comes to in training (Radford et al. 2021, section 2.5)
 
-LEADS = {  # fields of `Settings` that are the scale of a lead, and what gives a model that lead
+GRADIENT_GUIDES = {  # fields of `Settings` that are the scale of a lead, and what gives a model that lead
     "classifier_scale": "a classifier of noisy latents: --classifier FOLDER",
     "clip_scale": "a CLIP: --clip-guidance NAME",
 }
 
 
-class Lead(Protocol):
+class GradientGuide(Protocol):
     """What leads pictures somewhere."""
 
     def check(self, picture: Settings) -> None:
@@ -36,7 +36,7 @@ class Lead(Protocol):
         """The denoiser of B pictures, led."""
 
 
-class ClassifierLead:
+class ClassifierGuide:
     """Leads each picture to the class that its settings name, at `classifier_scale`."""
 
     def __init__(self, classifier: Classifier):
@@ -60,7 +60,7 @@ class ClassifierLead:
         return lambda z_t, t: (led if schedule(t)[0] > 0 else denoise)(z_t, t)  # noise alone is of no class
 
 
-class ClipLead:
+class ClipGuide:
     """Leads each picture to its prompt by the cosine of their embeddings, at `clip_scale`.
 
     It rates the decoded estimate of the clean picture: any CLIP will do, none has to know noise (Bansal et al. 2023).

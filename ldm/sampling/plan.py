@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from conditioning import Given
+from conditioning import ConditionInputs
 from conditioning.readers.combined import files_of
 from ldm.samplers.registry import SAMPLERS
 from ldm.samplers.spacing import times
 from ldm.samplers.steps import walk
-from ldm.sampling.gradient_guides import LEADS, Lead
+from ldm.sampling.gradient_guides import GRADIENT_GUIDES, GradientGuide
 from ldm.sampling.settings import Settings, random_seed, with_usual_scale
 from ldm.sampling.source_images import Sources, check_read, give
 from ldm.schedules.registry import Schedule, make_schedule
@@ -24,11 +24,13 @@ from ldm.schedules.registry import Schedule, make_schedule
 if TYPE_CHECKING:
     from ldm.pipeline import TextToImage
 
-STRENGTH = 0.75  # of an image that the model does not read, where nobody says: the usual one of CompVis' stipple img2img
+STRENGTH = (
+    0.75  # of an image that the model does not read, where nobody says: the usual one of CompVis' stipple img2img
+)
 
 
 def plan(
-    model: TextToImage, prompts: Sequence[str], num_images: int, given: Given | None, settings: dict[str, Any]
+    model: TextToImage, prompts: Sequence[str], num_images: int, given: ConditionInputs | None, settings: dict[str, Any]
 ) -> list[Settings]:
     """The complete settings of each picture, see `TextToImage.plan`."""
     if not isinstance(num_images, Integral) or num_images < 1:
@@ -37,7 +39,7 @@ def plan(
     if said.get("seed") == -1:
         said["seed"] = random_seed()
     first = replace(model.defaults, **said)
-    first = replace(first, spacing=first.spacing or SAMPLERS[first.sampler].habit.spacing)
+    first = replace(first, spacing=first.spacing or SAMPLERS[first.sampler].time_defaults.spacing)
     _check_able(model, first)
     if given is None:
         first = _of_sources(model, first, said)
@@ -47,8 +49,8 @@ def plan(
     order = enumerate(text for text in prompts for _ in range(num_images))
     planned = [replace(first, prompt=text, seed=first.seed + i) for i, text in order]
     for picture in planned:
-        for lead in leads_of(model, picture):
-            lead.check(picture)
+        for guide in guides_of(model, picture):
+            guide.check(picture)
     return planned
 
 
@@ -79,9 +81,9 @@ def walked(model: TextToImage, picture: Settings) -> Tensor:
     Raises:
         ValueError: not even one step, or more steps than there are noise levels.
     """
-    habit, said = SAMPLERS[picture.sampler].habit, model.scheduling
+    time_defaults, said = SAMPLERS[picture.sampler].time_defaults, model.scheduling
     schedule = schedule_of(model, picture)
-    visited = times(schedule, picture.steps, picture.spacing, habit, said.offset, said.ends_clean)
+    visited = times(schedule, picture.steps, picture.spacing, time_defaults, said.offset, said.ends_clean)
     strength = 1.0 if picture.strength is None else picture.strength
     taken = int(picture.steps * strength + 1e-9)  # 0.29 * 100 is 28.999999999999996
     if not taken:
@@ -103,16 +105,16 @@ def hint_reads(model: TextToImage) -> frozenset[str]:
 def reads_null(model: TextToImage, picture: Settings) -> bool:
     """Whether the negative prompt is computed."""
     guided = picture.guidance().reads_null and not model.reads_scale
-    return model.is_told and (guided or len(picture.prompts()) > 1)
+    return model.is_conditional and (guided or len(picture.prompts()) > 1)
 
 
-def leads_of(model: TextToImage, picture: Settings) -> list[Lead]:
+def guides_of(model: TextToImage, picture: Settings) -> list[GradientGuide]:
     """What leads a picture by a gradient. Raises ValueError where that is not there."""
-    asked = {name: mend for name, mend in LEADS.items() if getattr(picture, name)}
+    asked = {name: mend for name, mend in GRADIENT_GUIDES.items() if getattr(picture, name)}
     for name, mend in asked.items():
-        if name not in model.leads:
+        if name not in model.gradient_guides:
             raise ValueError(f"{name.replace('_', ' ')} {getattr(picture, name)} needs {mend}")
-    return [model.leads[name] for name in asked]
+    return [model.gradient_guides[name] for name in asked]
 
 
 def _of_sources(model: TextToImage, picture: Settings, said: dict[str, Any]) -> Settings:
@@ -120,7 +122,7 @@ def _of_sources(model: TextToImage, picture: Settings, said: dict[str, Any]) -> 
     check_read(model.conditioner, picture)
     sources, reads = Sources.of(picture), hint_reads(model)
     if sources.image is not None and picture.strength is None:
-        read = picture.mask is not None or "image" in reads or "image" in model.conditioner.needs
+        read = picture.mask is not None or "image" in reads or "image" in model.conditioner.reads
         picture = replace(picture, strength=1.0 if read else STRENGTH)
     seen = picture.mask is not None or "image" in reads or (picture.strength or 1.0) < 1
     shown = sources.image if seen and sources.image is not None else sources.map

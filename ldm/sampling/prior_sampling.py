@@ -21,7 +21,7 @@ CANDIDATES = 2
 
 
 @torch.inference_mode()
-def imagined(prior: TextToImage, pictures: Sequence[Settings]) -> Tensor:
+def sample_embeddings(prior: TextToImage, pictures: Sequence[Settings]) -> Tensor:
     """Embeddings [B, d] of pictures' prompts, each drawn by seeds of its own, made of the picture's."""
     return torch.stack([_best(prior, picture) for picture in pictures])
 

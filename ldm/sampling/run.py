@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from conditioning import Context, Given
+from conditioning import ConditionInputs, Context
 from ldm.denoising.learned_variance import LearnedVariance
 from ldm.denoising.windows import Windowed
 from ldm.formats.diffusers.scheduler import PREDICTION_TYPES
 from ldm.guidance.base import Denoise
 from ldm.guidance.registry import Ingredients, guided
-from ldm.networks.cached_unet import Reader
+from ldm.networks.cached_unet import CachedUNet
 from ldm.samplers.registry import SAMPLERS
 from ldm.samplers.steps import Generators, Step, initial_noise, noised, walk
 from ldm.sampling.known_latents import blended, painted_latents, resampled
-from ldm.sampling.plan import is_blended, leads_of, reads_null, schedule_of, walked
-from ldm.sampling.prior_sampling import imagined
+from ldm.sampling.plan import guides_of, is_blended, reads_null, schedule_of, walked
+from ldm.sampling.prior_sampling import sample_embeddings
 from ldm.sampling.settings import Settings
 from ldm.sampling.source_images import Sources, give
 from ldm.schedules.registry import Schedule
@@ -34,7 +34,7 @@ def run(
     model: TextToImage,
     batch: Sequence[Settings],
     around: Callable[[Denoise], Denoise] | None,
-    given: Given | None,
+    given: ConditionInputs | None,
 ) -> Iterator[Step]:
     """The steps of B pictures to latents [B, c, h, w], see `TextToImage.sample`."""
     same, sampler = batch[0], SAMPLERS[batch[0].sampler]
@@ -44,7 +44,7 @@ def run(
     if given is None:
         given = give(model.conditioner, batch, sources, model.autoencoder.downsampling, model.prior is not None)
         if model.prior is not None and sources.image is None:
-            given = replace(given, embedding=imagined(model.prior, batch))
+            given = replace(given, embedding=sample_embeddings(model.prior, batch))
     network = _network(model, same)
     denoise = guided(same.guidance(), _ingredients(model, batch, given, schedule, visited, network))
     denoise = denoise if around is None else around(denoise)
@@ -71,9 +71,9 @@ def run(
 
 def _beginning(model: TextToImage, picture: Settings, generators: Generators, schedule: Schedule, t: float) -> Tensor:
     """Noise [B, c, h, w] to make a picture of."""
-    habit = SAMPLERS[picture.sampler].habit
+    time_defaults = SAMPLERS[picture.sampler].time_defaults
     shape = (len(generators), model.autoencoder.latent_channels, *model.size(picture).latents)
-    noise_only = habit.noise_only and picture.spacing != "leading"
+    noise_only = time_defaults.noise_only and picture.spacing != "leading"
     return initial_noise(shape, generators, schedule, t, noise_only).to(model.device)
 
 
@@ -92,16 +92,16 @@ def _noised(known: Tensor, generators: Generators, schedule: Schedule, t: float)
 def _ingredients(
     model: TextToImage,
     batch: Sequence[Settings],
-    given: Given,
+    given: ConditionInputs,
     schedule: Schedule,
     visited: Tensor,
-    network: Reader | Windowed | LearnedVariance,
+    network: CachedUNet | Windowed | LearnedVariance,
 ) -> Ingredients:
     """What the guidance of a batch is made of."""
     same, weaker = batch[0], model.weaker
-    told = {"schedule": schedule, "at_levels": not SAMPLERS[same.sampler].habit.fractional}
+    told = {"schedule": schedule, "at_levels": not SAMPLERS[same.sampler].time_defaults.fractional}
     weak = weaker and replace(weaker.denoiser, network=_network(weaker, same), **told).prepared(visited)
-    members = len(batch) if model.conditioner.needs else 1  # what goes with another prompt is each picture's own
+    members = len(batch) if model.conditioner.reads else 1  # what goes with another prompt is each picture's own
     null = None
     if reads_null(model, same):
         null = _context(model, given, [picture.negative_prompt for picture in batch], dropped=True)
@@ -112,22 +112,26 @@ def _ingredients(
         times=visited,
         weak=weak,
         others=[(_context(model, given, [prompt] * members), weight) for prompt, weight in same.prompts()[1:]],
-        leads=[functools.partial(lead.around, pictures=batch, schedule=schedule) for lead in leads_of(model, same)],
+        gradient_guides=[
+            functools.partial(guide.around, pictures=batch, schedule=schedule) for guide in guides_of(model, same)
+        ],
         reads_scale=model.reads_scale,
     )
 
 
-def _context(model: TextToImage, given: Given, prompts: Sequence[str], dropped: bool = False) -> Context | None:
+def _context(
+    model: TextToImage, given: ConditionInputs, prompts: Sequence[str], dropped: bool = False
+) -> Context | None:
     """What the UNet is told of prompts and what is given besides, in its own dtype; None where that is nothing."""
-    if not model.is_told:
+    if not model.is_conditional:
         return None
     said = replace(given, prompts=prompts, dropped=torch.full((len(prompts),), dropped))
     return model.conditioner.encode(prompts, said).to(model.device, model.dtype)
 
 
-def _network(model: TextToImage, picture: Settings) -> Reader | Windowed | LearnedVariance:
+def _network(model: TextToImage, picture: Settings) -> CachedUNet | Windowed | LearnedVariance:
     """A model's network as a denoiser of one run wants it."""
-    network = Reader(model.unet, picture.reuse)
+    network = CachedUNet(model.unet, picture.reuse)
     if picture.window is not None:
         overlap = picture.window // 2 if picture.overlap is None else picture.overlap
         network = Windowed(network, picture.window, overlap)

@@ -22,7 +22,7 @@ from torch import Tensor
 from conditioning.build import AnyConditioner
 from conditioning.hints.degradation import back_projected
 from conditioning.hints.hints import Files
-from conditioning.interface.inputs import Given
+from conditioning.interface.inputs import ConditionInputs
 from ldm.sampling.settings import Settings, Source
 from stipple_core.images.crop import Cutout
 from stipple_core.images.images import UnusableImage, image_to_tensor, load_image, load_map, tensor_to_image
@@ -114,7 +114,7 @@ class Sources:
 
 def give(
     conditioner: AnyConditioner, batch: Sequence[Settings], sources: Sources, downsampling: int, prior: bool = False
-) -> Given:
+) -> ConditionInputs:
     """What a conditioner reads of B pictures that differ in nothing but prompts and seed.
 
     Where there is a prior, it says the embedding of an image that is not given.
@@ -122,30 +122,30 @@ def give(
     Raises:
         ValueError: something is given that the model does not read, or not given that it needs.
     """
-    same, needs = batch[0], conditioner.needs
+    same, reads = batch[0], conditioner.reads
     size = Size(height=same.height, width=same.width, downsampling=downsampling)
     hint = image = frame = None
-    if "hint" in needs:
+    if "hint" in reads:
         files = sources.files(size, conditioner.hint.factor, same.noise_level)
         draws = (generator(picture.seed, "hint") for picture in batch)
         hint = torch.cat([conditioner.hint.of_files(files, *size.padded, draw) for draw in draws])  # [B, k, H, W]
-    if "image" in needs:
-        if sources.image is None and "image" in conditioner.asks and not prior:
+    if "image" in reads:
+        if sources.image is None and "image" in conditioner.required_to_sample and not prior:
             raise ValueError("this model imitates a picture, and none is given; give an image, or a prior")
         if sources.image is not None:
             image = sources.image_of(size).expand(len(batch), -1, -1, -1)  # [B, 3, H, W]
-    if "frame" in needs:
+    if "frame" in reads:
         whole = [same.height, same.width, 0, 0, same.height, same.width]  # nothing was cut off
         frame = torch.tensor([whole] * len(batch), dtype=torch.float32)  # [B, 6]
-    return Given(prompts=[picture.prompt for picture in batch], hint=hint, image=image, frame=frame)
+    return ConditionInputs(prompts=[picture.prompt for picture in batch], hint=hint, image=image, frame=frame)
 
 
 def check_read(conditioner: AnyConditioner, picture: Settings) -> None:
     """Raise ValueError for what is given to a model that does not read it."""
-    reads = conditioner.hint.reads if "hint" in conditioner.needs else ()
+    reads = conditioner.hint.reads if "hint" in conditioner.reads else ()
     if picture.map is not None and "map" not in reads:
         raise ValueError(f"map {picture.map} is given, and this model reads none; leave it out")
-    if picture.back_projection and ("hint" not in conditioner.needs or conditioner.hint.factor == 1):
+    if picture.back_projection and ("hint" not in conditioner.reads or conditioner.hint.factor == 1):
         raise ValueError(f"back projection {picture.back_projection} is for models that enlarge; leave it out")
     if picture.noise_level and "noise_level" not in reads:
         raise ValueError(f"noise level {picture.noise_level} is for models that enlarge; leave it out")

@@ -26,7 +26,7 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """What all schedules share. A subclass adds `_levels` (alpha, sigma), `_embedded`, `_located` and `_fading`.
+    """What all schedules share. A subclass adds `_levels` (alpha, sigma), `_embedded`, `_located` and `_dlogsnr_dt`.
 
     All is computed on the CPU in float64. Keep times there: numbers on the CPU never make an accelerator wait.
     """
@@ -50,13 +50,13 @@ class Schedule:
         alpha, sigma = self(t, torch.float64)
         return (alpha / sigma).square().to(dtype or (t.dtype if isinstance(t, Tensor) else torch.float64))
 
-    def fading(self, t: Tensor | float) -> Tensor:
+    def dlogsnr_dt(self, t: Tensor | float) -> Tensor:
         """-d log(snr) / dt at times t in [1/T, 1], float64; infinite where no signal is left.
 
         A table's is that of the interval which ends at t, and at its first level that of the interval which begins.
         """
         t = torch.as_tensor(t, dtype=None if isinstance(t, Tensor) else torch.float64)
-        return self._fading(self._position(t)).to(t.device) * self.config.timesteps
+        return self._dlogsnr_dt(self._position(t)).to(t.device) * self.config.timesteps
 
     def timestep(self, t: Tensor | float) -> Tensor:
         """What the network embeds at times t, float32: the index of the noise level, fractional between two levels."""

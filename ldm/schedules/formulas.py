@@ -32,7 +32,7 @@ class SubVariancePreserving(Schedule):
         position = 2 * integral / (start + (start**2 + 2 * rise * integral).sqrt())
         return torch.where(integral.isinf(), math.inf, position).clamp(max=self.config.timesteps)
 
-    def _fading(self, position: Tensor) -> Tensor:
+    def _dlogsnr_dt(self, position: Tensor) -> Tensor:
         start, rise = self._betas()
         integral = start * position + rise / 2 * position**2
         return (start + rise * position) / torch.tanh(integral / 2)
@@ -66,7 +66,7 @@ class Edm(Schedule):
         position = torch.where(ratio < self.config.sigma_min, ratio / self.config.sigma_min, position)
         return position.clamp(max=self.config.timesteps)
 
-    def _fading(self, position: Tensor) -> Tensor:
+    def _dlogsnr_dt(self, position: Tensor) -> Tensor:
         return 2 * RHO * self._line()[1] / self._root(position)
 
     def _root(self, position: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ class RectifiedFlow(Schedule):
         unshifted = ratio / self.config.shift  # sigma / alpha = shift t / (1 - t)
         return torch.where(unshifted.isinf(), 1.0, unshifted / (1 + unshifted)) * self.config.timesteps
 
-    def _fading(self, position: Tensor) -> Tensor:
+    def _dlogsnr_dt(self, position: Tensor) -> Tensor:
         return 2 / position + 2 / (self.config.timesteps - position)
 
 

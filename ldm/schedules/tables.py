@@ -46,7 +46,7 @@ class TableSchedule(Schedule):
         weight = torch.where(below == 0, ratio / high, weight)
         return below + torch.where(high.isinf(), 1 - low / ratio, weight).clamp(max=1)
 
-    def _fading(self, position: Tensor) -> Tensor:
+    def _dlogsnr_dt(self, position: Tensor) -> Tensor:
         below = ((position - 1e-9).ceil() - 1).clamp(1, self.config.timesteps - 1)  # levels may be a last bit too high
         low, high = self.ratios[below.long()], self.ratios[below.long() + 1]
         return 2 * torch.where(high.isinf(), 1 / (1 - (position - below)), (high / low).log())

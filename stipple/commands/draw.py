@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from stipple.commands.drawing_request import Request, read_jobs
 from stipple.commands.flags import GIVEN, MODEL, PICTURE, RUN
 from stipple.commands.open_model import Opening, open_for_drawing
 from stipple.commands.output import Output, columns, make, signs
-from stipple.commands.drawing_request import Request, read_jobs
 from stipple_core.config import one_line_errors, short_warnings
 from stipple_core.images.drawn_pictures import check_writable
 

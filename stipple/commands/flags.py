@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from stipple.commands.open_model import CHECKPOINT, DTYPES
 from stipple.commands.drawing_request import SEED
+from stipple.commands.open_model import CHECKPOINT, DTYPES
 
 Flag = tuple[tuple[str, ...], dict[str, Any]]
 

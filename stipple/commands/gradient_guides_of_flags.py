@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # torch takes seconds to import
 LEADING = ("classifier", "clip_guidance", "clip_pretrained")  # fields of `stipple.commands.open_model.Opening`
 
 
-def lead(model: TextToImage, said: Mapping[str, str]) -> None:
+def guide(model: TextToImage, said: Mapping[str, str]) -> None:
     """Give a model the leads that are said, by the names of LEADING.
 
     Raises:
@@ -21,23 +21,23 @@ def lead(model: TextToImage, said: Mapping[str, str]) -> None:
     if "clip_pretrained" in said and "clip_guidance" not in said:
         raise ValueError(f"--clip-pretrained {said['clip_pretrained']} says which weights of --clip-guidance NAME")
     if "classifier" in said:
-        _lead_by_classifier(model, said["classifier"])
+        _guide_by_classifier(model, said["classifier"])
     if "clip_guidance" in said:
-        _lead_by_clip(model, said["clip_guidance"], said.get("clip_pretrained"))
+        _guide_by_clip(model, said["clip_guidance"], said.get("clip_pretrained"))
 
 
-def _lead_by_classifier(model: TextToImage, path: str) -> None:
+def _guide_by_classifier(model: TextToImage, path: str) -> None:
     from ldm.networks.classifier import Classifier
-    from ldm.sampling.gradient_guides import ClassifierLead
+    from ldm.sampling.gradient_guides import ClassifierGuide
 
     classifier = Classifier.load(path)
     if classifier.config.autoencoder != model.autoencoder.fingerprint():
         raise ValueError(f"classifier {path} reads latents of another autoencoder; train one on those of this model")
-    model.leads["classifier_scale"] = ClassifierLead(classifier.to(model.device))
+    model.gradient_guides["classifier_scale"] = ClassifierGuide(classifier.to(model.device))
 
 
-def _lead_by_clip(model: TextToImage, name: str, pretrained: str | None) -> None:
-    from ldm.sampling.gradient_guides import ClipLead
+def _guide_by_clip(model: TextToImage, name: str, pretrained: str | None) -> None:
+    from ldm.sampling.gradient_guides import ClipGuide
     from stipple_core.embedders import EmbedderConfig, build_embedder
 
     kind = "open_clip"
@@ -45,7 +45,9 @@ def _lead_by_clip(model: TextToImage, name: str, pretrained: str | None) -> None
         kind, name = ("open_clip", f"local-dir:{name}") if _is_open_clip(name) else ("transformers", name)
     clip = build_embedder(EmbedderConfig(kind=kind, name=name, pretrained=pretrained)).to(model.device)
     decode = model.autoencoder.decode
-    model.leads["clip_scale"] = ClipLead(clip.images, clip.texts, lambda latents: decode(latents.to(model.dtype)))
+    model.gradient_guides["clip_scale"] = ClipGuide(
+        clip.images, clip.texts, lambda latents: decode(latents.to(model.dtype))
+    )
 
 
 def _is_open_clip(folder: str) -> bool:

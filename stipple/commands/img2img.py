@@ -14,9 +14,7 @@ from collections.abc import Sequence
 
 from stipple.commands.draw import Command, draw
 
-COMMAND = Command(
-    about=__doc__, example='stipple img2img photo.png "an oil painting"', files=("image",), prompt=""
-)
+COMMAND = Command(about=__doc__, example='stipple img2img photo.png "an oil painting"', files=("image",), prompt="")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

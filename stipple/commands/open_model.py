@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stipple.commands.add_ons import add
-from stipple.commands.gradient_guides_of_flags import LEADING, lead
+from stipple.commands.gradient_guides_of_flags import LEADING, guide
 from stipple_core.images.drawn_pictures import model_hash
 
 if TYPE_CHECKING:  # torch takes seconds to import: what makes pictures imports it, so that --help answers at once
@@ -90,8 +90,8 @@ def open_for_drawing(
     if "guidance_model" in said:
         model.guide_by(TextToImage.load(said["guidance_model"], device, dtype, keep_transforms=keep))
     if "prior" in said:
-        model.imagine_by(TextToImage.load(said["prior"], device, dtype, keep_transforms=keep))
-    lead(model, said)
+        model.use_prior(TextToImage.load(said["prior"], device, dtype, keep_transforms=keep))
+    guide(model, said)
     added = add(model, opening.lora, opening.embedding, again, like)
     about = {"checkpoint": opening.checkpoint or recorded or CHECKPOINT, "model_hash": sign, "precision": precision}
     signs = dict(_signs(model, said))

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from stipple.stages.classifier.classifier_run import ClassifierLearner, RunConfig, build_classifier, validate
-from stipple.stages.data.data_check import Survey
+from stipple.stages.data.data_check import DataCheck
 from stipple.stages.data.run_pictures import Pictures
 from stipple.training.command_line import parse
 from stipple.training.run.run_folder import disk_errors
@@ -27,9 +27,9 @@ def train(config: RunConfig) -> None:
     """Train, and leave the classifier in `run/model/classifier`."""
     with one_line_errors():
         trainer = Trainer(config.trainer, config.run, to_dict(config))  # first: from here on time and signals count
-        survey = Survey.of(scan(config.data), config.data, trainer)
-        classifier, autoencoder = build_classifier(config, survey.records, trainer.device)
-        pictures = Pictures.open(config.data, survey, config.seed, config.run)
+        data_check = DataCheck.of(scan(config.data), config.data, trainer)
+        classifier, autoencoder = build_classifier(config, data_check.records, trainer.device)
+        pictures = Pictures.open(config.data, data_check, config.seed, config.run)
         learner = ClassifierLearner.register(trainer, classifier, config)
     device, seed = trainer.device, config.seed
     with one_line_errors():

@@ -26,9 +26,7 @@ def check(model: TextToImage) -> None:
         raise ValueError("this model was not trained to enlarge pictures; give one that was with --checkpoint")
 
 
-COMMAND = Command(
-    about=__doc__, example="stipple upscale small.png", files=("image",), prompt="", check=check
-)
+COMMAND = Command(about=__doc__, example="stipple upscale small.png", files=("image",), prompt="", check=check)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -86,7 +86,7 @@ class Trainer:
     def network(self, name: str, model: nn.Module, may_shard: bool = False) -> nn.Module:
         """Register a trained model, move it to the device; returns it wrapped for several processes.
 
-        Where `accelerate launch` asks for FSDP and `may_shard` allows it, the model itself is sharded: the script then
+        Where `accelerate launch` required_to_sample for FSDP and `may_shard` allows it, the model itself is sharded: the script then
         calls nothing of it but its forward, and takes a `whole` copy for all else. Others are synchronised (DDP).
         """
         network, self._parts[name] = self._networks.add(model, may_shard)

@@ -33,7 +33,7 @@ PATIENCE = 10  # seconds of work that may be lost: only a verification that take
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class Inspection:
     """What was found of a picture: the size of its upright pixels, or why it can't be used."""
 
     width: int = 0
@@ -49,7 +49,7 @@ class Memory:
 
     def __init__(self, folder: str, rank: int = 0):
         self.path = os.path.join(folder, f"verified-{rank}.jsonl")
-        self._looks: dict[str, Look] = {}
+        self._looks: dict[str, Inspection] = {}
         self._new: list[str] = []
         self._states: dict[Source, dict[str, Any] | None] = {}  # a shard holds thousands of pictures
         for path in glob.glob(os.path.join(glob.escape(folder), "verified-*.jsonl")):
@@ -65,11 +65,11 @@ class Memory:
         asked = json.dumps([record.path, record.name, record.bytes, record.place, state])
         return hashlib.blake2b(asked.encode(), digest_size=16).hexdigest()
 
-    def get(self, key: str | None) -> Look | None:
+    def get(self, key: str | None) -> Inspection | None:
         """What is known of a picture that has not changed since."""
         return self._looks.get(key)
 
-    def add(self, key: str | None, name: str, look: Look) -> None:
+    def add(self, key: str | None, name: str, look: Inspection) -> None:
         """Remember; `flush` puts it on disk."""
         if key is None or OUT_OF_MEMORY in (look.reason or ""):
             return
@@ -99,13 +99,13 @@ class Memory:
     def _recall(self, line: bytes) -> None:
         try:
             row = json.loads(line)
-            look = Look(int(row.get("width", 0)), int(row.get("height", 0)), row.get("reason"))
+            look = Inspection(int(row.get("width", 0)), int(row.get("height", 0)), row.get("reason"))
             self._looks[str(row["key"])] = look
         except (ValueError, KeyError, TypeError, AttributeError):
             return
 
 
-def look_at(records: Sequence[Record], memory: Memory, share: tuple[int, int] = (0, 1)) -> list[Look]:
+def inspect(records: Sequence[Record], memory: Memory, share: tuple[int, int] = (0, 1)) -> list[Inspection]:
     """Decode this process's share of the records, in threads, and say what was found of each.
 
     Args:
@@ -136,13 +136,15 @@ def look_at(records: Sequence[Record], memory: Memory, share: tuple[int, int] = 
     return looks
 
 
-def read_sizes(records: Sequence[Record], share: tuple[int, int] = (0, 1)) -> list[Look]:
-    """As `look_at`, by headers alone, where nothing is verified."""
+def read_sizes(records: Sequence[Record], share: tuple[int, int] = (0, 1)) -> list[Inspection]:
+    """As `inspect`, by headers alone, where nothing is verified."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
         return list(threads.map(_read_header, (records[i] for i in range(share[0], len(records), share[1]))))
 
 
-def without_bad(records: Records, train: Sequence[Look], validation: Sequence[Look], config: DataConfig) -> Records:
+def without_bad(
+    records: Records, train: Sequence[Inspection], validation: Sequence[Inspection], config: DataConfig
+) -> Records:
     """The records that can be used; the others are among the skipped ones, with their reasons.
 
     Raises ValueError if more than `max_bad_fraction` of all can't be used.
@@ -157,18 +159,18 @@ def without_bad(records: Records, train: Sequence[Look], validation: Sequence[Lo
     return Records(*kept, skipped)
 
 
-def _decode(record: Record) -> Look:
+def _decode(record: Record) -> Inspection:
     try:
         with record.named():
             image = load_image(record.open())
     except UnusableImage as error:
-        return Look(reason=str(error))
-    return Look(*image.size)
+        return Inspection(reason=str(error))
+    return Inspection(*image.size)
 
 
-def _read_header(record: Record) -> Look:
+def _read_header(record: Record) -> Inspection:
     try:
         with record.named():
-            return Look(*read_size(record.open()))
+            return Inspection(*read_size(record.open()))
     except UnusableImage:
-        return Look(1, 1)  # some shape, for whoever stands in for it
+        return Inspection(1, 1)  # some shape, for whoever stands in for it

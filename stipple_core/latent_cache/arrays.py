@@ -57,9 +57,7 @@ def map_array(path: str) -> np.ndarray:
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)  # np.memmap's own slicing is slow
     except (ValueError, EOFError) as error:
-        raise ValueError(
-            f"{path} is damaged ({error}); run stipple cache again, which makes it anew"
-        ) from None
+        raise ValueError(f"{path} is damaged ({error}); run stipple cache again, which makes it anew") from None
 
 
 def map_ragged(path: str) -> Ragged:

@@ -97,9 +97,7 @@ class CachedLatents(Dataset):
     def __init__(self, folder: str, expected_key: Mapping[str, Any] | None = None, seed: int = 0):
         path = os.path.join(folder, "index.json")
         if not os.path.exists(path):
-            raise FileNotFoundError(
-                f"{folder} is no complete latent cache (no index.json); run stipple cache"
-            )
+            raise FileNotFoundError(f"{folder} is no complete latent cache (no index.json); run stipple cache")
         index, self.key = read_json(path), read_json(os.path.join(folder, "key.json"))
         if index["format"] != FORMAT:
             raise ValueError(f"latent cache {folder} has format {index['format']}, not {FORMAT}; make it again")
@@ -173,9 +171,7 @@ class CachedLatents(Dataset):
         if row_sum(values) != self._sums[kind][row, view]:
             first = row // self.part_size * self.part_size
             path = part_path(self.folder, kind, range(first, first + 1))
-            raise DamagedCache(
-                f"{path}.npy is damaged at row {row - first}; run stipple cache again, which mends it"
-            )
+            raise DamagedCache(f"{path}.npy is damaged at row {row - first}; run stipple cache again, which mends it")
 
     def _end(self, stop: int) -> int:
         """How many numbers the first `stop` records have."""
@@ -187,9 +183,7 @@ class CachedLatents(Dataset):
             path = part_path(self.folder, "moments", part) + ".npy"
             mapped.append(map_array(path))
             if mapped[-1].shape != (self._end(part.stop) - self._end(part.start),):
-                raise ValueError(
-                    f"{path} is damaged (its shape is {mapped[-1].shape}); run stipple cache again"
-                )
+                raise ValueError(f"{path} is damaged (its shape is {mapped[-1].shape}); run stipple cache again")
         return mapped
 
 

@@ -169,9 +169,7 @@ class ShardWriter:
     def _marker(self, kind: str, part: range) -> dict[str, Any]:
         path = self._path(kind, part) + ".json"
         if not os.path.exists(path):
-            raise ValueError(
-                f"{self.folder} lacks {kind} {part.start} to {part.stop - 1}; run stipple cache again"
-            )
+            raise ValueError(f"{self.folder} lacks {kind} {part.start} to {part.stop - 1}; run stipple cache again")
         return read_json(path)
 
     def _check(self, part: range, finite: np.ndarray, dtype: np.dtype) -> None:

@@ -5,7 +5,7 @@ import torch
 
 from autoencoder import Autoencoder, AutoencoderConfig, DiscriminatorConfig, PatchDiscriminator
 from autoencoder.losses.first_stage_loss import (
-    Judgement,
+    Adversary,
     LossConfig,
     adaptive_weight,
     discriminator_loss,
@@ -70,9 +70,9 @@ def test_adversarial_term_is_ldms():
     autoencoder, discriminator, x = parts()
     reconstruction = autoencoder(x)
     plain = generator_loss(x, reconstruction, LossConfig())
-    judgement = Judgement(*discriminator(reconstruction.images))
-    loss = generator_loss(x, reconstruction, LossConfig(adversarial=0.5), None, judgement, autoencoder.last_layer)
-    expected = plain.total + 0.5 * loss.adaptive_weight * -judgement.logits.mean()
+    adversary = Adversary(*discriminator(reconstruction.images))
+    loss = generator_loss(x, reconstruction, LossConfig(adversarial=0.5), None, adversary, autoencoder.last_layer)
+    expected = plain.total + 0.5 * loss.adaptive_weight * -adversary.logits.mean()
     assert loss.total.item() == pytest.approx(expected.item())
     assert loss.feature_matching is None
 
@@ -95,8 +95,8 @@ def test_feature_matching_is_zero_on_the_image_itself_and_teaches_the_autoencode
 def test_scalars_are_the_parts_that_there_are_without_gradient():
     autoencoder, discriminator, x = parts()
     reconstruction = autoencoder(x)
-    judgement = Judgement(*discriminator(reconstruction.images), discriminator(x)[1])
-    loss = generator_loss(x, reconstruction, LossConfig(feature_matching=1.0), None, judgement, autoencoder.last_layer)
+    adversary = Adversary(*discriminator(reconstruction.images), discriminator(x)[1])
+    loss = generator_loss(x, reconstruction, LossConfig(feature_matching=1.0), None, adversary, autoencoder.last_layer)
     names = {"total", "pixel", "kl", "adversarial", "adaptive_weight", "feature_matching"}
     assert set(loss.scalars()) == names
     assert not any(value.requires_grad for value in loss.scalars().values())

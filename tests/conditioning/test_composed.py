@@ -11,8 +11,8 @@ from torch import nn
 from conditioning import Context, Unconditional
 from conditioning.build import ConditionerConfig, build_conditioner, load_conditioner
 from conditioning.encoders.scratch import TransformerConfig
-from conditioning.interface.inputs import Given
-from conditioning.readers.combined import Composed, Widths, joined
+from conditioning.interface.inputs import ConditionInputs
+from conditioning.readers.combined import CombinedConditioner, Widths, joined
 from conditioning.readers.frame import FrameConfig
 from conditioning.readers.spatial import SpatialConfig
 from stipple.stages.ldm.batch_inputs import Inputs
@@ -22,17 +22,17 @@ CAPTIONS = ["a red heart", "a green heart", "a blue square"]
 SCRATCH = TransformerConfig(vocab_size=514, width=16, layers=1, heads=2, max_length=8)
 
 
-def build(**sections) -> Composed:
+def build(**sections) -> CombinedConditioner:
     return build_conditioner(ConditionerConfig(kind="scratch", scratch=SCRATCH, **sections), CAPTIONS)
 
 
-def depth_and_frame() -> Composed:
+def depth_and_frame() -> CombinedConditioner:
     return build(spatial=SpatialConfig(kind="depth", downsampling=4), frame=FrameConfig(width=8))
 
 
-def given(prompts=tuple(CAPTIONS), seed: int = 0) -> Given:
+def given(prompts=tuple(CAPTIONS), seed: int = 0) -> ConditionInputs:
     draw, size = torch.Generator().manual_seed(seed), len(prompts)
-    return Given(
+    return ConditionInputs(
         prompts=list(prompts),
         hint=torch.randn(size, 1, 16, 16, generator=draw),
         frame=torch.randint(0, 500, (size, 6), generator=draw).float(),
@@ -48,13 +48,13 @@ def same(a: Context, b: Context, tolerance: float = 0.0) -> bool:
 class Told(nn.Module):
     """A reader that says what it is made of."""
 
-    needs, trainable = frozenset(), False
+    reads, trainable = frozenset(), False
 
     def __init__(self, widths: Widths, **context: torch.Tensor):
         super().__init__()
         self.widths, self.context = widths, context
 
-    def forward(self, given: Given) -> Context:
+    def forward(self, given: ConditionInputs) -> Context:
         return Context(**self.context)
 
 
@@ -64,7 +64,7 @@ def test_every_field_of_a_context_is_filled_and_its_widths_are_foretold():
     assert context.tokens.shape == (3, 8, conditioner.context_dim)
     assert context.vector.shape == (3, conditioner.vector_dim) == (3, 48)
     assert context.latents.shape == (3, conditioner.latent_channels, 4, 4) == (3, 1, 4, 4)
-    assert conditioner.needs >= {"hint", "frame"}
+    assert conditioner.reads >= {"hint", "frame"}
 
 
 def test_both_contexts_of_guidance_made_at_once_are_those_made_one_by_one():
@@ -109,12 +109,12 @@ def test_tokens_come_one_after_another_and_a_mask_is_made_where_one_of_them_has_
 
 def test_tokens_of_several_widths_are_refused():
     with pytest.raises(ValueError, match=r"widths \[4, 16\] can't be read together"):
-        Composed(build().prompts, {"other": Told(Widths(tokens=4))})
+        CombinedConditioner(build().prompts, {"other": Told(Widths(tokens=4))})
 
 
 def test_what_is_not_given_is_named():
     with pytest.raises(ValueError, match="reads prompts and hint, which is not given"):
-        depth_and_frame().encode(["a"], Given(prompts=["a"], frame=torch.zeros(1, 6)))
+        depth_and_frame().encode(["a"], ConditionInputs(prompts=["a"], frame=torch.zeros(1, 6)))
 
 
 def test_a_folder_gives_the_conditioner_back(tmp_path):
@@ -155,12 +155,12 @@ def test_given_cats_selects_and_drops():
     assert both.prompts == [*CAPTIONS, "", "", ""]
     back = both.select(slice(0, 3))
     assert back.prompts == told.prompts and torch.equal(back.hint, told.hint) and torch.equal(back.frame, told.frame)
-    alone = Given(prompts=CAPTIONS)
+    alone = ConditionInputs(prompts=CAPTIONS)
     assert alone.null().prompts == [""] and len(alone.cat(alone.null())) == 4
     with pytest.raises(ValueError, match="one has hint"):
         told.cat(alone)
     with pytest.raises(ValueError, match="batch size"):
-        Given(prompts=["a"], frame=torch.zeros(2, 6))
+        ConditionInputs(prompts=["a"], frame=torch.zeros(2, 6))
 
 
 def test_a_model_that_is_told_nothing_has_nothing_to_drop():
@@ -189,7 +189,7 @@ def test_where_nobody_is_dropped_no_null_context_is_made():
     batch = Batch(torch.zeros(3, 3, 16, 16), CAPTIONS, torch.arange(3), told.hint, told.frame)
     contexts, seen = {}, []
 
-    def network(ids: torch.Tensor, mask: torch.Tensor, given: Given) -> Context:
+    def network(ids: torch.Tensor, mask: torch.Tensor, given: ConditionInputs) -> Context:
         seen.append(len(ids))
         return conditioner(ids, mask, given)
 

@@ -194,14 +194,14 @@ def test_a_variant_is_read_when_asked_for_or_when_there_is_no_other(kind, bert, 
     plain = tmp_path / "text_encoder/model.safetensors"
     half = {name: w.half() if w.is_floating_point() else w for name, w in load_file(plain).items()}
     save_file(half, plain.with_name("model.fp16.safetensors"), metadata={"format": "pt"})
-    exact, rough = (
+    exact, preview_images = (
         load_conditioner(tmp_path, variant=variant).encode(["a red heart"]).tokens for variant in (None, "fp16")
     )
-    assert not torch.equal(exact, rough) and (exact - rough).abs().max() < 0.02
+    assert not torch.equal(exact, preview_images) and (exact - preview_images).abs().max() < 0.02
     with pytest.raises(FileNotFoundError, match="bf16"):
         load_conditioner(tmp_path, variant="bf16")
     plain.unlink()
-    assert torch.equal(load_conditioner(tmp_path).encode(["a red heart"]).tokens, rough)
+    assert torch.equal(load_conditioner(tmp_path).encode(["a red heart"]).tokens, preview_images)
 
 
 @pytest.mark.parametrize("kind", ("bert", "t5", "clip"))

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conditioning.interface.inputs import Given
+from conditioning.interface.inputs import ConditionInputs
 from conditioning.readers import retrieval
 from conditioning.readers.retrieval import RetrievalConfig, RetrievalReader, nearest, open_database
 from stipple_core.embedders import EmbedderConfig
@@ -45,7 +45,7 @@ def test_a_picture_is_known_by_its_name_however_it_is_flipped_or_cut(config):
     (folder / "names.json").write_text(json.dumps(names))
     reader = RetrievalReader(replace(config, database=str(folder / "embeddings.safetensors"), query=False))
     near = F.normalize(database[[4, 9]] + 0.3 * points(2, 8), dim=-1) * 4  # [2, 16], pictures 4 and 9 as they are seen
-    told = Given(prompts=["", ""], embedding=near, names=["04.png", "elsewhere.png"])
+    told = ConditionInputs(prompts=["", ""], embedding=near, names=["04.png", "elsewhere.png"])
     for given in (told, told.cat(told.null()).select(slice(0, 2)).to("cpu")):
         tokens = reader(given).tokens
         assert not (tokens[0] == database[4]).all(-1).any() and torch.equal(tokens[1, 0], database[9])
@@ -66,9 +66,9 @@ def test_prompts_are_searched_for_where_no_picture_is_given(config):
     reader = RetrievalReader(config)
     prompts, image = ["a circle", "a cat"], torch.zeros(2, 3, 32, 32)
     for given, query in (
-        (Given(prompts=prompts), reader.embedder.texts(prompts)),
-        (Given(prompts=prompts, image=image), reader.embedder.images(image)),
-        (Given(prompts=prompts, embedding=points(2, 9)), points(2, 9)),
+        (ConditionInputs(prompts=prompts), reader.embedder.texts(prompts)),
+        (ConditionInputs(prompts=prompts, image=image), reader.embedder.images(image)),
+        (ConditionInputs(prompts=prompts, embedding=points(2, 9)), points(2, 9)),
     ):
         tokens = reader(given).tokens
         assert tokens.shape == (2, 4, 16) and torch.equal(tokens[:, 0], query)
@@ -76,7 +76,7 @@ def test_prompts_are_searched_for_where_no_picture_is_given(config):
 
 
 def test_who_is_dropped_is_told_zeros(config):
-    given = Given(prompts=["a", "b"], dropped=torch.tensor([True, False]))
+    given = ConditionInputs(prompts=["a", "b"], dropped=torch.tensor([True, False]))
     tokens = RetrievalReader(config)(given).tokens
     assert not tokens[0].any() and tokens[1].all()
 

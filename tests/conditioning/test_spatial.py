@@ -18,7 +18,7 @@ from conditioning.hints.degradation import (
 )
 from conditioning.hints.hints import CONVENTIONS, HINTS, Files
 from conditioning.hints.masks import MASKS, MaskConfig, draw_mask
-from conditioning.interface.inputs import Given
+from conditioning.interface.inputs import ConditionInputs
 from conditioning.readers.frame import waves
 from conditioning.readers.spatial import SpatialConfig, SpatialReader, level_embedding
 from stipple_core.randomness import generator
@@ -53,7 +53,7 @@ def latents_of(images: torch.Tensor) -> torch.Tensor:
 
 def told(one: SpatialReader, *hints: torch.Tensor, dropped=None):
     one.encode = latents_of
-    return one(Given(prompts=[""] * len(hints), hint=torch.stack(hints), dropped=dropped))
+    return one(ConditionInputs(prompts=[""] * len(hints), hint=torch.stack(hints), dropped=dropped))
 
 
 # -- readers -----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 
 from autoencoder import Autoencoder, AutoencoderConfig
 from conditioning import ConditionerConfig, TransformerConfig, build_conditioner, load_conditioner
-from conditioning.interface.inputs import Given
+from conditioning.interface.inputs import ConditionInputs
 from conditioning.readers.frame import FrameConfig
 from conditioning.text.two_encoders import SecondEncoderConfig
 from ldm.formats.diffusers.scheduler import Scheduling
@@ -76,7 +76,7 @@ def test_diffusers_draws_the_same_picture_from_the_folder(model, folder, recwarn
     assert difference.max() <= 1 and np.asarray(ours).std() > 5
     frames = torch.tensor([[8.0, 8, 0, 0, 8, 8], [8, 8, 2, 0, 8, 8]])
     with torch.no_grad():
-        told = opened.conditioner.encode([CAPTIONS[0]] * 2, Given(prompts=[CAPTIONS[0]] * 2, frame=frames))
+        told = opened.conditioner.encode([CAPTIONS[0]] * 2, ConditionInputs(prompts=[CAPTIONS[0]] * 2, frame=frames))
         said = opened.unet(z.expand(2, -1, -1, -1), torch.tensor([500.0, 500]), told)
     assert (said[0] - said[1]).abs().max() > 1e-3  # the frame is read
 
@@ -92,7 +92,7 @@ def test_tokens_and_pooled_output_are_those_of_transformers(model, folder):
         with torch.no_grad():
             states.append(kind.from_pretrained(f"{folder}/text_encoder{suffix}")(ids, output_hidden_states=True))
     with torch.no_grad():
-        context = model.conditioner.encode(prompts, Given(prompts=prompts, frame=FRAME.expand(3, -1)))
+        context = model.conditioner.encode(prompts, ConditionInputs(prompts=prompts, frame=FRAME.expand(3, -1)))
     tokens = torch.cat([state.hidden_states[-2] for state in states], dim=-1)  # [B, L, 16 + 24]
     torch.testing.assert_close(context.tokens, tokens, rtol=0, atol=1e-5)
     torch.testing.assert_close(context.vector[:, :24], states[1].text_embeds, rtol=0, atol=1e-5)
@@ -112,15 +112,19 @@ def test_both_encoders_learn_with_the_frames_of_random_crops(settings_of_runs, a
 def test_the_frame_is_told_as_diffusers_embeds_it(model):
     from diffusers.models.embeddings import Timesteps
 
-    context = model.conditioner.encode([""], Given(prompts=[""], frame=FRAME))
+    context = model.conditioner.encode([""], ConditionInputs(prompts=[""], frame=FRAME))
     embedded = Timesteps(8, flip_sin_to_cos=True, downscale_freq_shift=0)(FRAME.flatten()).flatten()
     torch.testing.assert_close(context.vector[0, 24:], embedded)
 
 
 def test_both_encoders_survive_the_disk(model, folder):
     with torch.no_grad():
-        loaded = load_conditioner(folder).eval().encode(CAPTIONS, Given(prompts=CAPTIONS, frame=FRAME.expand(2, -1)))
-        before = model.conditioner.encode(CAPTIONS, Given(prompts=CAPTIONS, frame=FRAME.expand(2, -1)))
+        loaded = (
+            load_conditioner(folder)
+            .eval()
+            .encode(CAPTIONS, ConditionInputs(prompts=CAPTIONS, frame=FRAME.expand(2, -1)))
+        )
+        before = model.conditioner.encode(CAPTIONS, ConditionInputs(prompts=CAPTIONS, frame=FRAME.expand(2, -1)))
     assert torch.equal(loaded.tokens, before.tokens) and torch.equal(loaded.vector, before.vector)
 
 
@@ -133,7 +137,7 @@ def test_a_folder_that_says_so_has_zeros_for_the_empty_prompt(folder, tmp_path):
     (path / "model_index.json").write_text(json.dumps(index | {"force_zeros_for_empty_prompt": True}))
     conditioner = TextToImage.load(path).conditioner
     with torch.no_grad():
-        context = conditioner.encode(["", "a red circle"], Given(prompts=["", ""], frame=FRAME.expand(2, -1)))
+        context = conditioner.encode(["", "a red circle"], ConditionInputs(prompts=["", ""], frame=FRAME.expand(2, -1)))
     assert not context.tokens[0].any() and not context.vector[0, :24].any() and context.vector[0, 24:].any()
     assert context.tokens[1].any() and context.vector[1, :24].any()
 
@@ -158,7 +162,7 @@ def test_all_that_learns_of_both_encoders_gets_a_gradient():
     """Or DistributedDataParallel waits for it for good."""
     conditioner = build_conditioner(CONFIG, CAPTIONS)
     learns = {name: p for name, p in conditioner.named_parameters() if p.requires_grad}
-    context = conditioner.encode(CAPTIONS, Given(prompts=CAPTIONS, frame=FRAME.expand(2, -1)))
+    context = conditioner.encode(CAPTIONS, ConditionInputs(prompts=CAPTIONS, frame=FRAME.expand(2, -1)))
     (context.tokens.square().sum() + context.vector.square().sum()).backward()
     assert [name for name, p in learns.items() if p.grad is None] == []
     assert any(".first." in name for name in learns) and any("layers.0" in name for name in learns)

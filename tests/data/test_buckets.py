@@ -15,7 +15,7 @@ from stipple_core.data.dataset import DataConfig, ImageDataset, collate, make_lo
 from stipple_core.data.order import Order, Turns
 from stipple_core.data.records.buckets import BucketConfig, assign, bucket_shapes, check_step
 from stipple_core.data.records.records import Record
-from stipple_core.data.verify import Memory, look_at, read_sizes
+from stipple_core.data.verify import Memory, inspect, read_sizes
 
 
 @pytest.mark.parametrize(("size", "step", "aspect"), [(256, 64, 2.0), (256, 32, 4.0), (512, 64, 2.0), (32, 8, 3.0)])
@@ -118,7 +118,7 @@ def dataset_of(folder: Path, **options) -> ImageDataset:
         folder=str(folder), image_size=32, validation=0.0, buckets=BucketConfig(step=8, max_aspect=2.0), **options
     )
     records = scan(config, captioned=False).train
-    sizes = [(look.width, look.height) for look in look_at(records, Memory(f"{folder}/none"))]
+    sizes = [(look.width, look.height) for look in inspect(records, Memory(f"{folder}/none"))]
     return ImageDataset(records, config, seed=5, buckets=assign(sizes, bucket_shapes(32, config.buckets)))
 
 
@@ -157,5 +157,5 @@ def test_sizes_are_those_of_upright_pictures(tmp_path, form, orientation):
     exif[0x0112] = orientation
     Image.new("RGB", (20, 10)).save(tmp_path / "a.png", form, exif=exif)
     records = [Record(str(tmp_path / "a.png"), "a.png", (("",),), 1)]
-    header, whole = read_sizes(records)[0], look_at(records, Memory(str(tmp_path)))[0]
+    header, whole = read_sizes(records)[0], inspect(records, Memory(str(tmp_path)))[0]
     assert header == whole and (whole.width > whole.height) == (orientation < 5)

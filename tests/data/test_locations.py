@@ -10,10 +10,10 @@ import threading
 from pathlib import Path
 
 import pytest
-from tests.data.test_tar import config, make_tar, picture, reasons, sample
 
 from stipple_core.data.sources.locations import expand_braces, find_shards
 from stipple_core.data.sources.scan import scan
+from tests.data.test_tar import config, make_tar, picture, reasons, sample
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tests.data.test_folder import config, make_folder, named, reasons
 
 from stipple_core.data.records.captions import MAX_LENGTH, expand
 from stipple_core.data.sources.metadata import MAX_LINE, parse_captions, parse_row, read_rows
 from stipple_core.data.sources.scan import scan
+from tests.data.test_folder import config, make_folder, named, reasons
 
 PNGS = ("a.png", "b.png", "c.png", "d.png")
 STRANGE = {"a": "nul\0bell\7", "b": "half\ud800", "c": "x" * 500_000, "d": "e\u0301"}

@@ -8,12 +8,12 @@ import pytest
 from torch import nn
 
 import stipple.stages.data.data_check
-from stipple.stages.data.data_check import Survey
+from stipple.stages.data.data_check import DataCheck
 from stipple.stages.ldm.ldm_parts import Learner
 from stipple.training.trainer import Trainer, TrainerConfig
 from stipple_core.data.records.data_config import DataConfig
 from stipple_core.data.records.records import Record, RecordList, Records
-from stipple_core.data.verify import Look
+from stipple_core.data.verify import Inspection
 
 
 def test_no_other_run_verifies_into_the_same_folder_meanwhile_and_nothing_is_left_of_it(tmp_path, monkeypatch):
@@ -22,14 +22,14 @@ def test_no_other_run_verifies_into_the_same_folder_meanwhile_and_nothing_is_lef
     records = Records(RecordList([Record("a.png", "a.png", (), 1)]), RecordList([]), [])
     config = DataConfig(folder=str(tmp_path))
 
-    def look_at(part, memory, share):
+    def inspect(part, memory, share):
         with pytest.raises(ValueError, match="in use by another run") as refused:
-            Survey.of(records, config, other)
+            DataCheck.of(records, config, other)
         said.append(str(refused.value))
-        return [Look(8, 8) for _ in part]
+        return [Inspection(8, 8) for _ in part]
 
-    monkeypatch.setattr(stipple.stages.data.data_check, "look_at", look_at)
-    Survey.of(records, config, trainer)
+    monkeypatch.setattr(stipple.stages.data.data_check, "look_at", inspect)
+    DataCheck.of(records, config, trainer)
     assert len(said) == 2 and os.listdir(tmp_path) == []
 
 

@@ -11,11 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.data.test_tar import picture, reasons
 
 from stipple_core.data.records.data_config import DataConfig
 from stipple_core.data.sources.scan import scan
 from stipple_core.images.images import UnusableImage, load_image
+from tests.data.test_tar import picture, reasons
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")

@@ -19,7 +19,7 @@ from PIL import Image
 import stipple_core.data.verify
 from stipple_core.data.dataset import DataConfig, Records, Skip, scan
 from stipple_core.data.records.records import Record, SkipLog, merge_skipped, read_skipped, totals, write_skipped
-from stipple_core.data.verify import Look, Memory, look_at, without_bad
+from stipple_core.data.verify import Inspection, Memory, inspect, without_bad
 from stipple_core.images.images import UnusableImage, load_image
 
 
@@ -55,7 +55,7 @@ def decoded(monkeypatch) -> list[str]:
 
 def test_what_cannot_be_decoded_is_found_and_removed_with_its_reason(tmp_path):
     config, records = scanned(folder_of(tmp_path))
-    looks = look_at(records.train, Memory(str(tmp_path / "run")))
+    looks = inspect(records.train, Memory(str(tmp_path / "run")))
     assert [look.width for look in looks] == [1, 2, 3, 0, 5, 6, 7, 0, 9, 10, 11, 12]
     assert "known format" in looks[3].reason and "can't be decoded" in looks[7].reason
     left = without_bad(records, looks, [], config)
@@ -65,9 +65,9 @@ def test_what_cannot_be_decoded_is_found_and_removed_with_its_reason(tmp_path):
 
 def test_the_shares_of_processes_make_up_the_whole(tmp_path):
     _, records = scanned(folder_of(tmp_path))
-    whole = look_at(records.train, Memory(str(tmp_path / "run")))
+    whole = inspect(records.train, Memory(str(tmp_path / "run")))
     for world in (2, 3, 5, 20):
-        shares = [look_at(records.train, Memory(str(tmp_path / str(world)), r), (r, world)) for r in range(world)]
+        shares = [inspect(records.train, Memory(str(tmp_path / str(world)), r), (r, world)) for r in range(world)]
         assert [shares[i % world][i // world] for i in range(12)] == whole
 
 
@@ -76,51 +76,51 @@ def test_what_is_known_is_not_decoded_again_until_it_changes(tmp_path, decoded):
     _, records = scanned(folder)
     memories = [Memory(str(tmp_path / "run"), rank) for rank in (0, 1)]
     for rank in (0, 1):  # written by two processes, read by one
-        look_at(records.train, memories[rank], (rank, 2))
+        inspect(records.train, memories[rank], (rank, 2))
         memories[rank].flush()
     assert sorted(decoded) == [record.name for record in records.train]
     decoded.clear()
-    looks = look_at(records.train, Memory(str(tmp_path / "run")))
-    assert not decoded and looks[4] == Look(5, 8) and looks[3].reason and looks[7].reason
+    looks = inspect(records.train, Memory(str(tmp_path / "run")))
+    assert not decoded and looks[4] == Inspection(5, 8) and looks[3].reason and looks[7].reason
     Image.new("RGB", (30, 8)).save(folder / "03.png")  # another size
     stat = os.stat(folder / "05.png")
     os.utime(folder / "05.png", ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))  # another time
-    again = look_at(scanned(folder)[1].train, Memory(str(tmp_path / "run")))
-    assert decoded == ["03.png", "05.png"] and again[3] == Look(30, 8)
+    again = inspect(scanned(folder)[1].train, Memory(str(tmp_path / "run")))
+    assert decoded == ["03.png", "05.png"] and again[3] == Inspection(30, 8)
 
 
 def test_torn_lines_of_a_killed_run_are_not_read_and_spoil_no_other(tmp_path, decoded):
     _, records = scanned(folder_of(tmp_path))
     memory = Memory(str(tmp_path))
-    look_at(records.train, memory)
+    inspect(records.train, memory)
     memory.flush()
     path = tmp_path / "verified-0.jsonl"
     path.write_bytes(path.read_bytes()[:-20])
     decoded.clear()
     memory = Memory(str(tmp_path))
-    look_at(records.train, memory)
+    inspect(records.train, memory)
     memory.flush()
     assert decoded == ["11.png"]
     decoded.clear()
     path.write_bytes(path.read_bytes() + b'null\n[1]\n{"name": 3}\n\xff\n{"name": "x", "bytes": "y", "modified": 1}\n')
-    look_at(records.train, Memory(str(tmp_path)))
+    inspect(records.train, Memory(str(tmp_path)))
     assert not decoded
 
 
 def test_a_short_verification_writes_nothing_before_the_run_begins_and_a_long_one_does(tmp_path, monkeypatch):
     _, records = scanned(folder_of(tmp_path))
-    look_at(records.train, Memory(str(tmp_path / "run")))
+    inspect(records.train, Memory(str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
     monkeypatch.setattr(stipple_core.data.verify, "PATIENCE", -1)
     monkeypatch.setattr(stipple_core.data.verify, "CHUNK", 5)
-    look_at(records.train, Memory(str(tmp_path / "run")))
+    inspect(records.train, Memory(str(tmp_path / "run")))
     lines = [json.loads(line) for line in (tmp_path / "run" / "verified-0.jsonl").read_text().split("\n") if line]
     assert [line["name"] for line in lines] == [record.name for record in records.train]
 
 
 def test_more_bad_ones_than_allowed_are_an_error(tmp_path):
     config, records = scanned(folder_of(tmp_path), max_bad_fraction=0.1)
-    looks = look_at(records.train, Memory(str(tmp_path / "run")))
+    looks = inspect(records.train, Memory(str(tmp_path / "run")))
     with pytest.raises(ValueError, match="2 of 12 entries .* more than data.max_bad_fraction 0.1: 03.png: not an im"):
         without_bad(records, looks, [], config)
     without_bad(records, looks, [], dataclasses.replace(config, max_bad_fraction=0.17))
@@ -134,10 +134,10 @@ def test_totals_count_kinds_of_reasons_and_skips_are_read_back_once(tmp_path):
     assert read_skipped(str(tmp_path / "skipped.jsonl")) == skips
 
 
-def looked(records, run: Path) -> list[Look]:
+def looked(records, run: Path) -> list[Inspection]:
     """One run's looks, remembered."""
     memory = Memory(str(run))
-    looks = look_at(records, memory)
+    looks = inspect(records, memory)
     memory.flush()
     return looks
 
@@ -154,10 +154,10 @@ def test_a_fault_of_the_system_ends_the_verification_by_name_and_is_not_remember
     with monkeypatch.context() as patch, pytest.raises(OSError, match=os.strerror(number)) as raised:
         patch.setattr(stipple_core.data.verify, "load_image", fail)
         memory = Memory(str(tmp_path / "run"))
-        look_at(records.train, memory)
+        inspect(records.train, memory)
     assert raised.value.filename == str(tmp_path / "data" / "05.png")
     memory.flush()
-    assert looked(records.train, tmp_path / "run")[5] == Look(6, 8)
+    assert looked(records.train, tmp_path / "run")[5] == Inspection(6, 8)
 
 
 def test_a_codec_without_memory_is_asked_again(tmp_path, monkeypatch):
@@ -169,7 +169,7 @@ def test_a_codec_without_memory_is_asked_again(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(stipple_core.data.verify, "load_image", fail)
         assert looked(records.train, tmp_path / "run")[5].reason
-    assert looked(records.train, tmp_path / "run")[5] == Look(6, 8)
+    assert looked(records.train, tmp_path / "run")[5] == Inspection(6, 8)
 
 
 def test_a_change_of_the_mode_alone_is_a_change(tmp_path, decoded):
@@ -197,7 +197,7 @@ def test_a_picture_that_is_replaced_while_it_is_looked_at_is_looked_at_again(tmp
 
     with monkeypatch.context() as patch:
         patch.setattr(stipple_core.data.verify, "load_image", replace)
-        assert looked(records.train, tmp_path / "run")[4] == Look(5, 8)
+        assert looked(records.train, tmp_path / "run")[4] == Inspection(5, 8)
     assert looked(records.train, tmp_path / "run")[4].reason
 
 
@@ -226,7 +226,7 @@ def test_a_shard_that_was_uploaded_again_is_looked_at_again_and_asked_once(tmp_p
     source.data[0] = good.getvalue()  # of the same size, says the index
     assert all(look.reason for look in looked(records, tmp_path)) and len(decoded) == 3
     source.etag[0] = "b"
-    assert looked(records, tmp_path) == [Look(5, 8)] * 3
+    assert looked(records, tmp_path) == [Inspection(5, 8)] * 3
     decoded.clear()
     elsewhere = Remote("https://y/0.tar")
     looked([dataclasses.replace(record, path=elsewhere.path, source=elsewhere) for record in records], tmp_path)

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from conditioning.classes.class_conditioner import ClassConditioner, Unconditional
 from conditioning.hints.degradation import DegradationConfig
-from conditioning.readers.combined import Composed
+from conditioning.readers.combined import CombinedConditioner
 from conditioning.readers.spatial import SpatialConfig, SpatialReader
 from ldm.pipeline import TextToImage
 from tests.helpers.small_encoders import build_scratch
@@ -37,7 +37,7 @@ def build(kind: str) -> TextToImage:
     if kind == "class":
         return build_model_of(ClassConditioner(torch.randn(4, 32), null_class=3, names=("dress", "boot", "bag")))
     prompts = build_scratch() if kind == "inpainting" else Unconditional()
-    return build_model_of(Composed(prompts, {"spatial": SpatialReader(SPATIAL[kind])}))
+    return build_model_of(CombinedConditioner(prompts, {"spatial": SpatialReader(SPATIAL[kind])}))
 
 
 def folder_of(kind: str, folder: Path) -> Path:

@@ -27,7 +27,9 @@ def start(*command: str, processes: int = 0, **options) -> subprocess.Popen:
     if processes > 1:
         launch += ["--multi_gpu", "--num_processes", str(processes), "--main_process_port", "0"]
     module = [] if command[0].endswith(".py") else ["-m"]
-    return subprocess.Popen([sys.executable, *launch, *module, *command], cwd=ROOT, env=os.environ | SETTINGS, **options)
+    return subprocess.Popen(
+        [sys.executable, *launch, *module, *command], cwd=ROOT, env=os.environ | SETTINGS, **options
+    )
 
 
 def launch(*command: str, processes: int = 0) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from conditioning.interface.inputs import Given
+from conditioning.interface.inputs import ConditionInputs
 from ldm.pipeline import TextToImage
 
 
@@ -13,7 +13,7 @@ from ldm.pipeline import TextToImage
 def draw_told(model: TextToImage, hints: Tensor, together: int = 16, prompt: str = "", **settings) -> Tensor:
     """Images [B, 3, H, W] in [-1, 1] of hints [B, k, H, W] and a prompt, with seeds from 0 on."""
     prompts, images = [prompt] * len(hints), []
-    given = Given(prompts=prompts, hint=hints)
+    given = ConditionInputs(prompts=prompts, hint=hints)
     sides = {"height": hints.shape[2], "width": hints.shape[3]}
     first = 0
     for batch in model.batches(model.plan(prompts, given=given, seed=0, **sides, **settings), together):

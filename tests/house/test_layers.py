@@ -69,7 +69,9 @@ MOST_MODULES = 15  # of one room
 OURS = {"autoencoder", "conditioning", "ldm", "stipple", "stipple_core"}
 HEAVY = {"transformers", "open_clip", "tokenizers", "diffusers"}
 FILES = sorted(path for room in ROOMS for path in (ROOT / room).glob("*.py"))
-MODULES = {str(path.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__"): path for path in FILES}
+MODULES = {
+    str(path.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__"): path for path in FILES
+}
 
 
 def statements(source: str) -> list[ast.Import | ast.ImportFrom]:

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tests.images.test_images import pixels, png, stored
 
 from stipple_core.images.images import UnusableImage, load_image
+from tests.images.test_images import pixels, png, stored
 
 BACKGROUND = (0, 100, 200)
 

@@ -12,11 +12,11 @@ from collections import Counter
 import numpy as np
 import pytest
 from PIL import Image
-from tests.images.test_deep_color import tiff
-from tests.images.test_images import picture, png, stored
 
 import stipple_core.images.images
 from stipple_core.images.images import UnusableImage, load_image, read_size
+from tests.images.test_deep_color import tiff
+from tests.images.test_images import picture, png, stored
 
 CAP = 1 << 20  # pixels: what passes the real cap may take a second to decode
 INTERESTING = (0, 1, 2, 4, 8, 16, 127, 128, 255, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)

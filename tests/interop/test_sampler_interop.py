@@ -101,7 +101,7 @@ def ours(sampler, prediction, walked, generators, schedule, **options):
         seen.append((timestep[0].item(), z_in))
         return network(z_in, timestep)
 
-    denoise = Denoiser(watched, schedule, prediction, at_levels=not SAMPLERS[sampler].habit.fractional)
+    denoise = Denoiser(watched, schedule, prediction, at_levels=not SAMPLERS[sampler].time_defaults.fractional)
     z = initial_noise((len(generators), 2, 5, 5), generators, schedule)
     *_, last = SAMPLERS[sampler].run(denoise, z, walked, schedule, generators, **options)
     return [*seen, (0.0, last.z)]
@@ -143,7 +143,7 @@ def difference(case, spacing, zero, steps, prediction):
     scheduler = getattr(diffusers, CLASSES[sampler])(**BETAS, **told)
     options = options | ({"averaged": prediction} if sampler == "pndm" else {})
     schedule = schedule_of(zero)
-    walked = times(schedule, steps, spacing, SAMPLERS[sampler].habit)
+    walked = times(schedule, steps, spacing, SAMPLERS[sampler].time_defaults)
     if sampler == "pndm":
         walked[-1] = 0.0
     return apart(ours(sampler, prediction, walked, seeds(2), schedule, **options), theirs(scheduler, steps, seeds(2)))
@@ -192,7 +192,7 @@ def test_where_diffusers_does_otherwise_the_difference_is_as_large_as_it_is_said
 def test_dpmpp_2s_takes_the_steps_of_diffusers_where_it_walks_our_middles(spacing, prediction, steps):
     """Its steps are network calls, and its middles every other time wherever that lies, so ours are handed to it."""
     schedule = schedule_of(False)
-    walked = times(schedule, steps, spacing, SAMPLERS["dpmpp_2s"].habit)
+    walked = times(schedule, steps, spacing, SAMPLERS["dpmpp_2s"].time_defaults)
     points = [p for t, s in walk(walked, schedule) for p in ((t, middle(t, s, schedule)) if s.sigma else (t,))]
     scheduler = diffusers.DPMSolverSinglestepScheduler(**BETAS, prediction_type=PREDICTION_TYPES[prediction])
     scheduler.set_timesteps(len(points))

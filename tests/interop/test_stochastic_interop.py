@@ -52,8 +52,8 @@ def seed():
 
 
 def ours(sampler, prediction, walk, network=network, wrap=lambda denoise: denoise, **options):
-    generators, habit = seed(), SAMPLERS[sampler].habit
-    denoise = wrap(Denoiser(network, SCHEDULE, prediction, at_levels=not habit.fractional))
+    generators, time_defaults = seed(), SAMPLERS[sampler].time_defaults
+    denoise = wrap(Denoiser(network, SCHEDULE, prediction, at_levels=not time_defaults.fractional))
     z = initial_noise((1, 2, 5, 5), generators, SCHEDULE)
     return [step.z for step in SAMPLERS[sampler].run(denoise, z, walk, SCHEDULE, generators, **options)]
 
@@ -74,7 +74,7 @@ def theirs(scheduler, steps, network=network, prepare=lambda scheduler, generato
 
 
 def laid_out(sampler, steps, spacing):
-    return times(SCHEDULE, steps, spacing, SAMPLERS[sampler].habit)
+    return times(SCHEDULE, steps, spacing, SAMPLERS[sampler].time_defaults)
 
 
 @pytest.mark.parametrize("variance", ["small", "large", "learned"])

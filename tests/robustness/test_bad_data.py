@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tests.images.test_images import png, stored
 
 from stipple_core.images.images import UnusableImage
 from tests.helpers.tiny_runs import STAGE_1, STAGE_2, files, final_state, launch, run_here
+from tests.images.test_images import png, stored
 
 RNG = np.random.default_rng(0)
 pytestmark = pytest.mark.usefixtures("settings_of_runs")

@@ -128,9 +128,7 @@ def test_what_does_not_fit_the_model_is_one_line(given, tmp_path, capsys):
     assert "unet.norm_eps" in said(sd1, "unet.norm_eps=1e-6")
     assert "this model is unconditional; leave it empty" in said(f"init_from={given}/unconditional")
     assert "has no null class" in said(f"init_from={given}/no null")
-    assert "give its YAML, which says num_heads (stipple convert" in said(
-        f"init_from={given}/class.safetensors"
-    )
+    assert "give its YAML, which says num_heads (stipple convert" in said(f"init_from={given}/class.safetensors")
     assert "nowhere does not exist" in said(f"init_from={tmp_path}/nowhere")
     assert "init_from" in said("init_from=5", "autoencoder=x")
     assert not list(tmp_path.glob("run*/model"))

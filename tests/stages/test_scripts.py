@@ -108,7 +108,9 @@ def test_the_next_command_can_be_typed_whatever_the_names(tmp_path, capsys, auto
     folder = small_folder(tmp_path / "my pics")
     run_here(*STAGE_1, f"data.folder={folder}", f"run={tmp_path / 'a b'}", "trainer.steps=1")
     command = shlex.split(capsys.readouterr().out.splitlines()[-1])
-    assert command[:4] == ["accelerate", "launch", "-m", "stipple.commands.cache"] and f"data.folder={folder}" in command
+    assert (
+        command[:4] == ["accelerate", "launch", "-m", "stipple.commands.cache"] and f"data.folder={folder}" in command
+    )
     config = Path(command[command.index("--config") + 1])
     assert (Path(__file__).parents[2] / config).is_file()
     run_here(*command[3:], f"cache={tmp_path / 'c d'}")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ldm.networks.classifier import Classifier as NoisyClassifier
 from ldm.pipeline import TextToImage
-from ldm.sampling.gradient_guides import ClassifierLead
+from ldm.sampling.gradient_guides import ClassifierGuide
 from stipple_core.images.images import grid, image_to_tensor
 from tests.helpers.photo_classes import CLASSES, Classifier, accuracy, read_part, train_classifier
 from tests.helpers.tiny_runs import run_here
@@ -101,7 +101,7 @@ def prove(run: Path, judge: Classifier) -> dict[str, dict]:
         config = ["--config", "configs/classifier/photos-class.yaml"]
         run_here("stipple.commands.train_classifier", *config, *data, f"run={run / 'classifier'}")
     model, pictures = TextToImage.load(run / "ldm" / "model"), {}
-    model.leads["classifier_scale"] = ClassifierLead(NoisyClassifier.load(run / "classifier" / "model"))
+    model.gradient_guides["classifier_scale"] = ClassifierGuide(NoisyClassifier.load(run / "classifier" / "model"))
     rows = compare(model, judge, read_part(run / "set" / "held_out"), pictures)
     (run / "classifier.md").write_text(table(rows) + "\n")
     shown = ["no guidance", "classifier-free, w = 3", "classifier, s = 5", "classifier alone, s = 5"]

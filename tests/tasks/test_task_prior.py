@@ -17,9 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 import tests.helpers.embedding_runs as runs
-from conditioning import Given
+from conditioning import ConditionInputs
 from ldm.pipeline import TextToImage
-from ldm.sampling.prior_sampling import imagined
+from ldm.sampling.prior_sampling import sample_embeddings
 from stipple_core.embedders import Embedder
 from stipple_core.images.images import grid, image_to_tensor, tensor_to_image
 from tests.helpers.shapes import caption, read, same
@@ -46,7 +46,7 @@ def predicted(tmp_path_factory) -> Predicted:
     embedder, prior = runs.clip(folder), TextToImage.load(runs.prior(folder))
     with torch.inference_mode():
         true = runs.truth(embedder, runs.QUERIES, DRAWN)
-        return Predicted(folder, embedder, true, imagined(prior, prior.plan(CAPTIONS, seed=100)))
+        return Predicted(folder, embedder, true, sample_embeddings(prior, prior.plan(CAPTIONS, seed=100)))
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +95,9 @@ def told(numbers: dict[str, float], path: Path) -> dict[str, float]:
 def decoded(model: TextToImage, points: Tensor) -> list[Image.Image]:
     """A picture of each embedding [B, d]."""
     made = []
-    for place, settings in enumerate(model.plan([""] * len(points), seed=5, given=Given(prompts=[""]))):
+    for place, settings in enumerate(model.plan([""] * len(points), seed=5, given=ConditionInputs(prompts=[""]))):
         (batch,) = model.batches([settings], 1)
-        *_, last = model.sample(batch, given=Given(prompts=[""], embedding=points[place : place + 1]))
+        *_, last = model.sample(batch, given=ConditionInputs(prompts=[""], embedding=points[place : place + 1]))
         made += model.decode(last.z)
     return made
 

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from conditioning import Unconditional
-from conditioning.readers.combined import Composed
+from conditioning.readers.combined import CombinedConditioner
 from conditioning.readers.frame import FrameConfig, FrameReader
-from stipple.stages.data.data_check import Survey
+from stipple.stages.data.data_check import DataCheck
 from stipple.stages.data.run_pictures import Pictures
 from stipple.stages.ldm.batch_inputs import Inputs
 from stipple.stages.ldm.denoiser_validation import Shown
@@ -100,9 +100,9 @@ def test_examples_are_of_one_shape_whatever_the_buckets(tmp_path):
     config = DataConfig(folder=str(tmp_path / "data"), image_size=32, validation=0.3, buckets=BucketConfig(step=8))
     records, shapes = scan(config), bucket_shapes(32, config.buckets)
     sizes = [Image.open(record.path).size for record in records.validation]
-    survey = Survey(records=records, held_out=assign(sizes, shapes))
-    pictures = Pictures.open(config, survey, 0, str(tmp_path / "run"))
+    data_check = DataCheck(records=records, held_out=assign(sizes, shapes))
+    pictures = Pictures.open(config, data_check, 0, str(tmp_path / "run"))
     assert len({pictures.held_out.held_out(i).image.shape for i in range(8)}) > 1
-    conditioner = Composed(Unconditional(), {"frame": FrameReader(FrameConfig(width=2))})
+    conditioner = CombinedConditioner(Unconditional(), {"frame": FrameReader(FrameConfig(width=2))})
     shown = Shown.of([], pictures.examples, Inputs(None, conditioner, conditioner, None))
     assert shown.given.frame.shape == (8, 6) and pictures.examples.records is records.validation

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from autoencoder import PatchDiscriminator
-from autoencoder.losses.first_stage_loss import Judgement, LossConfig
+from autoencoder.losses.first_stage_loss import Adversary, LossConfig
 
 
 @contextmanager
@@ -22,11 +22,13 @@ def frozen(module: nn.Module) -> Iterator[None]:
         module.requires_grad_(True)
 
 
-def judge(discriminator: PatchDiscriminator, images: Tensor, reconstructions: Tensor, config: LossConfig) -> Judgement:
+def discriminate(
+    discriminator: PatchDiscriminator, images: Tensor, reconstructions: Tensor, config: LossConfig
+) -> Adversary:
     """The discriminator's view of the reconstructions, for the autoencoder to learn from."""
     with frozen(discriminator):
         logits, features = discriminator(reconstructions)
         if not config.feature_matching:
-            return Judgement(logits, features)
+            return Adversary(logits, features)
         with torch.no_grad():
-            return Judgement(logits, features, discriminator(images)[1])
+            return Adversary(logits, features, discriminator(images)[1])

@@ -67,10 +67,10 @@ class AutoencoderLearner:
     """What learns in a stage-1 run."""
 
     network: nn.Module  # the autoencoder, wrapped for several processes
-    judging_network: nn.Module  # the discriminator, wrapped
+    discriminator_network: nn.Module  # the discriminator, wrapped
     average: Ema  # of the autoencoder
     optimizer: Optimizer
-    judge_optimizer: Optimizer
+    discriminator_optimizer: Optimizer
     codebook: Codebook | None  # of vq
 
     @classmethod
@@ -78,18 +78,18 @@ class AutoencoderLearner:
         """Give the trainer all that it is to save and restore."""
         autoencoder, discriminator = networks.autoencoder, networks.discriminator
         network = trainer.network("autoencoder", autoencoder)
-        judging_network = trainer.network("discriminator", discriminator)
+        discriminator_network = trainer.network("discriminator", discriminator)
         average = Ema(autoencoder, config.ema)
         optimizer = trainer.optimizer("optimizer", [autoencoder], config.optimizer, [average])
-        judge_optimizer = trainer.optimizer("discriminator_optimizer", [discriminator], config.optimizer)
+        discriminator_optimizer = trainer.optimizer("discriminator_optimizer", [discriminator], config.optimizer)
         codebook = Codebook(autoencoder, trainer) if config.autoencoder.regularizer == "vq" else None
         if codebook is not None:
             trainer.keep("codebook", codebook)
         if networks.perceptual is not None:
             trainer.keep("perceptual", networks.perceptual)
         return cls(
-            network=network, judging_network=judging_network, average=average, optimizer=optimizer,
-            judge_optimizer=judge_optimizer, codebook=codebook,
+            network=network, discriminator_network=discriminator_network, average=average, optimizer=optimizer,
+            discriminator_optimizer=discriminator_optimizer, codebook=codebook,
         )  # fmt: skip
 
 

@@ -12,11 +12,11 @@ from stipple.training.trainer import Trainer
 from stipple_core.data.records.buckets import Buckets, assign, bucket_shapes
 from stipple_core.data.records.data_config import DataConfig
 from stipple_core.data.records.records import Record, Records
-from stipple_core.data.verify import Look, Memory, look_at, read_sizes, without_bad
+from stipple_core.data.verify import Inspection, Memory, inspect, read_sizes, without_bad
 
 
 @dataclass(frozen=True, kw_only=True)
-class Survey:
+class DataCheck:
     """What a run has to learn from, the same on every process."""
 
     records: Records  # those that can be used
@@ -25,7 +25,7 @@ class Survey:
     memory: Memory | None = None  # to be written when the run begins; None: nothing was verified
 
     @classmethod
-    def of(cls, records: Records, config: DataConfig, trainer: Trainer, cached: bool = False) -> Survey:
+    def of(cls, records: Records, config: DataConfig, trainer: Trainer, cached: bool = False) -> DataCheck:
         """Look at what `scan` found, unless a latent cache has done so; the processes share the work.
 
         Raises ValueError if more than `data.max_bad_fraction` can't be used or another run holds the folder, OSError
@@ -39,8 +39,8 @@ class Survey:
             return cls(records=records, train=train, held_out=held_out)
         with trainer.holding_folder():  # to which a verification that takes long writes
             memory = Memory(str(trainer.folder.path), trainer.rank)
-            train = together(lambda part: look_at(part, memory, share), records.train, share)
-            held_out = together(lambda part: look_at(part, memory, share), records.validation, share)
+            train = together(lambda part: inspect(part, memory, share), records.train, share)
+            held_out = together(lambda part: inspect(part, memory, share), records.validation, share)
         records = without_bad(records, train, held_out, config)
         buckets = [in_buckets([look for look in looks if not look.reason], config) for looks in (train, held_out)]
         return cls(records=records, train=buckets[0], held_out=buckets[1], memory=memory)
@@ -53,7 +53,7 @@ def bucketed(records: Sequence[Record], config: DataConfig, share: tuple[int, in
     return in_buckets(together(lambda part: read_sizes(part, share), records, share), config)
 
 
-def in_buckets(looks: Sequence[Look], config: DataConfig) -> Buckets | None:
+def in_buckets(looks: Sequence[Inspection], config: DataConfig) -> Buckets | None:
     """The bucket of each picture that was looked at, if there are buckets."""
     if config.buckets is None:
         return None
@@ -62,15 +62,15 @@ def in_buckets(looks: Sequence[Look], config: DataConfig) -> Buckets | None:
 
 
 def together(
-    look: Callable[[Sequence[Record]], list[Look]], records: Sequence[Record], share: tuple[int, int]
-) -> list[Look]:
+    look: Callable[[Sequence[Record]], list[Inspection]], records: Sequence[Record], share: tuple[int, int]
+) -> list[Inspection]:
     """The looks of all processes, in order of the records; an OSError of one is raised in all."""
     rank, world = share
     try:
         answer = (rank, look(records), None)
     except OSError as error:
         answer = (rank, [], Problem.of(error))
-    looks: list[Look] = [Look()] * len(records)
+    looks: list[Inspection] = [Inspection()] * len(records)
     for each, own, problem in gather_object([answer]):
         if problem is not None:
             raise problem.error(OSError)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from stipple.stages.data.data_check import Survey
+from stipple.stages.data.data_check import DataCheck
 from stipple.stages.data.run_settings import changes
 from stipple.training.distributed.collective import on_main
 from stipple.training.trainer import Trainer
@@ -40,31 +40,33 @@ class Pictures:
     dataset: ImageDataset | CachedLatents  # of records.train
     held_out: ImageDataset  # of records.validation, cropped in the center
     squares: ImageDataset  # of records.train, all of one shape, whatever the buckets
-    survey: Survey
+    data_check: DataCheck
     skipped: Path  # the file that says what was skipped, and why
 
     @classmethod
     def open(
         cls,
         config: DataConfig,
-        survey: Survey,
+        data_check: DataCheck,
         seed: int,
         run: str,
         cache: CachedLatents | None = None,
         hint: Hint | None = None,
     ) -> Pictures:
         """The data sets over what can be used, and over a latent cache where there is one; `hint` as ImageDataset's."""
-        skipped, records = Path(run) / "skipped.jsonl", survey.records
+        skipped, records = Path(run) / "skipped.jsonl", data_check.records
         if cache is not None:
             records = without_unusable(records, cache)
         squares = ImageDataset(records.train, config, seed, on_skip=str(skipped), hint=hint)
         entries = len(records.train) + len(records.validation) + len(records.skipped)
-        dataset = cache or ImageDataset(records.train, config, seed, str(skipped), survey.train, entries, hint)
+        dataset = cache or ImageDataset(records.train, config, seed, str(skipped), data_check.train, entries, hint)
         center = dataclasses.replace(config, crop="center", flip=False, max_bad_fraction=1.0)
         held_out = ImageDataset(
-            records.validation, center, seed, on_skip=str(skipped), buckets=survey.held_out, hint=hint
+            records.validation, center, seed, on_skip=str(skipped), buckets=data_check.held_out, hint=hint
         )
-        return cls(records=records, dataset=dataset, held_out=held_out, squares=squares, survey=survey, skipped=skipped)
+        return cls(
+            records=records, dataset=dataset, held_out=held_out, squares=squares, data_check=data_check, skipped=skipped
+        )
 
     @property
     def examples(self) -> ImageDataset:
@@ -88,8 +90,8 @@ class Pictures:
         trainer.resume()
         if trainer.step and (told := changes(config, f"{config.run}/config.yaml")):
             trainer.print(f"warning: not the settings that the run was stopped with: {told}; not the same run any more")
-        if self.survey.memory is not None:
-            self.survey.memory.flush()
+        if self.data_check.memory is not None:
+            self.data_check.memory.flush()
 
         def write() -> None:
             save_config(config, f"{config.run}/config.yaml")
@@ -106,7 +108,7 @@ class Pictures:
         if isinstance(self.dataset, CachedLatents):
             together, buckets = cached_collate, self.dataset.buckets()
         else:
-            together, buckets = collate, None if self.survey.train is None else self.survey.train.of
+            together, buckets = collate, None if self.data_check.train is None else self.data_check.train.of
         order = trainer.order(len(self.dataset), seed, buckets)
         try:
             yield from make_loader(self.dataset, order, trainer.config.workers, together)

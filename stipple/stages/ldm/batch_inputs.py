@@ -10,7 +10,7 @@ from torch import nn
 from autoencoder import Autoencoder, Posterior
 from conditioning.build import AnyConditioner
 from conditioning.interface.context import Context
-from conditioning.interface.inputs import Given
+from conditioning.interface.inputs import ConditionInputs
 from stipple_core.data.dataset import Batch
 from stipple_core.latent_cache.reader import CachedBatch, CachedLatents
 
@@ -51,13 +51,13 @@ class Inputs:
         null = read.select(slice(len(given), None)) if self.nulls else None
         return read.select(slice(0, len(given))), null
 
-    def given(self, batch: Batch | CachedBatch) -> Given:
+    def given(self, batch: Batch | CachedBatch) -> ConditionInputs:
         """What the conditioner reads of a batch."""
-        needs = self.conditioner.needs
-        return Given(
+        reads = self.conditioner.reads
+        return ConditionInputs(
             prompts=batch.captions,
-            hint=batch.hints if "hint" in needs else None,
-            image=batch.images if "image" in needs else None,
-            frame=batch.frames if "frame" in needs else None,
-            names=batch.names if "image" in needs else None,
+            hint=batch.hints if "hint" in reads else None,
+            image=batch.images if "image" in reads else None,
+            frame=batch.frames if "frame" in reads else None,
+            names=batch.names if "image" in reads else None,
         )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from conditioning.interface.inputs import Given
+from conditioning.interface.inputs import ConditionInputs
 from ldm.denoising.denoiser import Denoiser
 from ldm.losses.diffusion_loss import diffusion_loss
 from ldm.losses.time_density import Importance
@@ -101,7 +101,7 @@ class Shown:
     """What is drawn again and again while training: prompts, and what the model reads besides, of held-out pictures."""
 
     prompts: Sequence[str]
-    given: Given | None = None  # None: the model reads prompts only
+    given: ConditionInputs | None = None  # None: the model reads prompts only
 
     @classmethod
     def of(cls, prompts: Sequence[str], examples: ImageDataset, inputs: Inputs) -> Shown:
@@ -110,7 +110,7 @@ class Shown:
         Raises:
             ValueError: none of the examples can be decoded.
         """
-        if not inputs.conditioner.needs:
+        if not inputs.conditioner.reads:
             return cls(prompts=prompts or [record.captions[0][0] for record in examples.records[:SHOWN]])
         wanted = len(prompts) or SHOWN
         found = (examples.held_out(index) for index in range(len(examples)))

@@ -15,7 +15,7 @@ from torch import nn
 from autoencoder import Autoencoder, open_autoencoder
 from conditioning.build import AnyConditioner, ConditionerConfig, build_conditioner
 from conditioning.classes.class_conditioner import ClassConditioner
-from conditioning.readers.combined import Composed, files_of
+from conditioning.readers.combined import CombinedConditioner, files_of
 from conditioning.readers.registry import READERS, build_readers
 from conditioning.text.two_encoders import TwoTokenizers
 from conditioning.tokenizers.tokenizer import Tokenizer
@@ -64,7 +64,7 @@ def make_conditioner(config: RunConfig, init: Parts | None, records: Records) ->
     if not any(readers.values()):
         return init.conditioner
     known = {**init.conditioner.readers, **build_readers(config.conditioner, config.seed)}
-    return Composed(prompts, {name: known[name] for name in READERS if name in known})
+    return CombinedConditioner(prompts, {name: known[name] for name in READERS if name in known})
 
 
 def captions_of(records: Iterable[Record]) -> list[str]:

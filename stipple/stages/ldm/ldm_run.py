@@ -116,9 +116,7 @@ def open_source(path: str) -> Parts:
     except (ValueError, FileNotFoundError) as error:
         if not any(word in str(error) for word in ("YAML", "tokenizer")):
             raise
-        mend = (
-            "stipple convert takes --yaml, --tokenizer and --prediction, and makes a folder for init_from"
-        )
+        mend = "stipple convert takes --yaml, --tokenizer and --prediction, and makes a folder for init_from"
         raise ValueError(f"{error} ({mend})") from None
 
 

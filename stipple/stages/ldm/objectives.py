@@ -65,7 +65,7 @@ def make_objective(config: RunConfig, model: TextToImage, trainer: Trainer) -> O
         raise ValueError(f"diffusion.prediction {given} is not that of {where}; use {wanted}, or leave it out")
     levels = make_schedule(teacher.scheduling.schedule).config
     require_same(model.schedule.config, levels, "diffusion.schedule", where)
-    if config.distillation.guides and not model.is_told:
+    if config.distillation.guides and not model.is_conditional:
         low, high = config.distillation.guidance_scale
         raise ValueError(f"distillation.guidance_scale {low} to {high}: {where} is told nothing; use [1, 1]")
     levels = config.distillation.levels

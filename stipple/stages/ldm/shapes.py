@@ -21,9 +21,7 @@ def _unet_shape(config: RunConfig, autoencoder: Autoencoder, conditioner: AnyCon
 
 def _prior_shape(config: RunConfig, autoencoder: Autoencoder, conditioner: AnyConditioner) -> dict[str, int | None]:
     if not isinstance(autoencoder, ImageEmbeddings):
-        raise ValueError(
-            f"autoencoder {config.autoencoder} makes no embeddings, as a prior needs; see stipple embed"
-        )
+        raise ValueError(f"autoencoder {config.autoencoder} makes no embeddings, as a prior needs; see stipple embed")
     if config.data.image_size != autoencoder.downsampling:
         size, side = config.data.image_size, autoencoder.downsampling
         raise ValueError(f"data.image_size {size} is not what the encoder of embeddings looks at; use {side}")
@@ -56,12 +54,12 @@ def check_shapes(config: RunConfig, autoencoder: Autoencoder, conditioner: AnyCo
             raise ValueError(f"{where} {given} does not fit autoencoder, image size and conditioner; use {value}")
     if config.samples.every and isinstance(autoencoder, ImageEmbeddings):
         raise ValueError(f"samples.every {config.samples.every} shows pictures, and this model makes embeddings; use 0")
-    if conditioner.placed and (config.data.flip or config.data.crop != "center"):
+    if conditioner.has_positions and (config.data.flip or config.data.crop != "center"):
         raise ValueError("data.flip and data.crop random move what lies in the boxes of layouts; leave them out")
-    if "map" in conditioner.needs and config.data.maps is None:
+    if "map" in conditioner.reads and config.data.maps is None:
         raise ValueError("data.maps has no value, and the conditioner reads maps; give the folder where they lie")
     if config.data.maps is not None and (conditioner.hint is None or "map" not in conditioner.hint.reads):
         raise ValueError(f"data.maps {config.data.maps} is of no use: the conditioner reads no maps; leave it out")
-    if conditioner.needs and config.cache is not None:
-        read = ", ".join(sorted(conditioner.needs - {"map"}))
+    if conditioner.reads and config.cache is not None:
+        read = ", ".join(sorted(conditioner.reads - {"map"}))
         raise ValueError(f"cache {config.cache} holds no {read}, which the conditioner reads; use cache=null")

@@ -3,7 +3,7 @@
 Patterns hold {first..last} and {a,b} as in a shell, and * ? [] for files that are there. A shard's name is its path
 from the folder before the first of these on, so that data keep their names when they move.
 
-A local file is read by `pread`, a URL by range requests (fsspec; https needs the extra `remote`, s3 the package
+A local file is read by `pread`, a URL by range requests (fsspec; https reads the extra `remote`, s3 the package
 s3fs). A pipe can't seek: what `pipe:COMMAND` writes is kept in a file under `data.index`, made once for all processes
 of the machine and all later runs, and needs as much disk as the shard. It is kept if the command ends well, which
 where there is bash each part of a pipeline has to, and wrote a tar with its end marker.

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tests.ldm.networks.test_unet import PUBLISHED, close
 
 from ldm.formats.compvis.compvis_schedule import PUBLISHED_BETAS, schedule_from_compvis
 from ldm.formats.compvis.compvis_unet import KNOWN, unet_config, unet_from_compvis, unet_keys, unet_to_compvis
@@ -15,6 +14,7 @@ from ldm.networks.unet import UNet, UNetConfig
 from ldm.schedules.registry import ScheduleConfig, make_schedule
 from tests.helpers.compvis_shapes import lines
 from tests.helpers.compvis_unets import Reference, unet_shapes
+from tests.ldm.networks.test_unet import PUBLISHED, close
 
 SD = dict(
     in_channels=4,
@@ -77,9 +77,9 @@ def test_the_shapes_to_be_read_are_those_of_the_original_classes():
 def test_published_unets_are_recognized_and_every_key_is_placed(model):
     (config, _), theirs = PUBLISHED[model], unet_shapes(**OPTIONS[model])
     assert unet_config(empty(theirs)) == config
-    placed = unet_from_compvis(empty(theirs), config)
-    assert shapes_of(placed) == shapes_of(ours_of(config))
-    assert shapes_of(unet_to_compvis(placed, config)) == theirs
+    has_positions = unet_from_compvis(empty(theirs), config)
+    assert shapes_of(has_positions) == shapes_of(ours_of(config))
+    assert shapes_of(unet_to_compvis(has_positions, config)) == theirs
 
 
 def test_each_row_of_the_table_is_of_a_published_unet():

@@ -88,10 +88,12 @@ def test_the_scheduler_classes_of_diffusers_are_read_and_written(sampler, tmp_pa
         tmp_path / "scheduler"
     )
     found = load_scheduling(tmp_path)
-    habit = SAMPLERS[sampler].habit
+    time_defaults = SAMPLERS[sampler].time_defaults
     assert (found.schedule, found.sampler, found.offset) == (TABLES["SD"], sampler, 0)
-    assert found.spacing in (habit.spacing, None)  # what they write out is their default, if they read it
-    assert found.ends_clean in (habit.ends_clean, None) or sampler == "lcm"  # which always ends at 0, whatever it says
+    assert found.spacing in (time_defaults.spacing, None)  # what they write out is their default, if they read it
+    assert (
+        found.ends_clean in (time_defaults.ends_clean, None) or sampler == "lcm"
+    )  # which always ends at 0, whatever it says
     written = scheduling_to_diffusers(found)
     assert scheduling_from_diffusers(written) == found
     again = kind.from_config(written)
@@ -208,10 +210,10 @@ def test_every_sampler_walks_the_timesteps_and_alphas_of_diffusers(options, samp
     kind = getattr(diffusers, CLASSES[sampler])
     theirs = kind.from_config({name: value for name, value in options.items() if name[0] != "_"})
     theirs.set_timesteps(steps)
-    found, habit = scheduling_from_diffusers(options), SAMPLERS[sampler].habit
+    found, time_defaults = scheduling_from_diffusers(options), SAMPLERS[sampler].time_defaults
     schedule = make_schedule(found.schedule)
-    walk = times(schedule, steps, found.spacing or habit.spacing, habit, found.offset)[:-1]
-    timesteps = schedule.timestep(walk) if habit.fractional else schedule.timestep(walk).round()
+    walk = times(schedule, steps, found.spacing or time_defaults.spacing, time_defaults, found.offset)[:-1]
+    timesteps = schedule.timestep(walk) if time_defaults.fractional else schedule.timestep(walk).round()
     repeated = {"pndm": 1, "heun": slice(2, None, 2)}.get(sampler)  # they list the times of calls
     listed = theirs.timesteps if repeated is None else np.delete(theirs.timesteps.numpy(), repeated)
     np.testing.assert_allclose(timesteps, np.asarray(listed), atol=2e-3)

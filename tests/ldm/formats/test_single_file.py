@@ -10,7 +10,7 @@ import ldm.formats.single_file
 from autoencoder import Autoencoder
 from autoencoder.formats.compvis_first_stage import compvis_config
 from conditioning.hints.hints import Files
-from conditioning.readers.combined import Composed
+from conditioning.readers.combined import CombinedConditioner
 from conditioning.readers.spatial import SpatialConfig, SpatialReader
 from ldm.formats.compvis.schedule_buffers import BUFFERS, schedule_buffers
 from ldm.formats.diffusers.scheduler import Scheduling
@@ -391,7 +391,7 @@ def test_a_file_with_the_first_stage_twice_opens_as_ldms_inpainting_model(files,
 def test_a_reader_that_would_come_back_as_another_is_refused(kind, words, tmp_path):
     parts = build_parts("depth" if kind == "edges" else "enlarging", words)
     config = SpatialConfig(kind=kind, downsampling=2, noise=0.0 if kind == "edges" else 0.5)
-    changed = Composed(parts.conditioner.prompts, {"spatial": SpatialReader(config)})
+    changed = CombinedConditioner(parts.conditioner.prompts, {"spatial": SpatialReader(config)})
     parts = type(parts)(parts.autoencoder, parts.unet, changed, parts.scheduling)
     with pytest.raises(ValueError, match=f"spatial.kind {kind} as it is here has no place in a single file"):
         save_single_file(parts, tmp_path / "x.safetensors")

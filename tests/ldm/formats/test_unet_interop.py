@@ -6,11 +6,11 @@ import pytest
 import torch
 from diffusers import LatentConsistencyModelPipeline, UNet2DConditionModel, UNet2DModel
 from safetensors.torch import load_file, save_file
-from tests.ldm.networks.test_unet import PLAIN, SMALL, close, context, random_unet
 
 from ldm.formats.diffusers.networks_folder import load_unet, save_unet
 from ldm.formats.diffusers.unet_options import unet_to_diffusers
 from ldm.networks.unet import UNet, UNetConfig
+from tests.ldm.networks.test_unet import PLAIN, SMALL, close, context, random_unet
 
 SHAPES = {
     "LDM": SMALL,

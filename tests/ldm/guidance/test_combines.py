@@ -10,7 +10,7 @@ from ldm.denoising.denoiser import Denoiser
 from ldm.guidance.base import classifier_free, extrapolate, in_interval, rescaled
 from ldm.guidance.combines import apg, cfg_plus_plus, zero_output, zero_star
 from ldm.samplers.onestep import ddim, heun
-from ldm.samplers.spacing import Habit, times
+from ldm.samplers.spacing import TimeDefaults, times
 from tests.helpers.oracles import SCHEDULES
 
 CONTEXT = Context(vector=torch.tensor([[1.0], [2.0]], dtype=torch.float64))
@@ -45,8 +45,8 @@ def test_apg_is_the_algorithm_of_its_paper(scale):
             running[i] = momentum * running[i] + (told[i] - untold[i]).flatten()
             cut = running[i] * min(1.0, norm / running[i].norm().item())
             direction = told[i].flatten() / told[i].norm()
-            along = cut.dot(direction) * direction
-            expected = told[i].flatten() + (scale - 1) * (cut - along + parallel * along)
+            line_step = cut.dot(direction) * direction
+            expected = told[i].flatten() + (scale - 1) * (cut - line_step + parallel * line_step)
             torch.testing.assert_close(guided[i].flatten(), expected)
 
 
@@ -147,7 +147,7 @@ def test_the_scale_of_cfg_plus_plus_is_lambda_at_both_ends_and_one_number_in_eac
 
 def test_a_walk_that_ends_where_it_is_has_a_finite_scale():
     schedule = SCHEDULES["scaled_linear"]
-    visited = times(schedule, 5, "leading", Habit(ends_clean=False), offset=0)
+    visited = times(schedule, 5, "leading", TimeDefaults(ends_clean=False), offset=0)
     assert visited[-1] == visited[-2]
     assert cfg_plus_plus(0.6, visited, schedule)(visited[-2].item()) == 0.6
 

@@ -4,17 +4,17 @@ import math
 
 import pytest
 import torch
-from tests.ldm.networks.test_unet import SMALL, context, random_unet
 
 from conditioning.interface.context import Context
 from ldm.denoising.denoiser import Denoiser
 from ldm.guidance.base import classifier_free, extrapolate
 from ldm.guidance.gradient import by_estimate, by_gradient
-from ldm.networks.cached_unet import Reader
+from ldm.networks.cached_unet import CachedUNet
 from ldm.samplers.onestep import ddim
 from ldm.samplers.registry import SAMPLERS
 from ldm.samplers.spacing import times
 from tests.helpers.oracles import GAUSSIAN, SCHEDULES, TWO, Mixture, denoiser_of
+from tests.ldm.networks.test_unet import SMALL, context, random_unet
 
 NOISED = [0.001, 0.05, 0.3, 0.6, 0.9, 0.999, 1.0]
 
@@ -104,11 +104,13 @@ def test_noise_alone_says_nothing_and_the_error_says_what_to_do(name):
 def test_every_sampler_ends_in_the_class_that_a_classifier_asks_for(sampler):
     schedule, steps = SCHEDULES["scaled_linear"], 12
     guided = by_gradient(denoiser_of(TWO, schedule), classes(schedule), 1.0, schedule)
-    habit = SAMPLERS[sampler].habit
+    time_defaults = SAMPLERS[sampler].time_defaults
     generators = [torch.Generator().manual_seed(i) for i in range(2)]
     z = torch.stack([torch.randn(1, 8, 8, dtype=torch.float64, generator=generator) for generator in generators])
     with torch.inference_mode():
-        *_, last = SAMPLERS[sampler].run(guided, z, times(schedule, steps, habit=habit), schedule, generators)
+        *_, last = SAMPLERS[sampler].run(
+            guided, z, times(schedule, steps, time_defaults=time_defaults), schedule, generators
+        )
     assert last.z.isfinite().all()
     assert last.z.mean().item() == pytest.approx(TWO.means[1], abs=0.3)  # untold: 0.26
 
@@ -125,7 +127,7 @@ def test_gradients_are_the_same_in_inference_mode_through_a_network_and_what_it_
 
     def run(z_t):
         told = Context(tokens=tokens + 0.0)  # made in the mode of the caller
-        denoiser = Denoiser(Reader(unet), schedule, "velocity")
+        denoiser = Denoiser(CachedUNet(unet), schedule, "velocity")
         plain = classifier_free(denoiser, told, None, 1.0)
         guided = [by_estimate(plain, score, 50.0, schedule, through) for through in (True, False)]
         both = classifier_free(denoiser, told, Context(tokens=told.tokens * 0), 3.0)

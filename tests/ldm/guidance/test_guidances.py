@@ -122,10 +122,10 @@ def test_interval_threshold_and_rescaling_go_around_every_guidance(method):
 @pytest.mark.parametrize("method", GUIDANCES)
 def test_every_sampler_takes_every_guidance(method, sampler):
     """Also from where no signal is left, and in inference mode, as pictures are made."""
-    run, habit = SAMPLERS[sampler].run, SAMPLERS[sampler].habit
+    run, time_defaults = SAMPLERS[sampler].run, SAMPLERS[sampler].time_defaults
     options = {"tolerance": 0.1} if "tolerance" in SAMPLERS[sampler].options else {}
     for name, prediction in (("scaled_linear", "noise"), ("zero_terminal", "velocity"), ("flow", "flow")):
-        given = replace(ingredients(name, prediction), times=times(SCHEDULES[name], 5, "trailing", habit))
+        given = replace(ingredients(name, prediction), times=times(SCHEDULES[name], 5, "trailing", time_defaults))
         around = {} if method == "cfg_plus_plus" else {"rescale": 0.5, "bound": 3.0}
         config = GuidanceConfig(method=method, scale=SCALES[method], start=1.0, stop=0.3, **around)
         generators = [torch.Generator().manual_seed(i) for i in range(2)]

@@ -9,17 +9,17 @@ import pytest
 import torch
 from diffusers.models.attention_processor import PAGCFGIdentitySelfAttnProcessor2_0, PAGIdentitySelfAttnProcessor2_0
 from diffusers.pipelines.pag.pag_utils import PAGMixin
-from tests.ldm.networks.test_unet import PLAIN, SMALL, context, random_unet
-from tests.ldm.formats.test_unet_interop import theirs_of
 
 from conditioning.interface.context import Context
 from ldm.denoising.denoiser import Denoiser
 from ldm.guidance.base import classifier_free, rescaled
 from ldm.guidance.combines import apg
 from ldm.guidance.perturbed_attention import Perturbed, perturbed_attention
-from ldm.networks.cached_unet import Reader, self_attentions
+from ldm.networks.cached_unet import CachedUNet, self_attentions
 from ldm.networks.unet import UNet
 from tests.helpers.oracles import SCHEDULES
+from tests.ldm.formats.test_unet_interop import theirs_of
+from tests.ldm.networks.test_unet import PLAIN, SMALL, context, random_unet
 
 T = 0.6
 FIRST = replace(SMALL, attention_levels=(False, False))  # the first self-attention is the one in the middle
@@ -37,7 +37,7 @@ def z_t():
     return torch.randn(2, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
-class Watched(Reader):
+class Watched(CachedUNet):
     """A reader that counts the batches of latents and of what is told."""
 
     def __init__(self, unet: UNet):
@@ -161,7 +161,7 @@ def test_pictures_that_are_not_perturbed_are_as_they_would_be_alone(z_t, config)
     unet = random_unet(config).double()
     told, null = contexts()
     whole = Perturbed(told.cat(null).cat(told), 2, ("mid_block",))
-    reader, timestep = Reader(unet), torch.full((6,), 300.0)
+    reader, timestep = CachedUNet(unet), torch.full((6,), 300.0)
     output = reader(torch.cat([z_t] * 3), timestep, whole)
     torch.testing.assert_close(output[:2], unet(z_t, timestep[:2], told))
     torch.testing.assert_close(output[2:4], unet(z_t, timestep[:2], null))
@@ -175,7 +175,7 @@ def test_the_estimates_are_the_same_where_latents_are_not_alike(z_t):
     whole = Perturbed(told.cat(null).cat(told), 2, ("mid_block",))
     many = torch.cat([z_t, z_t, z_t])
     many[0] += 1
-    alike, other = (Reader(unet)(z, torch.full((6,), 300.0), whole) for z in (torch.cat([z_t] * 3), many))
+    alike, other = (CachedUNet(unet)(z, torch.full((6,), 300.0), whole) for z in (torch.cat([z_t] * 3), many))
     torch.testing.assert_close(alike[1:], other[1:])
 
 

@@ -7,13 +7,12 @@ from functools import partial
 
 import pytest
 import torch
-from tests.autoencoder.test_pixels import SHAPE, model
 
 import stipple.commands.draw as drawing
 from autoencoder import Pixels, open_autoencoder
 from conditioning.classes.class_conditioner import Unconditional
 from ldm.networks.classifier import POOLS, Classifier, ClassifierConfig, classify, translated
-from ldm.sampling.gradient_guides import ClassifierLead, ClipLead
+from ldm.sampling.gradient_guides import ClassifierGuide, ClipGuide
 from ldm.sampling.settings import Settings
 from ldm.schedules.registry import ScheduleConfig, make_schedule
 from stipple.commands.open_model import Opening, open_for_drawing
@@ -22,6 +21,7 @@ from stipple_core.data.dataset import DataConfig
 from stipple_core.data.records.records import Record, Records
 from stipple_core.embedders import EmbedderConfig, build_embedder
 from stipple_core.images.images import image_to_tensor
+from tests.autoencoder.test_pixels import SHAPE, model
 from tests.helpers.drawn import refused
 from tests.helpers.small_models import build_model_of
 from tests.helpers.tiny_runs import differing, final_state, run_here
@@ -75,7 +75,7 @@ def test_a_lead_moves_the_estimate_towards_its_class_and_away_below_zero():
 
     def share(scale: float) -> float:
         pictures = [Settings(prompt="dress", classifier_scale=scale)] * 4
-        z_0 = ClassifierLead(ours).around(lambda z, t: torch.zeros_like(z), pictures, schedule)(z_t, 0.5)
+        z_0 = ClassifierGuide(ours).around(lambda z, t: torch.zeros_like(z), pictures, schedule)(z_t, 0.5)
         moved = z_t + 0.01 * z_0 / max(abs(scale), 1)
         return classify(ours, schedule, moved, 0.5).softmax(1)[:, 1].mean().item()
 
@@ -85,7 +85,7 @@ def test_a_lead_moves_the_estimate_towards_its_class_and_away_below_zero():
 def test_pictures_led_by_a_classifier_differ_and_at_scale_0_do_not():
     ours = model()
     plain = image_to_tensor(ours("", seed=1)[0])
-    ours.leads["classifier_scale"] = ClassifierLead(classifier())
+    ours.gradient_guides["classifier_scale"] = ClassifierGuide(classifier())
     same = image_to_tensor(ours("", seed=1, classifier_scale=0.0, classifier_class="apple")[0])
     led = image_to_tensor(ours("", seed=1, classifier_scale=100.0, classifier_class="apple")[0])
     assert torch.equal(plain, same) and not torch.equal(plain, led)
@@ -113,7 +113,7 @@ def test_clip_guidance_raises_the_cosine_of_picture_and_prompt(clip):
         return torch.cosine_similarity(embedder.images(images), embedder.texts(["a red circle"] * 2))
 
     with torch.inference_mode():  # as the pipeline has it
-        led = ClipLead(embedder.images, embedder.texts, Pixels().decode)
+        led = ClipGuide(embedder.images, embedder.texts, Pixels().decode)
         z_0 = led.around(lambda z, t: clean, pictures, schedule)(clean, 0.5)
     step = (z_0 - clean) / (z_0 - clean).abs().max()
     assert (cosine(clean + 0.02 * step) > cosine(clean)).all()
@@ -161,14 +161,14 @@ def test_a_classifier_of_an_autoencoder_leads_in_every_precision(tmp_path, saved
     ours.save(tmp_path / "model", saved)
     asked = dict(checkpoint=f"{tmp_path}/model", classifier=f"{tmp_path}/classifier", precision=precision, device="cpu")
     model, _ = open_for_drawing(Opening(**asked), {})
-    assert "classifier_scale" in model.leads
+    assert "classifier_scale" in model.gradient_guides
 
 
 def test_what_can_not_lead_says_so_in_one_line(tmp_path):
     ours = model()
     with pytest.raises(ValueError, match="classifier scale 3.0 needs a classifier of noisy latents: --classifier"):
         ours("", classifier_scale=3.0)
-    ours.leads["classifier_scale"] = ClassifierLead(classifier())
+    ours.gradient_guides["classifier_scale"] = ClassifierGuide(classifier())
     with pytest.raises(ValueError, match="'dres' is no class of the classifier; did you mean 'dress'"):
         ours("", classifier_scale=3.0, classifier_class="dres")
     ours.save(tmp_path / "model")

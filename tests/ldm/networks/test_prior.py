@@ -10,7 +10,7 @@ from autoencoder import ImageEmbeddings, Pixels
 from conditioning.interface.context import Context
 from ldm.formats.diffusers.networks_folder import load_unet, save_unet
 from ldm.formats.diffusers.prior_options import prior_from_diffusers, prior_to_diffusers
-from ldm.networks.cached_unet import Reader
+from ldm.networks.cached_unet import CachedUNet
 from ldm.networks.prior import PriorTransformer
 from ldm.networks.prior_config import PriorConfig
 from stipple.stages.ldm.denoiser_validation import SamplesConfig
@@ -74,7 +74,7 @@ def test_gradients_and_checkpointing_agree(prior):
 
 def test_a_sampler_calls_it_as_it_calls_a_unet(prior):
     with torch.no_grad():
-        torch.testing.assert_close(Reader(prior)(Z_T, TIMESTEP, told()), prior(Z_T, TIMESTEP, told()))
+        torch.testing.assert_close(CachedUNet(prior)(Z_T, TIMESTEP, told()), prior(Z_T, TIMESTEP, told()))
 
 
 def test_hidden_tokens_change_nothing_and_seen_ones_do(prior):
@@ -125,7 +125,7 @@ class Embedder(torch.nn.Module):
 def test_a_prior_that_does_not_fit_is_told_its_own_keys(prior, changes, message):
     autoencoder = ImageEmbeddings(Embedder(), torch.zeros(8), torch.ones(8))
     told = {"context_dim": 8, "vector_dim": 8, "latent_channels": 0, "max_length": 5}
-    conditioner = SimpleNamespace(**told, hint=None, needs=frozenset(), placed=False)
+    conditioner = SimpleNamespace(**told, hint=None, reads=frozenset(), has_positions=False)
     given = {"data": DataConfig(folder="", image_size=32), "samples": SamplesConfig(every=0)}
 
     def run(**options) -> RunConfig:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from conditioning import Context
-from ldm.networks.cached_unet import Reader
+from ldm.networks.cached_unet import CachedUNet
 from ldm.networks.unet import UNet, UNetConfig
 from tests.helpers.small_models import UNET, build_model
 
@@ -32,7 +32,7 @@ def calls_of(module: torch.nn.Module) -> list[int]:
 
 
 def test_without_reuse_every_call_is_the_networks_own(unet):
-    reader, told = Reader(unet), context()
+    reader, told = CachedUNet(unet), context()
     for timestep in (900.0, 500.0, 20.0):
         z_t, timesteps = torch.randn(2, 4, 8, 8), torch.full((2,), timestep)
         assert torch.equal(reader(z_t, timesteps, told), unet(z_t, timesteps, unet.read(told)))
@@ -40,7 +40,7 @@ def test_without_reuse_every_call_is_the_networks_own(unet):
 
 @pytest.mark.parametrize("reuse", [2, 3])
 def test_inner_layers_are_computed_at_every_nth_call_and_outer_ones_at_each(unet, reuse):
-    reader, told = Reader(unet, reuse), context()
+    reader, told = CachedUNet(unet, reuse), context()
     inner, outer = calls_of(unet.mid_block.resnets[0]), calls_of(unet.down_blocks[0].resnets[0])
     made = []
     for _ in range(7):
@@ -50,7 +50,7 @@ def test_inner_layers_are_computed_at_every_nth_call_and_outer_ones_at_each(unet
 
 
 def test_what_is_computed_is_exact_and_what_is_reused_is_exact_where_nothing_changes(unet):
-    reader, told, timesteps = Reader(unet, 2), context(), torch.full((2,), 500.0)
+    reader, told, timesteps = CachedUNet(unet, 2), context(), torch.full((2,), 500.0)
     first, second, third = torch.randn(3, 2, 4, 8, 8)
     exact = [unet(z_t, timesteps, told) for z_t in (first, second, third)]
     torch.testing.assert_close(reader(first, timesteps, told), exact[0])
@@ -60,7 +60,7 @@ def test_what_is_computed_is_exact_and_what_is_reused_is_exact_where_nothing_cha
 
 
 def test_another_context_or_an_interval_of_guidance_begins_anew(unet):
-    reader, timesteps = Reader(unet, 5), torch.full((2,), 500.0)
+    reader, timesteps = CachedUNet(unet, 5), torch.full((2,), 500.0)
     z_t, some, others = torch.randn(2, 4, 8, 8), context(), context()
     reader(torch.randn(2, 4, 8, 8), timesteps, some)
     torch.testing.assert_close(reader(z_t, timesteps, others), unet(z_t, timesteps, others))

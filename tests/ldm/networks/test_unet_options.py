@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
-from tests.ldm.networks.test_unet import PLAIN, PUBLISHED, SMALL, close, context, random_unet
-from tests.ldm.formats.test_unet_interop import SHAPES, run_theirs
 
 from ldm.formats.diffusers.known_unet_options import FIXED
 from ldm.formats.diffusers.unet_options import unet_from_diffusers, unet_to_diffusers
 from ldm.networks.unet import UNet
+from tests.ldm.formats.test_unet_interop import SHAPES, run_theirs
+from tests.ldm.networks.test_unet import PLAIN, PUBLISHED, SMALL, close, context, random_unet
 
 
 @pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES.keys())

@@ -13,7 +13,7 @@ from ldm.samplers.onestep import ddim
 from ldm.samplers.probability_flow import invert
 from ldm.samplers.registry import SAMPLERS
 from ldm.samplers.spacing import times
-from ldm.samplers.steps import initial_noise, towards
+from ldm.samplers.steps import ddim_step, initial_noise
 from tests.helpers.oracles import GAUSSIAN, SCHEDULES, TWO, denoiser_of
 
 OPTIONS = {  # orders that the table of samplers does not name
@@ -162,7 +162,7 @@ def test_the_predictor_of_unipc_is_dpmpp_2m_and_its_corrector_changes_every_step
     def moves(z, z_0, t, s):
         if predicted and predicted[-1][0] == s.time:
             return predicted[-1][1]  # taken again: leave it
-        predicted.append((s.time, towards(z, z_0, t, s)))
+        predicted.append((s.time, ddim_step(z, z_0, t, s)))
         return predicted[-1][1]
 
     monkeypatch.setattr(multistep, "towards", moves)

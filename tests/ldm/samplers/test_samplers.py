@@ -231,7 +231,7 @@ def test_wrong_requests_say_what_is_wrong():
 def test_a_walk_may_end_at_the_first_noise_level_and_stay_there(sampler, spacing):
     """As Stable Diffusion's DDIM and PNDM do; where the last step begins there already, it changes nothing."""
     schedule = SCHEDULES["scaled_linear"]
-    walk = times(schedule, 6, spacing, replace(SAMPLERS[sampler].habit, ends_clean=False), offset=0)
+    walk = times(schedule, 6, spacing, replace(SAMPLERS[sampler].time_defaults, ends_clean=False), offset=0)
     z = initial_noise((2, 3), seeds(2), schedule).double()
     *_, before, end = SAMPLERS[sampler].run(denoiser_of(TWO, schedule), z, walk, schedule, seeds(2))
     assert end.t == 0.001 and end.z.isfinite().all()
@@ -245,7 +245,7 @@ def test_a_walk_may_end_at_the_first_noise_level_and_stay_there(sampler, spacing
 def test_every_sampler_walks_every_spacing(name, spacing):
     for sampler in SAMPLERS.values():
         for steps in (1, 2, 7):
-            walk = times(SCHEDULES[name], steps, spacing, sampler.habit)
+            walk = times(SCHEDULES[name], steps, spacing, sampler.time_defaults)
             z = initial_noise((1, 50), seeds(1), SCHEDULES[name], walk[0].item()).double()
             end = last(sampler.run(denoiser_of(GAUSSIAN, SCHEDULES[name]), z, walk, SCHEDULES[name], seeds(1)))
             assert end.z.isfinite().all()

@@ -6,12 +6,16 @@ import pytest
 import torch
 
 from ldm.samplers.registry import SAMPLERS
-from ldm.samplers.spacing import SPACINGS, Habit, times
+from ldm.samplers.spacing import SPACINGS, TimeDefaults, times
 from ldm.schedules.registry import ScheduleConfig, make_schedule
 from tests.helpers.oracles import SCHEDULES
 
 VP = SCHEDULES["scaled_linear"]
-HABITS = {"lattice": Habit(), "fractional": Habit(fractional=True), "solver": Habit(drops_lowest=True)}
+HABITS = {
+    "lattice": TimeDefaults(),
+    "fractional": TimeDefaults(fractional=True),
+    "solver": TimeDefaults(drops_lowest=True),
+}
 
 
 def indices(*arguments, **options):
@@ -20,27 +24,27 @@ def indices(*arguments, **options):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("habit", HABITS.values(), ids=HABITS.keys())
-def test_times_fall_from_at_most_one_to_zero(name, spacing, habit):
+@pytest.mark.parametrize("time_defaults", HABITS.values(), ids=HABITS.keys())
+def test_times_fall_from_at_most_one_to_zero(name, spacing, time_defaults):
     for steps in (1, 2, 3, 7, 13, 50, 499, 500, 600, 999, 1000):
-        walk = times(SCHEDULES[name], steps, spacing, habit)
+        walk = times(SCHEDULES[name], steps, spacing, time_defaults)
         assert walk.shape == (steps + 1,) and walk.dtype == torch.float64 and walk[-1] == 0
         assert (walk.diff() < 0).all() and walk[0] <= 1
         assert walk[0] == 1 or spacing not in ("trailing", "linspace", "ays")
 
 
 @pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
-@pytest.mark.parametrize("habit", ["lattice", "solver"])
+@pytest.mark.parametrize("time_defaults", ["lattice", "solver"])
 @pytest.mark.parametrize("steps", [1, 7, 30, 50, 600, 1000])
-def test_times_are_those_of_noise_levels(spacing, habit, steps):
-    found = torch.tensor(indices(steps, spacing, HABITS[habit]))
+def test_times_are_those_of_noise_levels(spacing, time_defaults, steps):
+    found = torch.tensor(indices(steps, spacing, HABITS[time_defaults]))
     assert torch.equal(found, found.round())
 
 
 def test_every_level_is_visited_where_there_are_as_many_steps():
     for spacing in ("trailing", "leading", "linspace"):
-        for habit in HABITS.values():
-            assert indices(1000, spacing, habit) == list(range(999, -1, -1))
+        for time_defaults in HABITS.values():
+            assert indices(1000, spacing, time_defaults) == list(range(999, -1, -1))
 
 
 def test_leading_times_are_those_of_ldm():
@@ -132,15 +136,15 @@ def test_spacings_of_noise_fall_between_levels_so_that_no_two_times_are_one(spac
 
 
 def test_a_walk_ends_clean_unless_habit_or_model_say_otherwise():
-    for habit, said, end in [(None, False, 0), (True, None, 0), (True, False, 0.001), (False, None, 0.001)]:
-        assert times(VP, 5, "trailing", Habit(ends_clean=habit), ends_clean=said)[-1] == end
-    assert times(VP, 5, "trailing", Habit(ends_clean=False), ends_clean=True)[-1] == 0
+    for time_defaults, said, end in [(None, False, 0), (True, None, 0), (True, False, 0.001), (False, None, 0.001)]:
+        assert times(VP, 5, "trailing", TimeDefaults(ends_clean=time_defaults), ends_clean=said)[-1] == end
+    assert times(VP, 5, "trailing", TimeDefaults(ends_clean=False), ends_clean=True)[-1] == 0
 
 
 def test_the_offset_gives_way_before_a_time_passes_one():
     assert indices(10, "leading", offset=500)[0] == 999
     for steps in (999, 1000):
-        assert max(indices(steps, "leading", replace(SAMPLERS["unipc"].habit))) <= 999
+        assert max(indices(steps, "leading", replace(SAMPLERS["unipc"].time_defaults))) <= 999
 
 
 def test_wrong_requests_say_what_is_wrong():

@@ -92,7 +92,7 @@ def test_a_table_from_scratch_has_a_row_of_its_own_for_no_class():
     assert conditioner.embedding.weight.shape == (4, 4) and conditioner.null_class == 3
     told = conditioner.encode(["2", "", "0"]).tokens
     assert torch.equal(told, conditioner.embedding.weight[[2, 3, 0]][:, None])
-    vector = ClassConfig(names=["a", "b"], width=4, told_as="vector")
+    vector = ClassConfig(names=["a", "b"], width=4, encoded_as="vector")
     context = build_conditioner(ConditionerConfig(kind="class", classes=vector)).encode(["b", ""])
     assert context.tokens is None and context.vector.shape == (2, 4)
 

@@ -9,7 +9,6 @@ import tracemalloc
 
 import pytest
 import torch
-from tests.data.test_tar import make_tar, picture
 from torch.utils.data import DataLoader
 
 from stipple_core.config import load_config
@@ -17,6 +16,7 @@ from stipple_core.data.dataset import ImageDataset, Order, collate, make_loader
 from stipple_core.data.records.data_config import DataConfig
 from stipple_core.data.records.records import Record, RecordList, fingerprint
 from stipple_core.data.sources.scan import scan
+from tests.data.test_tar import make_tar, picture
 
 COUNT = 37
 SOURCES = ("folder", "tar", "parquet", "dataset", "pipe")

@@ -10,11 +10,11 @@ import torch
 
 import stipple.commands.img2img as img2img
 import txt2img
-from conditioning import Given
+from conditioning import ConditionInputs
 from conditioning.readers.retrieval import nearest
 from ldm.formats.single_file import save_single_file
 from ldm.pipeline import TextToImage
-from ldm.sampling.prior_sampling import imagined
+from ldm.sampling.prior_sampling import sample_embeddings
 from ldm.sampling.settings import Settings
 from stipple.stages.ldm.batch_inputs import Inputs
 from stipple.stages.ldm.denoiser_validation import drawing_command
@@ -75,7 +75,7 @@ def test_a_decoder_draws_prompts_through_its_prior(runs):
     model = TextToImage.load(runs / "unclip-decoder" / "model")
     with pytest.raises(ValueError, match="give an image, or a prior"):
         model.plan("")
-    model.imagine_by(TextToImage.load(runs / "unclip-prior" / "model"))
+    model.use_prior(TextToImage.load(runs / "unclip-prior" / "model"))
     first, again, other = (model("a cat", seed=seed, steps=2)[0] for seed in (0, 0, 1))
     assert first.tobytes() == again.tobytes() != other.tobytes()
     assert [image.size for image in model(["a cat", "a dog"], batch_size=2, steps=2)] == [(32, 32)] * 2
@@ -83,7 +83,7 @@ def test_a_decoder_draws_prompts_through_its_prior(runs):
 
 def test_a_prior_makes_points_on_the_sphere_of_embeddings_that_depend_on_the_prompt(runs):
     prior = TextToImage.load(runs / "unclip-prior" / "model")
-    points = imagined(prior, prior.plan(["a cat", "a dog"], steps=2))
+    points = sample_embeddings(prior, prior.plan(["a cat", "a dog"], steps=2))
     torch.testing.assert_close(points.square().mean(1), torch.ones(2))
     assert not torch.allclose(points[0], points[1])
     assert torch.equal(prior.unet.clip_std[0], prior.autoencoder.std)  # which diffusers looks for there
@@ -99,13 +99,13 @@ def test_a_prior_of_other_embeddings_is_refused(runs):
     decoder, augmented = (TextToImage.load(runs / name / "model") for name in ("unclip-decoder", "rdm"))
     for model, prior in ((augmented, decoder), (decoder, augmented)):
         with pytest.raises(ValueError, match="must make embeddings of the encoder"):
-            model.imagine_by(prior)
+            model.use_prior(prior)
 
 
 def test_what_is_retrieved_for_a_prompt_is_what_the_model_is_told(runs):
     model = TextToImage.load(runs / "rdm" / "model")
     reader = model.conditioner.readers["retrieval"]
-    (tokens,) = model.conditioner.encode(["a cat"], Given(prompts=["a cat"])).tokens
+    (tokens,) = model.conditioner.encode(["a cat"], ConditionInputs(prompts=["a cat"])).tokens
     found = nearest(reader.embedder.texts(["a cat"]), reader.database, reader.config.neighbors)[0]
     assert torch.equal(tokens, reader.database[found])
     assert model("a cat", steps=2)[0].size == (32, 32)
@@ -121,7 +121,7 @@ def test_no_candidate_of_a_prior_is_that_of_a_neighboring_seed(runs, monkeypatch
     prior, walked = TextToImage.load(runs / "unclip-prior" / "model"), []
     sample = prior.sample
     monkeypatch.setattr(prior, "sample", lambda batch: walked.append(batch[0].seed) or sample(batch))
-    imagined(prior, [Settings(prompt="a cat", steps=2, seed=seed) for seed in (0, 1, 2**64 - 1)])
+    sample_embeddings(prior, [Settings(prompt="a cat", steps=2, seed=seed) for seed in (0, 1, 2**64 - 1)])
     assert len(set(walked)) == 2 * 3
 
 
@@ -137,7 +137,7 @@ def test_a_prior_draws_nothing_and_says_so_before_it_computes(runs, tmp_path, ca
 
 def test_words_that_an_image_or_nothing_takes_the_place_of_are_refused(runs, tmp_path, capsys):
     decoder, augmented = (TextToImage.load(runs / name / "model") for name in ("unclip-decoder", "rdm"))
-    decoder.imagine_by(TextToImage.load(runs / "unclip-prior" / "model"))
+    decoder.use_prior(TextToImage.load(runs / "unclip-prior" / "model"))
     for model in (decoder, augmented):
         for settings in ({}, {"image": photo(32, 32)}):
             with pytest.raises(ValueError, match="negative prompt 'a dog' is read by nothing"):
@@ -156,7 +156,7 @@ def test_words_that_an_image_or_nothing_takes_the_place_of_are_refused(runs, tmp
 
 def test_a_negative_prompt_reaches_both_that_a_prior_reads(runs):
     prior = TextToImage.load(runs / "unclip-prior" / "model")
-    context = prior.conditioner.encode(["a dog"], Given(prompts=["a dog"], dropped=torch.tensor([True])))
+    context = prior.conditioner.encode(["a dog"], ConditionInputs(prompts=["a dog"], dropped=torch.tensor([True])))
     told = prior.conditioner.encode(["a dog"])
     assert torch.equal(context.vector, told.vector) and torch.equal(context.tokens, told.tokens)
 
@@ -201,7 +201,7 @@ def test_in_training_no_picture_is_told_of_itself_mirrored_or_cut(runs):
     own = reader.database[[reader.rows[name] for name in batch.names]][:, None]  # [B, 1, d]
     given = Inputs(model.autoencoder, model.conditioner, model.conditioner, None).given(batch)
 
-    def told_of_itself(given: Given) -> int:
+    def told_of_itself(given: ConditionInputs) -> int:
         return int((reader(given).tokens == own).all(-1).any(1).sum())
 
     assert told_of_itself(given) == 0 < told_of_itself(dataclasses.replace(given, names=None))

@@ -162,7 +162,7 @@ def test_fading_is_the_derivative_of_log_snr(name):
     schedule, h = SCHEDULES[name], 1e-7
     t = (torch.arange(1, 999, dtype=torch.float64) + 0.5) / 1000  # between levels, where tables have a derivative
     slope = (schedule.snr(t - h).log() - schedule.snr(t + h).log()) / (2 * h)
-    torch.testing.assert_close(schedule.fading(t), slope, rtol=2e-6, atol=1e-5)
+    torch.testing.assert_close(schedule.dlogsnr_dt(t), slope, rtol=2e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -170,9 +170,9 @@ def test_fading_at_a_level_is_that_of_the_interval_that_ends_there(name):
     schedule, t = SCHEDULES[name], grid()
     logs = schedule.snr(t).log()
     if not schedule.ends_in_pure_noise:
-        torch.testing.assert_close(schedule.fading(t)[1:], -logs.diff() * 1000, rtol=1e-8, atol=1e-8)
-    assert schedule.fading(t)[0] == schedule.fading(t)[1]
-    assert schedule.fading(1.0).isinf() == schedule.ends_in_pure_noise
+        torch.testing.assert_close(schedule.dlogsnr_dt(t)[1:], -logs.diff() * 1000, rtol=1e-8, atol=1e-8)
+    assert schedule.dlogsnr_dt(t)[0] == schedule.dlogsnr_dt(t)[1]
+    assert schedule.dlogsnr_dt(1.0).isinf() == schedule.ends_in_pure_noise
 
 
 @pytest.mark.parametrize("name", TABLES)
