@@ -18,9 +18,9 @@ import torch
 
 from benchmarks.shared import contest, models
 from ldm.networks.unet import UNet
+from stipple.stages.ldm.ldm_run import RunConfig
 from stipple_core.config import load_config
 from stipple_core.files.checkpoint_folder import load_state, problem, save_state, write_folder
-from train_ldm import RunConfig
 
 CONFIGS = ("txt2img-mini", "txt2img-small", "text2img-256", "txt2img-1p4b")
 STATE_BYTES = 4 * 4  # per parameter: weight, two moments, moving average, each float32

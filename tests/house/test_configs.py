@@ -12,8 +12,8 @@ import yaml
 from omegaconf import OmegaConf
 from torch import nn
 
-import train_autoencoder
-import train_ldm
+import stipple.stages.autoencoder.autoencoder_run as train_autoencoder
+import stipple.stages.ldm.ldm_run as train_ldm
 from autoencoder import Autoencoder, PatchDiscriminator
 from autoencoder.losses.perceptual import PERCEPTUAL, make_perceptual
 from conditioning.build import ConditionerConfig

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from stipple.stages.ldm.ldm_run import RunConfig
 from stipple_core.config import load_config
 from stipple_core.files import checkpoint_folder as checkpoint
 from stipple_core.files.weights import outline, read_metadata, read_weights, write_weights
-from train_ldm import RunConfig
 
 ROOT = Path(__file__).parents[2]
 MANIFEST_WORDS = [b'"sha256"', b'"bytes"', b"../", b"/etc/passwd", b"null", b"[", b"{", b"}", b"-1", b"1e9", b'""']

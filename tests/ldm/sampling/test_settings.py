@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import yaml
 
-import train_autoencoder
-import train_ldm
+import stipple.stages.autoencoder.autoencoder_run as train_autoencoder
+import stipple.stages.ldm.ldm_run as train_ldm
 from stipple.stages.data.run_settings import changes
 from stipple_core.config import load_config, save_config
 
