@@ -22,7 +22,7 @@ from conditioning.build import AnyConditioner
 from conditioning.text.text_conditioner import Conditioner
 from stipple.stages.data.data_check import bucketed
 from stipple.stages.ldm.ldm_parts import MOMENTS_DTYPES, cache_key, caches_contexts, make_conditioner
-from stipple.stages.ldm.ldm_run import RunConfig, inherited, opened
+from stipple.stages.ldm.ldm_run import LdmRunConfig, config_from_init, opened
 from stipple.stages.ldm.shapes import check_shapes
 from stipple.training.run.run_folder import RunFolder
 from stipple_core.config import load_config, one_line_errors
@@ -95,7 +95,7 @@ def encode_captions(conditioner: Conditioner, captions: list[str], device: torch
 
 
 def open_writer(
-    config: RunConfig, records: Records, autoencoder: Autoencoder, conditioner: AnyConditioner, state: Accelerator
+    config: LdmRunConfig, records: Records, autoencoder: Autoencoder, conditioner: AnyConditioner, state: Accelerator
 ) -> ShardWriter:
     """Say what goes to the cache, or make sure that it is what goes there already; the first process does so first."""
     check_shapes(config, autoencoder, conditioner)
@@ -110,7 +110,7 @@ def open_writer(
     return writer
 
 
-def cache(config: RunConfig, arguments: Sequence[str]) -> None:
+def cache(config: LdmRunConfig, arguments: Sequence[str]) -> None:
     """Fill `config.cache`; what is already there is not made again. `arguments` are shown for the next command."""
     if config.cache is None:
         raise ValueError("there is no folder to write to; give cache=FOLDER")
@@ -153,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     arguments = parser.parse_intermixed_args(argv)
     with one_line_errors():
-        cache(load_config(RunConfig, arguments.config, arguments.overrides, inherited), argv)
+        cache(load_config(LdmRunConfig, arguments.config, arguments.overrides, config_from_init), argv)
 
 
 if __name__ == "__main__":

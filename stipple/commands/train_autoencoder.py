@@ -17,11 +17,11 @@ from accelerate import PartialState
 
 from autoencoder.losses.first_stage_loss import discriminator_loss, generator_loss
 from stipple.stages.autoencoder.adversary import discriminate
-from stipple.stages.autoencoder.autoencoder_parts import AutoencoderLearner, build_networks, train_perceptual
-from stipple.stages.autoencoder.autoencoder_run import RunConfig, inherited
+from stipple.stages.autoencoder.autoencoder_parts import AutoencoderTraining, build_networks, train_perceptual
+from stipple.stages.autoencoder.autoencoder_run import AutoencoderRunConfig, config_from_init
 from stipple.stages.autoencoder.reconstruction import measure_scale, validate
 from stipple.stages.data.data_check import DataCheck
-from stipple.stages.data.run_pictures import Pictures
+from stipple.stages.data.run_data import RunData
 from stipple.training.command_line import parse
 from stipple.training.run.run_folder import disk_errors
 from stipple.training.trainer import Trainer
@@ -30,15 +30,15 @@ from stipple_core.data.dataset import scan
 from stipple_core.randomness import normal
 
 
-def train(config: RunConfig) -> None:
+def train(config: AutoencoderRunConfig) -> None:
     """Train, measure, and leave the model in `run/model`."""
     with one_line_errors():
         trainer = Trainer(config.trainer, config.run, to_dict(config))  # first: from here on time and signals count
         found = scan(config.data, captioned=False)
         networks = build_networks(config, trainer.device)
         data_check = DataCheck.of(found, config.data, trainer)
-        pictures = Pictures.open(config.data, data_check, config.seed, config.run)
-        learner = AutoencoderLearner.register(trainer, networks, config)
+        pictures = RunData.open(config.data, data_check, config.seed, config.run)
+        learner = AutoencoderTraining.register(trainer, networks, config)
     with one_line_errors():
         pictures.begin(trainer, config)
     train_perceptual(trainer, networks.perceptual, pictures, config)
@@ -85,7 +85,7 @@ def train(config: RunConfig) -> None:
                     validate(trainer, autoencoder, pictures.held_out, config.validation)
 
 
-def next_command(config: RunConfig, path: str | None) -> str:
+def next_command(config: AutoencoderRunConfig, path: str | None) -> str:
     """The command that caches latents with the trained autoencoder, its config named like this run's (`path`)."""
     stem = Path(path or "").name
     ldm = f"configs/ldm/{stem}" if Path(f"configs/ldm/{stem}").is_file() else "configs/ldm/txt2img-small.yaml"
@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments = parse(parser, "configs/autoencoder/kl-f8.yaml", argv)
     with one_line_errors():
-        config = load_config(RunConfig, arguments.config, arguments.overrides, inherited)
+        config = load_config(AutoencoderRunConfig, arguments.config, arguments.overrides, config_from_init)
     with disk_errors(config.run):
         train(config)
     if PartialState().is_main_process:

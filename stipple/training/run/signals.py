@@ -15,7 +15,7 @@ SAVING = signal.SIGUSR1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class SignalRequest:
     """What is to be done after the optimizer step under way."""
 
     save: bool  # write a checkpoint now
@@ -51,7 +51,7 @@ class Signals:
                 if signal.getsignal(number) == self._note:
                     signal.signal(number, handler)
 
-    def request(self, out_of_time: bool, device: torch.device, world: int) -> Request:
+    def request(self, out_of_time: bool, device: torch.device, world: int) -> SignalRequest:
         """What any of `world` processes was asked for since the last call; every process calls it at the same step."""
         save, self._save = self._save, False
         code = 128 + self._stop if self._stop is not None else 0 if out_of_time else -1
@@ -59,7 +59,7 @@ class Signals:
             answer = torch.tensor([int(save), code], device=device)
             torch.distributed.all_reduce(answer, torch.distributed.ReduceOp.MAX)
             save, code = answer.tolist()
-        return Request(save=bool(save), exit_code=code if code >= 0 else None)
+        return SignalRequest(save=bool(save), exit_code=code if code >= 0 else None)
 
     def _install(self) -> None:
         for number in self._before:
