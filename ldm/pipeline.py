@@ -70,8 +70,7 @@ class TextToImage:
         defaults: Settings | None = None,
     ):
         check_parts(autoencoder, unet, conditioner)
-        for reader in conditioner.readers.values():
-            reader.encode = _seen_by(autoencoder)
+        conditioner.bind_encoder(_seen_by(autoencoder))
         self.autoencoder, self.unet, self.conditioner = autoencoder, unet, conditioner
         self.scheduling, self.schedule = scheduling, make_schedule(scheduling.schedule)
         side = unet.config.sample_size * autoencoder.downsampling

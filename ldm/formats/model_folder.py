@@ -11,12 +11,10 @@ from typing import Any
 import torch
 
 from autoencoder import Autoencoder, ImageEmbeddings, Pixels, open_autoencoder
-from conditioning.build import AnyConditioner
-from conditioning.formats.unet_inputs import with_hints
-from conditioning.readers.frame import NAME as FRAME
-from conditioning.readers.frame import with_frame
+from conditioning.build import load_conditioner
+from conditioning.formats.unet_inputs import FRAME, with_frame, with_hints
+from conditioning.interface.conditioner import Conditioner
 from conditioning.readers.spatial import SpatialReader
-from conditioning.text.text_conditioner import Conditioner
 from ldm.formats.diffusers.known_unet_options import PLAIN
 from ldm.formats.diffusers.network_kinds import KINDS, Network, folder_of
 from ldm.formats.diffusers.networks_folder import load_scheduling, load_unet, save_scheduling, save_unet
@@ -47,7 +45,7 @@ class Parts:
 
     autoencoder: Autoencoder | Pixels | ImageEmbeddings
     unet: Network
-    conditioner: AnyConditioner
+    conditioner: Conditioner
     scheduling: Scheduling
     defaults: Mapping[str, Any] = field(default_factory=dict)  # settings of a picture, where the caller says nothing
 
@@ -96,7 +94,7 @@ def open_model(
     _refuse(f"{path} is a model folder", "a single file", **said)
     scheduling = as_pipeline(load_scheduling(path), str(index.get("_class_name")))
     own = index.get(OWN) or {}
-    conditioner = Conditioner.load(folder, dtype, bool(own.get(TRAINED)), variant)
+    conditioner = load_conditioner(folder, dtype, bool(own.get(TRAINED)), variant)
     parts = Parts(
         open_autoencoder(folder, dtype=dtype, variant=variant).eval(),
         load_unet(folder, dtype, variant),
@@ -143,7 +141,7 @@ def _refuse(found: str, wanted: str, **options: Any) -> None:
             raise ValueError(f"{found}, and {name} is an option of {wanted}; leave it out")
 
 
-def _stable_pipeline(conditioner: AnyConditioner) -> str | None:
+def _stable_pipeline(conditioner: Conditioner) -> str | None:
     """The pipeline for Stable Diffusion whose UNet reads the same, if there is one."""
     if second := conditioner.components.get("text_encoder_2"):
         projects = second[1] == "CLIPTextModelWithProjection"

@@ -21,11 +21,11 @@ from torch import Tensor
 from autoencoder import Autoencoder
 from autoencoder.formats.compvis_first_stage import PREFIX as FIRST_STAGE
 from autoencoder.formats.compvis_first_stage import SCALE, SCALES, first_stage_keys, read_scale, to_compvis
-from conditioning.build import AnyConditioner
 from conditioning.encoders.clip import Clip
 from conditioning.formats.compvis_conditioner import conditioner_from_compvis, conditioner_to_compvis
 from conditioning.formats.unet_inputs import MAPPER, hints_to_compvis, with_hints
-from conditioning.text.text_conditioner import Conditioner
+from conditioning.interface.conditioner import Conditioner
+from conditioning.text.text_conditioner import TextConditioner
 from ldm.formats.compvis.compvis_schedule import schedule_from_compvis
 from ldm.formats.compvis.compvis_unet import NETWORK, unet_config, unet_from_compvis, unet_keys, unet_to_compvis
 from ldm.formats.compvis.schedule_buffers import BUFFERS, schedule_buffers
@@ -105,7 +105,7 @@ def open_single_file(
     return Parts(autoencoder.opened_in(dtype).eval(), unet.to(dtype).eval(), conditioner, scheduling)
 
 
-def _habits(schedule: ScheduleConfig, conditioner: AnyConditioner) -> dict[str, str | None]:
+def _habits(schedule: ScheduleConfig, conditioner: Conditioner) -> dict[str, str | None]:
     """Sampler and spacing of a file: those that diffusers has for Stable Diffusion, else LDM's DDIM."""
     if schedule.zero_terminal_snr:
         return {"spacing": "trailing", "sampler": "ddim"}
@@ -135,7 +135,7 @@ def save_single_file(parts: Parts, path: str | os.PathLike, dtype: torch.dtype |
     if not isinstance(parts.autoencoder, Autoencoder):
         kind = parts.autoencoder.class_name
         raise ValueError(f"a model of {kind} can't be said in a CompVis file, which has a first stage; keep the folder")
-    text = isinstance(parts.conditioner.prompts, Conditioner)
+    text = isinstance(parts.conditioner.prompts, TextConditioner)
     kind, scale = parts.autoencoder.config.regularizer, parts.autoencoder.scaling_factor
     own_scale = kind == "kl" and not text  # programs read it from the file
     networks = {
@@ -213,7 +213,7 @@ def _require_whole(names: Collection[str]) -> None:
 
 def _conditioner(
     state: Mapping[str, Tensor], tokenizer: str | os.PathLike | None, dtype: torch.dtype
-) -> tuple[AnyConditioner, Tensor | None]:
+) -> tuple[Conditioner, Tensor | None]:
     """The conditioner of prompts, and the one weight of what reads a semantic map, if there is one."""
     weights = {name.removeprefix(COND_STAGE): value for name, value in state.items() if name.startswith(COND_STAGE)}
     mapper = weights.pop(MAPPER, None)
@@ -226,7 +226,7 @@ def _conditioner(
 def _cond_stage(parts: Parts) -> dict[str, Tensor]:
     """The weights that follow `cond_stage_model.`; ValueError where a program would not know their tokenizer."""
     prompts = parts.conditioner.prompts
-    if isinstance(prompts, Conditioner) and isinstance(prompts.encoder, Clip):
+    if isinstance(prompts, TextConditioner) and isinstance(prompts.encoder, Clip):
         tokens = prompts.tokenize([PROBE])
         if tokens.ids[tokens.mask].tolist() != PROBE_IDS[: prompts.max_length]:
             raise ValueError("the text encoder has a tokenizer of its own, which has no place in a single file")
@@ -267,7 +267,7 @@ def _family(parts: Parts) -> tuple[str, str]:
     wide = (320, 640, 1280, 1280)
     stable = shape[0] == wide and shape[1] in versions and shape[2] == "kl" and parts.extra_channels in (0, 5)
     prompts = parts.conditioner.prompts
-    if not (stable and isinstance(prompts, Conditioner) and isinstance(prompts.encoder, Clip)):
+    if not (stable and isinstance(prompts, TextConditioner) and isinstance(prompts.encoder, Clip)):
         return "latent-diffusion", "CompVis/latent-diffusion"
     if versions[shape[1]] == "1":
         return "stable-diffusion-v1" + "-inpainting" * bool(parts.extra_channels), "CompVis/stable-diffusion"

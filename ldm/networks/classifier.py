@@ -16,11 +16,11 @@ from ldm.denoising.prediction import per_image
 from ldm.formats.diffusers.unet_options import unet_from_diffusers, unet_to_diffusers
 from ldm.networks.attention import Attention, Signal
 from ldm.networks.unet import UNet
-from ldm.networks.unet_blocks import sinusoids
 from ldm.networks.unet_config import UNetConfig
 from ldm.schedules.registry import Schedule, ScheduleConfig
 from stipple_core.files.weights import place, read_folder, read_json, write_json, write_weights
 from stipple_core.operators.normalization import norm_silu
+from stipple_core.operators.sinusoids import sinusoids
 
 FOLDER, STEM, CLASS = "classifier", "model", "NoisyClassifier"
 

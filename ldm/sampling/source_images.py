@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from conditioning.build import AnyConditioner
 from conditioning.hints.degradation import back_projected
-from conditioning.hints.hints import Files
+from conditioning.hints.hint_files import Files
+from conditioning.interface.conditioner import Conditioner
 from conditioning.interface.inputs import ConditionInputs
 from ldm.sampling.settings import Settings, Source
 from stipple_core.images.crop import Cutout
@@ -113,7 +113,7 @@ class Sources:
 
 
 def give(
-    conditioner: AnyConditioner, batch: Sequence[Settings], sources: Sources, downsampling: int, prior: bool = False
+    conditioner: Conditioner, batch: Sequence[Settings], sources: Sources, downsampling: int, prior: bool = False
 ) -> ConditionInputs:
     """What a conditioner reads of B pictures that differ in nothing but prompts and seed.
 
@@ -140,7 +140,7 @@ def give(
     return ConditionInputs(prompts=[picture.prompt for picture in batch], hint=hint, image=image, frame=frame)
 
 
-def check_read(conditioner: AnyConditioner, picture: Settings) -> None:
+def check_read(conditioner: Conditioner, picture: Settings) -> None:
     """Raise ValueError for what is given to a model that does not read it."""
     reads = conditioner.hint.reads if "hint" in conditioner.reads else ()
     if picture.map is not None and "map" not in reads:

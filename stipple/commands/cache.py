@@ -18,8 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from autoencoder import Autoencoder, open_autoencoder
-from conditioning.build import AnyConditioner
-from conditioning.text.text_conditioner import Conditioner
+from conditioning.interface.conditioner import Conditioner
 from stipple.stages.data.data_check import bucketed
 from stipple.stages.ldm.ldm_parts import MOMENTS_DTYPES, cache_key, caches_contexts, make_conditioner
 from stipple.stages.ldm.ldm_run import LdmRunConfig, config_from_init, opened
@@ -95,7 +94,7 @@ def encode_captions(conditioner: Conditioner, captions: list[str], device: torch
 
 
 def open_writer(
-    config: LdmRunConfig, records: Records, autoencoder: Autoencoder, conditioner: AnyConditioner, state: Accelerator
+    config: LdmRunConfig, records: Records, autoencoder: Autoencoder, conditioner: Conditioner, state: Accelerator
 ) -> ShardWriter:
     """Say what goes to the cache, or make sure that it is what goes there already; the first process does so first."""
     check_shapes(config, autoencoder, conditioner)

@@ -16,11 +16,12 @@ from conditioning.hints.degradation import (
     gaussian_kernel,
     resized,
 )
-from conditioning.hints.hints import CONVENTIONS, HINTS, Files
-from conditioning.hints.masks import MASKS, MaskConfig, draw_mask
+from conditioning.hints.hint_files import Files
+from conditioning.hints.hints import HINTS, SpatialConfig
+from conditioning.hints.masks import CONVENTIONS, MASKS, MaskConfig, draw_mask
 from conditioning.interface.inputs import ConditionInputs
 from conditioning.readers.frame import waves
-from conditioning.readers.spatial import SpatialConfig, SpatialReader, level_embedding
+from conditioning.readers.spatial import SpatialReader, level_embedding
 from stipple_core.randomness import generator
 
 SIDE = 32

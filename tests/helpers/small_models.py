@@ -6,7 +6,7 @@ import torch
 
 from autoencoder import Autoencoder, AutoencoderConfig
 from conditioning import ConditionerConfig, build_conditioner
-from conditioning.build import AnyConditioner
+from conditioning.interface.conditioner import Conditioner
 from ldm.formats.diffusers.scheduler import Scheduling
 from ldm.networks.unet import UNet, UNetConfig
 from ldm.pipeline import TextToImage
@@ -38,7 +38,7 @@ def build_model(
 
 
 def build_model_of(
-    conditioner: AnyConditioner, regularizer: str = "kl", prediction: str = "noise", **schedule
+    conditioner: Conditioner, regularizer: str = "kl", prediction: str = "noise", **schedule
 ) -> TextToImage:
     """A model in evaluation mode that is told what a conditioner says."""
     torch.manual_seed(1)

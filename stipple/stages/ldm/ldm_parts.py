@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from autoencoder import Autoencoder, open_autoencoder
-from conditioning.build import AnyConditioner, ConditionerConfig, build_conditioner
+from conditioning.build import ConditionerConfig, build_conditioner
 from conditioning.classes.class_conditioner import ClassConditioner
+from conditioning.interface.conditioner import Conditioner
 from conditioning.readers.combined import CombinedConditioner, files_of
 from conditioning.readers.registry import READERS, build_readers
 from conditioning.text.two_encoders import TwoTokenizers
@@ -44,7 +45,7 @@ READS_SCALE = "time_embedding.cond_proj.weight"  # of UNets with a guidance_dim
 MOMENTS_DTYPES = {"fp32": "float32", "fp16": "float16"}  # of RunConfig.cache_precision
 
 
-def make_conditioner(config: LdmRunConfig, init: Parts | None, records: Records) -> AnyConditioner:
+def make_conditioner(config: LdmRunConfig, init: Parts | None, records: Records) -> Conditioner:
     """What the config names; else that of init_from, which learns on if it learnt with the UNet, and new readers.
 
     Raises:
@@ -72,7 +73,7 @@ def captions_of(records: Iterable[Record]) -> list[str]:
     return [caption for record in records for group in record.captions for caption in group]
 
 
-def _frozen(conditioner: AnyConditioner) -> AnyConditioner:
+def _frozen(conditioner: Conditioner) -> Conditioner:
     """It learns no more: what it says is to stay what the teacher was told."""
     for module in conditioner.modules():
         if hasattr(module, "trainable"):
@@ -123,14 +124,14 @@ def make_defaults(config: LdmRunConfig, init: Parts | None) -> Settings:
     return replace(given, eta=eta, **chosen)
 
 
-def caches_contexts(config: LdmRunConfig, conditioner: AnyConditioner) -> bool:
+def caches_contexts(config: LdmRunConfig, conditioner: Conditioner) -> bool:
     """Whether the cache holds contexts: tokens and nothing else, of an encoder that training does not change."""
     tokens_alone = conditioner.context_dim is not None and conditioner.vector_dim is None
     return config.cache_contexts and not conditioner.trainable and tokens_alone
 
 
 def cache_key(
-    config: LdmRunConfig, records: Sequence[Record], autoencoder: Autoencoder, conditioner: AnyConditioner
+    config: LdmRunConfig, records: Sequence[Record], autoencoder: Autoencoder, conditioner: Conditioner
 ) -> dict[str, Any]:
     """What cached latents and contexts depend on."""
     data = config.data

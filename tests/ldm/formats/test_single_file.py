@@ -9,9 +9,10 @@ import torch
 import ldm.formats.single_file
 from autoencoder import Autoencoder
 from autoencoder.formats.compvis_first_stage import compvis_config
-from conditioning.hints.hints import Files
+from conditioning.hints.hint_files import Files
+from conditioning.hints.hints import SpatialConfig
 from conditioning.readers.combined import CombinedConditioner
-from conditioning.readers.spatial import SpatialConfig, SpatialReader
+from conditioning.readers.spatial import SpatialReader
 from ldm.formats.compvis.schedule_buffers import BUFFERS, schedule_buffers
 from ldm.formats.diffusers.scheduler import Scheduling
 from ldm.formats.model_folder import open_model, save_model

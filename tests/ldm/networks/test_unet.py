@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ldm.networks.unet import UNet, UNetConfig
-from ldm.networks.unet_blocks import sinusoids
+from stipple_core.operators.sinusoids import sinusoids
 
 SMALL = UNetConfig(
     sample_size=8,
