@@ -57,7 +57,7 @@ def train(config: RunConfig) -> None:
         learner = Learner.register(trainer, model, config, learning, objective.averages)
         inputs = Inputs(model.autoencoder, model.conditioner, learner.text_network, cache, config.drops)
         shown = Shown.of(config.samples.prompts, pictures.examples, inputs)
-        model.plan(shown.prompts, given=shown.given)  # a wrong number of steps is to be found now
+        model.plan(shown.prompts, inputs=shown.given)  # a wrong number of steps is to be found now
     device, seed, diffusion = trainer.device, config.seed, config.diffusion
     density = make_density(diffusion.density, model.schedule)
     seen = torch.zeros(config.trainer.batch_size, device=device)  # losses of a step, for a density that learns

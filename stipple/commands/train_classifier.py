@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from ldm.formats.classifier_folder import save_classifier
 from stipple.stages.classifier.classifier_run import ClassifierLearner, RunConfig, build_classifier, validate
 from stipple.stages.data.data_check import DataCheck
 from stipple.stages.data.run_pictures import Pictures
@@ -37,7 +38,7 @@ def train(config: RunConfig) -> None:
 
     def save_model(folder: Path) -> None:
         with learner.averaged() as averaged:
-            averaged.save(folder)
+            save_classifier(averaged, folder)
 
     with pictures.reported(trainer):
         for batch in trainer.steps(pictures.loader(trainer, seed), save_model, pictures.names):

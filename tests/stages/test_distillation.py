@@ -15,8 +15,9 @@ import torch
 from conditioning import Unconditional
 from conditioning.build import ConditionerConfig
 from ldm import TextToImage
-from ldm.formats.model_folder import open_model
+from ldm.formats.opening import open_model
 from ldm.networks.unet import UNetConfig
+from ldm.sampling.defaults import default_settings
 from stipple.stages.ldm.denoiser_validation import ValidationConfig
 from stipple.stages.ldm.distillation import DistillationConfig, scheduling_of
 from stipple.stages.ldm.ldm_parts import make_unet
@@ -140,7 +141,7 @@ def student(teacher) -> TextToImage:
     config = load_config(RunConfig, None, options, lambda _: inherited(values))
     init = open_model(teacher)
     return TextToImage(
-        init.autoencoder, make_unet(config, init).eval(), init.conditioner, init.scheduling, init.settings
+        init.autoencoder, make_unet(config, init).eval(), init.conditioner, init.scheduling, default_settings(init)
     )
 
 
