@@ -145,7 +145,7 @@ class Model:
         return all_times[len(all_times) - 1 - count :]
 
     def is_blended(self, picture: Settings) -> bool:
-        """Whether an image is completed by `ldm.sampling.known_latents`: it has a mask, which the model does not read."""
+        """Whether `ldm.sampling.known_latents` completes an image: it has a mask, which the model does not read."""
         return picture.mask is not None and "mask" not in self.hint_reads
 
     def reads_null(self, picture: Settings) -> bool:
@@ -163,7 +163,7 @@ class Model:
 
 
 def _encoder_of(autoencoder: Autoencoder | Pixels | ImageEmbeddings) -> Callable[[Tensor], Tensor]:
-    """Return a function from images [B, 3, H, W] on any device to latents, which keeps no other part of a model alive."""
+    """Return a function from images [B, 3, H, W] on any device to latents; it keeps nothing else of a model alive."""
 
     def encode(images: Tensor) -> Tensor:
         weight = next(autoencoder.parameters(), None)  # None for `Pixels`
