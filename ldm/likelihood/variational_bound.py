@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldm.samplers.steps import Denoise, Generators, Point, fresh_share, noise_like, walk
+from ldm.samplers.steps import Denoise, Generators, Point, fresh_share, noise_like, step_points
 from ldm.schedules.registry import Schedule
 
 HALF_BIN = 1 / 255  # half the distance of two values of 8 bits in [-1, 1]
@@ -91,7 +91,7 @@ def variational_bound(
     """
     _check(z_0, times, generators, variance, decoder)
     z_0 = z_0.to(torch.promote_types(z_0.dtype, torch.float32))
-    steps, terms, errors = walk(times, schedule), [], []
+    steps, terms, errors = step_points(times, schedule), [], []
     for t, s in steps:
         estimate = denoise(t.alpha * z_0 + t.sigma * noise_like(z_0, generators), t.time).to(z_0.dtype)
         errors.append(_mean((z_0 - estimate).square()))

@@ -61,12 +61,13 @@ def number(jobs: Sequence[dict[str, Any]], seed: int) -> Iterator[dict[str, Any]
     Raises:
         ValueError: settings that are wrong with any model, found before one is loaded.
     """
-    from ldm.sampling.settings import Settings, random_seed, with_usual_scale
+    from ldm.sampling.defaults import with_default_scale
+    from ldm.sampling.settings import Settings, random_seed
 
     seed, count = random_seed() if seed == -1 else seed, 0
     for job in jobs:
         job = {"seed": seed + count, "prompt": ""} | {name: value for name, value in job.items() if value is not None}
-        job = with_usual_scale(job)
+        job = with_default_scale(job)
         if job["seed"] == -1:
             job["seed"] = random_seed()
         Settings(**{name: value for name, value in job.items() if name != "num_images"})

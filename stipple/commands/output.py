@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-    from ldm.pipeline import Picture, TextToImage
+    from ldm.pipeline import FinishedImage, TextToImage
     from ldm.sampling.settings import Settings
 
 
@@ -88,7 +88,7 @@ def columns(images: Sequence[Image.Image]) -> int:
 
 def make(
     model: TextToImage, batches: Sequence[list[Settings]], output: Output, preview_every: int | None
-) -> Iterator[Picture]:
+) -> Iterator[FinishedImage]:
     """Make the pictures of all batches under a progress bar; write each, print its path, and yield it."""
     from tqdm import tqdm
 

@@ -64,7 +64,7 @@ def train(config: LdmRunConfig) -> None:
         learner = LdmTraining.register(trainer, model, config, learning, objective.averages)
         inputs = BatchEncoder(model.autoencoder, model.conditioner, learner.text_network, cache, config.drops)
         shown = SamplePrompts.of(config.samples.prompts, pictures.examples, inputs)
-        model.plan(shown.prompts, given=shown.given)  # a wrong number of steps is to be found now
+        model.plan(shown.prompts, inputs=shown.given)  # a wrong number of steps is to be found now
     device, seed, diffusion = trainer.device, config.seed, config.diffusion
     density = make_density(diffusion.density, model.schedule)
     seen = torch.zeros(config.trainer.batch_size, device=device)  # losses of a step, for a density that learns

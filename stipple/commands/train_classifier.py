@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 
 from stipple.stages.classifier.classifier_run import ClassifierRunConfig, ClassifierTraining, build_classifier, validate
+from ldm.formats.classifier_folder import save_classifier
+from stipple.stages.classifier.classifier_run import ClassifierLearner, RunConfig, build_classifier, validate
 from stipple.stages.data.data_check import DataCheck
 from stipple.stages.data.run_data import RunData
 from stipple.training.command_line import parse
@@ -37,7 +39,7 @@ def train(config: ClassifierRunConfig) -> None:
 
     def save_model(folder: Path) -> None:
         with learner.averaged() as averaged:
-            averaged.save(folder)
+            save_classifier(averaged, folder)
 
     with pictures.reported(trainer):
         for batch in trainer.steps(pictures.loader(trainer, seed), save_model, pictures.names):

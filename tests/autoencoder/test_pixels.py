@@ -12,7 +12,7 @@ from conditioning.classes.class_conditioner import Unconditional
 from ldm import TextToImage
 from ldm.denoising.denoiser import Denoiser
 from ldm.formats.diffusers.scheduler import Scheduling
-from ldm.formats.model_folder import open_model
+from ldm.formats.opening import open_model
 from ldm.guidance.base import thresholded
 from ldm.likelihood.flow_likelihood import ode_bound
 from ldm.likelihood.variational_bound import variational_bound

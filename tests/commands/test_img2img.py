@@ -105,7 +105,7 @@ BAD = {
         ["{tmp}/photo.png", "a", "--map", "m.png"],
         "map m.png is given, and this model reads none; leave it out",
     ),
-    "resample": (["{tmp}/photo.png", "a", "--resample", "3"], "resample 3 goes with a given mask, and there is none"),
+    "resample": (["{tmp}/photo.png", "a", "--resample", "3"], "resample 3 requires mask; set it, or leave it out"),
     "noise": (["{tmp}/photo.png", "a", "--noise-level", ".3"], "noise level 0.3 is for models that enlarge; leave it"),
 }
 

@@ -14,7 +14,7 @@ from conditioning.layouts.layout_tokenizer import LayoutTokenizer
 from conditioning.text.text_conditioner import TextConditioner
 from conditioning.tokenizers.known_tokenizers import bert_tokenizer, clip_tokenizer
 from ldm.formats.diffusers.scheduler import Scheduling
-from ldm.formats.model_folder import Parts
+from ldm.formats.model_parts import ModelParts
 from ldm.networks.unet import UNet, UNetConfig
 from ldm.schedules.registry import ScheduleConfig, make_schedule
 
@@ -82,7 +82,7 @@ def randomize(module: torch.nn.Module) -> None:
         value.copy_(torch.randn(value.shape) * scale + (0.5 if value.ndim < 2 else 0.0))
 
 
-def build_parts(kind: str, folder: Path, seed: int = 0) -> Parts:
+def build_parts(kind: str, folder: Path, seed: int = 0) -> ModelParts:
     """A model of one of KINDS; `folder` is for its tokenizer."""
     torch.manual_seed(seed)
     kl = kind in (*TEXT, "churches")
@@ -104,7 +104,7 @@ def build_parts(kind: str, folder: Path, seed: int = 0) -> Parts:
     )
     mapper = torch.randn(4, 182, 1, 1) if kind == "semantic" else None
     told = with_hints(told, extra, autoencoder.latent_channels, autoencoder.downsampling, mapper).eval()
-    return Parts(autoencoder, unet, told, scheduling)
+    return ModelParts(autoencoder, unet, told, scheduling)
 
 
 def write_yaml(folder: Path, text: str = YAML) -> Path:

@@ -15,9 +15,11 @@ import torch
 from conditioning import Unconditional
 from conditioning.build import ConditionerConfig
 from ldm import TextToImage
-from ldm.formats.model_folder import open_model
+from ldm.formats.opening import open_model
 from ldm.networks.unet import UNetConfig
 from stipple.stages.ldm.denoiser_validation import LdmValidationConfig
+from ldm.sampling.defaults import default_settings
+from stipple.stages.ldm.denoiser_validation import ValidationConfig
 from stipple.stages.ldm.distillation import DistillationConfig, scheduling_of
 from stipple.stages.ldm.ldm_parts import make_unet
 from stipple.stages.ldm.ldm_run import DataConfig, DiffusionConfig, LdmRunConfig, config_from_init
@@ -140,7 +142,7 @@ def student(teacher) -> TextToImage:
     config = load_config(LdmRunConfig, None, options, lambda _: config_from_init(values))
     init = open_model(teacher)
     return TextToImage(
-        init.autoencoder, make_unet(config, init).eval(), init.conditioner, init.scheduling, init.settings
+        init.autoencoder, make_unet(config, init).eval(), init.conditioner, init.scheduling, default_settings(init)
     )
 
 

@@ -10,8 +10,10 @@ import torch
 import yaml
 
 from autoencoder import Autoencoder
-from ldm.formats.model_folder import open_model, save_model
+from ldm.formats.model_folder import save_model
+from ldm.formats.opening import open_model
 from ldm.formats.single_file import save_first_stage, save_single_file
+from ldm.sampling.defaults import default_settings
 from stipple_core.files.checkpoint_folder import problem
 from stipple_core.files.weights import read_weights
 from tests.helpers.single_files import build_parts, write_yaml
@@ -59,7 +61,7 @@ def test_train_ldm_goes_on_from_a_model_with_nothing_but_a_folder_of_pictures(gi
     assert problem(tmp_path / "run" / "model") is None and len(losses(tmp_path / "run")) == 2
     assert after.unet.config == before.unet.config and after.autoencoder.config == before.autoencoder.config
     assert after.scheduling == before.scheduling and after.scheduling.prediction == "velocity"
-    assert after.settings == replace(before.settings, steps=2) and after.settings.guidance_scale == 7.5
+    assert default_settings(after) == replace(default_settings(before), steps=2) and default_settings(after).guidance_scale == 7.5
     assert 0 < change(after.unet, before.unet) < 1e-3  # two steps from there, not from anywhere
     assert change(after.autoencoder, before.autoencoder) == change(after.conditioner, before.conditioner) == 0
 

@@ -132,8 +132,8 @@ def draw_samples(trainer: Trainer, model: TextToImage, shown: SamplePrompts, see
         pictures = model(shown.prompts, seed=seed)
     else:
         pictures = []
-        for place, picture in enumerate(model.plan(shown.prompts, given=shown.given, seed=seed)):
-            *_, last = model.sample([picture], given=shown.given.select(slice(place, place + 1)))
+        for place, picture in enumerate(model.plan(shown.prompts, inputs=shown.given, seed=seed)):
+            *_, last = model.sample([picture], inputs=shown.given.select(slice(place, place + 1)))
             pictures += model.decode(last.z)
     grid(pictures, min(8, len(pictures)), shown.prompts).save(trainer.sample_path())
 

@@ -23,8 +23,9 @@ from conditioning.tokenizers.tokenizer import Tokenizer
 from ldm.formats.diffusers.network_kinds import KINDS, Network, folder_of
 from ldm.formats.diffusers.networks_folder import empty_unet
 from ldm.formats.diffusers.scheduler import Scheduling
-from ldm.formats.model_folder import Parts
+from ldm.formats.model_parts import ModelParts
 from ldm.pipeline import TextToImage
+from ldm.sampling.defaults import default_settings
 from ldm.sampling.settings import Settings
 from stipple.stages.ldm.distillation import scheduling_of
 from stipple.stages.ldm.ldm_run import DEFAULT_SAMPLES, LdmRunConfig, opened
@@ -45,7 +46,7 @@ READS_SCALE = "time_embedding.cond_proj.weight"  # of UNets with a guidance_dim
 MOMENTS_DTYPES = {"fp32": "float32", "fp16": "float16"}  # of RunConfig.cache_precision
 
 
-def make_conditioner(config: LdmRunConfig, init: Parts | None, records: Records) -> Conditioner:
+def make_conditioner(config: LdmRunConfig, init: ModelParts | None, records: Records) -> Conditioner:
     """What the config names; else that of init_from, which learns on if it learnt with the UNet, and new readers.
 
     Raises:
@@ -81,7 +82,7 @@ def _frozen(conditioner: Conditioner) -> Conditioner:
     return conditioner.requires_grad_(False).eval()
 
 
-def make_unet(config: LdmRunConfig, init: Parts | None) -> Network:
+def make_unet(config: LdmRunConfig, init: ModelParts | None) -> Network:
     """A new UNet, or prior, with weights drawn by torch's generator, or one with those of init_from."""
     if init is None:
         return KINDS[folder_of(config.network)].build(config.network)
@@ -99,7 +100,7 @@ def make_unet(config: LdmRunConfig, init: Parts | None) -> Network:
     return unet
 
 
-def _shown_anew(config: LdmRunConfig, init: Parts) -> bool:
+def _shown_anew(config: LdmRunConfig, init: ModelParts) -> bool:
     """Whether the run's network is shown something besides z_t that that of init_from is not, or in another order."""
     wanted, readers = config.conditioner.spatial, init.conditioner.readers
     if wanted is None or "spatial" not in readers:
@@ -108,7 +109,7 @@ def _shown_anew(config: LdmRunConfig, init: Parts) -> bool:
     return (wanted.kind, wanted.convention) != (known.kind, known.convention)
 
 
-def make_scheduling(config: LdmRunConfig, init: Parts | None) -> Scheduling:
+def make_scheduling(config: LdmRunConfig, init: ModelParts | None) -> Scheduling:
     """How the trained model is to be sampled: on the config's noise levels, else as init_from."""
     learned = {"schedule": config.diffusion.schedule, "prediction": config.diffusion.prediction}
     if config.distillation is not None:
@@ -116,9 +117,9 @@ def make_scheduling(config: LdmRunConfig, init: Parts | None) -> Scheduling:
     return Scheduling(**learned) if init is None else replace(init.scheduling, **learned)
 
 
-def make_defaults(config: LdmRunConfig, init: Parts | None) -> Settings:
+def make_defaults(config: LdmRunConfig, init: ModelParts | None) -> Settings:
     """How the trained model makes pictures: by the config's samples, in all else as init_from."""
-    given = Settings() if init is None else init.settings
+    given = Settings() if init is None else default_settings(init)
     chosen = {name: getattr(config.samples, name) for name in DEFAULT_SAMPLES}
     eta = given.eta if config.samples.sampler == given.sampler else 0.0  # which another sampler may not take
     return replace(given, eta=eta, **chosen)

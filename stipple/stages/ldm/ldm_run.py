@@ -7,11 +7,13 @@ from typing import Any, Literal
 
 from conditioning.build import ConditionerConfig
 from ldm.formats.diffusers.network_kinds import NetworkConfig, folder_of
-from ldm.formats.model_folder import Parts, open_model
+from ldm.formats.model_parts import ModelParts
+from ldm.formats.opening import open_model
 from ldm.losses.diffusion_loss import check_weighting
 from ldm.losses.time_density import DensityConfig
 from ldm.networks.prior_config import PriorConfig
 from ldm.networks.unet import UNetConfig
+from ldm.sampling.defaults import default_settings
 from ldm.schedules.registry import ScheduleConfig, make_schedule
 from stipple.stages.data.run_settings import check_run
 from stipple.stages.ldm.denoiser_validation import LdmValidationConfig, SamplesConfig
@@ -109,7 +111,7 @@ def check_distillation(config: LdmRunConfig) -> None:
         raise ValueError(f"validation.every {every} measures denoising, which distillation does not lower; use 0")
 
 
-def open_source(path: str) -> Parts:
+def open_source(path: str) -> ModelParts:
     """The model that init_from names. Raises as `open_model`, saying who takes what a single file may need besides."""
     try:
         return open_model(path)
@@ -134,11 +136,11 @@ def config_from_init(values: dict[str, Any]) -> dict[str, Any]:
             "prediction": parts.scheduling.prediction,
             "schedule": to_dict(make_schedule(parts.scheduling.schedule).config),
         },
-        "samples": {name: getattr(parts.settings, name) for name in DEFAULT_SAMPLES} | student_samples(values),
+        "samples": {name: getattr(default_settings(parts), name) for name in DEFAULT_SAMPLES} | student_samples(values),
         **({} if values.get("distillation") is None else {"validation": {"every": 0}}),
     }
 
 
-def opened(config: LdmRunConfig) -> Parts | None:
+def opened(config: LdmRunConfig) -> ModelParts | None:
     """The model that a run goes on from, if there is one."""
     return None if config.init_from is None else open_source(config.init_from)
