@@ -16,7 +16,7 @@ Nothing is imported here, so that `stipple_core.config` can be had without loadi
     stipple_core.data.records.buckets     BucketConfig, Buckets: aspect-ratio buckets
     stipple_core.data.order       Address, Order, Turns
     stipple_core.data.dataset     ImageDataset, Sample, Batch, collate, make_loader, draw_caption
-    stipple_core.latent_cache.reader      ShardWriter, CachedLatents, CachedSample, CachedBatch, cached_collate
+    stipple_core.latent_cache.reader      LatentCacheWriter, CachedLatents, CachedSample, CachedBatch, cached_collate
     stipple_core.files.weights     read_weights, read_folder, outline, write_weights, place, misfits, read_json; for all rooms
     stipple_core.randomness  generator
 """

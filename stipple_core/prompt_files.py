@@ -35,10 +35,10 @@ def read_prompts(path: Path, known: Collection[str]) -> Iterator[dict[str, Any]]
             values = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where} begins with {{ but is not a JSON object ({error}); mend or remove it") from None
-        yield known_settings(values, known, where)
+        yield check_settings(values, known, where)
 
 
-def known_settings(values: Any, known: Collection[str], where: str) -> dict[str, Any]:
+def check_settings(values: Any, known: Collection[str], where: str) -> dict[str, Any]:
     """The values, if they are a dict with a prompt, whose keys are all known; else a ValueError naming what is not."""
     if not isinstance(values, dict) or "prompt" not in values:
         raise ValueError(f'{where} has no prompt; it must hold {{"prompt": "...", ...}}')

@@ -46,11 +46,11 @@ def locked(path: str) -> Iterator[None]:
     Where the file system knows no locks several may make the same file at a time, each under a name of its own.
     """
     with open(f"{path}.lock", "w") as lock:
-        hold(lock)
+        lock_file(lock)
         yield
 
 
-def hold(file: IO[Any]) -> None:
+def lock_file(file: IO[Any]) -> None:
     """Wait for a file's lock and take it until the file is closed; a file system without locks is told once."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX)

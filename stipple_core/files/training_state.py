@@ -18,7 +18,7 @@ from safetensors import safe_open
 from stipple_core.files import safetensors_file as safe_tensors
 
 
-class MissingRows(ValueError):
+class IncompleteTensor(ValueError):
     """A tensor on disk is not whole."""
 
 
@@ -46,7 +46,7 @@ class Saved:
         return file.get_slice(self.name)[:0].dtype if self.shape else file.get_tensor(self.name).dtype
 
     def __getitem__(self, wanted: Any) -> torch.Tensor:
-        """Rows first:last, or with ... the whole. Raises MissingRows where they are not all there."""
+        """Rows first:last, or with ... the whole. Raises IncompleteTensor where they are not all there."""
         if len(self.pieces) == 1 and wanted is ...:
             whole = self.pieces[0][0].get_tensor(self.name)
             if whole.shape == self.shape:
@@ -61,7 +61,7 @@ class Saved:
                 found.append(part)
                 first += len(part)
         if first < last:
-            raise MissingRows(f"rows {first} to {last - 1} of {self.name} are in no file")
+            raise IncompleteTensor(f"rows {first} to {last - 1} of {self.name} are in no file")
         return found[0] if len(found) == 1 else torch.cat(found)
 
 

@@ -12,7 +12,7 @@ from stipple_core.images.images import image_to_tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cutout:
+class Crop:
     """A rectangle of a picture, and what becomes of it."""
 
     whole: tuple[int, int]  # width and height of the picture
@@ -28,7 +28,7 @@ class Cutout:
         crop: str = "center",
         flip: bool = False,
         generator: torch.Generator | None = None,
-    ) -> Cutout:
+    ) -> Crop:
         """The largest rectangle of the result's shape; what stands over on one side is left out.
 
         Args:
@@ -68,7 +68,7 @@ class Cutout:
             raise ValueError(f"a map must have one channel, this has {''.join(picture.getbands())}; convert it")
         x, y = picture.width / self.whole[0], picture.height / self.whole[1]
         left, top, right, bottom = self.box
-        scaled = Cutout(
+        scaled = Crop(
             whole=picture.size, box=(left * x, top * y, right * x, bottom * y), size=self.size, flip=self.flip
         )
         values = np.asarray(scaled._cut(picture, Image.Resampling.NEAREST)).astype(np.float32)
@@ -102,4 +102,4 @@ def fit(
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
     """An RGB picture's cutout as float32 [3, height, width] in [-1, 1]; the arguments are those of `covering`."""
-    return Cutout.covering(image.size, size, crop, flip, generator).image(image)
+    return Crop.covering(image.size, size, crop, flip, generator).image(image)

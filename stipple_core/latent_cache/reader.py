@@ -32,12 +32,12 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from stipple_core.data.dataset import draw_flip, draw_nested
+from stipple_core.data.dataset import draw_flip, draw_from_nested
 from stipple_core.latent_cache.arrays import map_array, map_ragged
 from stipple_core.latent_cache.writer import (
     FORMAT,
     OWN_KEYS,
-    ShardWriter,
+    LatentCacheWriter,
     as_json,
     check_key,
     part_path,
@@ -47,7 +47,7 @@ from stipple_core.latent_cache.writer import (
 )
 from stipple_core.randomness import generator
 
-__all__ = ["CachedBatch", "CachedLatents", "CachedSample", "DamagedCache", "ShardWriter", "cached_collate"]
+__all__ = ["CachedBatch", "CachedLatents", "CachedSample", "DamagedCache", "LatentCacheWriter", "cached_collate"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +134,7 @@ class CachedLatents(Dataset):
         epoch, index = address
         record = int(self.usable[index])
         flip = self.flips and draw_flip(self.seed, epoch, index)
-        number = int(draw_nested(self.captions_of(record), generator(self.seed, "caption", epoch, index)))
+        number = int(draw_from_nested(self.captions_of(record), generator(self.seed, "caption", epoch, index)))
         tokens = None if self.null_tokens is None else self.context(number)
         return CachedSample(self.moments(record, flip), tokens, index, self.caption(number))
 

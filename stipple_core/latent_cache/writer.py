@@ -23,7 +23,7 @@ MAX_PARTS = 4096  # about, of each kind: every file of a part is mapped, and sys
 KINDS = {"moments": [".npy"], "contexts": [".npy", ".starts.npy"]}  # the files of a part
 
 
-class ShardWriter:
+class LatentCacheWriter:
     """One process's share of a latent cache.
 
     For each part of writer.missing("moments"): writer.add_moments(part, ...); the same for "contexts"; then, when all

@@ -84,7 +84,7 @@ class Convolution(nn.Conv2d):
         self._kept: Tensor | None = None  # [36, C, O]
 
     def forward(self, x: Tensor) -> Tensor:
-        plain = x.is_cpu and x.dtype == self.weight.dtype == torch.float32 and is_laid_out(self.weight)
+        plain = x.is_cpu and x.dtype == self.weight.dtype == torch.float32 and has_fast_layout(self.weight)
         if not plain or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
             return super().forward(x)
         if self.keeps and not torch.is_grad_enabled() and x[:, 0].numel() > FEW_PIXELS:
@@ -127,7 +127,7 @@ def fits(weight: Tensor) -> bool:
     return weight.is_cpu and weight.dtype == torch.float32 and min(weight.shape[:2]) >= FEWEST_CHANNELS
 
 
-def is_laid_out(weight: Tensor) -> bool:
+def has_fast_layout(weight: Tensor) -> bool:
     """Whether a weight [O, C, 3, 3] lies in memory as [3, 3, C, O]."""
     out, channels = weight.shape[:2]
     return weight.stride() == (1, out, 3 * channels * out, channels * out)

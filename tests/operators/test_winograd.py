@@ -8,7 +8,7 @@ from torch import nn
 from autoencoder import Autoencoder, AutoencoderConfig
 from ldm.networks.unet import UNet, UNetConfig
 from stipple_core.operators import winograd
-from stipple_core.operators.winograd import Convolution, convolve, is_laid_out, keep_transforms, lay_out
+from stipple_core.operators.winograd import Convolution, convolve, has_fast_layout, keep_transforms, lay_out
 
 SHAPES = [  # batch, channels, out, height, width
     (1, 96, 96, 4, 4),  # few pixels: one product with all patches
@@ -87,13 +87,15 @@ def test_laying_out_changes_nothing_but_the_order_of_memory():
     assert list(before) == list(after)
     assert all(torch.equal(before[name], after[name]) for name in before)
     laid_out = [
-        name for name, module in unet.named_modules() if isinstance(module, nn.Conv2d) and is_laid_out(module.weight)
+        name
+        for name, module in unet.named_modules()
+        if isinstance(module, nn.Conv2d) and has_fast_layout(module.weight)
     ]
     assert "down_blocks.0.resnets.0.conv1" in laid_out and "conv_out" not in laid_out
 
 
 def test_narrow_convolutions_keep_pytorchs_order():
-    assert not is_laid_out(lay_out(Convolution(32, 32)).weight)
+    assert not has_fast_layout(lay_out(Convolution(32, 32)).weight)
 
 
 def test_the_networks_of_both_stages_agree_with_and_without():

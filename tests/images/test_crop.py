@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from stipple_core.images.crop import Cutout
+from stipple_core.images.crop import Crop
 from stipple_core.images.images import UnusableImage, load_map
 
 
@@ -22,7 +22,7 @@ def ramp(width: int, height: int) -> Image.Image:
 @pytest.mark.parametrize("crop", ["center", "random"])
 def test_a_map_is_cut_where_its_picture_is(size, crop, flip):
     image = ramp(120, 80)
-    cutout = Cutout.covering(image.size, size, crop, flip, torch.Generator().manual_seed(3))
+    cutout = Crop.covering(image.size, size, crop, flip, torch.Generator().manual_seed(3))
     columns = cutout.map(image.getchannel("R"))[0]
     assert columns.shape == cutout.image(image).shape[1:]
     seen = (cutout.image(image)[0] + 1) * 127.5  # resized with antialiasing, the map is not: a cell apart at most
@@ -32,26 +32,26 @@ def test_a_map_is_cut_where_its_picture_is(size, crop, flip):
 def test_a_map_of_another_resolution_covers_the_same_part():
     picture, labels = Image.new("RGB", (100, 50)), Image.new("L", (10, 5))
     labels.paste(7, (5, 0, 10, 5))  # the right half
-    cut = Cutout.covering(picture.size, 50).map(labels)[0]
+    cut = Crop.covering(picture.size, 50).map(labels)[0]
     assert cut.shape == (50, 50)
     assert (cut[:, :25] == 0).all() and (cut[:, 25:] == 7).all()
 
 
 def test_nothing_of_a_map_is_interpolated():
     numbers = Image.fromarray(np.random.default_rng(0).integers(0, 2, (90, 90), dtype=np.uint8) * 200)
-    assert set(Cutout.covering((90, 90), 31).map(numbers).unique().tolist()) == {0.0, 200.0}
+    assert set(Crop.covering((90, 90), 31).map(numbers).unique().tolist()) == {0.0, 200.0}
 
 
 def test_the_frame_is_size_crop_and_target():
-    assert Cutout.covering((64, 64), 64).frame == (64, 64, 0, 0, 64, 64)
-    assert Cutout.covering((200, 100), 50).frame == (100, 200, 0, 25, 50, 50)  # 100 x 50 after resizing
-    assert Cutout.covering((100, 300), 100).frame == (300, 100, 100, 0, 100, 100)
+    assert Crop.covering((64, 64), 64).frame == (64, 64, 0, 0, 64, 64)
+    assert Crop.covering((200, 100), 50).frame == (100, 200, 0, 25, 50, 50)  # 100 x 50 after resizing
+    assert Crop.covering((100, 300), 100).frame == (300, 100, 100, 0, 100, 100)
 
 
 def test_the_frame_of_a_mirrored_picture_is_as_it_is_seen():
     draw = torch.Generator().manual_seed(1)
-    straight = Cutout.covering((200, 100), 50, "random", False, draw)
-    mirrored = Cutout.covering((200, 100), 50, "random", True, torch.Generator().manual_seed(1))
+    straight = Crop.covering((200, 100), 50, "random", False, draw)
+    mirrored = Crop.covering((200, 100), 50, "random", True, torch.Generator().manual_seed(1))
     assert straight.frame[3] + mirrored.frame[3] == 50  # what is left of it and what is right of it
     assert straight.frame[3] not in (0, 25, 50)
 
@@ -61,7 +61,7 @@ def test_a_map_of_three_channels_is_refused(tmp_path):
     with pytest.raises(UnusableImage, match="one channel"):
         load_map(str(tmp_path / "a.png"))
     with pytest.raises(ValueError, match="one channel"):
-        Cutout.covering((8, 8), 8).map(ramp(8, 8))
+        Crop.covering((8, 8), 8).map(ramp(8, 8))
 
 
 def test_maps_of_palette_and_of_16_bits_keep_their_numbers(tmp_path):
@@ -71,5 +71,5 @@ def test_maps_of_palette_and_of_16_bits_keep_their_numbers(tmp_path):
     palette.save(tmp_path / "palette.png")
     Image.fromarray(numbers.astype(np.uint16) * 1000).save(tmp_path / "deep.png")
     for name, times in (("palette", 1), ("deep", 1000)):
-        cut = Cutout.covering((8, 8), 8).map(load_map(str(tmp_path / f"{name}.png")))
+        cut = Crop.covering((8, 8), 8).map(load_map(str(tmp_path / f"{name}.png")))
         assert torch.equal(cut[0], torch.from_numpy(numbers.astype(np.float32) * times))

@@ -14,7 +14,7 @@ import torch
 
 from stipple_core.data.dataset import DataConfig, ImageDataset, Order, make_loader, scan
 from stipple_core.latent_cache.arrays import map_array, map_ragged, pack, save_ragged
-from stipple_core.latent_cache.reader import CachedLatents, DamagedCache, ShardWriter, cached_collate
+from stipple_core.latent_cache.reader import CachedLatents, DamagedCache, LatentCacheWriter, cached_collate
 
 PICTURES = Path(__file__).parents[2] / "tests" / "pictures"
 KEY = {"autoencoder": "abc", "image_size": 16, "templates": ("{text}", "{keywords}"), "flip": True}
@@ -41,7 +41,7 @@ def context_of(caption: str) -> torch.Tensor:
     return torch.tensor([[len(word), ord(word[0]) / 8, 0.5] for word in caption.split()])
 
 
-def fill(writer: ShardWriter, unusable: tuple[int, ...] = (), flips: bool = True) -> list[range]:
+def fill(writer: LatentCacheWriter, unusable: tuple[int, ...] = (), flips: bool = True) -> list[range]:
     made = []
     for part in writer.missing("moments"):
         writer.add_moments(part, [None if i in unusable else moments_of(i, flips) for i in part])
@@ -53,7 +53,7 @@ def fill(writer: ShardWriter, unusable: tuple[int, ...] = (), flips: bool = True
 
 
 def make_cache(folder, unusable: tuple[int, ...] = (), flips: bool = True, **options) -> str:
-    writer = ShardWriter(str(folder), 0, KEY, RECORDS, **{"part_size": 16, **options})
+    writer = LatentCacheWriter(str(folder), 0, KEY, RECORDS, **{"part_size": 16, **options})
     fill(writer, unusable, flips)
     writer.close(torch.full((2, 3), 0.25))
     return str(folder)
@@ -108,7 +108,7 @@ def test_unusable_records_are_left_out_as_if_they_had_never_been_there(tmp_path,
 def test_moments_of_several_sizes_come_back(tmp_path):
     sizes = [(4 + index % 3, 8 - index % 5) for index in range(len(RECORDS))]
     moments = [torch.randn(2, 6, *size) for size in sizes]
-    writer = ShardWriter(str(tmp_path), 0, KEY, RECORDS, part_size=16, contexts=False)
+    writer = LatentCacheWriter(str(tmp_path), 0, KEY, RECORDS, part_size=16, contexts=False)
     for part in writer.missing("moments"):
         writer.add_moments(part, [moments[index] for index in part])
     writer.close(None)
@@ -119,7 +119,7 @@ def test_moments_of_several_sizes_come_back(tmp_path):
 
 
 def test_a_cache_without_contexts_gives_captions(tmp_path):
-    writer = ShardWriter(str(tmp_path), 0, KEY, RECORDS, part_size=16, contexts=False)
+    writer = LatentCacheWriter(str(tmp_path), 0, KEY, RECORDS, part_size=16, contexts=False)
     assert writer.missing("contexts") == []
     fill(writer)
     writer.close(None)
@@ -138,7 +138,7 @@ def test_a_part_with_a_flipped_bit_is_made_again_and_no_other(tmp_path, name):
     damaged = bytearray(whole)
     damaged[-7] ^= 4
     (tmp_path / name).write_bytes(damaged)
-    writer = ShardWriter(folder, 0, KEY, RECORDS, part_size=16)
+    writer = LatentCacheWriter(folder, 0, KEY, RECORDS, part_size=16)
     assert [part.start for part in fill(writer)] == [int(name.split("-")[1][:8])]
     assert (tmp_path / name).read_bytes() == whole
 
@@ -161,7 +161,7 @@ def test_a_flipped_bit_is_found_when_its_row_is_read(tmp_path, name):
 def test_a_part_with_a_damaged_marker_is_made_again(tmp_path, text):
     folder = make_cache(tmp_path)
     (tmp_path / "moments-00000016.json").write_text(text)
-    assert [part.start for part in fill(ShardWriter(folder, 0, KEY, RECORDS, part_size=16))] == [16]
+    assert [part.start for part in fill(LatentCacheWriter(folder, 0, KEY, RECORDS, part_size=16))] == [16]
 
 
 def test_batches_are_padded_and_masked(tmp_path):
@@ -179,7 +179,7 @@ def test_batches_are_padded_and_masked(tmp_path):
 @pytest.mark.parametrize("world", [2, 3])
 def test_any_number_of_processes_make_the_same_files(tmp_path, world):
     alone, shared = make_cache(tmp_path / "alone"), tmp_path / "shared"
-    writers = [ShardWriter(str(shared), rank, KEY, RECORDS, world=world, part_size=16) for rank in range(world)]
+    writers = [LatentCacheWriter(str(shared), rank, KEY, RECORDS, world=world, part_size=16) for rank in range(world)]
     parts = [part for writer in writers for part in fill(writer)]
     assert len(parts) == -(-42 // 16) + -(-len(writers[0].captions) // 16)
     for writer in reversed(writers):
@@ -190,23 +190,23 @@ def test_any_number_of_processes_make_the_same_files(tmp_path, world):
 
 
 def test_finished_parts_are_not_made_again_and_others_are(tmp_path):
-    writer = ShardWriter(str(tmp_path), 0, KEY, RECORDS, part_size=16)
+    writer = LatentCacheWriter(str(tmp_path), 0, KEY, RECORDS, part_size=16)
     first, *rest = writer.missing("moments")
     writer.add_moments(first, torch.zeros(16, 2, 3, 16, 16))
     (tmp_path / "moments-00000016.npy").write_bytes(b"half a file, without its marker")
     (tmp_path / "moments-00000016.npy.tmp-1").write_bytes(b"left by a killed process")
-    resumed = ShardWriter(str(tmp_path), 0, KEY, RECORDS, world=1, part_size=16)
+    resumed = LatentCacheWriter(str(tmp_path), 0, KEY, RECORDS, world=1, part_size=16)
     assert resumed.missing("moments") == rest
     fill(resumed)
     resumed.close(torch.zeros(1, 3))
     cache = CachedLatents(str(tmp_path), KEY)
     assert (cache.moments(3) == 0).all() and torch.equal(cache.moments(20), moments_of(20)[0])
     assert not list(tmp_path.glob("*.tmp-*"))
-    assert fill(ShardWriter(str(tmp_path), 0, KEY, RECORDS, part_size=16)) == []
+    assert fill(LatentCacheWriter(str(tmp_path), 0, KEY, RECORDS, part_size=16)) == []
 
 
 def test_a_cache_without_all_its_parts_is_refused(tmp_path):
-    writer = ShardWriter(str(tmp_path), 0, KEY, RECORDS, world=2, part_size=16)
+    writer = LatentCacheWriter(str(tmp_path), 0, KEY, RECORDS, world=2, part_size=16)
     fill(writer)
     with pytest.raises(ValueError, match="lacks moments 16 to 31"):
         writer.close(torch.zeros(1, 3))
@@ -223,16 +223,16 @@ def test_a_cache_of_something_else_is_refused_by_what_changed(tmp_path):
         with pytest.raises(ValueError, match=message):
             CachedLatents(folder, {**KEY, **change})
         with pytest.raises(ValueError, match=message):
-            ShardWriter(folder, 0, {**KEY, **change}, RECORDS, part_size=16)
+            LatentCacheWriter(folder, 0, {**KEY, **change}, RECORDS, part_size=16)
     with pytest.raises(ValueError, match="flip was True, is None"):
         CachedLatents(folder, {name: value for name, value in KEY.items() if name != "flip"})
     with pytest.raises(ValueError, match="part_size was 16, is 1024"):
-        ShardWriter(folder, 0, KEY, RECORDS)
+        LatentCacheWriter(folder, 0, KEY, RECORDS)
     with pytest.raises(ValueError, match="pictures was"):
-        ShardWriter(folder, 0, KEY, RECORDS[1:], part_size=16)
+        LatentCacheWriter(folder, 0, KEY, RECORDS[1:], part_size=16)
     with pytest.raises(ValueError, match="made otherwise: captions was '[0-9a-f]+', is '[0-9a-f]+'; make it again"):
         others = [dataclasses.replace(record, captions=(("x",),)) for record in RECORDS]
-        ShardWriter(folder, 0, KEY, others, part_size=16)
+        LatentCacheWriter(folder, 0, KEY, others, part_size=16)
     with pytest.raises(ValueError, match="made otherwise: pictures was"):
         CachedLatents(folder, {**KEY, "pictures": "of another folder"})
     assert len(CachedLatents(folder)) == 42
@@ -255,7 +255,7 @@ def test_pickles_are_never_loaded(tmp_path):
 
 
 def test_values_that_are_not_finite_never_reach_the_disk(tmp_path):
-    writer = ShardWriter(str(tmp_path), 0, KEY, RECORDS, dtype="float16", part_size=16)
+    writer = LatentCacheWriter(str(tmp_path), 0, KEY, RECORDS, dtype="float16", part_size=16)
     part = writer.missing("moments")[0]
     for value in (float("nan"), 1e6):  # 1e6 is infinite in float16
         moments = torch.zeros(16, 2, 3, 4, 4)
@@ -266,12 +266,12 @@ def test_values_that_are_not_finite_never_reach_the_disk(tmp_path):
     with pytest.raises(ValueError, match="16 rows, not 15"):
         writer.add_moments(part, torch.zeros(15, 2, 3, 4, 4))
     with pytest.raises(ValueError, match="'int8'"):
-        ShardWriter(str(tmp_path / "x"), 0, KEY, RECORDS, dtype="int8")
+        LatentCacheWriter(str(tmp_path / "x"), 0, KEY, RECORDS, dtype="int8")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_the_point_posterior_of_a_codebook_is_kept_and_a_mean_of_minus_infinity_refused(dtype, tmp_path):
-    writer = ShardWriter(str(tmp_path), 0, KEY, RECORDS, dtype=dtype)
+    writer = LatentCacheWriter(str(tmp_path), 0, KEY, RECORDS, dtype=dtype)
     part = writer.missing("moments")[0]
     moments = torch.zeros(len(part), 1, 4, 2, 2)
     moments[:, :, 2:] = -torch.inf  # the log-variances
