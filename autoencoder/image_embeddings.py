@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from autoencoder.networks.regularizer import Posterior
 from stipple_core.embedders import Embedder, EmbedderConfig, build_embedder
-from stipple_core.files.weights import place, read_folder, read_json, write_json, write_weights
+from stipple_core.files.json_file import read_json, write_json
+from stipple_core.files.weights import place, read_folder, write_weights
 
 CLASS = "ImageEmbeddings"  # _class_name in vae/config.json
 STEM = "diffusion_pytorch_model"

@@ -19,7 +19,8 @@ from conditioning.encoders.boxes import MODEL_TYPE as BOXES
 from conditioning.encoders.clip import clip_config, clip_weights, empty_clip, is_plain_clip, projects
 from conditioning.encoders.ldm_bert import MODEL_TYPE as LDM_BERT
 from conditioning.encoders.ldm_bert import empty_ldm_bert, ldm_bert_config, ldm_bert_weights
-from stipple_core.files.weights import place, read_folder, read_json, require_fit
+from stipple_core.files.json_file import read_json
+from stipple_core.files.weights import place, read_folder, require_fit
 
 # Where a checkpoint holds more than a text encoder, or AutoModel would pick more: the class that is only that.
 TEXT_MODELS = {

@@ -19,7 +19,8 @@ from conditioning.readers.image_embedding import ImageEmbeddingReader
 from conditioning.readers.retrieval import RetrievalReader
 from conditioning.readers.spatial import SpatialReader
 from conditioning.readers.text_embedding import TextEmbeddingReader
-from stipple_core.files.weights import place, read_json, read_weights, write_json, write_weights
+from stipple_core.files.json_file import read_json, write_json
+from stipple_core.files.weights import place, read_weights, write_weights
 
 FOLDER, WEIGHTS = "conditioner", "model.safetensors"
 # section of ConditionerConfig: the class of the reader; `Reader.Config` is that of its config

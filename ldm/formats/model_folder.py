@@ -22,7 +22,7 @@ from ldm.formats.diffusers.network_kinds import KINDS, Network, folder_of
 from ldm.formats.diffusers.networks_folder import load_scheduling, load_unet, save_scheduling, save_unet
 from ldm.formats.diffusers.scheduler import CLASSES, Scheduling, as_pipeline, scheduling_to_diffusers
 from ldm.sampling.settings import Settings
-from stipple_core.files.weights import read_json, write_json
+from stipple_core.files.json_file import read_json, write_json
 
 INDEX = "model_index.json"
 ZEROS = "force_zeros_for_empty_prompt"  # of diffusers' StableDiffusionXLPipeline

@@ -25,7 +25,8 @@ from stipple.training.trainer import Trainer, TrainerConfig
 from stipple_core.config import save_config
 from stipple_core.data.records.records import Record
 from stipple_core.files import checkpoint_folder as checkpoint
-from stipple_core.files.weights import write_json, write_weights
+from stipple_core.files.json_file import write_json
+from stipple_core.files.weights import write_weights
 from stipple_core.latent_cache.writer import LatentCacheWriter
 from tests.helpers.injection import FAULTS, End, forked
 from tests.helpers.tiny_runs import differing, metrics
