@@ -61,7 +61,7 @@ def test_rows_that_are_in_no_file_are_missed(tmp_path):
 def test_a_state_with_a_number_that_is_not_finite_is_refused_by_its_name_and_nothing_written(bad, dtype, tmp_path):
     weights = {"good": torch.ones(3), "empty": torch.empty(0), "worse": torch.ones(4, 4, dtype=dtype)}
     weights["worse"][2, 1] = bad
-    with pytest.raises(RuntimeError, match="parts/worse holds a number that is not finite"):
+    with pytest.raises(RuntimeError, match="parts/worse has a value that is not finite"):
         save_state(tmp_path, {"parts": weights})
     assert list(tmp_path.iterdir()) == []
     weights["worse"][2, 1] = 0
