@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
 
 
 def file_sha256(path: str | os.PathLike) -> str:
@@ -30,9 +30,11 @@ def hash_weights(digest: Any, weights: Mapping[str, Tensor], half: bool = False)
     for name, weight in sorted(weights.items()):
         header = f"{name} {tuple(weight.shape)}" if half else f"{name} {weight.dtype} {tuple(weight.shape)}"
         digest.update(header.encode())
-        digest.update(raw_bytes(weight.half() if half else weight))
+        digest.update(raw_bytes(weight.detach().cpu().half() if half else weight))
 
 
 def raw_bytes(tensor: Tensor) -> np.ndarray:
     """The bytes of a tensor's values in order, as uint8."""
+    import torch  # here, so that hashing files does not load it
+
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
