@@ -26,7 +26,8 @@ from benchmarks.speed.training_case import CASES, Batch
 from benchmarks.speed.training_step import our_step
 from stipple_core.data.dataset import DataConfig, ImageDataset, Order, collate, make_loader, scan
 from stipple_core.data.records.records import Record
-from stipple_core.latent_cache.reader import CachedLatents, LatentCacheWriter, cached_collate
+from stipple_core.latent_cache.reader import CachedLatents, cached_collate
+from stipple_core.latent_cache.writer import LatentCacheWriter
 
 SEED, PER_SHARD = 0, 1000
 CACHE = "ours, cache"

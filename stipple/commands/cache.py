@@ -28,7 +28,8 @@ from stipple.training.run.run_folder import RunFolder
 from stipple_core.config import load_config, one_line_errors
 from stipple_core.data.dataset import ImageDataset, scan
 from stipple_core.data.records.records import Records, merge_skipped
-from stipple_core.latent_cache.reader import CachedLatents, LatentCacheWriter
+from stipple_core.latent_cache.reader import CachedLatents
+from stipple_core.latent_cache.writer import LatentCacheWriter
 from stipple_core.operators.winograd import lay_out
 
 BATCH = 16  # images, or captions, encoded at a time
