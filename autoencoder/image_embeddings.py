@@ -91,7 +91,7 @@ class ImageEmbeddings(nn.Module):
     def load(cls, folder: Path, dtype: torch.dtype = torch.float32) -> ImageEmbeddings:
         """Read the folder that has config.json and the weights in it. Raises FileNotFoundError or ValueError."""
         config = read_json(folder / "config.json")
-        embedder = build_embedder(EmbedderConfig(kind=config["kind"], network=config["network"]), reads=False)
+        embedder = build_embedder(EmbedderConfig(kind=config["kind"], network=config["network"]), texts=False)
         embeddings = cls(embedder, torch.zeros(embedder.dim), torch.ones(embedder.dim))
         weights = read_folder(folder, STEM)
         place(embeddings, {k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()}, folder)

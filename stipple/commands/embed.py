@@ -31,7 +31,7 @@ BATCH = 32  # pictures at a time
 def embed(arguments: argparse.Namespace) -> None:
     """Write the embeddings of all training pictures, in the order of their names, and the encoder with their scale."""
     config = EmbedderConfig(kind=arguments.kind, name=arguments.name, pretrained=arguments.pretrained)
-    embedder = build_embedder(config, reads=False).to(arguments.device)
+    embedder = build_embedder(config, texts=False).to(arguments.device)
     size = embedder.config.network["size"]
     data = DataConfig(folder=arguments.folder, image_size=size, validation=arguments.validation, captions=[])
     pictures = ImageDataset(scan(data, captioned=False).train, data)
