@@ -24,8 +24,12 @@ from PIL import Image
 from benchmarks.shared import contest
 from benchmarks.speed.training_case import CASES, Batch
 from benchmarks.speed.training_step import our_step
-from stipple_core.data.dataset import DataConfig, ImageDataset, Order, collate, make_loader, scan
+from stipple_core.data.dataset import ImageDataset, collate
+from stipple_core.data.loader import make_loader
+from stipple_core.data.order import Order
+from stipple_core.data.records.data_config import DataConfig
 from stipple_core.data.records.records import Record
+from stipple_core.data.sources.scan import scan
 from stipple_core.latent_cache.reader import CachedLatents, cached_collate
 from stipple_core.latent_cache.writer import LatentCacheWriter
 

@@ -26,8 +26,9 @@ from stipple.stages.ldm.ldm_run import RunConfig, inherited, opened
 from stipple.stages.ldm.shapes import check_shapes
 from stipple.training.run.run_folder import RunFolder
 from stipple_core.config import load_config, one_line_errors
-from stipple_core.data.dataset import ImageDataset, scan
+from stipple_core.data.dataset import ImageDataset
 from stipple_core.data.records.records import Records, merge_skipped
+from stipple_core.data.sources.scan import scan
 from stipple_core.latent_cache.reader import CachedLatents
 from stipple_core.latent_cache.writer import LatentCacheWriter
 from stipple_core.operators.winograd import lay_out

@@ -20,7 +20,9 @@ from tqdm import tqdm
 from autoencoder import ImageEmbeddings
 from conditioning.readers.retrieval import NAMES
 from stipple_core.config import one_line_errors
-from stipple_core.data.dataset import DataConfig, ImageDataset, scan
+from stipple_core.data.dataset import ImageDataset
+from stipple_core.data.records.data_config import DataConfig
+from stipple_core.data.sources.scan import scan
 from stipple_core.embedders import EmbedderConfig, build_embedder
 from stipple_core.files.weights import write_weights
 

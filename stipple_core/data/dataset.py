@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
 import dataclasses
-import multiprocessing
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,23 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import ImageColor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from stipple_core.data.order import Address, Order
 from stipple_core.data.records.buckets import Buckets
 from stipple_core.data.records.data_config import DataConfig
-from stipple_core.data.records.records import Record, Records, Skip, SkipLog, fingerprint, write_skipped
+from stipple_core.data.records.records import Record, Skip, SkipLog
 from stipple_core.data.records.rows import map_path
-from stipple_core.data.sources.scan import scan
 from stipple_core.images.crop import Crop
 from stipple_core.images.images import UnusableImage, load_image, load_map
 from stipple_core.randomness import generator
-
-__all__ = [
-    "Address", "Batch", "DataConfig", "ImageDataset", "Order", "Record", "Records", "ImageSample", "Skip", "TooManyBad",
-    "collate", "draw_caption", "draw_flip", "draw_from_nested", "fingerprint", "make_loader", "replacements", "scan",
-    "write_skipped",
-]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,36 +218,3 @@ def collate(samples: Sequence[ImageSample]) -> Batch:
     indices = torch.tensor([sample.index for sample in samples])
     names = tuple(sample.name for sample in samples)
     return Batch(images, [sample.caption for sample in samples], indices, hints, frames, names)
-
-
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    """A signal sent to the process group must not kill the workers before the trainer has finished its step."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _end_workers() -> None:
-    """Kill the workers that are left when the process ends: they ignore the SIGTERM that multiprocessing sends them."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error for each
-    for worker in multiprocessing.active_children():
-        if worker.daemon:
-            worker.kill()
-
-
-def make_loader(
-    dataset: Dataset, order: Order, workers: int = 0, collate: Callable[[Sequence[Any]], Any] = collate
-) -> DataLoader:
-    """A loader of one process's micro-batches; its workers draw nothing from the process's own random state."""
-    if workers:
-        atexit.unregister(_end_workers)  # once is enough
-        atexit.register(_end_workers)
-    return DataLoader(
-        dataset,
-        batch_sampler=order,
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_leave_signals_to_the_trainer if workers else None,
-        generator=torch.Generator(),  # else each iterator takes a seed for its workers from the global generator
-        prefetch_factor=4 if workers else None,
-    )

@@ -11,10 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from stipple_core.data.dataset import DataConfig, ImageDataset, collate, make_loader, scan
+from stipple_core.data.dataset import ImageDataset, collate
+from stipple_core.data.loader import make_loader
 from stipple_core.data.order import BucketSchedule, Order
 from stipple_core.data.records.buckets import BucketConfig, assign, bucket_shapes, check_step
+from stipple_core.data.records.data_config import DataConfig
 from stipple_core.data.records.records import Record
+from stipple_core.data.sources.scan import scan
 from stipple_core.data.verify import InspectionCache, inspect, read_sizes
 
 

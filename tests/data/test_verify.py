@@ -17,8 +17,18 @@ import pytest
 from PIL import Image
 
 import stipple_core.data.verify
-from stipple_core.data.dataset import DataConfig, Records, Skip, scan
-from stipple_core.data.records.records import Record, SkipLog, merge_skipped, read_skipped, totals, write_skipped
+from stipple_core.data.records.data_config import DataConfig
+from stipple_core.data.records.records import (
+    Record,
+    Records,
+    Skip,
+    SkipLog,
+    merge_skipped,
+    read_skipped,
+    totals,
+    write_skipped,
+)
+from stipple_core.data.sources.scan import scan
 from stipple_core.data.verify import Inspection, InspectionCache, drop_unusable, inspect
 from stipple_core.images.images import UnusableImage, load_image
 

@@ -12,7 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from stipple_core.data.dataset import DataConfig, ImageDataset, Order, make_loader, scan
+from stipple_core.data.dataset import ImageDataset
+from stipple_core.data.loader import make_loader
+from stipple_core.data.order import Order
+from stipple_core.data.records.data_config import DataConfig
+from stipple_core.data.sources.scan import scan
 from stipple_core.latent_cache.arrays import map_array, map_ragged, pack, save_ragged
 from stipple_core.latent_cache.reader import CachedLatents, DamagedCache, cached_collate
 from stipple_core.latent_cache.writer import LatentCacheWriter

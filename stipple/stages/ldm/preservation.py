@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 from ldm.pipeline import TextToImage
 from stipple.training.distributed.collective import on_main
 from stipple.training.trainer import Trainer
-from stipple_core.data.dataset import DataConfig, Records, scan
-from stipple_core.data.records.records import Record, RecordList
+from stipple_core.data.records.data_config import DataConfig
+from stipple_core.data.records.records import Record, RecordList, Records
 from stipple_core.data.sources.folder import is_image_name
+from stipple_core.data.sources.scan import scan
 from stipple_core.images.drawn_pictures import encode_png, replace_file
 
 if TYPE_CHECKING:
