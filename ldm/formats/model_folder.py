@@ -25,6 +25,9 @@ from ldm.formats.diffusers.networks_folder import load_scheduling, load_unet, sa
 from ldm.formats.diffusers.scheduler import CLASSES, as_pipeline, scheduling_to_diffusers
 from ldm.formats.model_parts import ModelParts
 from stipple_core.files.weights import read_json, write_json
+from ldm.formats.diffusers.scheduler import CLASSES, Scheduling, as_pipeline, scheduling_to_diffusers
+from ldm.sampling.settings import Settings
+from stipple_core.files.json_file import read_json, write_json
 
 INDEX = "model_index.json"
 ZEROS = "force_zeros_for_empty_prompt"  # of diffusers' StableDiffusionXLPipeline

@@ -24,7 +24,7 @@ from conditioning.hints.hint_files import Files
 from conditioning.interface.conditioner import Conditioner
 from conditioning.interface.inputs import ConditionInputs
 from ldm.sampling.settings import Settings, Source
-from stipple_core.images.crop import Cutout
+from stipple_core.images.crop import Crop
 from stipple_core.images.images import UnusableImage, image_to_tensor, load_image, load_map, tensor_to_image
 from stipple_core.randomness import generator
 
@@ -215,8 +215,8 @@ def _gray(mask: Image.Image) -> Image.Image:
     return mask.convert("L")
 
 
-def _cut(picture: Image.Image, height: int, width: int) -> Cutout:
-    return Cutout.covering(picture.size, (width, height))
+def _cut(picture: Image.Image, height: int, width: int) -> Crop:
+    return Crop.covering(picture.size, (width, height))
 
 
 def _padded(x: Tensor, height: int, width: int) -> Tensor:

@@ -25,9 +25,11 @@ from stipple.stages.ldm.ldm_run import LdmRunConfig, config_from_init, opened
 from stipple.stages.ldm.shapes import check_shapes
 from stipple.training.run.run_folder import RunFolder
 from stipple_core.config import load_config, one_line_errors
-from stipple_core.data.dataset import ImageDataset, scan
+from stipple_core.data.dataset import ImageDataset
 from stipple_core.data.records.records import Records, merge_skipped
-from stipple_core.latent_cache.reader import CachedLatents, ShardWriter
+from stipple_core.data.sources.scan import scan
+from stipple_core.latent_cache.reader import CachedLatents
+from stipple_core.latent_cache.writer import LatentCacheWriter
 from stipple_core.operators.winograd import lay_out
 
 BATCH = 16  # images, or captions, encoded at a time
@@ -46,7 +48,7 @@ class Views(Dataset):
 
 @torch.no_grad()
 def cache_moments(
-    writer: ShardWriter, pictures: ImageDataset, autoencoder: Autoencoder, state: Accelerator, workers: int
+    writer: LatentCacheWriter, pictures: ImageDataset, autoencoder: Autoencoder, state: Accelerator, workers: int
 ) -> None:
     """Encode this process's parts of the images; `workers` processes decode."""
     missing = writer.missing("moments")
@@ -73,7 +75,7 @@ def encode_views(
     return moments
 
 
-def cache_contexts(writer: ShardWriter, conditioner: Conditioner, state: Accelerator) -> None:
+def cache_contexts(writer: LatentCacheWriter, conditioner: Conditioner, state: Accelerator) -> None:
     """Encode this process's parts of the captions."""
     for part in tqdm(writer.missing("contexts"), desc="captions", disable=not state.is_main_process):
         contexts: list[torch.Tensor] = []
@@ -95,12 +97,12 @@ def encode_captions(conditioner: Conditioner, captions: list[str], device: torch
 
 def open_writer(
     config: LdmRunConfig, records: Records, autoencoder: Autoencoder, conditioner: Conditioner, state: Accelerator
-) -> ShardWriter:
+) -> LatentCacheWriter:
     """Say what goes to the cache, or make sure that it is what goes there already; the first process does so first."""
     check_shapes(config, autoencoder, conditioner)
     key = cache_key(config, records.train, autoencoder, conditioner)
     with state.main_process_first():
-        writer = ShardWriter(
+        writer = LatentCacheWriter(
             config.cache, state.process_index, key, records.train, state.num_processes,
             MOMENTS_DTYPES[config.cache_precision], contexts=caches_contexts(config, conditioner),
         )  # fmt: skip

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stipple_core.images.drawn_pictures import read_record
-from stipple_core.prompt_files import known_settings, read_prompts
+from stipple_core.prompt_files import check_settings, read_prompts
 
 SEED = 42
 
@@ -44,7 +44,7 @@ def read_jobs(request: Request) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     if record:
         pictures = record["pictures"] if isinstance(record.get("pictures"), list) else [None]
         where = f"the record in {request.like}"
-        pictures = [known_settings(picture, (*known, "num_images"), where) for picture in pictures]
+        pictures = [check_settings(picture, (*known, "num_images"), where) for picture in pictures]
         if request.seed is not None:
             pictures = [{k: v for k, v in picture.items() if k != "seed"} for picture in pictures]
         jobs = [picture | job for job in jobs or [dict(request.settings)] for picture in pictures]

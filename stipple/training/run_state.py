@@ -13,7 +13,7 @@ from torch import nn
 from stipple.training.distributed.fsdp import FsdpWeights
 from stipple.training.optimization.ema import Ema
 from stipple.training.optimization.optimizer import Optimizer
-from stipple_core.files.training_state import MissingRows, whole_state
+from stipple_core.files.training_state import IncompleteTensor, whole_state
 
 READERS_OF_ROWS = (Optimizer, Ema, FsdpWeights)  # parts that read, of a tensor on disk, only what they hold
 SHOWN = 5  # weights named where a network is of another shape
@@ -41,7 +41,7 @@ class RunState(dict[str, Any]):
                 part.load_state_dict(states[name] if isinstance(part, READERS_OF_ROWS) else whole_state(states[name]))
             except torch.OutOfMemoryError:
                 raise
-            except MissingRows as error:
+            except IncompleteTensor as error:
                 raise ValueError(f"{source} is not whole ({error}); remove it, and the one before it is used") from None
             except (RuntimeError, ValueError, KeyError) as error:
                 told = _differences(part, states[name]) or " ".join(str(error).split()) or type(error).__name__

@@ -12,7 +12,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from stipple_core.config import load_config
-from stipple_core.data.dataset import ImageDataset, Order, collate, make_loader
+from stipple_core.data.dataset import ImageDataset, collate
+from stipple_core.data.loader import make_loader
+from stipple_core.data.order import Order
 from stipple_core.data.records.data_config import DataConfig
 from stipple_core.data.records.records import Record, RecordList, fingerprint
 from stipple_core.data.sources.scan import scan

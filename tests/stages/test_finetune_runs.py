@@ -155,7 +155,7 @@ def test_class_pictures_weigh_what_is_said_and_are_half_of_all(base, tmp_path):
     from stipple.stages.ldm.ldm_run import LdmRunConfig, config_from_init
     from stipple.stages.ldm.preservation import with_class
     from stipple_core.config import load_config
-    from stipple_core.data.dataset import scan
+    from stipple_core.data.sources.scan import scan
 
     class Main:
         is_main = True

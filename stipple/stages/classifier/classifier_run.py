@@ -19,7 +19,8 @@ from stipple.stages.ldm.denoiser_validation import LdmValidationConfig
 from stipple.training.optimization.ema import Ema, EmaConfig
 from stipple.training.optimization.optimizer import Optimizer, OptimizerConfig
 from stipple.training.trainer import Trainer, TrainerConfig
-from stipple_core.data.dataset import DataConfig, ImageDataset
+from stipple_core.data.dataset import ImageDataset
+from stipple_core.data.records.data_config import DataConfig
 from stipple_core.data.records.records import Records
 from stipple_core.operators.winograd import lay_out
 from stipple_core.randomness import normal

@@ -24,7 +24,7 @@ from stipple.training.optimization.ema import EmaConfig
 from stipple.training.optimization.optimizer import OptimizerConfig
 from stipple.training.trainer import TrainerConfig
 from stipple_core.config import to_dict
-from stipple_core.data.dataset import DataConfig
+from stipple_core.data.records.data_config import DataConfig
 
 DEFAULT_SAMPLES = (  # fields of SamplesConfig that a model has defaults for
     *("sampler", "steps", "corrections", "guidance_scale", "guidance_bound", "guidance_percentile"),

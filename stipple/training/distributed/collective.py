@@ -11,7 +11,7 @@ from accelerate.utils import broadcast_object_list
 from torch.distributed import all_gather_object, get_rank, get_world_size
 
 from stipple_core.files import checkpoint_folder as checkpoint
-from stipple_core.files.manifest import durable_sum
+from stipple_core.files.manifest import durable_sha256
 
 T = TypeVar("T")
 Sums = dict[str, str]  # of files, by name, that a process made durable
@@ -102,7 +102,7 @@ def write_together(folder: Path, write: Callable[[Path], Sums | None]) -> None:
 def save_rows(folder: Path, state: dict) -> Sums:
     """What a process writes of a state: see `save_state`; its file is durable, and its sum returned by its name."""
     path = checkpoint.save_state(folder, state, get_rank())
-    return {path.name: durable_sum(path)}
+    return {path.name: durable_sha256(path)}
 
 
 def _written(folder: Path, write: Callable[[Path], Sums | None]) -> Sums:

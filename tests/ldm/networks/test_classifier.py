@@ -19,6 +19,8 @@ from ldm.schedules.registry import ScheduleConfig, make_schedule
 from stipple.commands.open_model import Opening, open_for_drawing
 from stipple.stages.classifier.classifier_run import ClassifierRunConfig, build_classifier
 from stipple_core.data.dataset import DataConfig
+from stipple.stages.classifier.classifier_run import RunConfig, build_classifier
+from stipple_core.data.records.data_config import DataConfig
 from stipple_core.data.records.records import Record, Records
 from stipple_core.embedders import EmbedderConfig, build_embedder
 from stipple_core.images.images import image_to_tensor

@@ -21,6 +21,11 @@ from stipple.stages.ldm.batch_encoder import BatchEncoder
 from stipple.stages.ldm.denoiser_validation import drawing_command
 from stipple.stages.ldm.trainable import InversionConfig, LoraConfig, make_trainable
 from stipple_core.data.dataset import DataConfig, ImageDataset, Skip, collate, scan
+from stipple.stages.ldm.trainable import InversionConfig, LoraConfig, what_learns
+from stipple_core.data.dataset import ImageDataset, collate
+from stipple_core.data.records.data_config import DataConfig
+from stipple_core.data.records.records import Skip
+from stipple_core.data.sources.scan import scan
 from stipple_core.files.weights import read_weights, write_weights
 from tests.helpers.drawn import photo, record, refused, run
 from tests.helpers.small_encoders import save_open_clip

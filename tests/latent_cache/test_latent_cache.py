@@ -1,4 +1,4 @@
-"""The latent cache: what was added comes back; it is complete or refused; training from it sees what images show."""
+"""The latent cache: it is complete or rejected, and training from it equals training from images."""
 
 from __future__ import annotations
 
@@ -12,9 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from stipple_core.data.dataset import DataConfig, ImageDataset, Order, make_loader, scan
+from stipple_core.data.dataset import ImageDataset
+from stipple_core.data.loader import make_loader
+from stipple_core.data.order import Order
+from stipple_core.data.records.data_config import DataConfig
+from stipple_core.data.sources.scan import scan
 from stipple_core.latent_cache.arrays import map_array, map_ragged, pack, save_ragged
-from stipple_core.latent_cache.reader import CachedLatents, DamagedCache, ShardWriter, cached_collate
+from stipple_core.latent_cache.reader import CachedLatents, DamagedCache, cached_collate
+from stipple_core.latent_cache.writer import LatentCacheWriter
 
 PICTURES = Path(__file__).parents[2] / "tests" / "pictures"
 KEY = {"autoencoder": "abc", "image_size": 16, "templates": ("{text}", "{keywords}"), "flip": True}
@@ -30,18 +35,18 @@ RECORDS = scan(OPTIONS).train
 
 
 def moments_of(index: int, flips: bool = True) -> torch.Tensor:
-    """[1 or 2, 2c, h, w]: the picture itself stands for its moments, so that cache and images can be compared."""
+    """[1 or 2, 2c, h, w]: the image itself is used as its moments, so that cache and images can be compared."""
     dataset = ImageDataset(RECORDS, OPTIONS)
     image = dataset.picture(index)
     return torch.stack([image, image.flip(-1)] if flips else [image])
 
 
 def context_of(caption: str) -> torch.Tensor:
-    """[l, d], of as many tokens as the caption has words."""
+    """[l, d], with one token for each word of the caption."""
     return torch.tensor([[len(word), ord(word[0]) / 8, 0.5] for word in caption.split()])
 
 
-def fill(writer: ShardWriter, unusable: tuple[int, ...] = (), flips: bool = True) -> list[range]:
+def fill(writer: LatentCacheWriter, unusable: tuple[int, ...] = (), flips: bool = True) -> list[range]:
     made = []
     for part in writer.missing("moments"):
         writer.add_moments(part, [None if i in unusable else moments_of(i, flips) for i in part])
@@ -53,13 +58,13 @@ def fill(writer: ShardWriter, unusable: tuple[int, ...] = (), flips: bool = True
 
 
 def make_cache(folder, unusable: tuple[int, ...] = (), flips: bool = True, **options) -> str:
-    writer = ShardWriter(str(folder), 0, KEY, RECORDS, **{"part_size": 16, **options})
+    writer = LatentCacheWriter(str(folder), 0, KEY, RECORDS, **{"part_size": 16, **options})
     fill(writer, unusable, flips)
     writer.close(torch.full((2, 3), 0.25))
     return str(folder)
 
 
-def test_ragged_rows_come_back(tmp_path):
+def test_ragged_rows_are_read_back_equal(tmp_path):
     rows = [np.arange(n * 2, dtype=np.float16).reshape(n, 2) for n in (3, 0, 1, 5)]
     save_ragged(str(tmp_path / "x"), pack(rows))
     mapped = map_ragged(str(tmp_path / "x"))
@@ -68,7 +73,7 @@ def test_ragged_rows_come_back(tmp_path):
 
 
 @pytest.mark.parametrize(("dtype", "error"), [("float32", 0.0), ("float16", 2.0**-11)])
-def test_what_was_added_comes_back(tmp_path, dtype, error):
+def test_moments_and_contexts_are_read_back(tmp_path, dtype, error):
     cache = CachedLatents(make_cache(tmp_path, dtype=dtype), KEY)
     assert len(cache) == 42 and cache.flips and cache.channels == 3
     for index in range(42):
@@ -82,7 +87,7 @@ def test_what_was_added_comes_back(tmp_path, dtype, error):
 
 
 @pytest.mark.parametrize("flips", [True, False])
-def test_training_from_the_cache_sees_what_training_from_images_sees(tmp_path, flips):
+def test_batches_from_the_cache_equal_batches_from_images(tmp_path, flips):
     options = DataConfig(**{**vars(OPTIONS), "flip": flips})
     images = ImageDataset(RECORDS, options, seed=7)
     cache = CachedLatents(make_cache(tmp_path, flips=flips), KEY, seed=7)
@@ -95,7 +100,7 @@ def test_training_from_the_cache_sees_what_training_from_images_sees(tmp_path, f
 
 
 @pytest.mark.parametrize("unusable", [(3, 17), tuple(range(16)), (41,)])
-def test_unusable_records_are_left_out_as_if_they_had_never_been_there(tmp_path, unusable):
+def test_unusable_records_are_omitted_as_if_they_were_not_in_the_data(tmp_path, unusable):
     good = [record for index, record in enumerate(RECORDS) if index not in unusable]
     images = ImageDataset(good, OPTIONS, seed=7)
     cache = CachedLatents(make_cache(tmp_path / "cache", unusable), KEY, seed=7)
@@ -105,10 +110,10 @@ def test_unusable_records_are_left_out_as_if_they_had_never_been_there(tmp_path,
         assert images[address].caption == cache[address].caption
 
 
-def test_moments_of_several_sizes_come_back(tmp_path):
+def test_moments_of_several_sizes_are_read_back(tmp_path):
     sizes = [(4 + index % 3, 8 - index % 5) for index in range(len(RECORDS))]
     moments = [torch.randn(2, 6, *size) for size in sizes]
-    writer = ShardWriter(str(tmp_path), 0, KEY, RECORDS, part_size=16, contexts=False)
+    writer = LatentCacheWriter(str(tmp_path), 0, KEY, RECORDS, part_size=16, contexts=False)
     for part in writer.missing("moments"):
         writer.add_moments(part, [moments[index] for index in part])
     writer.close(None)
@@ -118,8 +123,8 @@ def test_moments_of_several_sizes_come_back(tmp_path):
         assert torch.equal(torch.stack([cache.moments(index), cache.moments(index, flip=True)]), each)
 
 
-def test_a_cache_without_contexts_gives_captions(tmp_path):
-    writer = ShardWriter(str(tmp_path), 0, KEY, RECORDS, part_size=16, contexts=False)
+def test_a_cache_without_contexts_has_captions(tmp_path):
+    writer = LatentCacheWriter(str(tmp_path), 0, KEY, RECORDS, part_size=16, contexts=False)
     assert writer.missing("contexts") == []
     fill(writer)
     writer.close(None)
@@ -132,19 +137,19 @@ def test_a_cache_without_contexts_gives_captions(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["moments-00000016.npy", "contexts-00000000.npy", "contexts-00000000.starts.npy"])
-def test_a_part_with_a_flipped_bit_is_made_again_and_no_other(tmp_path, name):
+def test_only_a_part_with_a_flipped_bit_is_written_again(tmp_path, name):
     folder = make_cache(tmp_path)
     whole = (tmp_path / name).read_bytes()
     damaged = bytearray(whole)
     damaged[-7] ^= 4
     (tmp_path / name).write_bytes(damaged)
-    writer = ShardWriter(folder, 0, KEY, RECORDS, part_size=16)
+    writer = LatentCacheWriter(folder, 0, KEY, RECORDS, part_size=16)
     assert [part.start for part in fill(writer)] == [int(name.split("-")[1][:8])]
     assert (tmp_path / name).read_bytes() == whole
 
 
 @pytest.mark.parametrize("name", ["moments-00000016.npy", "contexts-00000000.npy"])
-def test_a_flipped_bit_is_found_when_its_row_is_read(tmp_path, name):
+def test_a_flipped_bit_is_detected_when_its_row_is_read(tmp_path, name):
     folder = make_cache(tmp_path)
     damaged = bytearray((tmp_path / name).read_bytes())
     damaged[-3] ^= 4  # in the last row
@@ -158,10 +163,10 @@ def test_a_flipped_bit_is_found_when_its_row_is_read(tmp_path, name):
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"stop": 32}', '{"sha256": null}', "[" * 5000])
-def test_a_part_with_a_damaged_marker_is_made_again(tmp_path, text):
+def test_a_part_with_a_damaged_marker_is_written_again(tmp_path, text):
     folder = make_cache(tmp_path)
     (tmp_path / "moments-00000016.json").write_text(text)
-    assert [part.start for part in fill(ShardWriter(folder, 0, KEY, RECORDS, part_size=16))] == [16]
+    assert [part.start for part in fill(LatentCacheWriter(folder, 0, KEY, RECORDS, part_size=16))] == [16]
 
 
 def test_batches_are_padded_and_masked(tmp_path):
@@ -177,9 +182,9 @@ def test_batches_are_padded_and_masked(tmp_path):
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_any_number_of_processes_make_the_same_files(tmp_path, world):
+def test_any_number_of_processes_write_equal_files(tmp_path, world):
     alone, shared = make_cache(tmp_path / "alone"), tmp_path / "shared"
-    writers = [ShardWriter(str(shared), rank, KEY, RECORDS, world=world, part_size=16) for rank in range(world)]
+    writers = [LatentCacheWriter(str(shared), rank, KEY, RECORDS, world=world, part_size=16) for rank in range(world)]
     parts = [part for writer in writers for part in fill(writer)]
     assert len(parts) == -(-42 // 16) + -(-len(writers[0].captions) // 16)
     for writer in reversed(writers):
@@ -189,32 +194,32 @@ def test_any_number_of_processes_make_the_same_files(tmp_path, world):
     assert all((shared / name).read_bytes() == (tmp_path / "alone" / name).read_bytes() for name in files)
 
 
-def test_finished_parts_are_not_made_again_and_others_are(tmp_path):
-    writer = ShardWriter(str(tmp_path), 0, KEY, RECORDS, part_size=16)
+def test_an_interrupted_cache_is_continued_with_the_missing_parts(tmp_path):
+    writer = LatentCacheWriter(str(tmp_path), 0, KEY, RECORDS, part_size=16)
     first, *rest = writer.missing("moments")
     writer.add_moments(first, torch.zeros(16, 2, 3, 16, 16))
     (tmp_path / "moments-00000016.npy").write_bytes(b"half a file, without its marker")
     (tmp_path / "moments-00000016.npy.tmp-1").write_bytes(b"left by a killed process")
-    resumed = ShardWriter(str(tmp_path), 0, KEY, RECORDS, world=1, part_size=16)
+    resumed = LatentCacheWriter(str(tmp_path), 0, KEY, RECORDS, world=1, part_size=16)
     assert resumed.missing("moments") == rest
     fill(resumed)
     resumed.close(torch.zeros(1, 3))
     cache = CachedLatents(str(tmp_path), KEY)
     assert (cache.moments(3) == 0).all() and torch.equal(cache.moments(20), moments_of(20)[0])
     assert not list(tmp_path.glob("*.tmp-*"))
-    assert fill(ShardWriter(str(tmp_path), 0, KEY, RECORDS, part_size=16)) == []
+    assert fill(LatentCacheWriter(str(tmp_path), 0, KEY, RECORDS, part_size=16)) == []
 
 
-def test_a_cache_without_all_its_parts_is_refused(tmp_path):
-    writer = ShardWriter(str(tmp_path), 0, KEY, RECORDS, world=2, part_size=16)
+def test_an_incomplete_cache_is_an_error(tmp_path):
+    writer = LatentCacheWriter(str(tmp_path), 0, KEY, RECORDS, world=2, part_size=16)
     fill(writer)
     with pytest.raises(ValueError, match="lacks moments 16 to 31"):
         writer.close(torch.zeros(1, 3))
-    with pytest.raises(FileNotFoundError, match="no complete latent cache"):
+    with pytest.raises(FileNotFoundError, match="not a complete latent cache"):
         CachedLatents(str(tmp_path), KEY)
 
 
-def test_a_cache_of_something_else_is_refused_by_what_changed(tmp_path):
+def test_a_cache_with_another_key_is_an_error_that_names_the_changes(tmp_path):
     folder = make_cache(tmp_path)
     for change, message in [
         ({"autoencoder": "xyz"}, "autoencoder was 'abc', is 'xyz'"),
@@ -223,22 +228,24 @@ def test_a_cache_of_something_else_is_refused_by_what_changed(tmp_path):
         with pytest.raises(ValueError, match=message):
             CachedLatents(folder, {**KEY, **change})
         with pytest.raises(ValueError, match=message):
-            ShardWriter(folder, 0, {**KEY, **change}, RECORDS, part_size=16)
+            LatentCacheWriter(folder, 0, {**KEY, **change}, RECORDS, part_size=16)
     with pytest.raises(ValueError, match="flip was True, is None"):
         CachedLatents(folder, {name: value for name, value in KEY.items() if name != "flip"})
     with pytest.raises(ValueError, match="part_size was 16, is 1024"):
-        ShardWriter(folder, 0, KEY, RECORDS)
+        LatentCacheWriter(folder, 0, KEY, RECORDS)
     with pytest.raises(ValueError, match="pictures was"):
-        ShardWriter(folder, 0, KEY, RECORDS[1:], part_size=16)
-    with pytest.raises(ValueError, match="made otherwise: captions was '[0-9a-f]+', is '[0-9a-f]+'; make it again"):
+        LatentCacheWriter(folder, 0, KEY, RECORDS[1:], part_size=16)
+    with pytest.raises(
+        ValueError, match="other data or settings: captions was '[0-9a-f]+', is '[0-9a-f]+'; make a new one"
+    ):
         others = [dataclasses.replace(record, captions=(("x",),)) for record in RECORDS]
-        ShardWriter(folder, 0, KEY, others, part_size=16)
-    with pytest.raises(ValueError, match="made otherwise: pictures was"):
+        LatentCacheWriter(folder, 0, KEY, others, part_size=16)
+    with pytest.raises(ValueError, match="other data or settings: pictures was"):
         CachedLatents(folder, {**KEY, "pictures": "of another folder"})
     assert len(CachedLatents(folder)) == 42
 
 
-def test_damaged_parts_are_named(tmp_path):
+def test_truncated_parts_are_an_error_that_names_the_file(tmp_path):
     folder = make_cache(tmp_path)
     part = tmp_path / "moments-00000016.npy"
     np.save(tmp_path / "shorter.npy", np.load(part)[:-1])
@@ -254,8 +261,8 @@ def test_pickles_are_never_loaded(tmp_path):
         map_array(str(tmp_path / "x.npy"))
 
 
-def test_values_that_are_not_finite_never_reach_the_disk(tmp_path):
-    writer = ShardWriter(str(tmp_path), 0, KEY, RECORDS, dtype="float16", part_size=16)
+def test_values_that_are_not_finite_are_not_written(tmp_path):
+    writer = LatentCacheWriter(str(tmp_path), 0, KEY, RECORDS, dtype="float16", part_size=16)
     part = writer.missing("moments")[0]
     for value in (float("nan"), 1e6):  # 1e6 is infinite in float16
         moments = torch.zeros(16, 2, 3, 4, 4)
@@ -266,12 +273,12 @@ def test_values_that_are_not_finite_never_reach_the_disk(tmp_path):
     with pytest.raises(ValueError, match="16 rows, not 15"):
         writer.add_moments(part, torch.zeros(15, 2, 3, 4, 4))
     with pytest.raises(ValueError, match="'int8'"):
-        ShardWriter(str(tmp_path / "x"), 0, KEY, RECORDS, dtype="int8")
+        LatentCacheWriter(str(tmp_path / "x"), 0, KEY, RECORDS, dtype="int8")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_the_point_posterior_of_a_codebook_is_kept_and_a_mean_of_minus_infinity_refused(dtype, tmp_path):
-    writer = ShardWriter(str(tmp_path), 0, KEY, RECORDS, dtype=dtype)
+def test_point_posteriors_are_stored_and_means_of_minus_infinity_are_an_error(dtype, tmp_path):
+    writer = LatentCacheWriter(str(tmp_path), 0, KEY, RECORDS, dtype=dtype)
     part = writer.missing("moments")[0]
     moments = torch.zeros(len(part), 1, 4, 2, 2)
     moments[:, :, 2:] = -torch.inf  # the log-variances
@@ -285,7 +292,7 @@ def test_the_point_posterior_of_a_codebook_is_kept_and_a_mean_of_minus_infinity_
             writer.add_moments(part, wrong)
 
 
-def test_opening_reads_nothing_and_pickling_copies_nothing(tmp_path):
+def test_opening_maps_the_files_and_pickling_does_not_copy_them(tmp_path):
     cache = CachedLatents(make_cache(tmp_path), KEY, seed=3)
     assert all(isinstance(part.base, np.memmap) for part in cache._moments)
     pickled = pickle.dumps(cache)
@@ -293,7 +300,7 @@ def test_opening_reads_nothing_and_pickling_copies_nothing(tmp_path):
     assert torch.equal(pickle.loads(pickled)[4, 5].moments, cache[4, 5].moments)
 
 
-def test_caches_load_through_workers(tmp_path):
+def test_workers_load_equal_batches(tmp_path):
     cache = CachedLatents(make_cache(tmp_path), KEY, seed=3)
     order = Order(42, 8, 8, seed=3, steps=4)
     alone = list(make_loader(cache, order, collate=cached_collate))
@@ -301,7 +308,7 @@ def test_caches_load_through_workers(tmp_path):
         assert torch.equal(a.moments, b.moments) and torch.equal(a.tokens, b.tokens) and a.captions == b.captions
 
 
-def test_the_index_says_what_there_is(tmp_path):
+def test_the_index_counts_records_and_captions(tmp_path):
     make_cache(tmp_path, unusable=(3, 40))
     index = json.loads((tmp_path / "index.json").read_text())
     assert index == {"format": 2, "records": 42, "captions": 103, "contexts": True, "flips": 2, "channels": 3}

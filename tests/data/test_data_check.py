@@ -28,7 +28,7 @@ def test_no_other_run_verifies_into_the_same_folder_meanwhile_and_nothing_is_lef
         said.append(str(refused.value))
         return [Inspection(8, 8) for _ in part]
 
-    monkeypatch.setattr(stipple.stages.data.data_check, "look_at", inspect)
+    monkeypatch.setattr(stipple.stages.data.data_check, "inspect", inspect)
     DataCheck.of(records, config, trainer)
     assert len(said) == 2 and os.listdir(tmp_path) == []
 
