@@ -10,8 +10,9 @@ import torch
 
 from ldm.formats.diffusers.unet_options import unet_from_diffusers, unet_to_diffusers
 from ldm.networks.classifier import Classifier, ClassifierConfig
-from ldm.schedules.registry import ScheduleConfig
-from stipple_core.files.weights import place, read_folder, read_json, write_json, write_weights
+from ldm.schedules.base import ScheduleConfig
+from stipple_core.files.json_file import read_json, write_json
+from stipple_core.files.weights import place, read_folder, write_weights
 
 FOLDER, STEM, CLASS_NAME = "classifier", "model", "NoisyClassifier"
 

@@ -9,24 +9,17 @@ from typing import Any
 
 import torch
 
-from autoencoder import Autoencoder, ImageEmbeddings, Pixels, open_autoencoder
+from autoencoder import Pixels, open_autoencoder
 from conditioning.build import load_conditioner
 from conditioning.formats.unet_inputs import FRAME, with_frame, with_hints
 from conditioning.interface.conditioner import Conditioner
-from autoencoder import Pixels, open_autoencoder
-from conditioning.build import AnyConditioner, load_conditioner
-from conditioning.formats.unet_inputs import with_hints
-from conditioning.readers.frame import NAME as FRAME
-from conditioning.readers.frame import with_frame
 from conditioning.readers.spatial import SpatialReader
+from ldm.formats.diffusers.known_schedulers import CLASSES
 from ldm.formats.diffusers.known_unet_options import PLAIN
 from ldm.formats.diffusers.network_kinds import KINDS, folder_of
 from ldm.formats.diffusers.networks_folder import load_scheduling, load_unet, save_scheduling, save_unet
-from ldm.formats.diffusers.scheduler import CLASSES, as_pipeline, scheduling_to_diffusers
+from ldm.formats.diffusers.scheduler import as_pipeline, scheduling_to_diffusers
 from ldm.formats.model_parts import ModelParts
-from stipple_core.files.weights import read_json, write_json
-from ldm.formats.diffusers.scheduler import CLASSES, Scheduling, as_pipeline, scheduling_to_diffusers
-from ldm.sampling.settings import Settings
 from stipple_core.files.json_file import read_json, write_json
 
 INDEX = "model_index.json"

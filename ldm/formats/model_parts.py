@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from autoencoder import Autoencoder, ImageEmbeddings, Pixels
-from conditioning.build import AnyConditioner
+from conditioning.interface.conditioner import Conditioner
 from ldm.formats.diffusers.network_kinds import Network
 from ldm.formats.diffusers.scheduler import Scheduling
 
@@ -26,7 +26,7 @@ class ModelParts:
 
     autoencoder: Autoencoder | Pixels | ImageEmbeddings
     unet: Network
-    conditioner: AnyConditioner
+    conditioner: Conditioner
     scheduling: Scheduling
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
@@ -36,9 +36,7 @@ class ModelParts:
         return self.unet.config.in_channels - self.autoencoder.latent_channels
 
 
-def check_parts(
-    autoencoder: Autoencoder | Pixels | ImageEmbeddings, unet: Network, conditioner: AnyConditioner
-) -> None:
+def check_parts(autoencoder: Autoencoder | Pixels | ImageEmbeddings, unet: Network, conditioner: Conditioner) -> None:
     """Raise ValueError if a UNet's inputs and outputs do not fit the autoencoder's latents and the conditioner."""
     channels, config = autoencoder.latent_channels, unet.config
     inputs = channels + conditioner.latent_channels

@@ -32,8 +32,8 @@ from ldm.formats.compvis.schedule_buffers import BUFFERS, schedule_buffers
 from ldm.formats.diffusers.networks_folder import empty_unet
 from ldm.formats.diffusers.scheduler import PREDICTION_TYPES, Scheduling
 from ldm.formats.model_parts import ModelParts
-from ldm.networks.unet import UNetConfig
-from ldm.schedules.registry import ScheduleConfig
+from ldm.networks.unet_config import UNetConfig
+from ldm.schedules.base import ScheduleConfig
 from stipple_core.config import read_yaml
 from stipple_core.files.weights import AVERAGE, outline, place, read_metadata, read_weights, write_weights
 

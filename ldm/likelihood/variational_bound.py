@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ldm.samplers.steps import Denoise, Generators, Point, fresh_share, noise_like, step_points
-from ldm.schedules.registry import Schedule
+from ldm.schedules.base import Schedule
 
 HALF_BIN = 1 / 255  # half the distance of two values of 8 bits in [-1, 1]
 EIGHT_BIT_UNIT = 127.5  # values of 8 bits in 1.0: images are in [-1, 1], their values in 0 .. 255

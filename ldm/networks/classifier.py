@@ -14,9 +14,7 @@ from ldm.denoising.prediction import per_image
 from ldm.networks.attention import Attention, Signal
 from ldm.networks.unet import UNet
 from ldm.networks.unet_config import UNetConfig
-from ldm.schedules.registry import Schedule, ScheduleConfig
-from stipple_core.files.json_file import read_json, write_json
-from stipple_core.files.weights import place, read_folder, write_weights
+from ldm.schedules.base import Schedule, ScheduleConfig
 from stipple_core.operators.normalization import norm_silu
 from stipple_core.operators.sinusoids import sinusoids
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ldm.samplers.steps import NO_SIGNAL, Denoise, Generators, Point, Step, noise_like, step_points
-from ldm.schedules.registry import Schedule
+from ldm.schedules.base import Schedule
 
 
 def langevin(

@@ -21,7 +21,7 @@ from ldm.samplers.steps import (
     noised,
     step_points,
 )
-from ldm.schedules.registry import Schedule
+from ldm.schedules.base import Schedule
 
 # How `ddpm` draws: the exponent v of its variance, small^(1 - v) large^v; None: the network says it (see `ddpm`).
 VARIANCES: dict[str, float | None] = {"small": 0.0, "large": 1.0, "learned": None}

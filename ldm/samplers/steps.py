@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ldm.samplers.spacing import LARGEST_RATIO
-from ldm.schedules.registry import Schedule
+from ldm.schedules.base import Schedule
 
 Denoise = Callable[[Tensor, float], Tensor]
 Generators = Sequence[torch.Generator]

@@ -23,7 +23,7 @@ from ldm.samplers.steps import (
     noised,
     step_points,
 )
-from ldm.schedules.registry import Schedule
+from ldm.schedules.base import Schedule
 
 
 def dpmpp_sde(denoise: Denoise, z: Tensor, times: Tensor, schedule: Schedule, generators: Generators) -> Iterator[Step]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ldm.guidance.base import Denoise
 from ldm.samplers.steps import Generators, Step, noised, step_points
-from ldm.schedules.registry import Schedule
+from ldm.schedules.base import Schedule
 
 SEGMENTS = 25  # that a walk is cut into: RePaint jumps back 10 of 250 steps
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from autoencoder import Autoencoder, ImageEmbeddings, Pixels
-from conditioning.build import AnyConditioner
+from conditioning.interface.conditioner import Conditioner
 from ldm.denoising.denoiser import Denoiser
 from ldm.formats.diffusers.network_kinds import Network
 from ldm.formats.diffusers.scheduler import Scheduling
@@ -20,7 +20,8 @@ from ldm.samplers.spacing import times
 from ldm.sampling.gradient_guides import GRADIENT_GUIDES, GradientGuide
 from ldm.sampling.settings import Settings
 from ldm.sampling.source_images import DecodedFiles, ImageSize
-from ldm.schedules.registry import Schedule, make_schedule
+from ldm.schedules.base import Schedule
+from ldm.schedules.registry import make_schedule
 
 
 @dataclass(eq=False, repr=False)
@@ -46,7 +47,7 @@ class Model:
 
     autoencoder: Autoencoder | Pixels | ImageEmbeddings
     unet: Network
-    conditioner: AnyConditioner
+    conditioner: Conditioner
     scheduling: Scheduling
     defaults: Settings | None = None
     schedule: Schedule = field(init=False)

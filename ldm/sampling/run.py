@@ -22,7 +22,7 @@ from ldm.sampling.known_latents import blended, painted_latents, resampled
 from ldm.sampling.model import Model
 from ldm.sampling.settings import Settings
 from ldm.sampling.source_images import SourceImages
-from ldm.schedules.registry import Schedule
+from ldm.schedules.base import Schedule
 
 Network = CachedUNet | Windowed | LearnedVariance
 

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-    from ldm.pipeline import FinishedImage, TextToImage
+    from ldm.pipeline import TextToImage
+    from ldm.sampling.decoding import FinishedImage
     from ldm.sampling.settings import Settings
 
 

@@ -39,7 +39,8 @@ from stipple.training.command_line import parse
 from stipple.training.run.run_folder import disk_errors
 from stipple.training.trainer import Trainer
 from stipple_core.config import load_config, one_line_errors, to_dict
-from stipple_core.data.dataset import Records, scan
+from stipple_core.data.records.records import Records
+from stipple_core.data.sources.scan import scan
 from stipple_core.randomness import generator, normal, uniform
 
 

@@ -26,7 +26,7 @@ from stipple.training.command_line import parse
 from stipple.training.run.run_folder import disk_errors
 from stipple.training.trainer import Trainer
 from stipple_core.config import load_config, one_line_errors, to_dict
-from stipple_core.data.dataset import scan
+from stipple_core.data.sources.scan import scan
 from stipple_core.randomness import normal
 
 

@@ -12,9 +12,13 @@ from pathlib import Path
 
 import torch
 
-from stipple.stages.classifier.classifier_run import ClassifierRunConfig, ClassifierTraining, build_classifier, validate
 from ldm.formats.classifier_folder import save_classifier
-from stipple.stages.classifier.classifier_run import ClassifierLearner, RunConfig, build_classifier, validate
+from stipple.stages.classifier.classifier_run import (
+    ClassifierRunConfig,
+    ClassifierTraining,
+    build_classifier,
+    validate,
+)
 from stipple.stages.data.data_check import DataCheck
 from stipple.stages.data.run_data import RunData
 from stipple.training.command_line import parse

@@ -415,7 +415,10 @@ BAD = {
     "empty prompt file": (["--from-file", "{tmp}/file"], "there is no prompt"),
     "binary prompt file": (["--from-file", "{tmp}/binary"], "prompt file {tmp}/binary is not UTF-8 text"),
     "broken line": (["--from-file", "{tmp}/broken.jsonl"], "{tmp}/broken.jsonl line 2 begins with {{ but is not"),
-    "unknown key": (["--from-file", "{tmp}/key.jsonl"], "line 1 has 'step', which is not a setting; did you mean steps?"),
+    "unknown key": (
+        ["--from-file", "{tmp}/key.jsonl"],
+        "line 1 has 'step', which is not a setting; did you mean steps?",
+    ),
     "line without": (["--from-file", "{tmp}/without.jsonl"], "{tmp}/without.jsonl line 1 has no prompt"),
     "wrong type": (["--from-file", "{tmp}/type.jsonl"], "steps 'few' is not a whole number"),
     "wrong count": (["--from-file", "{tmp}/count.jsonl"], "num_images 'two' must be a whole number"),

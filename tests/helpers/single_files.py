@@ -15,8 +15,10 @@ from conditioning.text.text_conditioner import TextConditioner
 from conditioning.tokenizers.known_tokenizers import bert_tokenizer, clip_tokenizer
 from ldm.formats.diffusers.scheduler import Scheduling
 from ldm.formats.model_parts import ModelParts
-from ldm.networks.unet import UNet, UNetConfig
-from ldm.schedules.registry import ScheduleConfig, make_schedule
+from ldm.networks.unet import UNet
+from ldm.networks.unet_config import UNetConfig
+from ldm.schedules.base import ScheduleConfig
+from ldm.schedules.registry import make_schedule
 
 PLAIN = ("unconditional", "churches", "semantic", "holes", "enlarging")  # no prompts, no cross-attention
 KINDS = ("sd1", "sd2", "inpainting", "depth", "bert", "class", *PLAIN, "layout")

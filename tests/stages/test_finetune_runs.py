@@ -14,7 +14,7 @@ from ldm import TextToImage
 from ldm.formats.lora import DIFFUSERS_FILE, KOHYA_FILE, merge, read_lora
 from ldm.formats.model_folder import save_model
 from ldm.formats.opening import open_model
-from stipple_core.files.checkpoint_folder import open_state
+from stipple_core.files.training_state import open_state
 from stipple_core.images.drawn_pictures import read_record
 from tests.helpers.single_files import build_parts
 from tests.helpers.tiny_runs import differing, files, launch, losses, metrics, run_here

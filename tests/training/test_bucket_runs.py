@@ -17,10 +17,6 @@ from stipple.stages.data.data_check import DataCheck
 from stipple.stages.data.run_data import RunData
 from stipple.stages.ldm.batch_encoder import BatchEncoder
 from stipple.stages.ldm.denoiser_validation import SamplePrompts
-from stipple_core.data.dataset import DataConfig, scan
-from stipple.stages.data.run_pictures import Pictures
-from stipple.stages.ldm.batch_inputs import Inputs
-from stipple.stages.ldm.denoiser_validation import Shown
 from stipple_core.data.records.buckets import BucketConfig, assign, bucket_shapes
 from stipple_core.data.records.data_config import DataConfig
 from stipple_core.data.sources.scan import scan

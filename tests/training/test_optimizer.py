@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from stipple.training.optimization.optimizer import Optimizer, OptimizerConfig, learning_rate
-from stipple_core.files.checkpoint_folder import load_state, save_state
+from stipple_core.files.training_state import load_state, save_state
 
 
 def config(**changes) -> OptimizerConfig:

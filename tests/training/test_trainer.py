@@ -16,9 +16,10 @@ from torch import nn
 
 from stipple.training.optimization.optimizer import learning_rate
 from stipple.training.run_state import RunState
-from stipple.training.trainer import Trainer, TrainerConfig
-from stipple_core.files.checkpoint_folder import checkpoints, open_state, save_state, write_folder
-from stipple_core.files.training_state import Rows
+from stipple.training.trainer import Trainer
+from stipple.training.trainer_config import TrainerConfig
+from stipple_core.files.checkpoint_folder import checkpoints, write_folder
+from stipple_core.files.training_state import Rows, open_state, save_state
 from tests.helpers.line_runs import OPTIMIZER, Run, at
 from tests.helpers.tiny_runs import metrics
 

@@ -12,7 +12,7 @@ from stipple.stages.autoencoder.reconstruction import AutoencoderValidationConfi
 from stipple.stages.data.run_settings import check_run
 from stipple.training.optimization.ema import EmaConfig
 from stipple.training.optimization.optimizer import OptimizerConfig
-from stipple.training.trainer import TrainerConfig
+from stipple.training.trainer_config import TrainerConfig
 from stipple_core.config import to_dict
 from stipple_core.data.records.data_config import DataConfig
 

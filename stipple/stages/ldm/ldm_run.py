@@ -12,9 +12,10 @@ from ldm.formats.opening import open_model
 from ldm.losses.diffusion_loss import check_weighting
 from ldm.losses.time_density import DensityConfig
 from ldm.networks.prior_config import PriorConfig
-from ldm.networks.unet import UNetConfig
+from ldm.networks.unet_config import UNetConfig
 from ldm.sampling.defaults import default_settings
-from ldm.schedules.registry import ScheduleConfig, make_schedule
+from ldm.schedules.base import ScheduleConfig
+from ldm.schedules.registry import make_schedule
 from stipple.stages.data.run_settings import check_run
 from stipple.stages.ldm.denoiser_validation import LdmValidationConfig, SamplesConfig
 from stipple.stages.ldm.distillation import DistillationConfig, student_samples
@@ -22,7 +23,7 @@ from stipple.stages.ldm.preservation import PreservationConfig
 from stipple.stages.ldm.trainable import InversionConfig, LoraConfig
 from stipple.training.optimization.ema import EmaConfig
 from stipple.training.optimization.optimizer import OptimizerConfig
-from stipple.training.trainer import TrainerConfig
+from stipple.training.trainer_config import TrainerConfig
 from stipple_core.config import to_dict
 from stipple_core.data.records.data_config import DataConfig
 

@@ -21,7 +21,7 @@ from ldm.formats.opening import open_model
 from ldm.formats.single_file import modelspec, open_single_file, save_first_stage, save_single_file
 from ldm.networks.unet import UNet
 from ldm.pipeline import TextToImage
-from ldm.schedules.registry import ScheduleConfig
+from ldm.schedules.base import ScheduleConfig
 from stipple_core.files.weights import read_metadata, read_weights, write_weights
 from tests.helpers.single_files import KINDS, PROMPTS, YAML, build_parts, save_words, write_yaml
 from tests.helpers.told_pictures import draw_told
@@ -298,7 +298,7 @@ STABLE = [
 
 @pytest.mark.parametrize("kind, dim, prediction, extra, family", STABLE)
 def test_stable_diffusions_shapes_get_its_name(kind, dim, prediction, extra, family, words):
-    from ldm.networks.unet import UNetConfig
+    from ldm.networks.unet_config import UNetConfig
 
     parts = build_parts(kind, words)
     with torch.device("meta"):

@@ -15,11 +15,10 @@ from ldm.formats.classifier_folder import load_classifier, save_classifier
 from ldm.networks.classifier import POOLS, Classifier, ClassifierConfig, classify, translated
 from ldm.sampling.gradient_guides import ClassifierGuide, ClipGuide
 from ldm.sampling.settings import Settings
-from ldm.schedules.registry import ScheduleConfig, make_schedule
+from ldm.schedules.base import ScheduleConfig
+from ldm.schedules.registry import make_schedule
 from stipple.commands.open_model import Opening, open_for_drawing
 from stipple.stages.classifier.classifier_run import ClassifierRunConfig, build_classifier
-from stipple_core.data.dataset import DataConfig
-from stipple.stages.classifier.classifier_run import RunConfig, build_classifier
 from stipple_core.data.records.data_config import DataConfig
 from stipple_core.data.records.records import Record, Records
 from stipple_core.embedders import EmbedderConfig, build_embedder

@@ -20,8 +20,6 @@ from ldm.sampling.settings import Settings
 from stipple.stages.ldm.batch_encoder import BatchEncoder
 from stipple.stages.ldm.denoiser_validation import drawing_command
 from stipple.stages.ldm.trainable import InversionConfig, LoraConfig, make_trainable
-from stipple_core.data.dataset import DataConfig, ImageDataset, Skip, collate, scan
-from stipple.stages.ldm.trainable import InversionConfig, LoraConfig, what_learns
 from stipple_core.data.dataset import ImageDataset, collate
 from stipple_core.data.records.data_config import DataConfig
 from stipple_core.data.records.records import Skip
