@@ -8,14 +8,14 @@ from functools import partial
 import pytest
 import torch
 
-import stipple.commands.draw as drawing
+import stipple.commands.drawing.drawing_command as drawing
 from autoencoder import Pixels, open_autoencoder
 from conditioning.classes.class_conditioner import Unconditional
 from ldm.networks.classifier import POOLS, Classifier, ClassifierConfig, classify, translated
 from ldm.sampling.gradient_guides import ClassifierGuide, ClipGuide
 from ldm.sampling.settings import Settings
 from ldm.schedules.registry import ScheduleConfig, make_schedule
-from stipple.commands.open_model import Opening, open_for_drawing
+from stipple.commands.drawing.open_model import Opening, open_for_drawing
 from stipple.stages.classifier.classifier_run import RunConfig, build_classifier
 from stipple_core.data.dataset import DataConfig
 from stipple_core.data.records.records import Record, Records
