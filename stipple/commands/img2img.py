@@ -14,7 +14,9 @@ from collections.abc import Sequence
 
 from stipple.commands.drawing.drawing_command import DrawingCommand, draw
 
-COMMAND = DrawingCommand(about=__doc__, example='stipple img2img photo.png "an oil painting"', files=("image",), prompt="")
+COMMAND = DrawingCommand(
+    about=__doc__, example='stipple img2img photo.png "an oil painting"', files=("image",), prompt=""
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def check(model: TextToImage) -> None:
     """Raise ValueError for a model of text alone: what is asked for by class or layout would be read as a caption."""
     if model.conditioner.reads_text and model.conditioner.hint is None:
-        raise ValueError("this model draws from text; use txt2img.py, or give another with --checkpoint")
+        raise ValueError("this model draws from text; use stipple draw, or give another with --checkpoint")
 
 
 COMMAND = DrawingCommand(
