@@ -22,7 +22,7 @@ from conditioning.text.text_conditioner import Conditioner
 from stipple.cli.training_arguments import read_arguments
 from stipple.stages.data.data_check import bucketed
 from stipple.stages.ldm.ldm_parts import MOMENTS_DTYPES, cache_key, caches_contexts, make_conditioner
-from stipple.stages.ldm.ldm_run import RunConfig, inherited, opened
+from stipple.stages.ldm.ldm_run import LdmRunConfig, config_from_init, opened
 from stipple.stages.ldm.shapes import check_shapes
 from stipple.training.run.run_folder import RunFolder
 from stipple_core.config import load_config, one_line_errors
@@ -95,7 +95,7 @@ def encode_captions(conditioner: Conditioner, captions: list[str], device: torch
 
 
 def open_writer(
-    config: RunConfig, records: Records, autoencoder: Autoencoder, conditioner: AnyConditioner, state: Accelerator
+    config: LdmRunConfig, records: Records, autoencoder: Autoencoder, conditioner: AnyConditioner, state: Accelerator
 ) -> ShardWriter:
     """Say what goes to the cache, or make sure that it is what goes there already; the first process does so first."""
     check_shapes(config, autoencoder, conditioner)
@@ -110,7 +110,7 @@ def open_writer(
     return writer
 
 
-def check(config: RunConfig) -> None:
+def check(config: LdmRunConfig) -> None:
     """Raise ValueError for a config that names no cache, or whose data cannot be cached."""
     if config.cache is None:
         raise ValueError("there is no folder to write to; give cache=FOLDER")
@@ -118,7 +118,7 @@ def check(config: RunConfig) -> None:
         raise ValueError("data.crop random cannot be cached; use data.crop=center, or train without a cache")
 
 
-def cache(config: RunConfig, arguments: Sequence[str]) -> None:
+def cache(config: LdmRunConfig, arguments: Sequence[str]) -> None:
     """Fill `config.cache` with what is not in it yet; `arguments` are part of the next command, which is printed."""
     # a process may have to make all that another run left undone, so the others wait long for it
     patience = InitProcessGroupKwargs(timeout=timedelta(days=7))
@@ -149,15 +149,15 @@ def cache(config: RunConfig, arguments: Sequence[str]) -> None:
         print("  " + shlex.join(["stipple", "train", *arguments]))
 
 
-def read_config(arguments: argparse.Namespace) -> RunConfig:
+def read_config(arguments: argparse.Namespace) -> LdmRunConfig:
     """Return the config of a command line; exits with one line and code 2 after a mistake."""
     with one_line_errors():
-        config = load_config(RunConfig, arguments.config, arguments.overrides, inherited)
+        config = load_config(LdmRunConfig, arguments.config, arguments.overrides, config_from_init)
         check(config)
     return config
 
 
-def run(config: RunConfig, arguments: argparse.Namespace) -> None:
+def run(config: LdmRunConfig, arguments: argparse.Namespace) -> None:
     """Fill the cache with a config that `read_config` returned."""
     with one_line_errors():
         cache(config, arguments.argv)

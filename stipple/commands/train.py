@@ -20,15 +20,22 @@ from ldm.denoising.denoiser import Denoiser
 from ldm.losses.time_density import Importance, make_density
 from stipple.cli.training_arguments import read_arguments
 from stipple.stages.data.data_check import DataCheck
-from stipple.stages.data.run_pictures import Pictures
-from stipple.stages.ldm.batch_inputs import Inputs
-from stipple.stages.ldm.denoiser_validation import Shown, draw_samples, drawing_command, learn, sampling_flags, validate
-from stipple.stages.ldm.examples import Examples
-from stipple.stages.ldm.ldm_parts import Learner, build_model, open_cache
-from stipple.stages.ldm.ldm_run import RunConfig, inherited
+from stipple.stages.data.run_data import RunData
+from stipple.stages.ldm.batch_encoder import BatchEncoder
+from stipple.stages.ldm.denoiser_validation import (
+    SamplePrompts,
+    draw_samples,
+    drawing_command,
+    learn,
+    sampling_flags,
+    validate,
+)
+from stipple.stages.ldm.diffusion_batch import DiffusionBatch
+from stipple.stages.ldm.ldm_parts import LdmTraining, build_model, open_cache
+from stipple.stages.ldm.ldm_run import LdmRunConfig, config_from_init
 from stipple.stages.ldm.objectives import make_objective
 from stipple.stages.ldm.preservation import with_class
-from stipple.stages.ldm.trainable import Learning, what_learns
+from stipple.stages.ldm.trainable import Trainable, make_trainable
 from stipple.training.run.run_folder import disk_errors
 from stipple.training.trainer import Trainer
 from stipple_core.config import load_config, one_line_errors, to_dict
@@ -36,15 +43,15 @@ from stipple_core.data.dataset import Records, scan
 from stipple_core.randomness import generator, normal, uniform
 
 
-def check(config: RunConfig, learning: Learning, device: torch.device, found: Records) -> None:
+def check(config: LdmRunConfig, learning: Trainable, device: torch.device, found: Records) -> None:
     """Raise ValueError for what can't be trained, before anything that takes long."""
     learning.prepare(build_model(config, found, device), found.train, config.seed)
 
 
-def train(config: RunConfig) -> None:
+def train(config: LdmRunConfig) -> None:
     """Train, and leave what has learned in the run folder: the model, or what is added to it."""
     with one_line_errors():
-        learning = what_learns(config.lora, config.inversion, config.init_from)
+        learning = make_trainable(config.lora, config.inversion, config.init_from)
         product = learning.product
         trainer = Trainer(config.trainer, config.run, to_dict(config), product)  # from here on time and signals count
         found = with_class(scan(config.data), config, trainer, partial(check, config, learning, trainer.device))
@@ -52,11 +59,11 @@ def train(config: RunConfig) -> None:
         model = build_model(config, data_check.records, trainer.device)
         learning.prepare(model, data_check.records.train, config.seed)
         cache = open_cache(config, data_check.records.train, model)
-        pictures = Pictures.open(config.data, data_check, config.seed, config.run, cache, model.conditioner.hint)
+        pictures = RunData.open(config.data, data_check, config.seed, config.run, cache, model.conditioner.hint)
         objective = make_objective(config, model, trainer)
-        learner = Learner.register(trainer, model, config, learning, objective.averages)
-        inputs = Inputs(model.autoencoder, model.conditioner, learner.text_network, cache, config.drops)
-        shown = Shown.of(config.samples.prompts, pictures.examples, inputs)
+        learner = LdmTraining.register(trainer, model, config, learning, objective.averages)
+        inputs = BatchEncoder(model.autoencoder, model.conditioner, learner.text_network, cache, config.drops)
+        shown = SamplePrompts.of(config.samples.prompts, pictures.examples, inputs)
         model.plan(shown.prompts, given=shown.given)  # a wrong number of steps is to be found now
     device, seed, diffusion = trainer.device, config.seed, config.diffusion
     density = make_density(diffusion.density, model.schedule)
@@ -87,7 +94,9 @@ def train(config: RunConfig) -> None:
             told, null = inputs.contexts(batch, device)
             context = told if null is None else drop_context(told, null, drop.to(device))
             draw = partial(uniform, seed, step=step, positions=positions)
-            losses = objective(denoiser, Examples(z_0=z_0, context=context, null=null, t=t, noise=noise, draw=draw))
+            losses = objective(
+                denoiser, DiffusionBatch(z_0=z_0, context=context, null=null, t=t, noise=noise, draw=draw)
+            )
             loss = (losses * weight.to(losses) * pictures.weights(batch).to(losses)).mean()
             trainer.update(loss, learner.optimizer)
             trainer.log(loss=loss)
@@ -109,13 +118,13 @@ def train(config: RunConfig) -> None:
     trainer.print(f"the {product} is in {config.run}/{product}; next:\n  {command}")
 
 
-def read_config(arguments: argparse.Namespace) -> RunConfig:
+def read_config(arguments: argparse.Namespace) -> LdmRunConfig:
     """Return the config of a command line; exits with one line and code 2 after a mistake."""
     with one_line_errors():
-        return load_config(RunConfig, arguments.config, arguments.overrides, inherited)
+        return load_config(LdmRunConfig, arguments.config, arguments.overrides, config_from_init)
 
 
-def run(config: RunConfig, arguments: argparse.Namespace) -> None:
+def run(config: LdmRunConfig, arguments: argparse.Namespace) -> None:
     """Train with a config that `read_config` returned."""
     with disk_errors(config.run):
         train(config)

@@ -18,11 +18,11 @@ from accelerate import PartialState
 from autoencoder.losses.first_stage_loss import discriminator_loss, generator_loss
 from stipple.cli.training_arguments import read_arguments
 from stipple.stages.autoencoder.adversary import discriminate
-from stipple.stages.autoencoder.autoencoder_parts import AutoencoderLearner, build_networks, train_perceptual
-from stipple.stages.autoencoder.autoencoder_run import RunConfig, inherited
+from stipple.stages.autoencoder.autoencoder_parts import AutoencoderTraining, build_networks, train_perceptual
+from stipple.stages.autoencoder.autoencoder_run import AutoencoderRunConfig, config_from_init
 from stipple.stages.autoencoder.reconstruction import measure_scale, validate
 from stipple.stages.data.data_check import DataCheck
-from stipple.stages.data.run_pictures import Pictures
+from stipple.stages.data.run_data import RunData
 from stipple.training.run.run_folder import disk_errors
 from stipple.training.trainer import Trainer
 from stipple_core.config import load_config, one_line_errors, to_dict
@@ -31,15 +31,15 @@ from stipple_core.randomness import normal
 from stipple_core.resources import resource
 
 
-def train(config: RunConfig) -> None:
+def train(config: AutoencoderRunConfig) -> None:
     """Train, measure, and leave the model in `run/model`."""
     with one_line_errors():
         trainer = Trainer(config.trainer, config.run, to_dict(config))  # first: from here on time and signals count
         found = scan(config.data, captioned=False)
         networks = build_networks(config, trainer.device)
         data_check = DataCheck.of(found, config.data, trainer)
-        pictures = Pictures.open(config.data, data_check, config.seed, config.run)
-        learner = AutoencoderLearner.register(trainer, networks, config)
+        pictures = RunData.open(config.data, data_check, config.seed, config.run)
+        learner = AutoencoderTraining.register(trainer, networks, config)
     with one_line_errors():
         pictures.begin(trainer, config)
     train_perceptual(trainer, networks.perceptual, pictures, config)
@@ -86,7 +86,7 @@ def train(config: RunConfig) -> None:
                     validate(trainer, autoencoder, pictures.held_out, config.validation)
 
 
-def next_command(config: RunConfig, path: str | None) -> str:
+def next_command(config: AutoencoderRunConfig, path: str | None) -> str:
     """Return the command that caches latents of the trained autoencoder.
 
     Args:
@@ -100,13 +100,13 @@ def next_command(config: RunConfig, path: str | None) -> str:
     return shlex.join(["stipple", "cache", "--config", recipe, *overrides])
 
 
-def read_config(arguments: argparse.Namespace) -> RunConfig:
+def read_config(arguments: argparse.Namespace) -> AutoencoderRunConfig:
     """Return the config of a command line; exits with one line and code 2 after a mistake."""
     with one_line_errors():
-        return load_config(RunConfig, arguments.config, arguments.overrides, inherited)
+        return load_config(AutoencoderRunConfig, arguments.config, arguments.overrides, config_from_init)
 
 
-def run(config: RunConfig, arguments: argparse.Namespace) -> None:
+def run(config: AutoencoderRunConfig, arguments: argparse.Namespace) -> None:
     """Train with a config that `read_config` returned."""
     with disk_errors(config.run):
         train(config)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stipple.training.distributed.collective import ToldByMain
+from stipple.training.distributed.collective import ReportedByMain
 from stipple.training.run.run_folder import RunFolder, disk_errors
 
 
@@ -130,7 +130,7 @@ def test_a_failing_disk_is_told_without_reading_checkpoints_and_by_the_main_proc
     monkeypatch.setattr("stipple_core.files.manifest._sha256", lambda path: pytest.fail(f"{path} was read"))
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "model")
     assert f"the last good checkpoint is {tmp_path}/state/step-0000003" in ended_by(full, tmp_path, capsys)
-    assert ended_by(ToldByMain(errno.ENOSPC, "x"), tmp_path, capsys) == ""
+    assert ended_by(ReportedByMain(errno.ENOSPC, "x"), tmp_path, capsys) == ""
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
     assert ended_by(full, tmp_path, capsys) == "error: process 1: model: No space left on device\n"

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 import torch
 
-from stipple.training.distributed.collective import ToldByMain
+from stipple.training.distributed.collective import ReportedByMain
 from stipple_core.files import checkpoint_folder as checkpoint
 from stipple_core.files.manifest import MANIFEST, make_directory
 
@@ -178,7 +178,7 @@ def disk_errors(run: str | Path) -> Iterator[None]:
     """
     try:
         yield
-    except ToldByMain:
+    except ReportedByMain:
         raise SystemExit(1) from None
     except OSError as error:
         told = error.strerror or (str(error).strip().splitlines() or [type(error).__name__])[-1]

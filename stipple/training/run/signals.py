@@ -18,7 +18,7 @@ AGAIN = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class SignalRequest:
     """What is to be done after the optimizer step under way."""
 
     save: bool  # write a checkpoint now
@@ -56,7 +56,7 @@ class Signals:
                 if signal.getsignal(number) == self._note:
                     signal.signal(number, handler)
 
-    def request(self, out_of_time: bool, device: torch.device, world: int) -> Request:
+    def request(self, out_of_time: bool, device: torch.device, world: int) -> SignalRequest:
         """What any of `world` processes was asked for since the last call; every process calls it at the same step."""
         now = time.monotonic()
         self._step_began, self._step_seconds = now, now - self._step_began
@@ -66,7 +66,7 @@ class Signals:
             answer = torch.tensor([int(save), code], device=device)
             torch.distributed.all_reduce(answer, torch.distributed.ReduceOp.MAX)
             save, code = answer.tolist()
-        return Request(save=bool(save), exit_code=code if code >= 0 else None)
+        return SignalRequest(save=bool(save), exit_code=code if code >= 0 else None)
 
     def _install(self) -> None:
         for number in self._before:
