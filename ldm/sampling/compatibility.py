@@ -8,7 +8,7 @@ from ldm.sampling.model import Model
 def check_draws(model: Model) -> None:
     """Raise ValueError for a model whose latents are not images."""
     if not model.autoencoder.decodes:
-        raise ValueError("this model makes embeddings, not pictures; it serves a decoder: txt2img.py --prior")
+        raise ValueError("this model makes embeddings, not pictures; it serves a decoder: stipple draw --prior")
 
 
 def check_weaker(model: Model, weaker: Model) -> None:

@@ -18,6 +18,7 @@ import torch
 from conditioning.interface.context import drop_context
 from ldm.denoising.denoiser import Denoiser
 from ldm.losses.time_density import Importance, make_density
+from stipple.cli.training_arguments import read_arguments
 from stipple.stages.data.data_check import DataCheck
 from stipple.stages.data.run_data import RunData
 from stipple.stages.ldm.batch_encoder import BatchEncoder
@@ -35,7 +36,6 @@ from stipple.stages.ldm.ldm_run import LdmRunConfig, config_from_init
 from stipple.stages.ldm.objectives import make_objective
 from stipple.stages.ldm.preservation import with_class
 from stipple.stages.ldm.trainable import Trainable, make_trainable
-from stipple.training.command_line import parse
 from stipple.training.run.run_folder import disk_errors
 from stipple.training.trainer import Trainer
 from stipple_core.config import load_config, one_line_errors, to_dict
@@ -115,18 +115,26 @@ def train(config: LdmRunConfig) -> None:
     opening = learning.flags(config.run)
     if config.distillation is not None and product != "model":  # what it is added to is sampled otherwise
         opening += sampling_flags(model.defaults)
-    command = shlex.join(["python", *drawing_command(model, shown.prompts[0], opening)])
+    command = shlex.join(drawing_command(model, shown.prompts[0], opening))
     trainer.print(f"the {product} is in {config.run}/{product}; next:\n  {command}")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments = parse(parser, "configs/ldm/emoji.yaml", argv)
+def read_config(arguments: argparse.Namespace) -> LdmRunConfig:
+    """Return the config of a command line; exits with one line and code 2 after a mistake."""
     with one_line_errors():
-        config = load_config(LdmRunConfig, arguments.config, arguments.overrides, config_from_init)
+        return load_config(LdmRunConfig, arguments.config, arguments.overrides, config_from_init)
+
+
+def run(config: LdmRunConfig, arguments: argparse.Namespace) -> None:
+    """Train with a config that `read_config` returned."""
     with disk_errors(config.run):
         train(config)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line in this process, which accelerate may have started as one of several."""
+    arguments = read_arguments("train", argv)
+    run(read_config(arguments), arguments)
 
 
 if __name__ == "__main__":

@@ -12,16 +12,10 @@ from pathlib import Path
 
 import torch
 
-from ldm.formats.classifier_folder import save_classifier
-from stipple.stages.classifier.classifier_run import (
-    ClassifierRunConfig,
-    ClassifierTraining,
-    build_classifier,
-    validate,
-)
+from stipple.cli.training_arguments import read_arguments
+from stipple.stages.classifier.classifier_run import ClassifierRunConfig, ClassifierTraining, build_classifier, validate
 from stipple.stages.data.data_check import DataCheck
 from stipple.stages.data.run_data import RunData
-from stipple.training.command_line import parse
 from stipple.training.run.run_folder import disk_errors
 from stipple.training.trainer import Trainer
 from stipple_core.config import load_config, one_line_errors, to_dict
@@ -66,14 +60,22 @@ def train(config: ClassifierRunConfig) -> None:
     trainer.print(f"the classifier is in {config.run}/model; drawing commands take it with --classifier")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments = parse(parser, "configs/classifier/pixels-small.yaml", argv)
+def read_config(arguments: argparse.Namespace) -> ClassifierRunConfig:
+    """Return the config of a command line; exits with one line and code 2 after a mistake."""
     with one_line_errors():
-        config = load_config(ClassifierRunConfig, arguments.config, arguments.overrides)
+        return load_config(ClassifierRunConfig, arguments.config, arguments.overrides)
+
+
+def run(config: ClassifierRunConfig, arguments: argparse.Namespace) -> None:
+    """Train with a config that `read_config` returned."""
     with disk_errors(config.run):
         train(config)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line in this process, which accelerate may have started as one of several."""
+    arguments = read_arguments("train-classifier", argv)
+    run(read_config(arguments), arguments)
 
 
 if __name__ == "__main__":

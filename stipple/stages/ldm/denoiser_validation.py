@@ -139,9 +139,9 @@ def draw_samples(trainer: Trainer, model: TextToImage, shown: SamplePrompts, see
 
 
 def drawing_command(model: TextToImage, prompt: str, opening: Sequence[str]) -> list[str]:
-    """The words that draw with a model, such as ["txt2img.py", "a red heart"], and those that say how it is opened."""
+    """Return the command that draws with a model, such as `stipple draw "a red heart"` and the flags in `opening`."""
     if not model.autoencoder.decodes:
-        return ["txt2img.py", prompt, *("--checkpoint", "DECODER", "--prior"), opening[-1]]
+        return ["stipple", "draw", prompt, *("--checkpoint", "DECODER", "--prior"), opening[-1]]
     return [*_drawing(model, prompt), *opening]
 
 
@@ -154,7 +154,7 @@ def sampling_flags(defaults: Settings) -> list[str]:
 
 def _drawing(model: TextToImage, prompt: str) -> list[str]:
     if model.conditioner.hint is None and model.conditioner.reads_text:
-        return ["txt2img.py", prompt]
+        return ["stipple", "draw", prompt]
     if model.conditioner.hint is None:
-        return ["stipple sample", *(["--prompt", prompt] if prompt else [])]
+        return ["stipple", "sample", *(["--prompt", prompt] if prompt else [])]
     return [*model.conditioner.hint.command, *([prompt] if prompt else [])]

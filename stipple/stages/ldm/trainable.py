@@ -74,7 +74,7 @@ class Trainable(Protocol):
         """Write it to a folder."""
 
     def flags(self, run: str) -> list[str]:
-        """What to tell txt2img.py."""
+        """Return the flags with which `stipple draw` opens what was trained."""
 
 
 class WholeModel:

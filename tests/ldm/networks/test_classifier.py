@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-import stipple.commands.draw as drawing
+import stipple.commands.drawing.drawing_command as drawing
 from autoencoder import Pixels, open_autoencoder
 from conditioning.classes.class_conditioner import Unconditional
 from ldm.formats.classifier_folder import load_classifier, save_classifier
@@ -18,6 +18,8 @@ from ldm.sampling.settings import Settings
 from ldm.schedules.base import ScheduleConfig
 from ldm.schedules.registry import make_schedule
 from stipple.commands.open_model import Opening, open_for_drawing
+from ldm.schedules.registry import ScheduleConfig, make_schedule
+from stipple.commands.drawing.open_model import Opening, open_for_drawing
 from stipple.stages.classifier.classifier_run import ClassifierRunConfig, build_classifier
 from stipple_core.data.records.data_config import DataConfig
 from stipple_core.data.records.records import Record, Records
