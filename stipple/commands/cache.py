@@ -18,8 +18,6 @@ from tqdm import tqdm
 
 from autoencoder import Autoencoder, open_autoencoder
 from conditioning.interface.conditioner import Conditioner
-from conditioning.build import AnyConditioner
-from conditioning.text.text_conditioner import Conditioner
 from stipple.cli.training_arguments import read_arguments
 from stipple.stages.data.data_check import bucketed
 from stipple.stages.ldm.ldm_parts import MOMENTS_DTYPES, cache_key, caches_contexts, make_conditioner

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from ldm.formats.classifier_folder import save_classifier
 from stipple.cli.training_arguments import read_arguments
 from stipple.stages.classifier.classifier_run import ClassifierRunConfig, ClassifierTraining, build_classifier, validate
 from stipple.stages.data.data_check import DataCheck

@@ -17,8 +17,6 @@ from ldm.sampling.gradient_guides import ClassifierGuide, ClipGuide
 from ldm.sampling.settings import Settings
 from ldm.schedules.base import ScheduleConfig
 from ldm.schedules.registry import make_schedule
-from stipple.commands.open_model import Opening, open_for_drawing
-from ldm.schedules.registry import ScheduleConfig, make_schedule
 from stipple.commands.drawing.open_model import Opening, open_for_drawing
 from stipple.stages.classifier.classifier_run import ClassifierRunConfig, build_classifier
 from stipple_core.data.records.data_config import DataConfig
@@ -31,7 +29,7 @@ from tests.helpers.small_models import build_model_of
 from tests.helpers.tiny_runs import differing, final_state, run_here
 
 NAMES = ("apple", "dress")
-COMMAND = drawing.Command(about="test", example="test")
+COMMAND = drawing.DrawingCommand(about="test", example="test")
 
 
 def classifier(pool: str = "attention", **options) -> Classifier:
