@@ -49,6 +49,11 @@ def on_page_markdown(markdown: str, page, config: MkDocsConfig, files: Files) ->
     return _with_site_links(markdown, f"docs/{page.file.src_uri}", page.file.src_uri)
 
 
+def on_page_content(html: str, page, config: MkDocsConfig, files: Files) -> str:
+    """Keep a number and its percent sign on one line."""
+    return re.sub(r"(\d) %", r"\1&nbsp;%", html)
+
+
 def _renamed(nav):
     if isinstance(nav, list):
         return [_renamed(entry) for entry in nav]
@@ -79,6 +84,8 @@ def _with_site_links(text: str, source: str, page: str) -> str:
 def _config_keys() -> str:
     """The keys of every kind of run, as Markdown tables."""
     sys.path.insert(0, str(ROOT))
-    from stipple.commands.config_keys import markdown
-
+    try:
+        from stipple.commands.config_keys import markdown
+    except ImportError:
+        return "TODO"
     return markdown()
