@@ -60,7 +60,7 @@ class ImageEmbeddings(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Raises ValueError: embeddings are no pictures."""
-        raise ValueError("this model makes embeddings, not pictures; it serves a decoder: txt2img.py --prior")
+        raise ValueError("this model makes embeddings, not pictures; it serves a decoder: stipple draw --prior")
 
     def points(self, latents: Tensor) -> Tensor:
         """Latents [B, d, 1, 1] as embeddings [B, d], on the sphere where those of pictures are."""

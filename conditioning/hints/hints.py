@@ -71,7 +71,7 @@ class SemanticHint:
     config: SpatialConfig
     channels, has_noise_level, needs_map = 1, False, True
     reads, factor = frozenset({"map"}), 1
-    command = ("stipple sample", "--map", "MAP.png")
+    command = ("stipple", "sample", "--map", "MAP.png")
     called, mode = "a semantic map", "nearest-exact"  # how it is named, and brought to size
 
     def __call__(self, image: Tensor, map: Tensor | None, generator: torch.Generator) -> Tensor:
@@ -103,7 +103,7 @@ class InpaintingHint:
     config: SpatialConfig
     channels, has_noise_level, needs_map = 4, False, False
     reads, factor = frozenset({"image", "mask"}), 1
-    command = ("stipple inpaint", "IMAGE.png", "MASK.png")
+    command = ("stipple", "inpaint", "IMAGE.png", "MASK.png")
 
     def __call__(self, image: Tensor, map: Tensor | None, generator: torch.Generator) -> Tensor:
         """With a mask that is drawn."""
@@ -131,7 +131,7 @@ class LowResolutionHint:
     config: SpatialConfig
     needs_map = False
     reads = frozenset({"image", "noise_level"})
-    command = ("stipple upscale", "IMAGE.png")
+    command = ("stipple", "upscale", "IMAGE.png")
 
     @property
     def factor(self) -> int:
@@ -196,7 +196,7 @@ class EdgesHint:
     config: SpatialConfig
     channels, has_noise_level, needs_map = 1, False, False
     reads, factor = frozenset({"map", "image"}), 1
-    command = ("stipple sample", "--image", "IMAGE.png")
+    command = ("stipple", "sample", "--image", "IMAGE.png")
 
     def __call__(self, image: Tensor, map: Tensor | None, generator: torch.Generator) -> Tensor:
         """Those of the map, else of the picture."""

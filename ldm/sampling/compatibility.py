@@ -38,7 +38,7 @@ def _wide(what: str, width: int | None) -> str:
 def check_draws(model: TextToImage) -> None:
     """Raise ValueError for a model whose latents are no pictures."""
     if not model.autoencoder.decodes:
-        raise ValueError("this model makes embeddings, not pictures; it serves a decoder: txt2img.py --prior")
+        raise ValueError("this model makes embeddings, not pictures; it serves a decoder: stipple draw --prior")
 
 
 def check_weaker(model: TextToImage, weaker: TextToImage) -> None:

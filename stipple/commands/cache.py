@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import sys
 from collections.abc import Sequence
 from datetime import timedelta
 
@@ -20,9 +19,10 @@ from tqdm import tqdm
 from autoencoder import Autoencoder, open_autoencoder
 from conditioning.build import AnyConditioner
 from conditioning.text.text_conditioner import Conditioner
+from stipple.cli.training_arguments import read_arguments
 from stipple.stages.data.data_check import bucketed
 from stipple.stages.ldm.ldm_parts import MOMENTS_DTYPES, cache_key, caches_contexts, make_conditioner
-from stipple.stages.ldm.ldm_run import RunConfig, inherited, opened
+from stipple.stages.ldm.ldm_run import LdmRunConfig, config_from_init, opened
 from stipple.stages.ldm.shapes import check_shapes
 from stipple.training.run.run_folder import RunFolder
 from stipple_core.config import load_config, one_line_errors
@@ -95,7 +95,7 @@ def encode_captions(conditioner: Conditioner, captions: list[str], device: torch
 
 
 def open_writer(
-    config: RunConfig, records: Records, autoencoder: Autoencoder, conditioner: AnyConditioner, state: Accelerator
+    config: LdmRunConfig, records: Records, autoencoder: Autoencoder, conditioner: AnyConditioner, state: Accelerator
 ) -> ShardWriter:
     """Say what goes to the cache, or make sure that it is what goes there already; the first process does so first."""
     check_shapes(config, autoencoder, conditioner)
@@ -110,12 +110,16 @@ def open_writer(
     return writer
 
 
-def cache(config: RunConfig, arguments: Sequence[str]) -> None:
-    """Fill `config.cache`; what is already there is not made again. `arguments` are shown for the next command."""
+def check(config: LdmRunConfig) -> None:
+    """Raise ValueError for a config that names no cache, or whose data cannot be cached."""
     if config.cache is None:
         raise ValueError("there is no folder to write to; give cache=FOLDER")
     if config.data.crop == "random":
         raise ValueError("data.crop random cannot be cached; use data.crop=center, or train without a cache")
+
+
+def cache(config: LdmRunConfig, arguments: Sequence[str]) -> None:
+    """Fill `config.cache` with what is not in it yet; `arguments` are part of the next command, which is printed."""
     # a process may have to make all that another run left undone, so the others wait long for it
     patience = InitProcessGroupKwargs(timeout=timedelta(days=7))
     state = Accelerator(kwargs_handlers=[patience])  # unlike PartialState it reads ACCELERATE_USE_CPU
@@ -142,18 +146,27 @@ def cache(config: RunConfig, arguments: Sequence[str]) -> None:
         print(f"{cached} images and {len(writer.captions)} captions are in {config.cache}")
         told = f"{len(records.skipped)} skipped, {len(records.train) - cached} not decoded"
         print(f"{told} (see {skipped}); next:")
-        print("  " + shlex.join(["accelerate", "launch", "train_ldm.py", *arguments]))
+        print("  " + shlex.join(["stipple", "train", *arguments]))
+
+
+def read_config(arguments: argparse.Namespace) -> LdmRunConfig:
+    """Return the config of a command line; exits with one line and code 2 after a mistake."""
+    with one_line_errors():
+        config = load_config(LdmRunConfig, arguments.config, arguments.overrides, config_from_init)
+        check(config)
+    return config
+
+
+def run(config: LdmRunConfig, arguments: argparse.Namespace) -> None:
+    """Fill the cache with a config that `read_config` returned."""
+    with one_line_errors():
+        cache(config, arguments.argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", help="the config of the stage-2 run, such as configs/ldm/emoji.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.folder=PATH cache=cache/emoji")
-    argv = sys.argv[1:] if argv is None else argv
-    arguments = parser.parse_intermixed_args(argv)
-    with one_line_errors():
-        cache(load_config(RunConfig, arguments.config, arguments.overrides, inherited), argv)
+    """Run the command line in this process, which accelerate may have started as one of several."""
+    arguments = read_arguments("cache", argv)
+    run(read_config(arguments), arguments)
 
 
 if __name__ == "__main__":

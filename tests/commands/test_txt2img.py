@@ -22,7 +22,7 @@ from ldm.guidance.registry import GUIDANCES
 from ldm.samplers.registry import SAMPLERS
 from ldm.samplers.spacing import SPACINGS
 from ldm.sampling.settings import Settings
-from stipple.commands import open_model as opening
+from stipple.commands.drawing import open_model as opening
 from stipple_core.images.drawn_pictures import RECORD, a1111_parameters, encode_png, read_record, write_numbered
 from tests.helpers.single_files import build_parts, write_yaml
 from tests.helpers.small_models import SIDE, build_model
@@ -473,7 +473,7 @@ def test_a_full_disk_ends_in_one_line_and_leaves_no_half_picture(run, tmp_path, 
     def full(self, *rest):
         raise OSError(28, "No space left on device", "00000.png")
 
-    monkeypatch.setattr("stipple.commands.output.write_numbered", full)
+    monkeypatch.setattr("stipple.commands.drawing.output.write_numbered", full)
     with pytest.raises(SystemExit, match="2"):
         run("a heart", "--steps", 1)
     assert capsys.readouterr().err == "error: 00000.png: No space left on device\n"

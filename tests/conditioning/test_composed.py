@@ -15,7 +15,7 @@ from conditioning.interface.inputs import ConditionInputs
 from conditioning.readers.combined import CombinedConditioner, Widths, joined
 from conditioning.readers.frame import FrameConfig
 from conditioning.readers.spatial import SpatialConfig
-from stipple.stages.ldm.batch_inputs import Inputs
+from stipple.stages.ldm.batch_encoder import BatchEncoder
 from stipple_core.data.dataset import Batch
 
 CAPTIONS = ["a red heart", "a green heart", "a blue square"]
@@ -194,7 +194,7 @@ def test_where_nobody_is_dropped_no_null_context_is_made():
         return conditioner(ids, mask, given)
 
     for nulls in (False, True):
-        inputs = Inputs(None, conditioner, network, None, nulls)
+        inputs = BatchEncoder(None, conditioner, network, None, nulls)
         with torch.no_grad():
             contexts[nulls] = inputs.contexts(batch, torch.device("cpu"))
     assert seen == [3, 6] and contexts[False][1] is None and contexts[True][1].tokens.shape == (3, 8, 16)

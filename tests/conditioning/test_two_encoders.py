@@ -17,7 +17,7 @@ from ldm.networks.unet import UNet, UNetConfig
 from ldm.pipeline import TextToImage
 from ldm.sampling.settings import Settings
 from ldm.schedules.registry import ScheduleConfig
-from stipple.stages.ldm.trainable import InversionConfig, LoraConfig, what_learns
+from stipple.stages.ldm.trainable import InversionConfig, LoraConfig, make_trainable
 from stipple_core.data.records.records import Record
 from tests.helpers.tiny_runs import launch, run_here
 
@@ -189,7 +189,7 @@ def test_two_processes_train_both_encoders(autoencoder, tmp_path):
     ids=["lora", "inversion"],
 )
 def test_what_only_one_text_encoder_can_learn_is_refused_for_two(model, said, told):
-    learning = what_learns(**{"lora": None, "inversion": None, **said}, source="FOLDER")
+    learning = make_trainable(**{"lora": None, "inversion": None, **said}, source="FOLDER")
     seen = [Record("a.png", "a.png", (("a <toy>",),), 1)]
     with pytest.raises(ValueError, match=told):
         learning.prepare(copy.deepcopy(model), seen, 0)

@@ -9,7 +9,7 @@ from torch import nn
 
 import stipple.stages.data.data_check
 from stipple.stages.data.data_check import DataCheck
-from stipple.stages.ldm.ldm_parts import Learner
+from stipple.stages.ldm.ldm_parts import LdmTraining
 from stipple.training.trainer import Trainer, TrainerConfig
 from stipple_core.data.records.data_config import DataConfig
 from stipple_core.data.records.records import Record, RecordList, Records
@@ -40,7 +40,7 @@ def test_networks_train_on_after_a_fault_while_they_had_their_averages(tmp_path)
 
     unet = nn.Linear(1, 1)
     parts = {"model": None, "network": unet, "text_network": unet, "averages": [], "optimizer": None}
-    learner = Learner(trainer=Broken(), modules=[unet], **parts)
+    learner = LdmTraining(trainer=Broken(), modules=[unet], **parts)
     with pytest.raises(AttributeError), learner.averaged():  # there is no model to make whole
         pass
     assert unet.training

@@ -78,13 +78,13 @@ def test_the_config_that_is_left_behind_resumes_the_run(given, tmp_path):
 
 
 def test_yaml_and_overrides_lie_over_what_the_model_says(given, tmp_path):
-    from stipple.stages.ldm.ldm_run import RunConfig, inherited
+    from stipple.stages.ldm.ldm_run import LdmRunConfig, config_from_init
     from stipple_core.config import load_config
 
     path = tmp_path / "c.yaml"
     path.write_text("diffusion: {prediction: noise, caption_dropout: 0.2}\nunet: {dropout: 0.1}\n")
     overrides = [f"init_from={given}/sd2", PICTURES, "data.image_size=32", "unet.sample_size=16"]
-    config = load_config(RunConfig, str(path), overrides, inherited)
+    config = load_config(LdmRunConfig, str(path), overrides, config_from_init)
     assert (config.diffusion.prediction, config.diffusion.caption_dropout) == ("noise", 0.2)
     assert config.diffusion.schedule.beta_end == 0.012 and config.unet.use_linear_projection
     assert (config.unet.dropout, config.unet.sample_size, config.data.image_size) == (0.1, 16, 32)
@@ -153,13 +153,13 @@ def test_an_autoencoder_of_another_shape_is_one_line(given, tmp_path, capsys):
 
 def test_overwriting_the_checkpoint_that_a_run_came_from_does_not_change_its_weights(tmp_path):
     from stipple.stages.ldm.ldm_parts import make_unet
-    from stipple.stages.ldm.ldm_run import DataConfig, RunConfig
+    from stipple.stages.ldm.ldm_run import DataConfig, LdmRunConfig
 
     parts, path, yaml = build_parts("sd1", tmp_path), tmp_path / "model.ckpt", write_yaml(tmp_path)
     save_single_file(parts, tmp_path / "model.safetensors")
     torch.save({"state_dict": read_weights(tmp_path / "model.safetensors")}, path)  # which is mapped into memory
     init = open_model(path, config_yaml=yaml)
-    config = RunConfig(init_from=str(path), data=DataConfig(folder=""), autoencoder="", unet=init.unet.config)
+    config = LdmRunConfig(init_from=str(path), data=DataConfig(folder=""), autoencoder="", unet=init.unet.config)
     unet = make_unet(config, init)
     with open(path, "r+b") as file:
         file.write(b"\0" * path.stat().st_size)  # in place
@@ -170,7 +170,7 @@ def test_what_an_inpainting_model_is_shown_begins_with_no_effect_whatever_its_st
     from conditioning.build import ConditionerConfig
     from conditioning.readers.spatial import SpatialConfig
     from stipple.stages.ldm.ldm_parts import make_unet
-    from stipple.stages.ldm.ldm_run import DataConfig, RunConfig
+    from stipple.stages.ldm.ldm_run import DataConfig, LdmRunConfig
 
     init = build_parts("depth", tmp_path)
     torch.nn.init.normal_(init.unet.conv_in.weight)
@@ -178,7 +178,7 @@ def test_what_an_inpainting_model_is_shown_begins_with_no_effect_whatever_its_st
     def begun(kind: str, channels: int) -> torch.Tensor:
         shape = replace(init.unet.config, in_channels=channels)
         shown = ConditionerConfig(spatial=SpatialConfig(kind=kind))
-        config = RunConfig(init_from="x", data=DataConfig(folder=""), autoencoder="", unet=shape, conditioner=shown)
+        config = LdmRunConfig(init_from="x", data=DataConfig(folder=""), autoencoder="", unet=shape, conditioner=shown)
         return make_unet(config, init).conv_in.weight
 
     before = init.unet.conv_in.weight

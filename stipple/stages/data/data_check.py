@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from accelerate.utils import gather_object
 
-from stipple.training.distributed.collective import Problem
+from stipple.training.distributed.collective import ErrorSummary
 from stipple.training.trainer import Trainer
 from stipple_core.data.records.buckets import Buckets, assign, bucket_shapes
 from stipple_core.data.records.data_config import DataConfig
@@ -69,7 +69,7 @@ def together(
     try:
         answer = (rank, look(records), None)
     except OSError as error:
-        answer = (rank, [], Problem.of(error))
+        answer = (rank, [], ErrorSummary.of(error))
     looks: list[Inspection] = [Inspection()] * len(records)
     for each, own, problem in gather_object([answer]):
         if problem is not None:

@@ -17,12 +17,12 @@ T = TypeVar("T")
 Sums = dict[str, str]  # of files, by name, that a process made durable
 
 
-class ToldByMain(OSError):
+class ReportedByMain(OSError):
     """A failure that the main process tells of; the others need not."""
 
 
 @dataclass(frozen=True)
-class Problem:
+class ErrorSummary:
     """An error as one process tells it to the others."""
 
     told: str
@@ -31,14 +31,14 @@ class Problem:
     mistake: bool  # a ValueError: the user's
 
     @classmethod
-    def of(cls, error: Exception) -> Problem:
+    def of(cls, error: Exception) -> ErrorSummary:
         """The outline of an error."""
         if isinstance(error, OSError) and error.errno is not None:
             place = None if error.filename is None else str(error.filename)
             return cls(error.strerror or type(error).__name__, error.errno, place, False)
         return cls(str(error) or type(error).__name__, None, None, isinstance(error, ValueError))
 
-    def error(self, kind: type[OSError] = ToldByMain) -> Exception:
+    def error(self, kind: type[OSError] = ReportedByMain) -> Exception:
         """What to raise for it: an OSError of a `kind`, with its errno, where a disk failed."""
         if self.number is not None:
             return kind(self.number, self.told, *([] if self.place is None else [self.place]))
@@ -57,7 +57,7 @@ def on_main(act: Callable[[], T], is_main: bool) -> T | None:
         try:
             answer[0] = act()
         except Exception as error:  # whatever it is, the others are waiting to hear of it
-            failed, answer[1] = error, Problem.of(error)
+            failed, answer[1] = error, ErrorSummary.of(error)
     value, problem = broadcast_object_list(answer)
     if failed is not None:
         raise failed
@@ -111,13 +111,13 @@ def _written(folder: Path, write: Callable[[Path], Sums | None]) -> Sums:
     try:
         sums = write(folder) or {}
     except Exception as error:
-        problem = Problem.of(error)
+        problem = ErrorSummary.of(error)
     answers: list = [None] * get_world_size()
     all_gather_object(answers, (sums, problem))
     for other, (_, found) in enumerate(answers):
         if found is not None:
             told = f"process {other}: {found.told}; what was there before is intact"
-            raise Problem(told, found.number, found.place, False).error(ToldByMain if rank else OSError)
+            raise ErrorSummary(told, found.number, found.place, False).error(ReportedByMain if rank else OSError)
     return {name: found for sums, _ in answers for name, found in sums.items()}
 
 

@@ -8,15 +8,15 @@ from functools import partial
 import pytest
 import torch
 
-import stipple.commands.draw as drawing
+import stipple.commands.drawing.drawing_command as drawing
 from autoencoder import Pixels, open_autoencoder
 from conditioning.classes.class_conditioner import Unconditional
 from ldm.networks.classifier import POOLS, Classifier, ClassifierConfig, classify, translated
 from ldm.sampling.gradient_guides import ClassifierGuide, ClipGuide
 from ldm.sampling.settings import Settings
 from ldm.schedules.registry import ScheduleConfig, make_schedule
-from stipple.commands.open_model import Opening, open_for_drawing
-from stipple.stages.classifier.classifier_run import RunConfig, build_classifier
+from stipple.commands.drawing.open_model import Opening, open_for_drawing
+from stipple.stages.classifier.classifier_run import ClassifierRunConfig, build_classifier
 from stipple_core.data.dataset import DataConfig
 from stipple_core.data.records.records import Record, Records
 from stipple_core.embedders import EmbedderConfig, build_embedder
@@ -204,7 +204,7 @@ def test_a_run_that_is_resumed_trains_the_same_classifier_to_the_last_bit(tmp_pa
 
 def test_a_class_that_only_held_out_pictures_have_is_one_of_the_classifiers_and_maps_are_refused():
     data = DataConfig(folder="", image_size=16)
-    config = RunConfig(data=data, autoencoder="pixels", unet=SHAPE)
+    config = ClassifierRunConfig(data=data, autoencoder="pixels", unet=SHAPE)
     records = Records([Record("", "", (("cat",),))], [Record("", "", (("dog",),))], [])
     made, _ = build_classifier(config, records, torch.device("cpu"))
     assert list(made.config.names) == ["cat", "dog"]

@@ -5,17 +5,17 @@ from __future__ import annotations
 import pytest
 import yaml
 
-import train_autoencoder
-import train_ldm
+from stipple.stages.autoencoder.autoencoder_run import AutoencoderRunConfig
 from stipple.stages.data.run_settings import changes
+from stipple.stages.ldm.ldm_run import LdmRunConfig
 from stipple_core.config import load_config, save_config
 
-BOTH = (train_autoencoder.RunConfig, train_ldm.RunConfig)
+BOTH = (AutoencoderRunConfig, LdmRunConfig)
 GIVEN = ["data.folder=FOLDER"]
 
 
 def read(stage: type, *overrides: str):
-    needed = ["autoencoder=FOLDER"] * (stage is train_ldm.RunConfig)
+    needed = ["autoencoder=FOLDER"] * (stage is LdmRunConfig)
     return load_config(stage, None, [*GIVEN, *needed, *overrides])
 
 
@@ -45,7 +45,7 @@ def test_settings_that_make_no_sense_are_refused_by_key_value_and_rule(stage, ov
 
 def test_samples_are_drawn_at_no_negative_number_of_steps():
     with pytest.raises(ValueError, match="samples.every -1 must be at least 0"):
-        read(train_ldm.RunConfig, "samples.every=-1")
+        read(LdmRunConfig, "samples.every=-1")
 
 
 @pytest.mark.parametrize("stage", BOTH, ids=["stage 1", "stage 2"])
@@ -74,7 +74,7 @@ def test_changed_settings_are_told_and_what_is_no_part_of_what_is_learned_is_not
 
 
 def test_settings_that_cannot_be_read_are_not_compared(tmp_path):
-    config = read(train_ldm.RunConfig)
+    config = read(LdmRunConfig)
     assert changes(config, str(tmp_path / "none.yaml")) == ""
     (tmp_path / "config.yaml").write_text("[")
     assert changes(config, str(tmp_path / "config.yaml")) == ""
@@ -83,9 +83,9 @@ def test_settings_that_cannot_be_read_are_not_compared(tmp_path):
 
 
 def test_what_a_run_reads_besides_its_data_may_be_moved(tmp_path):
-    def run(folder: str) -> train_ldm.RunConfig:
+    def run(folder: str) -> LdmRunConfig:
         kept = f"preservation={{folder: {folder}, prompt: a dog}}"
-        return read(train_ldm.RunConfig, kept, f"conditioner.retrieval={{database: {folder}}}", "init_from=MODEL")
+        return read(LdmRunConfig, kept, f"conditioner.retrieval={{database: {folder}}}", "init_from=MODEL")
 
     save_config(run("here"), str(tmp_path / "config.yaml"))
     assert changes(run("there"), str(tmp_path / "config.yaml")) == ""

@@ -14,7 +14,7 @@ SEED = 42
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class DrawingRequest:
     """What a command line asks for."""
 
     prompts: Sequence[str]  # one or several
@@ -26,7 +26,7 @@ class Request:
     seed: int | None = None  # of the first picture; -1: random
 
 
-def read_jobs(request: Request) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def read_jobs(request: DrawingRequest) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """What to make: arguments of `TextToImage.plan`, one dict per prompt; and the record of a picture, or {}.
 
     Raises:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # torch takes seconds to import
     from ldm.pipeline import TextToImage
 
-LEADING = ("classifier", "clip_guidance", "clip_pretrained")  # fields of `stipple.commands.open_model.Opening`
+LEADING = ("classifier", "clip_guidance", "clip_pretrained")  # fields of `stipple.commands.drawing.open_model.Opening`
 
 
 def guide(model: TextToImage, said: Mapping[str, str]) -> None:

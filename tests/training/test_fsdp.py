@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from stipple.training.distributed.sharding import blank, blocks, requested
+from stipple.training.distributed.fsdp import blank, blocks, requested
 from stipple_core.files.checkpoint_folder import checkpoints, load_state, problem
 from tests.helpers.many_processes import FSDP, run_all
 from tests.helpers.tiny_runs import STAGE_1, STAGE_2, differing, losses, metrics, start

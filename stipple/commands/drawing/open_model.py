@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stipple.commands.add_ons import add
-from stipple.commands.gradient_guides_of_flags import LEADING, guide
+from stipple.commands.drawing.add_ons import add
+from stipple.commands.drawing.open_guides import LEADING, guide
 from stipple_core.images.drawn_pictures import model_hash
 
 if TYPE_CHECKING:  # torch takes seconds to import: what makes pictures imports it, so that --help answers at once
     from ldm.pipeline import TextToImage
 
-HERE = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parents[3]
 CHECKPOINT = "checkpoints/emoji"  # in the folder of the scripts
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 HASH = "_hash"  # how names of hashes end in a record

@@ -33,7 +33,7 @@ from stipple_core.latent_cache.reader import CachedBatch, CachedLatents, Damaged
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pictures:
+class RunData:
     """What a run trains on and what it is measured on."""
 
     records: Records  # without those that the cache found unusable
@@ -52,7 +52,7 @@ class Pictures:
         run: str,
         cache: CachedLatents | None = None,
         hint: Hint | None = None,
-    ) -> Pictures:
+    ) -> RunData:
         """The data sets over what can be used, and over a latent cache where there is one; `hint` as ImageDataset's."""
         skipped, records = Path(run) / "skipped.jsonl", data_check.records
         if cache is not None:

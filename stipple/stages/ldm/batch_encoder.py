@@ -16,7 +16,7 @@ from stipple_core.latent_cache.reader import CachedBatch, CachedLatents
 
 
 @dataclass(frozen=True)
-class Inputs:
+class BatchEncoder:
     """Batches, cached or of images, as latents and contexts."""
 
     autoencoder: Autoencoder

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from stipple.commands.drawing_request import SEED
-from stipple.commands.open_model import CHECKPOINT, DTYPES
+from stipple.commands.drawing.drawing_request import SEED
+from stipple.commands.drawing.open_model import CHECKPOINT, DTYPES
 
 Flag = tuple[tuple[str, ...], dict[str, Any]]
 
@@ -62,7 +62,7 @@ GIVEN: dict[str, Flag] = {  # likewise: what a picture is made of besides prompt
     ),
     "noise_level": flag(type=float, metavar="L", help="added to the image, for models that enlarge so; 0 to 1"),
 }
-MODEL: dict[str, Flag] = {  # fields of `stipple.commands.open_model.Opening`
+MODEL: dict[str, Flag] = {  # fields of `stipple.commands.drawing.open_model.Opening`
     "checkpoint": flag(metavar="PATH", help=f"model folder, or .ckpt or .safetensors file (default: {CHECKPOINT})"),
     "config_yaml": flag("--yaml", metavar="FILE", help="CompVis' YAML of a checkpoint that is a file"),
     "tokenizer": flag(metavar="FOLDER", help="of a checkpoint that is a file; default: the one its kind is known for"),

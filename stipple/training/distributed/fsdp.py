@@ -92,7 +92,7 @@ def gathered(model: nn.Module, like: nn.Module, device: torch.device | str, want
     return copied
 
 
-class ShardedWeights:
+class FsdpWeights:
     """The weights of a sharded model as a part of a run's state."""
 
     def __init__(self, model: nn.Module):
