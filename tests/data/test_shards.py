@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from stipple_core.data.sources.locations import expand_braces, find_shards
+from stipple_core.data.sources.shard_patterns import expand_braces
+from stipple_core.data.sources.shards import find_shards
 from stipple_core.data.sources.scan import scan
 from tests.data.test_tar import config, make_tar, picture, reasons, sample
 
@@ -142,7 +143,7 @@ def test_urls_are_read_by_ranges_and_give_what_files_give(server, tmp_path):
 
 def test_a_network_that_hiccups_changes_no_picture_and_one_that_is_down_is_an_error(server, tmp_path, monkeypatch):
     folder, address, handler = server
-    monkeypatch.setattr("stipple_core.data.sources.locations.time.sleep", lambda _: None)
+    monkeypatch.setattr("stipple_core.data.sources.remote_files.time.sleep", lambda _: None)
     (folder / "0.tar").write_bytes(make_tar(sample("a")))
     record = scan(config(tmp_path, shards=f"{address}/0.tar")).train[0]
     handler.refused = 2
@@ -156,7 +157,7 @@ def test_a_network_that_hiccups_changes_no_picture_and_one_that_is_down_is_an_er
 def test_only_a_server_that_says_so_makes_a_shard_no_such_file(status, server, tmp_path, monkeypatch):
     folder, address, handler = server
     waits = []
-    monkeypatch.setattr("stipple_core.data.sources.locations.time.sleep", waits.append)
+    monkeypatch.setattr("stipple_core.data.sources.remote_files.time.sleep", waits.append)
     (folder / "0.tar").write_bytes(make_tar(sample("a")))
     handler.broken = {"/1.tar": status}
     options = config(tmp_path, shards=f"{address}/{{0..1}}.tar")
@@ -170,7 +171,7 @@ def test_only_a_server_that_says_so_makes_a_shard_no_such_file(status, server, t
 
 def test_a_server_that_can_t_be_reached_ends_the_scan(tmp_path, monkeypatch):
     pytest.importorskip("aiohttp")
-    monkeypatch.setattr("stipple_core.data.sources.locations.time.sleep", lambda _: None)
+    monkeypatch.setattr("stipple_core.data.sources.remote_files.time.sleep", lambda _: None)
     for host in ("127.0.0.1:9", "no-such-host.invalid"):
         with pytest.raises(OSError, match="a.tar can't be read after 5 tries"):
             scan(config(tmp_path, shards=f"http://{host}/a.tar"))
