@@ -1,4 +1,4 @@
-"""Where shards lie: patterns, names that move with the data, URLs read by ranges, commands run once."""
+"""Shards: patterns, names relative to the data, URLs read by ranges, and commands that are run once."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from pathlib import Path
 
 import pytest
 
+from stipple_core.data.sources.scan import scan
 from stipple_core.data.sources.shard_patterns import expand_braces
 from stipple_core.data.sources.shards import find_shards
-from stipple_core.data.sources.scan import scan
-from tests.data.test_tar import config, make_tar, picture, reasons, sample
+from tests.helpers.data_sources import captioned_image, make_tar, png_image, reasons, shard_config
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    """Files of a folder, by ranges; the standard library's own handler ignores them."""
+    """Serves the files of a folder with range requests, which the standard library's handler ignores."""
 
     ranges = True
-    refused = 0  # answers of 503 still to give
-    broken: dict[str, int] = {}  # path -> status that it is always answered with
-    asked: list[str] = []
+    refused = 0  # how many further requests are answered with 503
+    broken: dict[str, int] = {}  # status code by path
+    requested: list[str] = []
 
     def do_GET(self):
-        type(self).asked.append(self.headers.get("Range") or "all")
+        type(self).requested.append(self.headers.get("Range") or "all")
         if status := self.broken.get(self.path):
             return self.send_error(status)
         if type(self).refused:
             type(self).refused -= 1
             return self.send_error(503)
-        wanted = self.headers.get("Range")
-        if not wanted or not self.ranges:
+        requested_range = self.headers.get("Range")
+        if not requested_range or not self.ranges:
             return super().do_GET()
         data = Path(self.translate_path(self.path)).read_bytes()
-        first, _, last = wanted.removeprefix("bytes=").partition("-")
+        first, _, last = requested_range.removeprefix("bytes=").partition("-")
         part = data[int(first) : int(last) + 1 if last else None]
         self.send_response(206)
         self.send_header("Content-Range", f"bytes {first}-{int(first) + len(part) - 1}/{len(data)}")
@@ -60,11 +60,11 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def server(tmp_path):
-    """A folder, the address that serves it, and the handler's settings."""
+    """A folder, its address, and the handler's settings."""
     pytest.importorskip("aiohttp")
 
     class Settings(Handler):
-        asked: list[str] = []
+        requested: list[str] = []
 
     (tmp_path / "www").mkdir()
     served = functools.partial(Settings, directory=str(tmp_path / "www"))
@@ -89,17 +89,17 @@ def server(tmp_path):
         ("{x", ["{x"]),
     ],
 )
-def test_braces_expand_as_in_a_shell(pattern, texts):
+def test_braces_are_expanded_as_in_a_shell(pattern, texts):
     assert expand_braces(pattern) == texts
 
 
-def test_a_range_of_a_billion_shards_is_refused_at_once():
+def test_a_range_of_a_billion_shards_is_an_error():
     for pattern in ("{0..999999999}", "{0..9999}{0..9999}"):
         with pytest.raises(ValueError, match="more than 1000000 shards"):
             expand_braces(pattern)
 
 
-def test_names_begin_after_the_folder_before_the_pattern_and_so_move_with_the_data(tmp_path):
+def test_names_are_relative_to_the_folder_before_the_pattern(tmp_path):
     for name in ("a/0.tar", "a/1.tar", "b/0.tar"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
@@ -116,51 +116,55 @@ def test_names_begin_after_the_folder_before_the_pattern_and_so_move_with_the_da
         names("c/*.tar")
 
 
-def test_a_shard_of_a_range_that_is_not_there_is_skipped_by_name(tmp_path):
-    (tmp_path / "00.tar").write_bytes(make_tar(sample("a")))
-    records = scan(config(tmp_path, shards=str(tmp_path / "{00..02}.tar")))
+def test_a_missing_shard_of_a_range_is_skipped_by_name(tmp_path):
+    (tmp_path / "00.tar").write_bytes(make_tar(captioned_image("a")))
+    records = scan(shard_config(tmp_path, shards=str(tmp_path / "{00..02}.tar")))
     assert len(records.train) == 1 and reasons(records) == {"01.tar": "no such file", "02.tar": "no such file"}
 
 
-def test_urls_are_read_by_ranges_and_give_what_files_give(server, tmp_path):
+def test_urls_are_read_by_ranges_like_local_files(server, tmp_path):
     folder, address, handler = server
     for number in range(2):
         big = [("big.bin", bytes(9 << 20))]
-        members = [member for key in "abc" for member in sample(f"{number}{key}", number)] + big + sample("z")
+        members = (
+            [member for key in "abc" for member in captioned_image(f"{number}{key}", number)]
+            + big
+            + captioned_image("z")
+        )
         (folder / f"{number}.tar").write_bytes(make_tar(members))
-    there = scan(config(tmp_path, shards=f"{address}/{{0..2}}.tar"))
-    here = scan(config(tmp_path, shards=f"{folder}/{{0..2}}.tar"))
-    assert there.skipped == here.skipped and len(there.skipped) == 1
-    assert [(r.name, r.captions, r.bytes) for r in there.train] == [(r.name, r.captions, r.bytes) for r in here.train]
-    for theirs, ours in zip(there.train, here.train, strict=True):
-        assert theirs.open().read() == ours.open().read()
-    handler.asked.clear()
-    record = scan(config(tmp_path, shards=f"{address}/{{0..1}}.tar")).train[0]
+    remote = scan(shard_config(tmp_path, shards=f"{address}/{{0..2}}.tar"))
+    local = scan(shard_config(tmp_path, shards=f"{folder}/{{0..2}}.tar"))
+    assert remote.skipped == local.skipped and len(remote.skipped) == 1
+    assert [(r.name, r.captions, r.bytes) for r in remote.train] == [(r.name, r.captions, r.bytes) for r in local.train]
+    for one, other in zip(remote.train, local.train, strict=True):
+        assert one.open().read() == other.open().read()
+    handler.requested.clear()
+    record = scan(shard_config(tmp_path, shards=f"{address}/{{0..1}}.tar")).train[0]
     record.open()
     first = record.place
-    assert [each for each in handler.asked if each != "all"][-1] == f"bytes={first}-{first + record.bytes - 1}"
+    assert [each for each in handler.requested if each != "all"][-1] == f"bytes={first}-{first + record.bytes - 1}"
 
 
-def test_a_network_that_hiccups_changes_no_picture_and_one_that_is_down_is_an_error(server, tmp_path, monkeypatch):
+def test_short_network_failures_are_retried_and_long_ones_are_errors(server, tmp_path, monkeypatch):
     folder, address, handler = server
     monkeypatch.setattr("stipple_core.data.sources.remote_files.time.sleep", lambda _: None)
-    (folder / "0.tar").write_bytes(make_tar(sample("a")))
-    record = scan(config(tmp_path, shards=f"{address}/0.tar")).train[0]
+    (folder / "0.tar").write_bytes(make_tar(captioned_image("a")))
+    record = scan(shard_config(tmp_path, shards=f"{address}/0.tar")).train[0]
     handler.refused = 2
-    assert record.open().read() == picture()
+    assert record.open().read() == png_image()
     handler.refused = 99
     with pytest.raises(OSError, match="can't be read after 5 tries"):
         record.open()
 
 
 @pytest.mark.parametrize("status", [503, 403, 404, 410])
-def test_only_a_server_that_says_so_makes_a_shard_no_such_file(status, server, tmp_path, monkeypatch):
+def test_a_shard_is_missing_only_if_the_server_reports_it_as_missing(status, server, tmp_path, monkeypatch):
     folder, address, handler = server
     waits = []
     monkeypatch.setattr("stipple_core.data.sources.remote_files.time.sleep", waits.append)
-    (folder / "0.tar").write_bytes(make_tar(sample("a")))
+    (folder / "0.tar").write_bytes(make_tar(captioned_image("a")))
     handler.broken = {"/1.tar": status}
-    options = config(tmp_path, shards=f"{address}/{{0..1}}.tar")
+    options = shard_config(tmp_path, shards=f"{address}/{{0..1}}.tar")
     if status in (404, 410):
         assert reasons(scan(options)) == {"1.tar": "no such file"} and not waits
     else:
@@ -169,109 +173,115 @@ def test_only_a_server_that_says_so_makes_a_shard_no_such_file(status, server, t
         assert len(waits) == 4
 
 
-def test_a_server_that_can_t_be_reached_ends_the_scan(tmp_path, monkeypatch):
+def test_an_unreachable_server_is_an_error(tmp_path, monkeypatch):
     pytest.importorskip("aiohttp")
     monkeypatch.setattr("stipple_core.data.sources.remote_files.time.sleep", lambda _: None)
     for host in ("127.0.0.1:9", "no-such-host.invalid"):
         with pytest.raises(OSError, match="a.tar can't be read after 5 tries"):
-            scan(config(tmp_path, shards=f"http://{host}/a.tar"))
+            scan(shard_config(tmp_path, shards=f"http://{host}/a.tar"))
 
 
-def test_a_folder_given_as_a_shard_is_told_at_once(tmp_path):
-    with pytest.raises(ValueError, match=r"data.shards .* is a folder; give its files, such as '.*/\*.tar'"):
-        scan(config(tmp_path, shards=f"{tmp_path}/"))
+def test_a_folder_as_a_shard_is_an_error(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"data.shards .* is a folder; use a pattern of its files, such as '.*/\*.tar'"
+    ):
+        scan(shard_config(tmp_path, shards=f"{tmp_path}/"))
 
 
-def test_a_server_without_ranges_is_told_in_one_line_and_a_pipe_reads_it(server, tmp_path):
+def test_a_server_without_ranges_is_an_error_and_can_be_read_by_a_pipe(server, tmp_path):
     folder, address, handler = server
     handler.ranges = False
-    members = [member for n in range(100) for member in sample(f"{n:03d}", n)]
+    members = [member for n in range(100) for member in captioned_image(f"{n:03d}", n)]
     for filling in (0, 20 << 20):
-        (folder / "0.tar").write_bytes(make_tar([*members, ("z.bin", bytes(filling)), *sample("z")]))
+        (folder / "0.tar").write_bytes(make_tar([*members, ("z.bin", bytes(filling)), *captioned_image("z")]))
         with pytest.raises(ValueError, match="use pipe:curl"):
-            for record in scan(config(tmp_path, shards=f"{address}/0.tar")).train:
+            for record in scan(shard_config(tmp_path, shards=f"{address}/0.tar")).train:
                 record.open()
     read = "python3 -c 'import sys, urllib.request as u; sys.stdout.buffer.write(u.urlopen(sys.argv[1]).read())'"
-    records = scan(config(tmp_path, shards=f"pipe:{read} {address}/0.tar"))
+    records = scan(shard_config(tmp_path, shards=f"pipe:{read} {address}/0.tar"))
     assert len(records.train) == 101 and records.train[3].name == "0.tar/003.png"
-    assert records.train[3].open().read() == picture(3)
+    assert records.train[3].open().read() == png_image(3)
 
 
-def test_file_systems_of_fsspec_are_read_and_globbed(tmp_path):
+def test_fsspec_file_systems_are_read_and_support_patterns(tmp_path):
     import fsspec
 
     system = fsspec.filesystem("memory")
     for number in range(3):
         with system.open(f"/shards/{number}.tar", "wb") as file:
-            file.write(make_tar(sample("a", number)))
+            file.write(make_tar(captioned_image("a", number)))
     for pattern in ("memory://shards/{0..2}.tar", "memory://shards/*.tar"):
-        records = scan(config(tmp_path, shards=pattern))
+        records = scan(shard_config(tmp_path, shards=pattern))
         assert [record.name for record in records.train] == ["0.tar/a.png", "1.tar/a.png", "2.tar/a.png"]
-        assert records.train[2].open().read() == picture(2)
+        assert records.train[2].open().read() == png_image(2)
 
 
-def test_a_command_runs_once_and_its_failure_is_told(tmp_path):
+def test_a_command_is_run_once_and_its_failure_is_an_error(tmp_path):
     for number in range(2):
-        (tmp_path / f"{number}.tar").write_bytes(make_tar(sample("a", number)))
+        (tmp_path / f"{number}.tar").write_bytes(make_tar(captioned_image("a", number)))
     command = f"pipe:echo x >> {tmp_path}/runs; cat {tmp_path}/{{0..1}}.tar"
     for _ in range(2):
-        records = scan(config(tmp_path, shards=command))
+        records = scan(shard_config(tmp_path, shards=command))
         assert [record.name for record in records.train] == ["0.tar/a.png", "1.tar/a.png"]
-        assert records.train[1].open().read() == picture(1)
+        assert records.train[1].open().read() == png_image(1)
     assert (tmp_path / "runs").read_text() == "x\nx\n"
-    for wrong, told in (("cat nowhere.tar", "exit code 1: .*No such file"), ("cat 0.tar; exit 7", "exit code 7")):
-        with pytest.raises(ValueError, match=told):
-            scan(config(tmp_path, shards=f"pipe:cd {tmp_path}; {wrong}"))
+    for command, message in (("cat nowhere.tar", "exit code 1: .*No such file"), ("cat 0.tar; exit 7", "exit code 7")):
+        with pytest.raises(ValueError, match=message):
+            scan(shard_config(tmp_path, shards=f"pipe:cd {tmp_path}; {command}"))
     assert not list((tmp_path / "index").glob("*.tmp"))
 
 
-def test_an_unknown_protocol_is_told_in_one_line(tmp_path):
+def test_an_unknown_protocol_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="nothing://x/0.tar can't be opened"):
-        scan(config(tmp_path, shards="nothing://x/0.tar"))
+        scan(shard_config(tmp_path, shards="nothing://x/0.tar"))
 
 
-def test_an_index_keeps_what_it_read_of_a_url(server, tmp_path):
+def test_an_indexed_url_is_not_read_again(server, tmp_path):
     folder, address, handler = server
-    (folder / "0.tar").write_bytes(make_tar(sample("a")))
-    options = config(tmp_path, shards=f"{address}/0.tar")
+    (folder / "0.tar").write_bytes(make_tar(captioned_image("a")))
+    options = shard_config(tmp_path, shards=f"{address}/0.tar")
     first = scan(options)
-    handler.asked.clear()
+    handler.requested.clear()
     assert list(scan(options).train) == list(first.train)
-    assert not [each for each in handler.asked if each.startswith("bytes=") and each != "bytes=0-0"]
+    assert not [each for each in handler.requested if each.startswith("bytes=") and each != "bytes=0-0"]
     lines = next((tmp_path / "index").glob("*.jsonl")).read_text().splitlines()
     assert json.loads(lines[0])["shard"] == f"{address}/0.tar" and json.loads(lines[-1]) == {"end": 1}
 
 
-def test_output_that_is_no_whole_tar_is_not_kept_and_the_command_runs_again(tmp_path):
-    (tmp_path / "0.tar").write_bytes(make_tar(sample("a")))
+def test_output_that_is_not_a_complete_tar_is_not_stored(tmp_path):
+    (tmp_path / "0.tar").write_bytes(make_tar(captioned_image("a")))
     (tmp_path / "404").write_text("<!DOCTYPE html><title>404 Not Found</title>" * 20)
     (tmp_path / "half").write_bytes((tmp_path / "0.tar").read_bytes()[:700])
     (tmp_path / "members").write_bytes((tmp_path / "0.tar").read_bytes()[:1024])
     for wrong in ("cat 404", "cat half", "cat members", "true", "gzip -c 0.tar"):
         (tmp_path / "now").write_text(wrong)
         for _ in range(2):
-            with pytest.raises(ValueError, match="wrote no whole tar, so that nothing is kept: ") as raised:
-                scan(config(tmp_path, shards=f"pipe:cd {tmp_path}; sh now"))
+            with pytest.raises(
+                ValueError, match="did not write a complete tar, so its output is not stored: "
+            ) as raised:
+                scan(shard_config(tmp_path, shards=f"pipe:cd {tmp_path}; sh now"))
             assert "\n" not in str(raised.value)
     (tmp_path / "now").write_text("cat 0.tar")
-    assert len(scan(config(tmp_path, shards=f"pipe:cd {tmp_path}; sh now")).train) == 1
+    assert len(scan(shard_config(tmp_path, shards=f"pipe:cd {tmp_path}; sh now")).train) == 1
     assert not list((tmp_path / "index").glob("*.tmp*"))
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="only bash has pipefail")
-def test_a_part_of_a_pipeline_that_fails_is_a_command_that_fails(tmp_path):
-    (tmp_path / "0.tar").write_bytes(make_tar(sample("a")))
+def test_a_command_fails_if_any_part_of_its_pipeline_fails(tmp_path):
+    (tmp_path / "0.tar").write_bytes(make_tar(captioned_image("a")))
     with pytest.raises(ValueError, match="exit code 3"):
-        scan(config(tmp_path, shards=f"pipe:(cat {tmp_path}/0.tar; exit 3) | cat"))
-    records = scan(config(tmp_path, shards=f"pipe:cd {tmp_path}; touch '{{x,y}}'; ls {{x,y}} >&2 && cat 0.tar"))
-    assert len(records.train) == 1  # braces are the command's own
+        scan(shard_config(tmp_path, shards=f"pipe:(cat {tmp_path}/0.tar; exit 3) | cat"))
+    records = scan(shard_config(tmp_path, shards=f"pipe:cd {tmp_path}; touch '{{x,y}}'; ls {{x,y}} >&2 && cat 0.tar"))
+    assert len(records.train) == 1  # braces are not expanded
 
 
-def test_what_is_wrong_with_kept_output_says_where_it_is_kept(tmp_path):
-    (tmp_path / "0.tar").write_bytes(make_tar(sample("a")))
+def test_errors_in_stored_output_name_the_file(tmp_path):
+    (tmp_path / "0.tar").write_bytes(make_tar(captioned_image("a")))
     command = f"pipe:cat {tmp_path}/0.tar"
-    scan(config(tmp_path, shards=command))
-    (kept,) = (tmp_path / "index").glob("*.tar")
-    kept.write_bytes(kept.read_bytes()[:1600])  # a disk that lost its end
-    (skip,) = [skip for skip in scan(config(tmp_path, shards=command), captioned=False).skipped if "/" not in skip.path]
-    assert skip.path == "0.tar" and f"kept in {kept}: delete that" in skip.reason
+    scan(shard_config(tmp_path, shards=command))
+    (stored,) = (tmp_path / "index").glob("*.tar")
+    stored.write_bytes(stored.read_bytes()[:1600])  # truncated
+    (skip,) = [
+        skip for skip in scan(shard_config(tmp_path, shards=command), captioned=False).skipped if "/" not in skip.path
+    ]
+    assert skip.path == "0.tar" and f"stored in {stored}: delete that file" in skip.reason
