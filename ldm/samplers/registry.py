@@ -37,7 +37,7 @@ class Sampler:
         choice = next((name for name in ("eta", "churn") if name in self.options), None)  # 0 is deterministic
         draws = "stochastic" if self.draws else f"either by {choice}" if choice else "deterministic"
         does = (self.run.__doc__ or "").strip().splitlines()[0].rstrip(".")
-        return f"order {self.order}  {draws:15} {self.calls:7} calls  {self.habit.spacing:9} {does}"
+        return f"order {self.order}  {draws:15} {self.calls:7} calls  {self.time_defaults.spacing:9} {does}"
 
 
 LATTICE = TimeDefaults(spacing="leading", ends_clean=True)  # of papers that step over noise levels

@@ -147,7 +147,7 @@ def test_the_drawing_commands_take_a_classifier_and_a_clip(tmp_path, clip, capsy
 def test_what_leads_by_no_scale_is_refused(tmp_path, capsys, name, scale):
     for words in ((), (f"--{scale}", 0)):
         error = refused(partial(drawing.draw, COMMAND), capsys, tmp_path / "out", "a", f"--{name}", "FOLDER", *words)
-        assert f"--{name} leads as much as --{scale} says, and it says nothing" in error
+        assert f"--{name} has no effect without its scale; add --{scale}" in error
 
 
 @pytest.mark.parametrize(("saved", "precision"), [(None, "fp16"), (None, "bf16"), (torch.float16, "fp32")])
