@@ -14,7 +14,7 @@ import stipple.commands.inpaint as inpaint
 import stipple.commands.sample as sample
 import stipple.commands.upscale as upscale
 from ldm.sampling.settings import Settings
-from stipple.commands.drawing.flags import FIRST, GROUPS, INPUTS, MODEL, PICTURE, RUN
+from stipple.commands.drawing.flags import INPUTS, MODEL, PICTURE, RUN
 from stipple.commands.drawing.open_model import Opening
 
 ROOT = Path(draw.__file__).parents[2]

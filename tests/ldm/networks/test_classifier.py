@@ -29,7 +29,7 @@ from tests.helpers.small_models import build_model_of
 from tests.helpers.tiny_runs import differing, final_state, run_here
 
 NAMES = ("apple", "dress")
-COMMAND = drawing.DrawingCommand(about="test", example="test")
+COMMAND = drawing.DrawingCommand(name="test", about="test", example="test")
 
 
 def classifier(pool: str = "attention", **options) -> Classifier:
