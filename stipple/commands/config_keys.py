@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import difflib
 import importlib
 import inspect
 import io
@@ -137,7 +138,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         keys = command_keys(arguments.command)
         for name in arguments.keys:
             if all(row.key != name for row in keys):
-                raise ValueError(f"{arguments.command} has no config key {name}; leave it out to list all keys")
+                nearest = difflib.get_close_matches(name, [row.key for row in keys], n=1, cutoff=0.0)[0]
+                raise ValueError(f"{arguments.command} has no config key {name}; did you mean {nearest}?")
     print_keys([row for row in keys if not arguments.keys or _is_below(row.key, arguments.keys)])
 
 

@@ -77,11 +77,11 @@ def test_three_commands_lead_from_a_folder_of_pictures_to_one_that_shows_a_promp
 
 def test_every_command_ends_with_the_next_one_to_type(chain):
     stage_1, cache, stage_2 = (shlex.split(said.splitlines()[-1]) for said in chain.said[:3])
-    assert stage_1[:6] == ["accelerate", "launch", "-m", "stipple.commands.cache", "--config", "configs/ldm/tiny.yaml"]
+    assert stage_1[:4] == ["stipple", "cache", "--config", "configs/ldm/tiny.yaml"]
     assert {f"autoencoder={chain.folder}/autoencoder/model", "data.folder=tests/pictures"} <= set(stage_1)
-    assert cache[:5] == ["accelerate", "launch", "train_ldm.py", "--config", "configs/ldm/tiny.yaml"]
+    assert cache[:4] == ["stipple", "train", "--config", "configs/ldm/tiny.yaml"]
     assert {f"autoencoder={chain.folder}/autoencoder/model", f"cache={chain.folder}/cache"} <= set(cache)
-    assert stage_2[:2] == ["python", "txt2img.py"] and stage_2[3:] == ["--checkpoint", f"{chain.folder}/cached/model"]
+    assert stage_2[:2] == ["stipple", "draw"] and stage_2[3:] == ["--checkpoint", f"{chain.folder}/cached/model"]
     assert chain.said[3].strip() == f"{chain.folder}/pictures/00000.png"
 
 

@@ -101,8 +101,8 @@ def test_low_rank_additions_that_were_distilled_say_how_they_are_sampled(teacher
     run_here(*SHORT, f"init_from={teacher}", *CASES["consistency"], "lora.rank=2", f"run={tmp_path / 'run'}")
     command = shlex.split(capsys.readouterr().out.splitlines()[-1])
     said = ["--sampler", "lcm", "--spacing", "trailing", "--steps", "4", "--guidance-scale", "1"]
-    assert command[:3] == ["python", "txt2img.py", "a red heart"] and command[-len(said) :] == said
-    run_here(*command[1:], "--outdir", str(tmp_path / "drawn"))
+    assert command[:3] == ["stipple", "draw", "a red heart"] and command[-len(said) :] == said
+    run_here("stipple.__main__", *command[1:], "--outdir", str(tmp_path / "drawn"))
     record = read_record(tmp_path / "drawn" / "00000.png")
     assert record["lora"] == [f"{tmp_path}/run/lora:1"] and record["pictures"][0]["sampler"] == "lcm"
 

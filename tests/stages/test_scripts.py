@@ -108,17 +108,15 @@ def test_the_next_command_can_be_typed_whatever_the_names(tmp_path, capsys, auto
     folder = small_folder(tmp_path / "my pics")
     run_here(*STAGE_1, f"data.folder={folder}", f"run={tmp_path / 'a b'}", "trainer.steps=1")
     command = shlex.split(capsys.readouterr().out.splitlines()[-1])
-    assert (
-        command[:4] == ["accelerate", "launch", "-m", "stipple.commands.cache"] and f"data.folder={folder}" in command
-    )
+    assert command[:2] == ["stipple", "cache"] and f"data.folder={folder}" in command
     config = Path(command[command.index("--config") + 1])
     assert (Path(__file__).parents[2] / config).is_file()
-    run_here(*command[3:], f"cache={tmp_path / 'c d'}")
+    run_here("stipple.__main__", *command[1:], f"cache={tmp_path / 'c d'}")
     command = shlex.split(capsys.readouterr().out.splitlines()[-1])
-    assert command[2] == "train_ldm.py"
-    run_here(*command[2:], f"run={tmp_path / 'e f'}", "trainer.steps=1", "samples.every=0", "validation.every=0")
+    assert command[:2] == ["stipple", "train"]
+    run_here("stipple.__main__", *command[1:], f"run={tmp_path / 'e f'}", "trainer.steps=1", "samples.every=0", "validation.every=0")
     command = shlex.split(capsys.readouterr().out.splitlines()[-1])
-    assert command[1] == "txt2img.py" and command[-1] == f"{tmp_path / 'e f'}/model"
+    assert command[:2] == ["stipple", "draw"] and command[-1] == f"{tmp_path / 'e f'}/model"
 
 
 def test_a_run_that_goes_on_with_other_data_says_so(tmp_path, capsys):

@@ -63,7 +63,7 @@ def runs(tmp_path_factory, autoencoder, settings_of_runs) -> Path:
 def test_a_prior_is_said_to_serve_a_decoder(runs):
     prior = TextToImage.load(runs / "unclip-prior" / "model")
     words = drawing_command(prior, "a cat", ["--checkpoint", "runs/prior/model"])
-    assert words == ["txt2img.py", "a cat", "--checkpoint", "DECODER", "--prior", "runs/prior/model"]
+    assert words == ["stipple", "draw", "a cat", "--checkpoint", "DECODER", "--prior", "runs/prior/model"]
 
 
 @pytest.mark.parametrize("wanted", [LoraConfig(), InversionConfig(token="cat", initial="dog")])
