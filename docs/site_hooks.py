@@ -20,6 +20,8 @@ PAGES = {  # path in the repository -> page of the site
     "ARCHITECTURE.md": "architecture.md",
     "checkpoints/README.md": "model-folder.md",
     "checkpoints/emoji/README.md": "shipped-model.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
     "README.md": "index.md",
 }
 LINK = re.compile(r"(\]\()([^)#\s]+)([^)]*\))")
@@ -113,9 +115,15 @@ def _command_page(command: str, keys: list) -> str:
 def _table(rows: list) -> str:
     lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for row in rows:
-        kind, default = (f"`{_cell(text)}`" if text else "" for text in (row.type, row.default))
+        kind, default = (f"`{text}`" if text else "" for text in (_choices(row.type), row.default))
         lines.append(f"| `{row.key}` | {kind} | {default} | {_cell(row.comment)} |")
     return "\n".join(lines)
+
+
+def _choices(annotation: str) -> str:
+    """A type as people write it: the values of a Literal, `null` for None."""
+    values = re.sub(r"Literal\[(.*?)\]", lambda match: match[1].replace(", ", " | ").replace('"', ""), annotation)
+    return values.replace("'", "").replace("None", "null")
 
 
 def _cell(text: str) -> str:
