@@ -9,8 +9,9 @@ from torch import nn
 
 import stipple.stages.data.data_check
 from stipple.stages.data.data_check import DataCheck
-from stipple.stages.ldm.ldm_parts import LdmTraining
-from stipple.training.trainer import Trainer, TrainerConfig
+from stipple.stages.ldm.ldm_training import LdmTraining
+from stipple.training.trainer import Trainer
+from stipple.training.trainer_config import TrainerConfig
 from stipple_core.data.records.data_config import DataConfig
 from stipple_core.data.records.records import Record, RecordList, Records
 from stipple_core.data.verify import Inspection

@@ -17,9 +17,9 @@ from conditioning.build import ConditionerConfig
 from ldm import TextToImage
 from ldm.formats.model_folder import open_model
 from ldm.networks.unet import UNetConfig
+from stipple.stages.ldm.build_model import make_unet
 from stipple.stages.ldm.denoiser_validation import LdmValidationConfig
 from stipple.stages.ldm.distillation import DistillationConfig, scheduling_of
-from stipple.stages.ldm.ldm_parts import make_unet
 from stipple.stages.ldm.ldm_run import DataConfig, DiffusionConfig, LdmRunConfig, config_from_init
 from stipple_core.config import load_config
 from stipple_core.images.drawn_pictures import read_record
@@ -98,9 +98,9 @@ def test_low_rank_additions_that_were_distilled_say_how_they_are_sampled(teacher
     """LCM-LoRA (Luo et al. 2023): the command that is printed draws with them."""
     run_here(*SHORT, f"init_from={teacher}", *CASES["consistency"], "lora.rank=2", f"run={tmp_path / 'run'}")
     command = shlex.split(capsys.readouterr().out.splitlines()[-1])
-    said = ["--sampler", "lcm", "--spacing", "trailing", "--steps", "4", "--guidance-scale", "1"]
-    assert command[:3] == ["python", "txt2img.py", "a red heart"] and command[-len(said) :] == said
-    run_here(*command[1:], "--outdir", str(tmp_path / "drawn"))
+    flags = ["--sampler", "lcm", "--spacing", "trailing", "--steps", "4", "--guidance-scale", "1"]
+    assert command[:3] == ["stipple", "draw", "a red heart"] and command[-len(flags) :] == flags
+    run_here("txt2img.py", *command[2:], "--outdir", str(tmp_path / "drawn"))
     record = read_record(tmp_path / "drawn" / "00000.png")
     assert record["lora"] == [f"{tmp_path}/run/lora:1"] and record["pictures"][0]["sampler"] == "lcm"
 
@@ -172,9 +172,9 @@ def test_a_student_that_reads_the_scale_is_asked_once_a_step_at_any_scale_and_re
         ({"levels": 1}, "50 is usual"),
         ({"target_decay": 1.0}, "below 1"),
         ({"huber": -1.0}, "at least 0"),
-        ({"kind": "guidance", "levels": 10}, "levels 10 is of kind consistency"),
-        ({"kind": "guidance", "target_decay": 0.0}, "target_decay 0.0 is of kind consistency"),
-        ({"kind": "guidance", "huber": 0.0}, "huber 0.0 is of kind consistency"),
+        ({"kind": "guidance", "levels": 10}, "levels 10 only applies to kind consistency"),
+        ({"kind": "guidance", "target_decay": 0.0}, "target_decay 0.0 only applies to kind consistency"),
+        ({"kind": "guidance", "huber": 0.0}, "huber 0.0 only applies to kind consistency"),
     ],
 )
 def test_a_distillation_that_means_nothing_is_refused(wrong, mend):
@@ -185,11 +185,14 @@ def test_a_distillation_that_means_nothing_is_refused(wrong, mend):
 @pytest.mark.parametrize(
     "given, mend",
     [
-        ({"init_from": None}, "give init_from"),
+        ({"init_from": None}, "set init_from to a trained model"),
         ({"conditioner": ConditionerConfig(kind="scratch")}, "leave yours out"),
         ({"validation": LdmValidationConfig(every=5)}, "use 0"),
         ({"distillation": None, "unet": UNetConfig(guidance_dim=16)}, "or use null"),
-        ({"diffusion": DiffusionConfig(weighting="min_snr")}, "diffusion.weighting min_snr is of denoising"),
+        (
+            {"diffusion": DiffusionConfig(weighting="min_snr")},
+            "diffusion.weighting min_snr has no effect with distillation",
+        ),
     ],
 )
 def test_a_run_that_does_not_go_with_distillation_is_refused(given, mend):
@@ -217,7 +220,7 @@ def test_a_student_of_other_noise_or_meaning_than_its_teacher_is_one_line(teache
 def test_a_student_can_not_teach(case, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run_here(*SHORT, f"run={tmp_path / 'run'}", f"init_from={case[1] / 'model'}", "distillation.kind=consistency")
-    assert "was distilled itself" in capsys.readouterr().err
+    assert "is a distilled model; set init_from to its teacher" in capsys.readouterr().err
 
 
 def test_an_unconditional_teacher_is_followed_without_guidance_and_with_it_refused(tmp_path, capsys):

@@ -151,13 +151,14 @@ def test_class_pictures_are_drawn_first_and_learned_beside_the_others_by_weight(
 
 
 def test_class_pictures_weigh_what_is_said_and_are_half_of_all(base, tmp_path):
+    from stipple.stages.ldm.build_model import captions_of
     from stipple.stages.ldm.ldm_run import LdmRunConfig, config_from_init
-    from stipple.stages.ldm.preservation import with_class
+    from stipple.stages.ldm.preservation import with_class, with_class_captions
     from stipple_core.config import load_config
     from stipple_core.data.dataset import scan
 
     class Main:
-        is_main = True
+        is_main, device = True, torch.device("cpu")
 
     own, folder = tmp_path / "own", tmp_path / "class"
     for where, count in ((own, 2), (folder, 5)):
@@ -167,10 +168,12 @@ def test_class_pictures_weigh_what_is_said_and_are_half_of_all(base, tmp_path):
     given = [f"init_from={base}", f"data.folder={own}", "data.captions=[a sks heart]", "data.validation=0"]
     given += [f"preservation={{folder: {folder}, prompt: 'a {{heart}}', images: 5, weight: 0.25}}"]
     config = load_config(LdmRunConfig, None, given, config_from_init)
-    found = with_class(scan(config.data), config, Main(), lambda records: None)
-    assert len(found.train) == 10
-    told = [(record.captions, record.weight) for record in found.train]
-    assert told.count(((("a sks heart",),), 1.0)) == 5 and told.count(((("a {heart}",),), 0.25)) == 5
+    records = scan(config.data)
+    joined, expected = with_class(records, config, Main(), None), with_class_captions(records, config.preservation)
+    assert len(joined.train) == 10
+    pairs = [(record.captions, record.weight) for record in joined.train]
+    assert pairs.count(((("a sks heart",),), 1.0)) == 5 and pairs.count(((("a {heart}",),), 0.25)) == 5
+    assert captions_of(expected.train) == captions_of(joined.train)
 
 
 def test_what_does_not_go_together_is_one_line_and_nothing_is_written(base, tmp_path, capsys):
@@ -183,15 +186,15 @@ def test_what_does_not_go_together_is_one_line_and_nothing_is_written(base, tmp_
         return told
 
     init = f"init_from={base}"
-    assert "give one of them" in said(init, *LORA, *WORD)
-    assert "init_from names none" in said("autoencoder=x", "lora.rank=4")
-    assert "nowhere is the end of no layer's name" in said(init, "lora.targets=[to_q, nowhere]")
+    assert "set one of them" in said(init, *LORA, *WORD)
+    assert "init_from has no value" in said("autoencoder=x", "lora.rank=4")
+    assert "no layer's name ends in nowhere" in said(init, "lora.targets=[to_q, nowhere]")
     assert "proj_in can't be adapted" in said(init, "lora.targets=[proj_in]")
-    assert "no caption holds inversion.token <toy>" in said(init, "inversion={token: <toy>, initial: heart}")
+    assert "no caption contains inversion.token <toy>" in said(init, "inversion={token: <toy>, initial: heart}")
     assert "is in the vocabulary" in said(init, "inversion={token: a</w>, initial: heart}", "data.captions=[a</w>]")
-    assert "preservation goes with init_from" in said("autoencoder=x", "preservation={folder: x, prompt: a}")
+    assert "preservation requires init_from" in said("autoencoder=x", "preservation={folder: x, prompt: a}")
     kept = f"preservation={{folder: {tmp_path}/drawn, prompt: a heart, images: 200}}"
-    assert "nowhere is the end of no layer's name" in said(init, kept, "lora.targets=[nowhere]")
+    assert "no layer's name ends in nowhere" in said(init, kept, "lora.targets=[nowhere]")
     assert not (tmp_path / "drawn").exists()  # it is known before any picture is drawn
     assert not (tmp_path / "run").exists()
     assert json.loads((base / "model_index.json").read_text())["_class_name"]

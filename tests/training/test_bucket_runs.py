@@ -104,5 +104,5 @@ def test_examples_are_of_one_shape_whatever_the_buckets(tmp_path):
     pictures = RunData.open(config, data_check, 0, str(tmp_path / "run"))
     assert len({pictures.held_out.held_out(i).image.shape for i in range(8)}) > 1
     conditioner = CombinedConditioner(Unconditional(), {"frame": FrameReader(FrameConfig(width=2))})
-    shown = SamplePrompts.of([], pictures.examples, BatchEncoder(None, conditioner, conditioner, None))
-    assert shown.given.frame.shape == (8, 6) and pictures.examples.records is records.validation
+    samples = SamplePrompts.of([], pictures.examples, BatchEncoder(None, conditioner, conditioner, None))
+    assert samples.inputs.frame.shape == (8, 6) and pictures.examples.records is records.validation

@@ -108,8 +108,8 @@ def test_a_step_left_out_is_told_with_the_samples_of_the_micro_batch_that_was_no
     (line,) = bad_steps(tmp_path)
     assert line == {"step": 4, "optimizer": "optimizer", "loss": "nan", "gradient_norm": "nan",
                     "samples": ["3/2", "3/3"]}  # fmt: skip
-    said = "step 4: loss nan, gradient norm nan of optimizer; this update was left out (samples: 3/2, 3/3)\n"
-    assert said in capsys.readouterr().out
+    message = "step 4: loss nan, gradient norm nan of optimizer; this update was skipped (samples: 3/2, 3/3)\n"
+    assert message in capsys.readouterr().out
 
 
 def test_of_a_gradient_alone_that_is_not_finite_all_samples_of_the_step_are_named(tmp_path, capsys):
@@ -210,7 +210,7 @@ def test_the_search_for_a_loss_scale_is_no_bad_step_and_is_not_told(tmp_path, ca
     run = fp16_run(tmp_path, steps=20, max_bad_steps=3)
     run.train(overflowing(run, 1024))
     assert run.optimizer.scaler.get_scale() == 1024 and run.ema.updates == 20 - 6
-    assert bad_steps(tmp_path) == [] and "left out" not in capsys.readouterr().out
+    assert bad_steps(tmp_path) == [] and "was skipped" not in capsys.readouterr().out
 
 
 def test_overflows_count_when_there_is_no_loss_scale_left_to_halve(tmp_path):

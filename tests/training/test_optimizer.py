@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from stipple.training.optimization.optimizer import Optimizer, OptimizerConfig, learning_rate
+from stipple.training.optimization.optimizer import Optimizer
+from stipple.training.optimization.update_rules import OptimizerConfig, learning_rate
 from stipple_core.files.checkpoint_folder import load_state, save_state
 
 

@@ -117,9 +117,10 @@ def ended_by(error: OSError, folder: Path, capsys) -> str:
 
 def test_only_a_full_disk_is_answered_by_making_room_and_an_error_without_a_text_by_its_name(tmp_path, capsys):
     for number in (errno.ENOSPC, errno.EDQUOT):
-        assert "; make room there and run the same" in ended_by(OSError(number, os.strerror(number)), tmp_path, capsys)
+        message = ended_by(OSError(number, os.strerror(number)), tmp_path, capsys)
+        assert "; free some disk space and run the same command" in message
     refused = ended_by(ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), tmp_path, capsys)
-    assert refused == "error: Connection refused; there is no checkpoint yet; mend that and run the same again\n"
+    assert refused == "error: Connection refused; there is no checkpoint yet; fix that and run the same command again\n"
     assert ended_by(TimeoutError(), tmp_path, capsys).startswith("error: TimeoutError; ")
 
 

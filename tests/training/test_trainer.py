@@ -14,9 +14,10 @@ import pytest
 import torch
 from torch import nn
 
-from stipple.training.optimization.optimizer import learning_rate
+from stipple.training.optimization.update_rules import learning_rate
 from stipple.training.run_state import RunState
-from stipple.training.trainer import Trainer, TrainerConfig
+from stipple.training.trainer import Trainer
+from stipple.training.trainer_config import TrainerConfig
 from stipple_core.files.checkpoint_folder import checkpoints, open_state, save_state, write_folder
 from stipple_core.files.training_state import Rows
 from tests.helpers.line_runs import OPTIMIZER, Run, at
@@ -168,9 +169,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_never_begun_anew_in_silence(
     for path in checkpoints(tmp_path / "state"):
         (path / "state.safetensors").write_bytes(b"x")
     gc.collect()
-    with pytest.raises(
-        ValueError, match="no checkpoint of 2 in .* is valid, and --resume never begins anew; .*--no-re"
-    ):
+    with pytest.raises(ValueError, match="none of the 2 checkpoints in .* is valid; .*--no-re"):
         Run(tmp_path)
     assert saved(tmp_path) == [6, 8]
     gc.collect()
@@ -181,7 +180,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_never_begun_anew_in_silence(
 def test_a_file_where_a_run_has_a_folder_is_refused_and_left_alone(name, tmp_path):
     (tmp_path / name).write_text("mine")
     for resume in (True, False):
-        with pytest.raises(ValueError, match=f"{name} is a file, where a run has a folder; remove it"):
+        with pytest.raises(ValueError, match=f"{name} is a file, and a run needs a folder there; remove it"):
             Run(tmp_path, resume=resume)
         gc.collect()
     assert (tmp_path / name).read_text() == "mine"
@@ -229,7 +228,7 @@ def test_batch_sizes_that_do_not_divide_and_unknown_precisions_are_refused_with_
 @pytest.mark.parametrize("state", [{"step": 3}, {}])
 def test_a_whole_checkpoint_that_is_none_of_a_run_is_refused_in_one_line(state, tmp_path):
     write_folder(tmp_path / "state" / "step-0000003", lambda folder: save_state(folder, state))
-    with pytest.raises(ValueError, match="step-0000003 is no state of a run; remove it"):
+    with pytest.raises(ValueError, match="step-0000003 is not the state of a run; remove it"):
         Run(tmp_path)
 
 
@@ -261,7 +260,7 @@ def test_a_checkpoint_that_misses_rows_is_not_called_one_of_another_configuratio
     whole = {"weights": Rows(torch.ones(2, 3), 0, torch.Size([4, 3]))}  # the other half is in no file
     save_state(tmp_path, {"model": whole})
     with pytest.raises(
-        ValueError, match=r"is not whole \(rows 2 to 3 of /model/weights are in no file\); remove it"
+        ValueError, match=r"is incomplete \(rows 2 to 3 of /model/weights are in no file\); remove it"
     ) as told:
         RunState(model=nn.Linear(3, 4)).load_state_dict(open_state(tmp_path), tmp_path)
     assert "--no-resume" not in str(told.value)

@@ -17,7 +17,7 @@ from ldm.pipeline import TextToImage
 from ldm.sampling.prior_sampling import sample_embeddings
 from ldm.sampling.settings import Settings
 from stipple.stages.ldm.batch_encoder import BatchEncoder
-from stipple.stages.ldm.denoiser_validation import drawing_command
+from stipple.stages.ldm.drawing_command import drawing_command
 from stipple.stages.ldm.trainable import InversionConfig, LoraConfig, make_trainable
 from stipple_core.data.dataset import DataConfig, ImageDataset, Skip, collate, scan
 from stipple_core.files.weights import read_weights, write_weights
@@ -59,7 +59,7 @@ def runs(tmp_path_factory, autoencoder, settings_of_runs) -> Path:
 def test_a_prior_is_said_to_serve_a_decoder(runs):
     prior = TextToImage.load(runs / "unclip-prior" / "model")
     words = drawing_command(prior, "a cat", ["--checkpoint", "runs/prior/model"])
-    assert words == ["txt2img.py", "a cat", "--checkpoint", "DECODER", "--prior", "runs/prior/model"]
+    assert words == ["stipple", "draw", "a cat", "--checkpoint", "DECODER", "--prior", "runs/prior/model"]
 
 
 @pytest.mark.parametrize("wanted", [LoraConfig(), InversionConfig(token="cat", initial="dog")])
@@ -67,7 +67,7 @@ def test_a_prior_is_not_adapted(runs, wanted):
     prior = TextToImage.load(runs / "unclip-prior" / "model")
     kind = "lora" if isinstance(wanted, LoraConfig) else "inversion"
     learning = make_trainable(**{"lora": None, "inversion": None, kind: wanted}, source=str(runs))
-    with pytest.raises(ValueError, match=f"{kind} adapts models that make pictures, and this one makes embeddings"):
+    with pytest.raises(ValueError, match=f"{kind} adapts models that draw images, and this one makes embeddings"):
         learning.prepare(prior, [], 0)
 
 
@@ -199,7 +199,7 @@ def test_in_training_no_picture_is_told_of_itself_mirrored_or_cut(runs):
     pictures.skipped[2] = Skip("gone", "damaged")
     batch = collate([pictures[0, i] for i in range(8)])
     own = reader.database[[reader.rows[name] for name in batch.names]][:, None]  # [B, 1, d]
-    given = BatchEncoder(model.autoencoder, model.conditioner, model.conditioner, None).given(batch)
+    given = BatchEncoder(model.autoencoder, model.conditioner, model.conditioner, None).condition_inputs(batch)
 
     def told_of_itself(given: ConditionInputs) -> int:
         return int((reader(given).tokens == own).all(-1).any(1).sum())
