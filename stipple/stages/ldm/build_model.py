@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from autoencoder import Autoencoder, ImageEmbeddings, Pixels, open_autoencoder
+from autoencoder import Autoencoder, open_autoencoder
 from conditioning.build import AnyConditioner, ConditionerConfig, build_conditioner
 from conditioning.classes.class_conditioner import ClassConditioner
 from conditioning.readers.combined import CombinedConditioner
@@ -58,7 +58,7 @@ def build_model(config: LdmRunConfig, init: Parts | None, records: Records, devi
     return TextToImage(autoencoder, unet, conditioner.to(device), scheduling, defaults)
 
 
-def make_autoencoder(config: LdmRunConfig, init: Parts | None) -> Autoencoder | Pixels | ImageEmbeddings:
+def make_autoencoder(config: LdmRunConfig, init: Parts | None) -> Autoencoder:
     """Open the frozen autoencoder; that of `init_from` is open already."""
     if init is not None and config.autoencoder == config.init_from and Path(config.init_from).is_dir():
         autoencoder = init.autoencoder
