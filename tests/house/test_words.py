@@ -55,8 +55,9 @@ SHARDS = (  # where a shard is a tar or parquet file, which data come in
     "stipple/stages/ldm/preservation.py",
     *("docs/", "README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "tests/house/test_words.py"),
 )
-SHARD_OF_OTHERS = (
-    r"data\.shards|fully_shard|reshard_after_forward|(FULL|HYBRID)_SHARD|shardshuffle|\bShard\(|import .*\bShard\b|max_shard_size"
+SHARD_OF_OTHERS = (  # keys of configs, and names of other programs
+    r"data\.shards|fully_shard|reshard_after_forward|(FULL|HYBRID)_SHARD|shardshuffle|max_shard_size"
+    r"|\bShard\(|import .*\bShard\b"
 )
 
 
