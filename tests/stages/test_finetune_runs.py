@@ -158,7 +158,7 @@ def test_class_images_have_their_weight_and_are_half_of_all(base, tmp_path):
     from stipple_core.data.dataset import scan
 
     class Main:
-        is_main, device = True, torch.device("cpu")
+        is_main = True
 
     own, folder = tmp_path / "own", tmp_path / "class"
     for where, count in ((own, 2), (folder, 5)):

@@ -1,7 +1,7 @@
 """The shipped model, distilled to 4 steps, follows prompts nearly as often as in 20 guided steps, 5 times faster.
 
-STIPPLE_EMOJI names the folder of emoji that the model was trained on (checkpoints/README.md), STIPPLE_RUNS one where a
-run that was begun is gone on with. docs/tasks/few_steps.md shows what came out.
+STIPPLE_EMOJI is the folder of emoji that the model was trained on (checkpoints/README.md). Runs in the folder
+STIPPLE_RUNS are resumed. The results are in docs/tasks/few_steps.md.
 """
 
 import os

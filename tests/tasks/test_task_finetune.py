@@ -1,6 +1,6 @@
 """Proofs of fine-tuning the shipped model: a style by LoRA, an object by textual inversion and by DreamBooth.
 
-STIPPLE_EMOJI names the folder of the emoji set. Runs are kept in STIPPLE_RUNS, where that is set, and go on from there.
+STIPPLE_EMOJI is the folder of the emoji set. If STIPPLE_RUNS is set, runs are kept in it and resumed.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 pytest -m slow tests/tasks/test_task_large.py --basetemp=runs/large      the results are in docs/tasks/large.md
 
-A model is trained on textures of 128 x 128 pixels, and draws 1024 x 1024. TEXTURES_MODEL=FOLDER takes a trained one.
+A model is trained on textures of 128 x 128 pixels, and draws 1024 x 1024. TEXTURES_MODEL=FOLDER uses a trained one.
 """
 
 import json

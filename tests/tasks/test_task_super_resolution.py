@@ -1,7 +1,7 @@
 """Proof of super-resolution, alone and at the end of a cascade: trained on crops of photographs, in minutes.
 
 STIPPLE_PHOTOS=FOLDER pytest -m slow -n 0 tests/tasks/test_task_super_resolution.py --basetemp=runs/super-resolution
-the results are in docs/tasks/super-resolution.md and docs/tasks/cascade.md
+The results are in docs/tasks/super-resolution.md and docs/tasks/cascade.md.
 """
 
 import json

@@ -11,8 +11,6 @@ import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
-
 from ldm.formats.model_folder import Parts
 from ldm.pipeline import TextToImage
 from stipple.stages.ldm.denoiser_validation import SamplesConfig
@@ -39,12 +37,12 @@ def with_class(records: Records, config: LdmRunConfig, trainer: Trainer, init: P
     The shorter list is repeated, so that an epoch has the same number of both.
     """
     preservation = config.preservation
-    on_main(lambda: draw_missing(preservation, config.samples, init, trainer.device), trainer.is_main)
+    on_main(lambda: draw_missing(preservation, config.samples, init, trainer), trainer.is_main)
     class_records = scan(_class_data(config.data, preservation)).train
     return _joined(records, list(_weighted(class_records, preservation)))
 
 
-def draw_missing(config: PreservationConfig, samples: SamplesConfig, init: Parts, device: torch.device) -> None:
+def draw_missing(config: PreservationConfig, samples: SamplesConfig, init: Parts, trainer: Trainer) -> None:
     """Draw class images until there are enough; image i has seed i, whenever it is drawn."""
     folder = Path(config.folder)
     existing = _images_in(folder)
@@ -53,7 +51,9 @@ def draw_missing(config: PreservationConfig, samples: SamplesConfig, init: Parts
     paths = [(seed, path) for seed, path in paths if path.name not in existing]
     if not paths:
         return
+    trainer.print(f"drawing {len(paths)} images of {config.prompt!r} into {folder}")
     folder.mkdir(parents=True, exist_ok=True)
+    device = trainer.device
     autoencoder, unet = lay_out(init.autoencoder.to(device)), lay_out(init.unet.to(device))
     model = TextToImage(autoencoder, unet, init.conditioner.to(device), init.scheduling, init.settings)
     settings = {"sampler": samples.sampler, "steps": samples.steps, "guidance_scale": samples.guidance_scale}
