@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ldm.networks.prior_config import PriorConfig
 from ldm.networks.unet import ReadContext
-from ldm.networks.unet_blocks import Embedding, sinusoids
+from ldm.networks.unet_blocks import Embedding
+from stipple_core.operators.sinusoids import sinusoids
 
 EXTRA = 4  # places after the text: its embedding, the timestep, the noisy embedding, the one that is read off
 

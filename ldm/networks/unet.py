@@ -36,10 +36,10 @@ from ldm.networks.unet_blocks import (
     ResidualUpsample,
     Upsample,
     scale_sinusoids,
-    sinusoids,
 )
 from ldm.networks.unet_config import UNetConfig
 from stipple_core.operators.normalization import norm_silu
+from stipple_core.operators.sinusoids import sinusoids
 
 OUTER = 2  # the input convolution and the first layer; and the last two layers, which read them
 

@@ -18,15 +18,6 @@ from stipple_core.operators.normalization import norm_silu
 from stipple_core.operators.winograd import Convolution
 
 
-def sinusoids(timestep: Tensor, dim: int) -> Tensor:
-    """Embed timesteps [B] (real, 0 to about 1000) as [B, dim]: cosines, then sines (Ho et al. 2020, in LDM's order)."""
-    half = dim // 2
-    steps = torch.arange(half, device=timestep.device, dtype=torch.float32)
-    frequencies = torch.exp(-math.log(10000.0) * steps / half)  # 1 down to 1 / 10000, [dim / 2]
-    angles = timestep.float()[:, None] * frequencies  # [B, dim / 2]
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)  # [B, dim]
-
-
 def scale_sinusoids(scale: Tensor, dim: int) -> Tensor:
     """Embed guidance scales [B] as [B, dim]: sines, then cosines of 1000 (scale - 1) (Luo et al. 2023, appendix)."""
     half = dim // 2

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import sys
 from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
@@ -19,9 +18,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from autoencoder import Autoencoder
-from conditioning.build import AnyConditioner
-from conditioning.text.text_conditioner import Conditioner
-from ldm.formats.model_folder import Parts
+from conditioning.interface.conditioner import Conditioner
+from ldm.formats.model_parts import ModelParts
+from stipple.cli.training_arguments import read_arguments
 from stipple.stages.data.data_check import bucketed
 from stipple.stages.data.init_model import InitModel
 from stipple.stages.ldm.build_model import make_autoencoder, make_conditioner
@@ -30,9 +29,11 @@ from stipple.stages.ldm.run_cache import MOMENTS_DTYPES, cache_key, caches_conte
 from stipple.stages.ldm.shapes import check_shapes
 from stipple.training.run.run_folder import RunFolder
 from stipple_core.config import load_config, one_line_errors
-from stipple_core.data.dataset import ImageDataset, scan
+from stipple_core.data.dataset import ImageDataset
 from stipple_core.data.records.records import Records, merge_skipped
-from stipple_core.latent_cache.reader import CachedLatents, ShardWriter
+from stipple_core.data.sources.scan import scan
+from stipple_core.latent_cache.reader import CachedLatents
+from stipple_core.latent_cache.writer import LatentCacheWriter
 from stipple_core.operators.winograd import lay_out
 
 BATCH = 16  # images or captions encoded together
@@ -51,7 +52,7 @@ class Views(Dataset):
 
 @torch.no_grad()
 def cache_moments(
-    writer: ShardWriter, images: ImageDataset, autoencoder: Autoencoder, state: Accelerator, workers: int
+    writer: LatentCacheWriter, images: ImageDataset, autoencoder: Autoencoder, state: Accelerator, workers: int
 ) -> None:
     """Encode the images of this process; `workers` processes decode them."""
     missing = writer.missing("moments")
@@ -78,7 +79,7 @@ def encode_views(
     return moments
 
 
-def cache_contexts(writer: ShardWriter, conditioner: Conditioner, state: Accelerator) -> None:
+def cache_contexts(writer: LatentCacheWriter, conditioner: Conditioner, state: Accelerator) -> None:
     """Encode the captions of this process."""
     for part in tqdm(writer.missing("contexts"), desc="captions", disable=not state.is_main_process):
         contexts: list[torch.Tensor] = []
@@ -99,13 +100,13 @@ def encode_captions(conditioner: Conditioner, captions: list[str], device: torch
 
 
 def open_writer(
-    config: LdmRunConfig, records: Records, autoencoder: Autoencoder, conditioner: AnyConditioner, state: Accelerator
-) -> ShardWriter:
+    config: LdmRunConfig, records: Records, autoencoder: Autoencoder, conditioner: Conditioner, state: Accelerator
+) -> LatentCacheWriter:
     """Create the cache, or check that an existing one fits; the first process does so before the others."""
     check_shapes(config, autoencoder, conditioner)
     key = cache_key(config, records.train, autoencoder, conditioner)
     with state.main_process_first():
-        writer = ShardWriter(
+        writer = LatentCacheWriter(
             config.cache, state.process_index, key, records.train, state.num_processes,
             MOMENTS_DTYPES[config.cache_precision], contexts=caches_contexts(config, conditioner),
         )  # fmt: skip
@@ -114,7 +115,15 @@ def open_writer(
     return writer
 
 
-def cache(config: LdmRunConfig, arguments: Sequence[str], init: InitModel[Parts] | None = None) -> None:
+def check(config: LdmRunConfig) -> None:
+    """Raise ValueError if the config names no cache, or its data can't be cached."""
+    if config.cache is None:
+        raise ValueError("cache has no value; set it to the folder to write to: cache=FOLDER")
+    if config.data.crop == "random":
+        raise ValueError("data.crop=random can't be cached; use data.crop=center, or train without a cache")
+
+
+def cache(config: LdmRunConfig, arguments: Sequence[str], init: InitModel[ModelParts] | None = None) -> None:
     """Fill `config.cache` with what is not in it yet.
 
     Args:
@@ -122,10 +131,6 @@ def cache(config: LdmRunConfig, arguments: Sequence[str], init: InitModel[Parts]
         arguments: of the next command, which is printed.
         init: holds the model of `init_from` if reading the config has opened it.
     """
-    if config.cache is None:
-        raise ValueError("cache has no value; set it to the folder to write to: cache=FOLDER")
-    if config.data.crop == "random":
-        raise ValueError("data.crop=random can't be cached; use data.crop=center, or train without a cache")
     # one process may have to finish the work of a stopped run, while the others wait
     patience = InitProcessGroupKwargs(timeout=timedelta(days=7))
     state = Accelerator(kwargs_handlers=[patience])  # unlike PartialState, it reads ACCELERATE_USE_CPU
@@ -157,17 +162,29 @@ def cache(config: LdmRunConfig, arguments: Sequence[str], init: InitModel[Parts]
         print("  " + shlex.join(["stipple", "train", *arguments]))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", help="the config of the stage-2 run, such as configs/ldm/emoji.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.folder=PATH cache=cache/emoji")
-    argv = sys.argv[1:] if argv is None else argv
-    arguments = parser.parse_intermixed_args(argv)
-    init = InitModel(open_init)
+def read_config(arguments: argparse.Namespace) -> LdmRunConfig:
+    """Return the config of a command line; exits with one line and code 2 after a mistake.
+
+    The model of `init_from`, which decides defaults of the config, is kept in `arguments.init` for `run`.
+    """
+    arguments.init = InitModel(open_init)
+    base = partial(config_from_init, init=arguments.init)
     with one_line_errors():
-        base = partial(config_from_init, init=init)
-        cache(load_config(LdmRunConfig, arguments.config, arguments.overrides, base), argv, init)
+        config = load_config(LdmRunConfig, arguments.config, arguments.overrides, base)
+        check(config)
+    return config
+
+
+def run(config: LdmRunConfig, arguments: argparse.Namespace) -> None:
+    """Fill the cache with a config that `read_config` returned."""
+    with one_line_errors():
+        cache(config, arguments.argv, arguments.init)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line in this process, which accelerate may have started as one of several."""
+    arguments = read_arguments("cache", argv)
+    run(read_config(arguments), arguments)
 
 
 if __name__ == "__main__":

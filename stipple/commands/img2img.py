@@ -12,9 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from stipple.commands.draw import Command, draw
+from stipple.commands.drawing.drawing_command import DrawingCommand, draw
 
-COMMAND = Command(about=__doc__, example='stipple img2img photo.png "an oil painting"', files=("image",), prompt="")
+COMMAND = DrawingCommand(
+    about=__doc__, example='stipple img2img photo.png "an oil painting"', files=("image",), prompt=""
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from stipple.commands.draw import Command, draw
+from stipple.commands.drawing.drawing_command import DrawingCommand, draw
 
-COMMAND = Command(
+COMMAND = DrawingCommand(
     about=__doc__,
     example='stipple inpaint photo.png mask.png "a sleeping cat"',
     files=("image", "mask"),

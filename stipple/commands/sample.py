@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from stipple.commands.draw import Command, draw
+from stipple.commands.drawing.drawing_command import DrawingCommand, draw
 
 if TYPE_CHECKING:
     from ldm.pipeline import TextToImage
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 def check(model: TextToImage) -> None:
     """Raise ValueError for a model of text alone: what is asked for by class or layout would be read as a caption."""
     if model.conditioner.reads_text and model.conditioner.hint is None:
-        raise ValueError("this model draws from text; use txt2img.py, or give another with --checkpoint")
+        raise ValueError("this model draws from text; use stipple draw, or give another with --checkpoint")
 
 
-COMMAND = Command(
+COMMAND = DrawingCommand(
     about=__doc__,
     example="stipple sample --checkpoint runs/clothes/model --class-name dress",
     prompt="",

@@ -17,21 +17,21 @@ import torch
 
 from conditioning.interface.context import drop_context
 from ldm.denoising.denoiser import Denoiser
-from ldm.formats.model_folder import Parts
+from ldm.formats.model_parts import ModelParts
 from ldm.losses.time_density import Importance, make_density
+from stipple.cli.training_arguments import read_arguments
 from stipple.stages.data.init_model import InitModel
 from stipple.stages.data.run_data import RunData
 from stipple.stages.ldm.batch_encoder import BatchEncoder
 from stipple.stages.ldm.denoiser_validation import SamplePrompts, draw_samples, update_density, validate
 from stipple.stages.ldm.diffusion_batch import DiffusionBatch
-from stipple.stages.ldm.drawing_command import drawing_command, sampling_flags
+from stipple.stages.ldm.next_command import drawing_command, sampling_flags
 from stipple.stages.ldm.ldm_run import LdmRunConfig, config_from_init, open_init
 from stipple.stages.ldm.ldm_training import LdmTraining
 from stipple.stages.ldm.objectives import make_objective
 from stipple.stages.ldm.prepare_run import prepare_run
 from stipple.stages.ldm.run_cache import open_cache
 from stipple.stages.ldm.trainable import make_trainable
-from stipple.training.command_line import parse
 from stipple.training.run.run_folder import disk_errors
 from stipple.training.trainer import Trainer
 from stipple_core.config import load_config, one_line_errors, to_dict
@@ -40,7 +40,7 @@ from stipple_core.randomness import generator, normal, uniform
 SAVED_DTYPES = {"fp32": None, "fp16": torch.float16}  # save_precision -> dtype; None: as trained
 
 
-def train(config: LdmRunConfig, init: InitModel[Parts] | None = None) -> None:
+def train(config: LdmRunConfig, init: InitModel[ModelParts] | None = None) -> None:
     """Train, and save the result in the run folder: the model, its LoRA layers or a new word.
 
     Args:
@@ -62,7 +62,7 @@ def train(config: LdmRunConfig, init: InitModel[Parts] | None = None) -> None:
         training = LdmTraining.register(trainer, model, config, trainable, objective.averages)
         encoder = BatchEncoder(model.autoencoder, model.conditioner, training.text_network, cache, config.needs_null)
         samples = SamplePrompts.of(config.samples.prompts, data.examples, encoder)
-        model.plan(samples.prompts, given=samples.inputs)  # raises now for settings that are not supported
+        model.plan(samples.prompts, inputs=samples.inputs)  # raises now for settings that are not supported
     device, seed, diffusion = trainer.device, config.seed, config.diffusion
     density = make_density(diffusion.density, model.schedule)
     step_losses = torch.zeros(config.trainer.batch_size, device=device)  # of the global batch, for importance sampling
@@ -116,15 +116,27 @@ def train(config: LdmRunConfig, init: InitModel[Parts] | None = None) -> None:
     trainer.print(f"the {product} is in {config.run}/{product}; next:\n  {command}")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments = parse(parser, "configs/ldm/emoji.yaml", argv)
-    init = InitModel(open_init)
+def read_config(arguments: argparse.Namespace) -> LdmRunConfig:
+    """Return the config of a command line; exits with one line and code 2 after a mistake.
+
+    The model of `init_from`, which decides defaults of the config, is kept in `arguments.init` for `run`.
+    """
+    arguments.init = InitModel(open_init)
+    base = partial(config_from_init, init=arguments.init)
     with one_line_errors():
-        config = load_config(LdmRunConfig, arguments.config, arguments.overrides, partial(config_from_init, init=init))
+        return load_config(LdmRunConfig, arguments.config, arguments.overrides, base)
+
+
+def run(config: LdmRunConfig, arguments: argparse.Namespace) -> None:
+    """Train with a config that `read_config` returned."""
     with disk_errors(config.run):
-        train(config, init)
+        train(config, arguments.init)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line in this process, which accelerate may have started as one of several."""
+    arguments = read_arguments("train", argv)
+    run(read_config(arguments), arguments)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from accelerate import PartialState
 
 from autoencoder import Autoencoder
 from autoencoder.losses.first_stage_loss import discriminator_loss, generator_loss
+from stipple.cli.training_arguments import read_arguments
 from stipple.stages.autoencoder.adversary import discriminate
 from stipple.stages.autoencoder.autoencoder_parts import AutoencoderTraining, build_networks, train_perceptual
 from stipple.stages.autoencoder.autoencoder_run import AutoencoderRunConfig, config_from_init
@@ -25,12 +26,12 @@ from stipple.stages.autoencoder.reconstruction import measure_scale, validate
 from stipple.stages.data.data_check import DataCheck
 from stipple.stages.data.init_model import InitModel
 from stipple.stages.data.run_data import RunData
-from stipple.training.command_line import parse
 from stipple.training.run.run_folder import disk_errors
 from stipple.training.trainer import Trainer
 from stipple_core.config import load_config, one_line_errors, to_dict
-from stipple_core.data.dataset import scan
+from stipple_core.data.sources.scan import scan
 from stipple_core.randomness import normal
+from stipple_core.resources import resource
 
 
 def train(config: AutoencoderRunConfig, init: InitModel[Autoencoder] | None = None) -> None:
@@ -96,25 +97,42 @@ def train(config: AutoencoderRunConfig, init: InitModel[Autoencoder] | None = No
 
 
 def next_command(config: AutoencoderRunConfig, path: str | None) -> str:
-    """The command that caches latents with the trained autoencoder; its config has the name of this one (`path`)."""
-    stem = Path(path or "").name
-    ldm = f"configs/ldm/{stem}" if Path(f"configs/ldm/{stem}").is_file() else "configs/ldm/txt2img-small.yaml"
+    """Return the command that caches latents of the trained autoencoder.
+
+    Args:
+        config: of this run.
+        path: of its YAML file; a recipe of stage 2 with the same name is the next one.
+    """
+    recipe = f"configs/ldm/{Path(path or '').name}"
+    if not Path(recipe).is_file() and not resource(recipe).is_file():
+        recipe = "configs/ldm/txt2img-small.yaml"
     overrides = [*config.data.overrides, f"autoencoder={config.run}/model", f"cache=cache/{Path(config.run).name}"]
-    return shlex.join(["stipple", "cache", "--config", ldm, *overrides])
+    return shlex.join(["stipple", "cache", "--config", recipe, *overrides])
+
+
+def read_config(arguments: argparse.Namespace) -> AutoencoderRunConfig:
+    """Return the config of a command line; exits with one line and code 2 after a mistake.
+
+    The model of `init_from`, which decides defaults of the config, is kept in `arguments.init` for `run`.
+    """
+    arguments.init = InitModel(Autoencoder.load)
+    base = partial(config_from_init, init=arguments.init)
+    with one_line_errors():
+        return load_config(AutoencoderRunConfig, arguments.config, arguments.overrides, base)
+
+
+def run(config: AutoencoderRunConfig, arguments: argparse.Namespace) -> None:
+    """Train with a config that `read_config` returned."""
+    with disk_errors(config.run):
+        train(config, arguments.init)
+    if PartialState().is_main_process:
+        print(f"the autoencoder is in {config.run}/model; next:\n  {next_command(config, arguments.config)}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments = parse(parser, "configs/autoencoder/kl-f8.yaml", argv)
-    init = InitModel(Autoencoder.load)
-    with one_line_errors():
-        base = partial(config_from_init, init=init)
-        config = load_config(AutoencoderRunConfig, arguments.config, arguments.overrides, base)
-    with disk_errors(config.run):
-        train(config, init)
-    if PartialState().is_main_process:
-        print(f"the autoencoder is in {config.run}/model; next:\n  {next_command(config, arguments.config)}")
+    """Run the command line in this process, which accelerate may have started as one of several."""
+    arguments = read_arguments("train-autoencoder", argv)
+    run(read_config(arguments), arguments)
 
 
 if __name__ == "__main__":

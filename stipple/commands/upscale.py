@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from stipple.commands.draw import Command, draw
+from stipple.commands.drawing.drawing_command import DrawingCommand, draw
 
 if TYPE_CHECKING:
     from ldm.pipeline import TextToImage
@@ -26,7 +26,7 @@ def check(model: TextToImage) -> None:
         raise ValueError("this model was not trained to enlarge pictures; give one that was with --checkpoint")
 
 
-COMMAND = Command(about=__doc__, example="stipple upscale small.png", files=("image",), prompt="", check=check)
+COMMAND = DrawingCommand(about=__doc__, example="stipple upscale small.png", files=("image",), prompt="", check=check)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

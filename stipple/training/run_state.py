@@ -13,7 +13,7 @@ from torch import nn
 from stipple.training.distributed.fsdp import FsdpWeights
 from stipple.training.optimization.ema import Ema
 from stipple.training.optimization.optimizer import Optimizer
-from stipple_core.files.training_state import MissingRows, whole_state
+from stipple_core.files.training_state import IncompleteTensor, whole_state
 
 READERS_OF_ROWS = (Optimizer, Ema, FsdpWeights)  # parts that read only their own rows of a tensor on disk
 SHOWN = 5  # differing weights that are named
@@ -42,7 +42,7 @@ class RunState(dict[str, Any]):
                 part.load_state_dict(states[name] if isinstance(part, READERS_OF_ROWS) else whole_state(states[name]))
             except torch.OutOfMemoryError:
                 raise
-            except MissingRows as error:
+            except IncompleteTensor as error:
                 raise ValueError(
                     f"{source} is incomplete ({error}); remove it to use the checkpoint before it"
                 ) from None

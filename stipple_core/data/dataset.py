@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
 import dataclasses
-import multiprocessing
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,34 +10,26 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import ImageColor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from stipple_core.data.order import Address, Order
 from stipple_core.data.records.buckets import Buckets
 from stipple_core.data.records.data_config import DataConfig
-from stipple_core.data.records.records import Record, Records, Skip, SkipLog, fingerprint, write_skipped
+from stipple_core.data.records.records import Record, Skip, SkipLog
 from stipple_core.data.records.rows import map_path
-from stipple_core.data.sources.scan import scan
-from stipple_core.images.crop import Cutout
+from stipple_core.images.crop import Crop
 from stipple_core.images.images import UnusableImage, load_image, load_map
 from stipple_core.randomness import generator
 
-__all__ = [
-    "Address", "Batch", "DataConfig", "ImageDataset", "Order", "Record", "Records", "Sample", "Skip", "TooManyBad",
-    "collate", "draw_caption", "draw_flip", "draw_nested", "fingerprint", "make_loader", "replacements", "scan",
-    "write_skipped",
-]  # fmt: skip
-
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class ImageSample:
     """One captioned image."""
 
     image: torch.Tensor  # [3, H, W] in [-1, 1]
     caption: str
     index: int  # of the record that was asked for
     hint: torch.Tensor | None = None  # [k, H, W], what a denoiser is shown of it; None: nothing
-    frame: torch.Tensor | None = None  # [6] pixels, see `Cutout.frame`
+    frame: torch.Tensor | None = None  # [6] pixels, see `Crop.frame`
     name: str = ""  # of the record that is seen, which may stand in for the one that was asked for
 
 
@@ -50,7 +39,7 @@ class View:
 
     image: torch.Tensor  # [3, H, W] in [-1, 1]
     map: torch.Tensor | None  # [1, H, W], its own values; None: the data have no maps
-    frame: tuple[float, ...]  # six numbers, see `Cutout.frame`
+    frame: tuple[float, ...]  # six numbers, see `Crop.frame`
     name: str  # of the record
 
 
@@ -74,7 +63,7 @@ class Batch:
 Hint = Callable[[torch.Tensor, torch.Tensor | None, torch.Generator], torch.Tensor]
 
 
-def draw_nested(nested: Sequence[Sequence[Any]], generator: torch.Generator) -> Any:
+def draw_from_nested(nested: Sequence[Sequence[Any]], generator: torch.Generator) -> Any:
     """First one of the inner sequences, then one of its elements, each uniformly."""
     inner = nested[torch.randint(len(nested), (), generator=generator).item()]
     return inner[torch.randint(len(inner), (), generator=generator).item()]
@@ -82,7 +71,7 @@ def draw_nested(nested: Sequence[Sequence[Any]], generator: torch.Generator) -> 
 
 def draw_caption(record: Record, generator: torch.Generator) -> str:
     """A template first, then one of its expansions: a column with 20 keywords weighs no more than one with 2."""
-    return draw_nested(record.captions, generator)
+    return draw_from_nested(record.captions, generator)
 
 
 def draw_flip(seed: int, epoch: int, index: int) -> bool:
@@ -139,7 +128,7 @@ class ImageDataset(Dataset):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, address: tuple[int, int]) -> Sample:
+    def __getitem__(self, address: tuple[int, int]) -> ImageSample:
         epoch, index = address
         flip = self.config.flip and draw_flip(self.seed, epoch, index)
         for candidate in replacements(self.seed, epoch, index, len(self.records)):
@@ -150,16 +139,16 @@ class ImageDataset(Dataset):
                 return self.sample(view, caption, index, generator(self.seed, "hint", epoch, index))
         raise TooManyBad(f"101 records in turn can't be decoded; the last is {self.records[candidate].path}")
 
-    def held_out(self, index: int) -> Sample | None:
+    def held_out(self, index: int) -> ImageSample | None:
         """A record with its first caption, always the same; None if it can't be decoded."""
         view = self.view(index)
         caption = self.records[index].captions[0][0]
         return view and self.sample(view, caption, index, generator(self.seed, "held-out hint", index))
 
-    def sample(self, view: View, caption: str, index: int, draws: torch.Generator) -> Sample:
+    def sample(self, view: View, caption: str, index: int, draws: torch.Generator) -> ImageSample:
         """What training needs of a view; `draws` is for what it shows of it."""
         hint = None if self.hint is None else self.hint(view.image, view.map, draws)
-        return Sample(view.image, caption, index, hint, torch.tensor(view.frame, dtype=torch.float32), view.name)
+        return ImageSample(view.image, caption, index, hint, torch.tensor(view.frame, dtype=torch.float32), view.name)
 
     def shape(self, index: int) -> tuple[int, int]:
         """Width and height of a record's image, in pixels."""
@@ -203,7 +192,7 @@ class ImageDataset(Dataset):
             self._skip(index, str(error))
             return None
         place = "random" if crop is not None else "center"
-        cutout = Cutout.covering(image.size, shape or self.shape(index), place, flip, crop)
+        cutout = Crop.covering(image.size, shape or self.shape(index), place, flip, crop)
         seen_map = None if map_of_it is None else cutout.map(map_of_it)
         return View(cutout.image(image), seen_map, cutout.frame, record.name)
 
@@ -220,7 +209,7 @@ class ImageDataset(Dataset):
             )
 
 
-def collate(samples: Sequence[Sample]) -> Batch:
+def collate(samples: Sequence[ImageSample]) -> Batch:
     """Samples as a Batch."""
     # numpy: torch would split the copy over threads, 60 ms where other processes keep the cores busy
     images = torch.from_numpy(np.stack([sample.image.numpy() for sample in samples]))  # [B, 3, H, W]
@@ -229,36 +218,3 @@ def collate(samples: Sequence[Sample]) -> Batch:
     indices = torch.tensor([sample.index for sample in samples])
     names = tuple(sample.name for sample in samples)
     return Batch(images, [sample.caption for sample in samples], indices, hints, frames, names)
-
-
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    """A signal sent to the process group must not kill the workers before the trainer has finished its step."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _end_workers() -> None:
-    """Kill the workers that are left when the process ends: they ignore the SIGTERM that multiprocessing sends them."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error for each
-    for worker in multiprocessing.active_children():
-        if worker.daemon:
-            worker.kill()
-
-
-def make_loader(
-    dataset: Dataset, order: Order, workers: int = 0, collate: Callable[[Sequence[Any]], Any] = collate
-) -> DataLoader:
-    """A loader of one process's micro-batches; its workers draw nothing from the process's own random state."""
-    if workers:
-        atexit.unregister(_end_workers)  # once is enough
-        atexit.register(_end_workers)
-    return DataLoader(
-        dataset,
-        batch_sampler=order,
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_leave_signals_to_the_trainer if workers else None,
-        generator=torch.Generator(),  # else each iterator takes a seed for its workers from the global generator
-        prefetch_factor=4 if workers else None,
-    )

@@ -19,7 +19,7 @@ class Address(NamedTuple):
     index: int
 
 
-class Turns:
+class BucketSchedule:
     """Which bucket each optimizer step's global batch is of: a function of (seed, step), in closed form.
 
     Within r rounds a bucket of n records has had floor((r n + o) / B) batches of B, o in [0, B) drawn once: as many as
@@ -67,7 +67,7 @@ class Order:
     j = (m * world + rank) * micro_batch on; so one process with 2 micro-batches sees what 2 processes see, and a run
     resumes at any step, on any number of processes.
 
-    With buckets every global batch is of one bucket; each bucket has such a stream of its own, and `Turns` says whose
+    With buckets every global batch is of one bucket; each bucket has such a stream of its own, and `BucketSchedule` says whose
     turn it is. One bucket for all gives the same order as none.
 
     Args:
@@ -112,7 +112,7 @@ class Order:
         members = [np.flatnonzero(of == bucket) for bucket in np.unique(of)]  # indices of records
         self.members = members if len(members) > 1 else None  # None: all of them
         self.sizes = [len(each) for each in members] if len(members) > 1 else [size]
-        self.turns = Turns(self.sizes, global_batch, seed)
+        self.turns = BucketSchedule(self.sizes, global_batch, seed)
         self._permutations: dict[tuple[int, int], np.ndarray] = {}  # by bucket and epoch
 
     def __len__(self) -> int:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from stipple_core.data.records.data_config import DataConfig
 from stipple_core.data.records.records import Record, RecordList, Records, Skip, Source
-from stipple_core.data.records.rows import check_enough
+from stipple_core.data.records.rows import require_enough
 from stipple_core.images.images import OUT_OF_MEMORY, UnusableImage, load_image, read_size
 
 CHUNK = 1024  # pictures between looks at the clock
@@ -41,7 +41,7 @@ class Inspection:
     reason: str | None = None
 
 
-class Memory:
+class InspectionCache:
     """What this and earlier runs found, by keys; each process adds to a file of its own.
 
     A torn last line, as a killed process leaves it, is not read.
@@ -105,7 +105,7 @@ class Memory:
             return
 
 
-def inspect(records: Sequence[Record], memory: Memory, share: tuple[int, int] = (0, 1)) -> list[Inspection]:
+def inspect(records: Sequence[Record], memory: InspectionCache, share: tuple[int, int] = (0, 1)) -> list[Inspection]:
     """Decode this process's share of the records, in threads, and say what was found of each.
 
     Args:
@@ -142,7 +142,7 @@ def read_sizes(records: Sequence[Record], share: tuple[int, int] = (0, 1)) -> li
         return list(threads.map(_read_header, (records[i] for i in range(share[0], len(records), share[1]))))
 
 
-def without_bad(
+def drop_unusable(
     records: Records, train: Sequence[Inspection], validation: Sequence[Inspection], config: DataConfig
 ) -> Records:
     """The records that can be used; the others are among the skipped ones, with their reasons.
@@ -155,7 +155,7 @@ def without_bad(
         pairs = list(zip(part, looks, strict=True))
         skipped += [Skip(record.name, look.reason) for record, look in pairs if look.reason]
         kept.append(RecordList(record for record, look in pairs if not look.reason))
-    check_enough(config, len(kept[0]), len(kept[1]), skipped)
+    require_enough(config, len(kept[0]), len(kept[1]), skipped)
     return Records(*kept, skipped)
 
 

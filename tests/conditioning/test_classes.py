@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from conditioning import ClassConditioner, Conditioner, Unconditional, conditioner_from_compvis, load_conditioner
+from conditioning import ClassConditioner, Unconditional, conditioner_from_compvis, load_conditioner
 from conditioning.formats.compvis_conditioner import conditioner_to_compvis
 
 
@@ -32,7 +32,7 @@ def test_a_class_number_is_its_row_and_the_empty_prompt_the_null_class(table):
 def test_classes_survive_the_disk_and_a_single_file(table, rows, tmp_path):
     conditioner = conditioner_of(table[:rows])
     conditioner.save(tmp_path)
-    loaded = Conditioner.load(tmp_path)
+    loaded = load_conditioner(tmp_path)
     assert loaded.fingerprint() == conditioner.fingerprint() and loaded.null_class == conditioner.null_class
     assert torch.equal(conditioner_to_compvis(loaded)["embedding.weight"], table[:rows])
     conditioner.save(tmp_path, dtype=torch.float16)

@@ -11,10 +11,11 @@ from torch import nn
 from conditioning import Context, Unconditional
 from conditioning.build import ConditionerConfig, build_conditioner, load_conditioner
 from conditioning.encoders.scratch import TransformerConfig
+from conditioning.hints.hints import SpatialConfig
 from conditioning.interface.inputs import ConditionInputs
-from conditioning.readers.combined import CombinedConditioner, Widths, joined
+from conditioning.interface.reader import Widths
+from conditioning.readers.combined import CombinedConditioner, joined
 from conditioning.readers.frame import FrameConfig
-from conditioning.readers.spatial import SpatialConfig
 from stipple.stages.ldm.batch_encoder import BatchEncoder
 from stipple_core.data.dataset import Batch
 

@@ -5,7 +5,12 @@ import math
 import pytest
 import torch
 
-from conditioning import Conditioner, ConditionerConfig, build_conditioner, conditioner_from_compvis
+from conditioning import (
+    ConditionerConfig,
+    build_conditioner,
+    conditioner_from_compvis,
+    load_conditioner,
+)
 from conditioning.encoders.clip import empty_clip
 from conditioning.formats.compvis_conditioner import conditioner_to_compvis
 from conditioning.formats.compvis_text import kind_of_text, text_config, text_from_compvis, text_to_compvis
@@ -68,7 +73,7 @@ def test_tokens_of_stable_diffusion_2_are_open_clips_penultimate_layer_after_the
         out = theirs(ids, output_hidden_states=True)
     assert (out.last_hidden_state - expected).abs().max() < 1e-6 * expected.abs().max()
     assert (out.hidden_states[-1] - hidden).abs().max() < 1e-6 * hidden.abs().max()
-    assert torch.equal(Conditioner.load(tmp_path).encode(PROMPTS).tokens, tokens)
+    assert torch.equal(load_conditioner(tmp_path).encode(PROMPTS).tokens, tokens)
 
 
 def test_a_stable_diffusion_2_file_written_again_has_all_keys_and_a_last_block_that_changes_nothing():

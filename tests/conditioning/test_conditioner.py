@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conditioning import Conditioner, ConditionerConfig, TransformerConfig, build_conditioner
+from conditioning import ConditionerConfig, TextConditioner, TransformerConfig, build_conditioner, load_conditioner
 from tests.helpers.small_encoders import CAPTIONS, build_scratch, save_bert, save_open_clip, save_t5
 
 ODD = [
@@ -37,11 +37,11 @@ def open_clip_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def scratch() -> Conditioner:
+def scratch() -> TextConditioner:
     return build_scratch()
 
 
-def build(kind: str, request: pytest.FixtureRequest, **options) -> Conditioner:
+def build(kind: str, request: pytest.FixtureRequest, **options) -> TextConditioner:
     if kind == "scratch":
         return request.getfixturevalue("scratch")
     if kind == "open_clip":
@@ -54,13 +54,13 @@ def build(kind: str, request: pytest.FixtureRequest, **options) -> Conditioner:
 def test_a_saved_conditioner_loads_back_equal(kind, request, tmp_path):
     conditioner = build(kind, request)
     conditioner.save(tmp_path)
-    loaded = Conditioner.load(tmp_path)
+    loaded = load_conditioner(tmp_path)
     prompts = ["a small red heart", *ODD]
     with torch.no_grad():
         ours, theirs = (c(*vars(c.tokenize(prompts)).values()) for c in (conditioner, loaded))
     assert torch.equal(ours.tokens, theirs.tokens)
     assert (ours.mask is None) == (theirs.mask is None) and loaded.max_length == conditioner.max_length
-    assert loaded.fingerprint() == Conditioner.load(tmp_path).fingerprint()
+    assert loaded.fingerprint() == load_conditioner(tmp_path).fingerprint()
     loaded.save(tmp_path / "again")
     for file in ("text_encoder/config.json", "text_encoder/model.safetensors", "tokenizer/tokenizer.json"):
         assert (tmp_path / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
@@ -70,9 +70,9 @@ def test_a_saved_conditioner_loads_back_equal(kind, request, tmp_path):
 def test_half_precision_on_disk_is_float32_in_memory_unless_asked(kind, request, tmp_path):
     conditioner = build(kind, request)
     conditioner.save(tmp_path, dtype=torch.float16)
-    loaded = Conditioner.load(tmp_path)
+    loaded = load_conditioner(tmp_path)
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
-    asked = {p.dtype for p in Conditioner.load(tmp_path, dtype=torch.float16).parameters()}
+    asked = {p.dtype for p in load_conditioner(tmp_path, dtype=torch.float16).parameters()}
     assert asked == ({torch.float16, torch.float32} if kind == "t5" else {torch.float16})  # T5's `wo` would overflow
     difference = loaded.encode(["a red heart"]).tokens - conditioner.encode(["a red heart"]).tokens
     assert difference.abs().max() < 0.02

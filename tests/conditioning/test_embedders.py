@@ -89,7 +89,7 @@ def test_a_model_folder_holds_all_that_is_needed_to_build_it_again(embedder):
 
 
 def test_one_tower_alone_is_kept_where_the_other_is_not_needed(config, embedder):
-    sees, reads = build_embedder(config, reads=False), build_embedder(config, sees=False)
+    sees, reads = build_embedder(config, texts=False), build_embedder(config, images=False)
     torch.testing.assert_close(sees.images(images()), embedder.images(images()))
     torch.testing.assert_close(reads.texts(PROMPTS), embedder.texts(PROMPTS))
     count = [sum(weight.numel() for weight in each.parameters()) for each in (sees, reads, embedder)]
@@ -97,7 +97,7 @@ def test_one_tower_alone_is_kept_where_the_other_is_not_needed(config, embedder)
 
 
 def test_embeddings_are_latents_of_measured_scale_and_back(config, tmp_path):
-    embedder = build_embedder(config, reads=False)
+    embedder = build_embedder(config, texts=False)
     points = embedder.images(images())
     made = ImageEmbeddings(embedder, mean=torch.full((16,), 0.2), std=torch.full((16,), 0.5))
     made.save(tmp_path)

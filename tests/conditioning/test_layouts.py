@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from conditioning import Conditioner, conditioner_from_compvis
+from conditioning import TextConditioner, conditioner_from_compvis, load_conditioner
 from conditioning.build import ConditionerConfig, build_conditioner
 from conditioning.layouts.layout_tokenizer import LayoutConfig, LayoutTokenizer
 from tests.helpers.small_encoders import ldm_bert_shapes
@@ -41,9 +41,9 @@ def test_a_layout_model_opens_without_a_tokenizer_and_survives_the_disk(tmp_path
     tokens = conditioner.encode(["17 0.1 0.2 0.5 0.9", ""]).tokens
     assert tokens.shape == (2, 92, 16) and conditioner.max_length == 92
     conditioner.save(tmp_path)
-    loaded = Conditioner.load(tmp_path)
+    loaded = load_conditioner(tmp_path)
     assert torch.equal(loaded.encode(["17 0.1 0.2 0.5 0.9", ""]).tokens, tokens)
-    assert loaded.fingerprint() == Conditioner.load(tmp_path).fingerprint()
+    assert loaded.fingerprint() == load_conditioner(tmp_path).fingerprint()
 
 
 def test_no_cell_is_the_token_of_no_object():
@@ -54,7 +54,7 @@ def test_no_cell_is_the_token_of_no_object():
         LayoutConfig(vocab_size=25)
 
 
-def waves(names: list[str], seed: int = 0) -> Conditioner:
+def waves(names: list[str], seed: int = 0) -> TextConditioner:
     """A conditioner of layouts that reads corners as sines, on a grid of 65 x 65 cells."""
     config = LayoutConfig(names=names, vocab_size=4226, max_objects=2, width=16, reader="waves")
     return build_conditioner(ConditionerConfig(kind="layout", layout=config), seed=seed).eval()
@@ -70,13 +70,13 @@ def test_waves_are_a_token_per_object_and_one_of_the_whole_picture_and_survive_t
         assert torch.allclose(a, b, atol=1e-5)  # a token tells of its own object alone
     assert not torch.allclose(tokens[0, 0], conditioner.encode(["dog 0 0 0.5 0.5"]).tokens[0, 0], atol=0.1)
     conditioner.save(tmp_path)
-    loaded = Conditioner.load(tmp_path)
+    loaded = load_conditioner(tmp_path)
     assert torch.equal(loaded.encode(prompts).tokens, tokens)
     assert loaded.fingerprint() == conditioner.fingerprint() != waves(["cat", "dog"], seed=1).fingerprint()
 
 
 def test_waves_of_near_corners_are_alike_and_those_of_cells_are_not_before_anything_is_learned():
-    def unlikeness(conditioner: Conditioner, other: str) -> float:
+    def unlikeness(conditioner: TextConditioner, other: str) -> float:
         tokens = conditioner.encode(["cat 0.25 0.25 0.75 0.75", other]).tokens
         return (tokens[0] - tokens[1]).norm().item()
 

@@ -7,7 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conditioning import Conditioner, ConditionerConfig, build_conditioner, conditioner_from_compvis, load_conditioner
+from conditioning import (
+    ConditionerConfig,
+    build_conditioner,
+    conditioner_from_compvis,
+    load_conditioner,
+)
 from conditioning.encoders.ldm_bert import LdmBert, empty_ldm_bert, ldm_bert_config
 from conditioning.formats.compvis_text import text_config, text_from_compvis, text_to_compvis
 from stipple_core.files.weights import misfits
@@ -96,7 +101,7 @@ def test_a_folder_of_diffusers_opens_and_what_we_save_opens_there(theirs, folder
     assert config["model_type"] == "ldmbert" and config["use_attention_mask"] is False
     reopened = diffusers.LDMBertModel.from_pretrained(folder / "ours/text_encoder").eval()
     assert all(torch.equal(w, reopened.state_dict()[name]) for name, w in theirs.state_dict().items())
-    again = Conditioner.load(folder / "ours")
+    again = load_conditioner(folder / "ours")
     assert torch.equal(again.encode(CAPTIONS).tokens, conditioner.encode(CAPTIONS).tokens)
     assert again.components["text_encoder"] == ["latent_diffusion", "LDMBertModel"]
 

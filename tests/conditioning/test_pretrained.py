@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conditioning import Conditioner, ConditionerConfig, build_conditioner, load_conditioner
+from conditioning import ConditionerConfig, TextConditioner, build_conditioner, load_conditioner
 from conditioning.encoders.bert import Bert
 from conditioning.encoders.clip import Clip
 from tests.helpers.small_encoders import CAPTIONS, build_scratch, save_bert, save_open_clip, save_t5
@@ -30,7 +30,7 @@ def open_clip_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def scratch() -> Conditioner:
+def scratch() -> TextConditioner:
     return build_scratch()
 
 
@@ -90,7 +90,7 @@ def test_the_penultimate_layer_has_the_final_norm_of_clip_and_is_stored_as_a_sho
     assert torch.equal(conditioner(tokens.ids, tokens.mask).tokens, expected)
     conditioner.save(tmp_path / "b")
     assert json.loads((tmp_path / "b/text_encoder/config.json").read_text())["num_hidden_layers"] == 1
-    assert torch.equal(Conditioner.load(tmp_path / "b").encode(["a red heart"]).tokens, expected)
+    assert torch.equal(load_conditioner(tmp_path / "b").encode(["a red heart"]).tokens, expected)
 
 
 @pytest.mark.parametrize("layer", ("last", "penultimate"))
@@ -111,7 +111,7 @@ def test_open_clip_tokens_are_those_of_its_text_tower(open_clip_folder, layer, f
         expected = model.ln_final(hidden) if final_norm else hidden
     torch.testing.assert_close(conditioner(tokens.ids, tokens.mask).tokens, expected, rtol=0, atol=1e-6)
     conditioner.save(tmp_path)
-    assert torch.equal(Conditioner.load(tmp_path).encode(prompts).tokens, conditioner.encode(prompts).tokens)
+    assert torch.equal(load_conditioner(tmp_path).encode(prompts).tokens, conditioner.encode(prompts).tokens)
     config = json.loads((tmp_path / "text_encoder/config.json").read_text())
     assert config["model_type"] == ("clip_text_model" if final_norm else "open_clip")
     if final_norm:
@@ -136,7 +136,7 @@ def test_an_open_clip_tower_that_is_no_plain_clip_keeps_its_own_form(text, tmp_p
     assert conditioner.encoder.config["model_type"] == "open_clip"
     conditioner.save(tmp_path)
     tokens = conditioner.encode(["a red heart"]).tokens
-    assert torch.equal(Conditioner.load(tmp_path).encode(["a red heart"]).tokens, tokens)
+    assert torch.equal(load_conditioner(tmp_path).encode(["a red heart"]).tokens, tokens)
 
 
 def test_an_open_clip_model_with_a_hugging_face_tower_keeps_its_config(bert, tmp_path, monkeypatch):
@@ -152,14 +152,14 @@ def test_an_open_clip_model_with_a_hugging_face_tower_keeps_its_config(bert, tmp
     assert conditioner.use_mask
     conditioner.save(tmp_path)
     assert str(bert) not in (tmp_path / "tokenizer/tokenizer_config.json").read_text()
-    loaded = Conditioner.load(tmp_path)
+    loaded = load_conditioner(tmp_path)
     assert torch.equal(loaded.encode(["a red heart"]).tokens, conditioner.encode(["a red heart"]).tokens)
 
 
 def test_a_tokenizer_of_vocabulary_and_merges_alone_is_read(scratch, tmp_path):
     scratch.save(tmp_path)
     (tmp_path / "tokenizer/tokenizer.json").unlink()  # as in the folders of Stable Diffusion 1
-    assert torch.equal(Conditioner.load(tmp_path).tokenize(CAPTIONS).ids, scratch.tokenize(CAPTIONS).ids)
+    assert torch.equal(load_conditioner(tmp_path).tokenize(CAPTIONS).ids, scratch.tokenize(CAPTIONS).ids)
 
 
 def test_sharded_and_pickled_weights_are_read(bert, tmp_path):
@@ -268,7 +268,7 @@ def test_loading_a_bert_or_a_clip_imports_neither_transformers_nor_a_compiler(be
     program = (
         "import sys, conditioning; early = {'transformers', 'tokenizers', 'open_clip'} & {*sys.modules}\n"
         f"for folder in {[str(folder) for folder in tmp_path.iterdir()]}:\n"
-        "    conditioning.Conditioner.load(folder).encode(['a red heart'])\n"
+        "    conditioning.load_conditioner(folder).encode(['a red heart'])\n"
         "late = {'transformers', 'open_clip', 'torch._dynamo', 'torchvision', 'scipy'} & {*sys.modules}\n"
         "sys.exit(f'{early} {late}' if early or late else 0)"
     )

@@ -16,11 +16,12 @@ from conditioning.hints.degradation import (
     gaussian_kernel,
     resized,
 )
-from conditioning.hints.hints import CONVENTIONS, HINTS, Files
-from conditioning.hints.masks import MASKS, MaskConfig, draw_mask
+from conditioning.hints.hint_files import Files
+from conditioning.hints.hints import HINTS, SpatialConfig
+from conditioning.hints.masks import CONVENTIONS, MASKS, MaskConfig, draw_mask
 from conditioning.interface.inputs import ConditionInputs
-from conditioning.readers.frame import waves
-from conditioning.readers.spatial import SpatialConfig, SpatialReader, level_embedding
+from conditioning.readers.spatial import SpatialReader, level_embedding
+from stipple_core.operators.sinusoids import sinusoids
 from stipple_core.randomness import generator
 
 SIDE = 32
@@ -165,7 +166,7 @@ def test_noise_on_a_small_picture_keeps_its_variance_and_its_level_is_told():
         assert torch.equal(told(one, hint[0]).vector, level_embedding(torch.tensor([level])))
     levels = torch.stack([one.hint(image(), None, draws(i))[3, 0, 0] for i in range(200)])
     assert 0 <= levels.min() < 0.05 and 0.95 < levels.max() <= 1 and levels.mean() == pytest.approx(0.5, abs=0.06)
-    assert torch.equal(level_embedding(torch.tensor([0.3])), waves(torch.tensor([1000 * 0.3]), 128))  # as a frame's
+    assert torch.equal(level_embedding(torch.tensor([0.3])), sinusoids(torch.tensor([1000 * 0.3]), 128))  # as a frame's
     vectors = level_embedding(torch.tensor([0.0, 0.05, 0.1, 0.5, 1.0]))
     assert torch.pdist(vectors).min() > 1
 

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from conditioning import Conditioner, ConditionerConfig, build_conditioner
+from conditioning import ConditionerConfig, TextConditioner, build_conditioner
 from conditioning.encoders.scratch import train_tokenizer
 from tests.helpers.small_encoders import CAPTIONS, SCRATCH, build_scratch
 
 
 @pytest.fixture(scope="module")
-def scratch() -> Conditioner:
+def scratch() -> TextConditioner:
     return build_scratch()
 
 

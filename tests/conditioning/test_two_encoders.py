@@ -13,10 +13,11 @@ from conditioning.interface.inputs import ConditionInputs
 from conditioning.readers.frame import FrameConfig
 from conditioning.text.two_encoders import SecondEncoderConfig
 from ldm.formats.diffusers.scheduler import Scheduling
-from ldm.networks.unet import UNet, UNetConfig
+from ldm.networks.unet import UNet
+from ldm.networks.unet_config import UNetConfig
 from ldm.pipeline import TextToImage
 from ldm.sampling.settings import Settings
-from ldm.schedules.registry import ScheduleConfig
+from ldm.schedules.base import ScheduleConfig
 from stipple.stages.ldm.trainable import InversionConfig, LoraConfig, make_trainable
 from stipple_core.data.records.records import Record
 from tests.helpers.tiny_runs import launch, run_here

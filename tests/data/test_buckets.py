@@ -11,11 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from stipple_core.data.dataset import DataConfig, ImageDataset, collate, make_loader, scan
-from stipple_core.data.order import Order, Turns
+from stipple_core.data.dataset import ImageDataset, collate
+from stipple_core.data.loader import make_loader
+from stipple_core.data.order import BucketSchedule, Order
 from stipple_core.data.records.buckets import BucketConfig, assign, bucket_shapes, check_step
+from stipple_core.data.records.data_config import DataConfig
 from stipple_core.data.records.records import Record
-from stipple_core.data.verify import Memory, inspect, read_sizes
+from stipple_core.data.sources.scan import scan
+from stipple_core.data.verify import InspectionCache, inspect, read_sizes
 
 
 @pytest.mark.parametrize(("size", "step", "aspect"), [(256, 64, 2.0), (256, 32, 4.0), (512, 64, 2.0), (32, 8, 3.0)])
@@ -95,15 +98,15 @@ def stream_without(size: int) -> list[list]:
 
 def test_whose_turn_it_is_depends_on_the_step_alone():
     steps = np.random.default_rng(0).permutation(300).tolist()
-    turns = Turns(SIZES, 12, seed=3)
+    turns = BucketSchedule(SIZES, 12, seed=3)
     asked = {step: turns(step) for step in steps}
-    assert [asked[step] for step in range(300)] == [Turns(SIZES, 12, seed=3)(step) for step in range(300)]
+    assert [asked[step] for step in range(300)] == [BucketSchedule(SIZES, 12, seed=3)(step) for step in range(300)]
     for bucket in range(len(SIZES)):  # the batches of a bucket follow each other
         assert [n for b, n in (asked[step] for step in range(300)) if b == bucket] == list(
             range(sum(b == bucket for b, _ in asked.values()))
         )
-    assert [Turns(SIZES, 12, seed=4)(step) for step in range(300)] != [asked[step] for step in range(300)]
-    assert Turns([10**6, 3], 12)(10**8)[0] == 0  # nothing is counted up to there
+    assert [BucketSchedule(SIZES, 12, seed=4)(step) for step in range(300)] != [asked[step] for step in range(300)]
+    assert BucketSchedule([10**6, 3], 12)(10**8)[0] == 0  # nothing is counted up to there
 
 
 def folder_of(tmp_path: Path, sizes: list[tuple[int, int]]) -> Path:
@@ -118,7 +121,7 @@ def dataset_of(folder: Path, **options) -> ImageDataset:
         folder=str(folder), image_size=32, validation=0.0, buckets=BucketConfig(step=8, max_aspect=2.0), **options
     )
     records = scan(config, captioned=False).train
-    sizes = [(look.width, look.height) for look in inspect(records, Memory(f"{folder}/none"))]
+    sizes = [(look.width, look.height) for look in inspect(records, InspectionCache(f"{folder}/none"))]
     return ImageDataset(records, config, seed=5, buckets=assign(sizes, bucket_shapes(32, config.buckets)))
 
 
@@ -157,5 +160,5 @@ def test_sizes_are_those_of_upright_pictures(tmp_path, form, orientation):
     exif[0x0112] = orientation
     Image.new("RGB", (20, 10)).save(tmp_path / "a.png", form, exif=exif)
     records = [Record(str(tmp_path / "a.png"), "a.png", (("",),), 1)]
-    header, whole = read_sizes(records)[0], inspect(records, Memory(str(tmp_path)))[0]
+    header, whole = read_sizes(records)[0], inspect(records, InspectionCache(str(tmp_path)))[0]
     assert header == whole and (whole.width > whole.height) == (orientation < 5)

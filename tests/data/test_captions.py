@@ -10,8 +10,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from stipple_core.data.dataset import DataConfig, Record, draw_caption
+from stipple_core.data.dataset import draw_caption
 from stipple_core.data.records.captions import MAX_LENGTH, clean, columns_of, expand
+from stipple_core.data.records.data_config import DataConfig
+from stipple_core.data.records.records import Record
 from stipple_core.randomness import generator
 
 

@@ -12,9 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from stipple_core.data.dataset import DataConfig, ImageDataset, Order, TooManyBad, collate, make_loader, scan
+from stipple_core.data.dataset import ImageDataset, TooManyBad, collate
+from stipple_core.data.loader import make_loader
+from stipple_core.data.order import Order
 from stipple_core.data.records.buckets import Buckets
+from stipple_core.data.records.data_config import DataConfig
 from stipple_core.data.records.rows import maps_fingerprint
+from stipple_core.data.sources.scan import scan
 
 PICTURES = Path(__file__).parents[2] / "tests" / "pictures"
 

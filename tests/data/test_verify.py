@@ -17,9 +17,19 @@ import pytest
 from PIL import Image
 
 import stipple_core.data.verify
-from stipple_core.data.dataset import DataConfig, Records, Skip, scan
-from stipple_core.data.records.records import Record, SkipLog, merge_skipped, read_skipped, totals, write_skipped
-from stipple_core.data.verify import Inspection, Memory, inspect, without_bad
+from stipple_core.data.records.data_config import DataConfig
+from stipple_core.data.records.records import (
+    Record,
+    Records,
+    Skip,
+    SkipLog,
+    merge_skipped,
+    read_skipped,
+    totals,
+    write_skipped,
+)
+from stipple_core.data.sources.scan import scan
+from stipple_core.data.verify import Inspection, InspectionCache, drop_unusable, inspect
 from stipple_core.images.images import UnusableImage, load_image
 
 
@@ -55,75 +65,77 @@ def decoded(monkeypatch) -> list[str]:
 
 def test_what_cannot_be_decoded_is_found_and_removed_with_its_reason(tmp_path):
     config, records = scanned(folder_of(tmp_path))
-    looks = inspect(records.train, Memory(str(tmp_path / "run")))
+    looks = inspect(records.train, InspectionCache(str(tmp_path / "run")))
     assert [look.width for look in looks] == [1, 2, 3, 0, 5, 6, 7, 0, 9, 10, 11, 12]
     assert "known format" in looks[3].reason and "can't be decoded" in looks[7].reason
-    left = without_bad(records, looks, [], config)
+    left = drop_unusable(records, looks, [], config)
     assert [record.name for record in left.train] == [f"{n:02}.png" for n in range(12) if n not in (3, 7)]
     assert left.skipped == [Skip("03.png", looks[3].reason), Skip("07.png", looks[7].reason)]
 
 
 def test_the_shares_of_processes_make_up_the_whole(tmp_path):
     _, records = scanned(folder_of(tmp_path))
-    whole = inspect(records.train, Memory(str(tmp_path / "run")))
+    whole = inspect(records.train, InspectionCache(str(tmp_path / "run")))
     for world in (2, 3, 5, 20):
-        shares = [inspect(records.train, Memory(str(tmp_path / str(world)), r), (r, world)) for r in range(world)]
+        shares = [
+            inspect(records.train, InspectionCache(str(tmp_path / str(world)), r), (r, world)) for r in range(world)
+        ]
         assert [shares[i % world][i // world] for i in range(12)] == whole
 
 
 def test_what_is_known_is_not_decoded_again_until_it_changes(tmp_path, decoded):
     folder = folder_of(tmp_path)
     _, records = scanned(folder)
-    memories = [Memory(str(tmp_path / "run"), rank) for rank in (0, 1)]
+    memories = [InspectionCache(str(tmp_path / "run"), rank) for rank in (0, 1)]
     for rank in (0, 1):  # written by two processes, read by one
         inspect(records.train, memories[rank], (rank, 2))
         memories[rank].flush()
     assert sorted(decoded) == [record.name for record in records.train]
     decoded.clear()
-    looks = inspect(records.train, Memory(str(tmp_path / "run")))
+    looks = inspect(records.train, InspectionCache(str(tmp_path / "run")))
     assert not decoded and looks[4] == Inspection(5, 8) and looks[3].reason and looks[7].reason
     Image.new("RGB", (30, 8)).save(folder / "03.png")  # another size
     stat = os.stat(folder / "05.png")
     os.utime(folder / "05.png", ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))  # another time
-    again = inspect(scanned(folder)[1].train, Memory(str(tmp_path / "run")))
+    again = inspect(scanned(folder)[1].train, InspectionCache(str(tmp_path / "run")))
     assert decoded == ["03.png", "05.png"] and again[3] == Inspection(30, 8)
 
 
 def test_torn_lines_of_a_killed_run_are_not_read_and_spoil_no_other(tmp_path, decoded):
     _, records = scanned(folder_of(tmp_path))
-    memory = Memory(str(tmp_path))
+    memory = InspectionCache(str(tmp_path))
     inspect(records.train, memory)
     memory.flush()
     path = tmp_path / "verified-0.jsonl"
     path.write_bytes(path.read_bytes()[:-20])
     decoded.clear()
-    memory = Memory(str(tmp_path))
+    memory = InspectionCache(str(tmp_path))
     inspect(records.train, memory)
     memory.flush()
     assert decoded == ["11.png"]
     decoded.clear()
     path.write_bytes(path.read_bytes() + b'null\n[1]\n{"name": 3}\n\xff\n{"name": "x", "bytes": "y", "modified": 1}\n')
-    inspect(records.train, Memory(str(tmp_path)))
+    inspect(records.train, InspectionCache(str(tmp_path)))
     assert not decoded
 
 
 def test_a_short_verification_writes_nothing_before_the_run_begins_and_a_long_one_does(tmp_path, monkeypatch):
     _, records = scanned(folder_of(tmp_path))
-    inspect(records.train, Memory(str(tmp_path / "run")))
+    inspect(records.train, InspectionCache(str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
     monkeypatch.setattr(stipple_core.data.verify, "PATIENCE", -1)
     monkeypatch.setattr(stipple_core.data.verify, "CHUNK", 5)
-    inspect(records.train, Memory(str(tmp_path / "run")))
+    inspect(records.train, InspectionCache(str(tmp_path / "run")))
     lines = [json.loads(line) for line in (tmp_path / "run" / "verified-0.jsonl").read_text().split("\n") if line]
     assert [line["name"] for line in lines] == [record.name for record in records.train]
 
 
 def test_more_bad_ones_than_allowed_are_an_error(tmp_path):
     config, records = scanned(folder_of(tmp_path), max_bad_fraction=0.1)
-    looks = inspect(records.train, Memory(str(tmp_path / "run")))
+    looks = inspect(records.train, InspectionCache(str(tmp_path / "run")))
     with pytest.raises(ValueError, match="2 of 12 entries .* more than data.max_bad_fraction 0.1: 03.png: not an im"):
-        without_bad(records, looks, [], config)
-    without_bad(records, looks, [], dataclasses.replace(config, max_bad_fraction=0.17))
+        drop_unusable(records, looks, [], config)
+    drop_unusable(records, looks, [], dataclasses.replace(config, max_bad_fraction=0.17))
 
 
 def test_totals_count_kinds_of_reasons_and_skips_are_read_back_once(tmp_path):
@@ -136,7 +148,7 @@ def test_totals_count_kinds_of_reasons_and_skips_are_read_back_once(tmp_path):
 
 def looked(records, run: Path) -> list[Inspection]:
     """One run's looks, remembered."""
-    memory = Memory(str(run))
+    memory = InspectionCache(str(run))
     looks = inspect(records, memory)
     memory.flush()
     return looks
@@ -153,7 +165,7 @@ def test_a_fault_of_the_system_ends_the_verification_by_name_and_is_not_remember
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match=os.strerror(number)) as raised:
         patch.setattr(stipple_core.data.verify, "load_image", fail)
-        memory = Memory(str(tmp_path / "run"))
+        memory = InspectionCache(str(tmp_path / "run"))
         inspect(records.train, memory)
     assert raised.value.filename == str(tmp_path / "data" / "05.png")
     memory.flush()

@@ -18,7 +18,7 @@ from conditioning.build import ConditionerConfig
 from conditioning.encoders.scratch import random_transformer, train_tokenizer
 from conditioning.readers.frame import FrameReader
 from conditioning.readers.spatial import SpatialReader
-from conditioning.text.text_conditioner import Conditioner
+from conditioning.text.text_conditioner import TextConditioner
 from ldm.denoising.denoiser import Denoiser
 from ldm.formats.diffusers.network_kinds import KINDS, folder_of
 from ldm.networks.unet import UNet
@@ -238,7 +238,7 @@ def test_a_text_transformer_from_scratch_can_be_built(name):
     tokenizer = train_tokenizer(["a red heart", "a green heart"], 600, scratch.max_length)
     with torch.device("meta"):
         encoder = random_transformer(scratch, tokenizer, seed=0)
-    conditioner = Conditioner(tokenizer, encoder, use_mask=False, trainable=True)
+    conditioner = TextConditioner(tokenizer, encoder, use_mask=False, trainable=True)
     assert (conditioner.context_dim, conditioner.max_length) == (scratch.width, scratch.max_length)
     blocks = 12 * scratch.layers * scratch.width**2  # 4 matrices of attention, 8 of the feed-forward network
     assert blocks < count(encoder) < 1.2 * blocks + 2**21
@@ -341,7 +341,7 @@ def test_every_config_that_a_page_a_script_or_a_recipe_mentions_exists():
 
 def test_every_command_and_override_in_the_comments_of_recipes_is_valid():
     scripts = {"autoencoder": AutoencoderRunConfig, "ldm": LdmRunConfig}
-    commands = r"\w+\.py\s+--config (configs/(\w+)/\S+\.yaml)((?:\s+[a-z_.]+=\S+)*)"
+    commands = r"(?:\w+\.py|stipple [\w-]+)\s+--config (configs/(\w+)/\S+\.yaml)((?:\s+[a-z_.]+=\S+)*)"
     for path in [path for path in ALL if path.parent.name in scripts]:
         comments = " ".join(re.findall(r"#(.*)", path.read_text("utf-8"))).replace("\\", " ")
         for config, folder, overrides in re.findall(commands, comments):

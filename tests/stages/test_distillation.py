@@ -15,13 +15,15 @@ import torch
 from conditioning import Unconditional
 from conditioning.build import ConditionerConfig
 from ldm import TextToImage
-from ldm.formats.model_folder import open_model
-from ldm.networks.unet import UNetConfig
+from ldm.formats.opening import open_model
+from ldm.networks.unet_config import UNetConfig
+from ldm.sampling.defaults import default_settings
 from stipple.stages.ldm.build_model import make_unet
 from stipple.stages.ldm.denoiser_validation import LdmValidationConfig
 from stipple.stages.ldm.distillation import DistillationConfig, scheduling_of
-from stipple.stages.ldm.ldm_run import DataConfig, DiffusionConfig, LdmRunConfig, config_from_init
+from stipple.stages.ldm.ldm_run import DiffusionConfig, LdmRunConfig, config_from_init
 from stipple_core.config import load_config
+from stipple_core.data.records.data_config import DataConfig
 from stipple_core.images.drawn_pictures import read_record
 from tests.helpers.small_models import build_model, build_model_of
 from tests.helpers.tiny_runs import differing, launch, metrics, run_here
@@ -143,7 +145,7 @@ def student(teacher) -> TextToImage:
     config = load_config(LdmRunConfig, None, options, lambda _: config_from_init(values))
     init = open_model(teacher)
     return TextToImage(
-        init.autoencoder, make_unet(config, init).eval(), init.conditioner, init.scheduling, init.settings
+        init.autoencoder, make_unet(config, init).eval(), init.conditioner, init.scheduling, default_settings(init)
     )
 
 

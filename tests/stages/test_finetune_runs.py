@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 
 from ldm import TextToImage
 from ldm.formats.lora import DIFFUSERS_FILE, KOHYA_FILE, merge, read_lora
-from ldm.formats.model_folder import open_model, save_model
-from stipple_core.files.checkpoint_folder import open_state
+from ldm.formats.model_folder import save_model
+from ldm.formats.opening import open_model
+from stipple_core.files.training_state import open_state
 from stipple_core.images.drawn_pictures import read_record
 from tests.helpers.single_files import build_parts
 from tests.helpers.tiny_runs import differing, files, launch, losses, metrics, run_here
@@ -155,7 +156,7 @@ def test_class_images_have_their_weight_and_are_half_of_all(base, tmp_path):
     from stipple.stages.ldm.ldm_run import LdmRunConfig, config_from_init
     from stipple.stages.ldm.preservation import with_class, with_class_captions
     from stipple_core.config import load_config
-    from stipple_core.data.dataset import scan
+    from stipple_core.data.sources.scan import scan
 
     class Main:
         is_main = True

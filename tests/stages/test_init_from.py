@@ -10,9 +10,11 @@ import torch
 import yaml
 
 from autoencoder import Autoencoder
-from ldm.formats.model_folder import open_model, save_model
+from ldm.formats.model_folder import save_model
+from ldm.formats.opening import open_model
 from ldm.formats.single_file import save_first_stage, save_single_file
-from stipple_core.files.checkpoint_folder import problem
+from ldm.sampling.defaults import default_settings
+from stipple_core.files.manifest import problem
 from stipple_core.files.weights import read_weights
 from tests.helpers.single_files import build_parts, write_yaml
 from tests.helpers.tiny_runs import losses, run_here
@@ -59,7 +61,8 @@ def test_stage_2_starts_from_a_model_with_nothing_but_a_folder_of_images(models,
     assert problem(tmp_path / "run" / "model") is None and len(losses(tmp_path / "run")) == 2
     assert after.unet.config == before.unet.config and after.autoencoder.config == before.autoencoder.config
     assert after.scheduling == before.scheduling and after.scheduling.prediction == "velocity"
-    assert after.settings == replace(before.settings, steps=2) and after.settings.guidance_scale == 7.5
+    assert default_settings(after) == replace(default_settings(before), steps=2)
+    assert default_settings(after).guidance_scale == 7.5
     assert 0 < change(after.unet, before.unet) < 1e-3  # two steps away from the model
     assert change(after.autoencoder, before.autoencoder) == change(after.conditioner, before.conditioner) == 0
 
@@ -194,7 +197,8 @@ def test_an_autoencoder_of_another_shape_is_one_line(models, tmp_path, capsys):
 
 def test_overwriting_the_file_of_init_from_does_not_change_the_weights_of_a_run(tmp_path):
     from stipple.stages.ldm.build_model import make_unet
-    from stipple.stages.ldm.ldm_run import DataConfig, LdmRunConfig
+    from stipple.stages.ldm.ldm_run import LdmRunConfig
+    from stipple_core.data.records.data_config import DataConfig
 
     parts, path, yaml = build_parts("sd1", tmp_path), tmp_path / "model.ckpt", write_yaml(tmp_path)
     save_single_file(parts, tmp_path / "model.safetensors")
@@ -209,9 +213,10 @@ def test_overwriting_the_file_of_init_from_does_not_change_the_weights_of_a_run(
 
 def test_new_input_channels_have_no_effect_at_first(tmp_path):
     from conditioning.build import ConditionerConfig
-    from conditioning.readers.spatial import SpatialConfig
+    from conditioning.hints.hints import SpatialConfig
     from stipple.stages.ldm.build_model import make_unet
-    from stipple.stages.ldm.ldm_run import DataConfig, LdmRunConfig
+    from stipple.stages.ldm.ldm_run import LdmRunConfig
+    from stipple_core.data.records.data_config import DataConfig
 
     init = build_parts("depth", tmp_path)
     torch.nn.init.normal_(init.unet.conv_in.weight)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 import tests.helpers.embedding_runs as runs
 from ldm.pipeline import TextToImage
-from stipple.commands.gradient_guides_of_flags import guide
+from stipple.commands.drawing.open_guides import guide
 from stipple_core.images.images import grid, image_to_tensor
 from tests.helpers.shapes import OBJECTS, caption, read
 

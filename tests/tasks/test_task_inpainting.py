@@ -14,7 +14,7 @@ from PIL import Image
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
-from conditioning.hints.hints import Files
+from conditioning.hints.hint_files import Files
 from conditioning.hints.masks import MaskConfig, draw_mask
 from ldm.pipeline import TextToImage
 from stipple_core.images.images import grid, image_to_tensor, tensor_to_image

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conditioning.hints.hints import Files
+from conditioning.hints.hint_files import Files
 from ldm.pipeline import TextToImage
 from stipple_core.images.images import grid, tensor_to_image
 from tests.helpers.regions import COLORS, SIDE, agreement, draw_map, draw_picture, make_set

@@ -17,8 +17,9 @@ from stipple.stages.data.data_check import DataCheck
 from stipple.stages.data.run_data import RunData
 from stipple.stages.ldm.batch_encoder import BatchEncoder
 from stipple.stages.ldm.denoiser_validation import SamplePrompts
-from stipple_core.data.dataset import DataConfig, scan
 from stipple_core.data.records.buckets import BucketConfig, assign, bucket_shapes
+from stipple_core.data.records.data_config import DataConfig
+from stipple_core.data.sources.scan import scan
 from tests.helpers.tiny_runs import CACHE, STAGE_1, STAGE_2, final_state, launch, losses, run_here
 
 pytestmark = pytest.mark.usefixtures("settings_of_runs")

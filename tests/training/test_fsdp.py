@@ -10,7 +10,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from stipple.training.distributed.fsdp import blank, blocks, requested
-from stipple_core.files.checkpoint_folder import checkpoints, load_state, problem
+from stipple_core.files.checkpoint_folder import checkpoints
+from stipple_core.files.manifest import problem
+from stipple_core.files.training_state import load_state
 from tests.helpers.many_processes import FSDP, run_all
 from tests.helpers.tiny_runs import STAGE_1, STAGE_2, differing, losses, metrics, start
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from stipple.training.optimization.optimizer import Optimizer
 from stipple.training.optimization.update_rules import OptimizerConfig, learning_rate
-from stipple_core.files.checkpoint_folder import load_state, save_state
+from stipple_core.files.training_state import load_state, save_state
 
 
 def config(**changes) -> OptimizerConfig:

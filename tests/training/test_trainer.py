@@ -18,8 +18,8 @@ from stipple.training.optimization.update_rules import learning_rate
 from stipple.training.run_state import RunState
 from stipple.training.trainer import Trainer
 from stipple.training.trainer_config import TrainerConfig
-from stipple_core.files.checkpoint_folder import checkpoints, open_state, save_state, write_folder
-from stipple_core.files.training_state import Rows
+from stipple_core.files.checkpoint_folder import checkpoints, write_folder
+from stipple_core.files.training_state import Rows, open_state, save_state
 from tests.helpers.line_runs import OPTIMIZER, Run, at
 from tests.helpers.tiny_runs import metrics
 
@@ -208,7 +208,7 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_model_is_finished_when
 
 def test_a_folder_in_use_is_refused_to_a_second_run(tmp_path):
     first = Run(tmp_path)
-    with pytest.raises(ValueError, match="is in use by another run; wait for it or choose another folder"):
+    with pytest.raises(ValueError, match=r"is in use by another run, process \d+ on \S+; wait for it"):
         Run(tmp_path)
     assert first.train().trainer.step == 8
 

@@ -18,7 +18,8 @@ from stipple.training.optimization.ema import Ema
 from stipple.training.optimization.optimizer import Optimizer
 from stipple.training.trainer import Trainer
 from stipple_core.config import require_same
-from stipple_core.data.dataset import Order, make_loader
+from stipple_core.data.loader import make_loader
+from stipple_core.data.order import Order
 from stipple_core.data.records.buckets import check_step
 from stipple_core.operators.winograd import lay_out
 from stipple_core.randomness import generator

@@ -15,7 +15,7 @@ from stipple.training.optimization.ema import EmaConfig
 from stipple.training.optimization.update_rules import OptimizerConfig
 from stipple.training.trainer_config import TrainerConfig
 from stipple_core.config import to_dict
-from stipple_core.data.dataset import DataConfig
+from stipple_core.data.records.data_config import DataConfig
 
 
 @dataclass(frozen=True, kw_only=True)

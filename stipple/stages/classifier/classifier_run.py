@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from autoencoder import Autoencoder, Pixels, open_autoencoder
 from ldm.networks.classifier import Classifier, ClassifierConfig, classify, with_names
-from ldm.networks.unet import UNetConfig
-from ldm.schedules.registry import Schedule, ScheduleConfig, make_schedule
+from ldm.networks.unet_config import UNetConfig
+from ldm.schedules.base import Schedule, ScheduleConfig
+from ldm.schedules.registry import make_schedule
 from stipple.stages.data.run_settings import check_run
 from stipple.stages.ldm.denoiser_validation import LdmValidationConfig
 from stipple.training.optimization.ema import Ema, EmaConfig
@@ -21,7 +22,8 @@ from stipple.training.optimization.optimizer import Optimizer
 from stipple.training.optimization.update_rules import OptimizerConfig
 from stipple.training.trainer import Trainer
 from stipple.training.trainer_config import TrainerConfig
-from stipple_core.data.dataset import DataConfig, ImageDataset
+from stipple_core.data.dataset import ImageDataset
+from stipple_core.data.records.data_config import DataConfig
 from stipple_core.data.records.records import Records
 from stipple_core.operators.winograd import lay_out
 from stipple_core.randomness import normal

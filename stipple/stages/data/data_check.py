@@ -12,7 +12,7 @@ from stipple.training.trainer import Trainer
 from stipple_core.data.records.buckets import Buckets, assign, bucket_shapes
 from stipple_core.data.records.data_config import DataConfig
 from stipple_core.data.records.records import Record, Records
-from stipple_core.data.verify import Inspection, Memory, inspect, read_sizes, without_bad
+from stipple_core.data.verify import Inspection, InspectionCache, drop_unusable, inspect, read_sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class DataCheck:
     records: Records  # the usable ones
     train: Buckets | None = None  # of records.train; None: all images are square
     held_out: Buckets | None = None  # of records.validation
-    memory: Memory | None = None  # of verified files, written when the run begins; None: nothing was verified
+    memory: InspectionCache | None = None  # of verified files, written when the run begins; None: nothing was verified
 
     @classmethod
     def of(cls, records: Records, config: DataConfig, trainer: Trainer, cached: bool = False) -> DataCheck:
@@ -41,10 +41,10 @@ class DataCheck:
             train, held_out = (bucketed(part, config, share) for part in (records.train, records.validation))
             return cls(records=records, train=train, held_out=held_out)
         with trainer.holding_folder():  # verification saves its progress there
-            memory = Memory(str(trainer.folder.path), trainer.rank)
+            memory = InspectionCache(str(trainer.folder.path), trainer.rank)
             train = together(lambda part: inspect(part, memory, share), records.train, share)
             held_out = together(lambda part: inspect(part, memory, share), records.validation, share)
-        records = without_bad(records, train, held_out, config)
+        records = drop_unusable(records, train, held_out, config)
         buckets = [in_buckets([each for each in part if not each.reason], config) for part in (train, held_out)]
         return cls(records=records, train=buckets[0], held_out=buckets[1], memory=memory)
 

@@ -17,7 +17,9 @@ from stipple.stages.data.run_settings import changes
 from stipple.training.distributed.collective import on_main
 from stipple.training.trainer import Trainer
 from stipple_core.config import one_line_errors, save_config
-from stipple_core.data.dataset import Batch, DataConfig, Hint, ImageDataset, TooManyBad, collate, make_loader
+from stipple_core.data.dataset import Batch, Hint, ImageDataset, TooManyBad, collate
+from stipple_core.data.loader import make_loader
+from stipple_core.data.records.data_config import DataConfig
 from stipple_core.data.records.records import (
     RecordList,
     Records,

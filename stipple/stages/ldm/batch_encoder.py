@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from autoencoder import Autoencoder, Posterior
-from conditioning.build import AnyConditioner
+from conditioning.interface.conditioner import Conditioner
 from conditioning.interface.context import Context
 from conditioning.interface.inputs import ConditionInputs
 from stipple_core.data.dataset import Batch
@@ -20,7 +20,7 @@ class BatchEncoder:
     """Encodes batches to posteriors of latents and to contexts."""
 
     autoencoder: Autoencoder
-    conditioner: AnyConditioner
+    conditioner: Conditioner
     text_network: nn.Module  # the conditioner, wrapped for several processes if it is trained
     cache: CachedLatents | None
     needs_null: bool = True  # whether null contexts are computed

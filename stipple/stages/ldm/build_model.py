@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from autoencoder import Autoencoder, open_autoencoder
-from conditioning.build import AnyConditioner, ConditionerConfig, build_conditioner
+from conditioning.build import ConditionerConfig, build_conditioner
 from conditioning.classes.class_conditioner import ClassConditioner
+from conditioning.interface.conditioner import Conditioner
 from conditioning.readers.combined import CombinedConditioner
 from conditioning.readers.registry import READERS, build_readers
 from conditioning.text.two_encoders import TwoTokenizers
@@ -19,8 +20,9 @@ from conditioning.tokenizers.tokenizer import Tokenizer
 from ldm.formats.diffusers.network_kinds import KINDS, Network, folder_of
 from ldm.formats.diffusers.networks_folder import empty_unet
 from ldm.formats.diffusers.scheduler import Scheduling
-from ldm.formats.model_folder import Parts
+from ldm.formats.model_parts import ModelParts
 from ldm.pipeline import TextToImage
+from ldm.sampling.defaults import default_settings
 from ldm.sampling.settings import Settings
 from stipple.stages.ldm.distillation import scheduling_of
 from stipple.stages.ldm.ldm_run import DEFAULT_SAMPLES, LdmRunConfig
@@ -34,7 +36,7 @@ FIRST_CONVOLUTION = "conv_in.weight"
 SCALE_EMBEDDING = "time_embedding.cond_proj.weight"  # of UNets with a guidance_dim
 
 
-def build_model(config: LdmRunConfig, init: Parts | None, records: Records, device: torch.device) -> TextToImage:
+def build_model(config: LdmRunConfig, init: ModelParts | None, records: Records, device: torch.device) -> TextToImage:
     """Build autoencoder, conditioner and network on their device; nothing is trained or registered yet.
 
     Args:
@@ -58,7 +60,7 @@ def build_model(config: LdmRunConfig, init: Parts | None, records: Records, devi
     return TextToImage(autoencoder, unet, conditioner.to(device), scheduling, defaults)
 
 
-def make_autoencoder(config: LdmRunConfig, init: Parts | None) -> Autoencoder:
+def make_autoencoder(config: LdmRunConfig, init: ModelParts | None) -> Autoencoder:
     """Open the frozen autoencoder; that of `init_from` is open already."""
     if init is not None and config.autoencoder == config.init_from and Path(config.init_from).is_dir():
         autoencoder = init.autoencoder
@@ -67,7 +69,7 @@ def make_autoencoder(config: LdmRunConfig, init: Parts | None) -> Autoencoder:
     return autoencoder.eval().requires_grad_(False)
 
 
-def make_conditioner(config: LdmRunConfig, init: Parts | None, records: Records) -> AnyConditioner:
+def make_conditioner(config: LdmRunConfig, init: ModelParts | None, records: Records) -> Conditioner:
     """Build the conditioner of the config; without one, extend that of `init_from` by the readers of the config.
 
     A text encoder of `init_from` that was trained with its UNet is trained again.
@@ -96,7 +98,7 @@ def captions_of(records: Iterable[Record]) -> list[str]:
     return [caption for record in records for group in record.captions for caption in group]
 
 
-def _frozen(conditioner: AnyConditioner) -> AnyConditioner:
+def _frozen(conditioner: Conditioner) -> Conditioner:
     """Freeze a conditioner, so that the student is conditioned as its teacher was."""
     for module in conditioner.modules():
         if hasattr(module, "trainable"):
@@ -104,7 +106,7 @@ def _frozen(conditioner: AnyConditioner) -> AnyConditioner:
     return conditioner.requires_grad_(False).eval()
 
 
-def make_unet(config: LdmRunConfig, init: Parts | None) -> Network:
+def make_unet(config: LdmRunConfig, init: ModelParts | None) -> Network:
     """Build the UNet or prior: with the weights of `init_from`, or with random ones from torch's generator."""
     if init is None:
         return KINDS[folder_of(config.network)].build(config.network)
@@ -124,7 +126,7 @@ def make_unet(config: LdmRunConfig, init: Parts | None) -> Network:
     return unet
 
 
-def _has_new_inputs(config: LdmRunConfig, init: Parts) -> bool:
+def _has_new_inputs(config: LdmRunConfig, init: ModelParts) -> bool:
     """Whether the network reads channels besides z_t that the network of `init_from` does not, or in another order."""
     spatial, readers = config.conditioner.spatial, init.conditioner.readers
     if spatial is None or "spatial" not in readers:
@@ -133,7 +135,7 @@ def _has_new_inputs(config: LdmRunConfig, init: Parts) -> bool:
     return (spatial.kind, spatial.convention) != (before.kind, before.convention)
 
 
-def make_scheduling(config: LdmRunConfig, init: Parts | None) -> Scheduling:
+def make_scheduling(config: LdmRunConfig, init: ModelParts | None) -> Scheduling:
     """How the trained model is sampled: with the noise levels and prediction of the config, else as `init_from`."""
     trained = {"schedule": config.diffusion.schedule, "prediction": config.diffusion.prediction}
     if config.distillation is not None:
@@ -141,9 +143,9 @@ def make_scheduling(config: LdmRunConfig, init: Parts | None) -> Scheduling:
     return Scheduling(**trained) if init is None else replace(init.scheduling, **trained)
 
 
-def make_defaults(config: LdmRunConfig, init: Parts | None) -> Settings:
+def make_defaults(config: LdmRunConfig, init: ModelParts | None) -> Settings:
     """The default settings of the trained model: those of `samples` in the config, the rest as in `init_from`."""
-    defaults = Settings() if init is None else init.settings
+    defaults = Settings() if init is None else default_settings(init)
     samples = {name: getattr(config.samples, name) for name in DEFAULT_SAMPLES}
     eta = defaults.eta if config.samples.sampler == defaults.sampler else 0.0  # another sampler may not support it
     return replace(defaults, eta=eta, **samples)

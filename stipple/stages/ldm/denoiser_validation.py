@@ -135,7 +135,7 @@ def draw_samples(trainer: Trainer, model: TextToImage, samples: SamplePrompts, s
         images = model(samples.prompts, seed=seed)
     else:
         images = []
-        for index, settings in enumerate(model.plan(samples.prompts, given=samples.inputs, seed=seed)):
-            *_, last = model.sample([settings], given=samples.inputs.select(slice(index, index + 1)))
+        for index, settings in enumerate(model.plan(samples.prompts, inputs=samples.inputs, seed=seed)):
+            *_, last = model.sample([settings], inputs=samples.inputs.select(slice(index, index + 1)))
             images += model.decode(last.z)
     grid(images, min(8, len(images)), samples.prompts).save(trainer.sample_path())

@@ -7,12 +7,15 @@ from typing import Any, Literal
 
 from conditioning.build import ConditionerConfig
 from ldm.formats.diffusers.network_kinds import NetworkConfig, folder_of
-from ldm.formats.model_folder import Parts, open_model
+from ldm.formats.model_parts import ModelParts
+from ldm.formats.opening import open_model
 from ldm.losses.diffusion_loss import check_weighting
 from ldm.losses.time_density import DensityConfig
 from ldm.networks.prior_config import PriorConfig
-from ldm.networks.unet import UNetConfig
-from ldm.schedules.registry import ScheduleConfig, make_schedule
+from ldm.networks.unet_config import UNetConfig
+from ldm.sampling.defaults import default_settings
+from ldm.schedules.base import ScheduleConfig
+from ldm.schedules.registry import make_schedule
 from stipple.stages.data.init_model import InitModel
 from stipple.stages.data.run_settings import check_run
 from stipple.stages.ldm.denoiser_validation import LdmValidationConfig, SamplesConfig
@@ -22,7 +25,7 @@ from stipple.training.optimization.ema import EmaConfig
 from stipple.training.optimization.update_rules import OptimizerConfig
 from stipple.training.trainer_config import TrainerConfig
 from stipple_core.config import to_dict
-from stipple_core.data.dataset import DataConfig
+from stipple_core.data.records.data_config import DataConfig
 
 DEFAULT_SAMPLES = (  # fields of SamplesConfig that a model stores as its defaults
     *("sampler", "steps", "corrections", "guidance_scale", "guidance_bound", "guidance_percentile"),
@@ -133,7 +136,7 @@ def check_preservation(config: LdmRunConfig) -> None:
     raise ValueError(f"preservation requires init_from, whose model draws the class images, and cache=null; {wrong}")
 
 
-def open_init(path: str) -> Parts:
+def open_init(path: str) -> ModelParts:
     """Open the model that `init_from` names.
 
     Raises:
@@ -149,7 +152,7 @@ def open_init(path: str) -> Parts:
         raise ValueError(f"{error} ({fix})") from None
 
 
-def config_from_init(values: dict[str, Any], init: InitModel[Parts] | None = None) -> dict[str, Any]:
+def config_from_init(values: dict[str, Any], init: InitModel[ModelParts] | None = None) -> dict[str, Any]:
     """The defaults that a run takes from the model that it starts from, as nested config values.
 
     Args:
@@ -168,6 +171,6 @@ def config_from_init(values: dict[str, Any], init: InitModel[Parts] | None = Non
             "prediction": parts.scheduling.prediction,
             "schedule": to_dict(make_schedule(parts.scheduling.schedule).config),
         },
-        "samples": {name: getattr(parts.settings, name) for name in DEFAULT_SAMPLES} | student_samples(values),
+        "samples": {name: getattr(default_settings(parts), name) for name in DEFAULT_SAMPLES} | student_samples(values),
         **({} if values.get("distillation") is None else {"validation": {"every": 0}}),
     }

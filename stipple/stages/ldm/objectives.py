@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ldm.denoising.denoiser import Denoiser
-from ldm.formats.model_folder import Parts
+from ldm.formats.model_parts import ModelParts
 from ldm.losses.consistency import rung
 from ldm.losses.diffusion_loss import diffusion_loss
 from ldm.pipeline import TextToImage
@@ -48,7 +48,7 @@ class Diffusion:
         return diffusion_loss(denoiser, batch.z_0, batch.context, batch.t, batch.noise, self.weighting, self.gamma)
 
 
-def make_objective(config: LdmRunConfig, model: TextToImage, trainer: Trainer, teacher: Parts | None) -> Objective:
+def make_objective(config: LdmRunConfig, model: TextToImage, trainer: Trainer, teacher: ModelParts | None) -> Objective:
     """Build the objective that the config names.
 
     Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ldm.formats.model_folder import Parts
+from ldm.formats.model_parts import ModelParts
 from ldm.pipeline import TextToImage
 from stipple.stages.data.data_check import DataCheck
 from stipple.stages.ldm.build_model import build_model
@@ -10,11 +10,11 @@ from stipple.stages.ldm.ldm_run import LdmRunConfig
 from stipple.stages.ldm.preservation import with_class, with_class_captions
 from stipple.stages.ldm.trainable import Trainable
 from stipple.training.trainer import Trainer
-from stipple_core.data.dataset import scan
+from stipple_core.data.sources.scan import scan
 
 
 def prepare_run(
-    config: LdmRunConfig, init: Parts | None, trainable: Trainable, trainer: Trainer
+    config: LdmRunConfig, init: ModelParts | None, trainable: Trainable, trainer: Trainer
 ) -> tuple[TextToImage, DataCheck]:
     """Check the data, build the model, and let gradients reach only what is trained.
 

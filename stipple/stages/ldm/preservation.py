@@ -11,15 +11,17 @@ import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ldm.formats.model_folder import Parts
+from ldm.formats.model_parts import ModelParts
 from ldm.pipeline import TextToImage
+from ldm.sampling.defaults import default_settings
 from stipple.stages.ldm.denoiser_validation import SamplesConfig
 from stipple.stages.ldm.ldm_run import LdmRunConfig, PreservationConfig
 from stipple.training.distributed.collective import on_main
 from stipple.training.trainer import Trainer
-from stipple_core.data.dataset import DataConfig, Records, scan
-from stipple_core.data.records.records import Record, RecordList
-from stipple_core.data.sources.folder import is_picture
+from stipple_core.data.records.data_config import DataConfig
+from stipple_core.data.records.records import Record, RecordList, Records
+from stipple_core.data.sources.folder import is_image_name
+from stipple_core.data.sources.scan import scan
 from stipple_core.images.drawn_pictures import encode_png, replace_file
 from stipple_core.operators.winograd import lay_out
 
@@ -31,7 +33,7 @@ def with_class_captions(records: Records, config: PreservationConfig) -> Records
     return _joined(records, [placeholder] * count)
 
 
-def with_class(records: Records, config: LdmRunConfig, trainer: Trainer, init: Parts) -> Records:
+def with_class(records: Records, config: LdmRunConfig, trainer: Trainer, init: ModelParts) -> Records:
     """Draw the class images that are missing, and return the records with as many class images as others.
 
     The shorter list is repeated, so that an epoch has the same number of both.
@@ -42,7 +44,7 @@ def with_class(records: Records, config: LdmRunConfig, trainer: Trainer, init: P
     return _joined(records, list(_weighted(class_records, preservation)))
 
 
-def draw_missing(config: PreservationConfig, samples: SamplesConfig, init: Parts, trainer: Trainer) -> None:
+def draw_missing(config: PreservationConfig, samples: SamplesConfig, init: ModelParts, trainer: Trainer) -> None:
     """Draw class images until there are enough; image i has seed i, whenever it is drawn."""
     folder = Path(config.folder)
     existing = _images_in(folder)
@@ -55,7 +57,7 @@ def draw_missing(config: PreservationConfig, samples: SamplesConfig, init: Parts
     folder.mkdir(parents=True, exist_ok=True)
     device = trainer.device
     autoencoder, unet = lay_out(init.autoencoder.to(device)), lay_out(init.unet.to(device))
-    model = TextToImage(autoencoder, unet, init.conditioner.to(device), init.scheduling, init.settings)
+    model = TextToImage(autoencoder, unet, init.conditioner.to(device), init.scheduling, default_settings(init))
     settings = {"sampler": samples.sampler, "steps": samples.steps, "guidance_scale": samples.guidance_scale}
     for seed, path in paths:
         replace_file(encode_png(model(config.prompt, seed=seed, **settings)[0], {}), path)
@@ -63,7 +65,7 @@ def draw_missing(config: PreservationConfig, samples: SamplesConfig, init: Parts
 
 def _images_in(folder: Path) -> set[str]:
     """Names of the image files in a folder, which may not exist yet."""
-    return {path.name for path in folder.rglob("*") if is_picture(path.name)} if folder.is_dir() else set()
+    return {path.name for path in folder.rglob("*") if is_image_name(path.name)} if folder.is_dir() else set()
 
 
 def _class_data(data: DataConfig, config: PreservationConfig) -> DataConfig:

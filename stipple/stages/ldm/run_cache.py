@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from autoencoder import Autoencoder
-from conditioning.build import AnyConditioner
+from conditioning.interface.conditioner import Conditioner
 from ldm.pipeline import TextToImage
 from stipple.stages.ldm.ldm_run import LdmRunConfig
 from stipple_core.data.records.records import Record, fingerprints
@@ -16,14 +16,14 @@ from stipple_core.latent_cache.reader import CachedLatents
 MOMENTS_DTYPES = {"fp32": "float32", "fp16": "float16"}  # of LdmRunConfig.cache_precision
 
 
-def caches_contexts(config: LdmRunConfig, conditioner: AnyConditioner) -> bool:
+def caches_contexts(config: LdmRunConfig, conditioner: Conditioner) -> bool:
     """Whether the cache holds contexts: only tokens without a vector, of an encoder that is not trained."""
     tokens_alone = conditioner.context_dim is not None and conditioner.vector_dim is None
     return config.cache_contexts and not conditioner.trainable and tokens_alone
 
 
 def cache_key(
-    config: LdmRunConfig, records: Sequence[Record], autoencoder: Autoencoder, conditioner: AnyConditioner
+    config: LdmRunConfig, records: Sequence[Record], autoencoder: Autoencoder, conditioner: Conditioner
 ) -> dict[str, Any]:
     """Everything that cached latents and contexts depend on."""
     data = config.data

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from autoencoder import Autoencoder, ImageEmbeddings
-from conditioning.build import AnyConditioner
+from conditioning.interface.conditioner import Conditioner
 from ldm.formats.diffusers.network_kinds import folder_of
 from stipple.stages.ldm.ldm_run import LdmRunConfig
 from stipple_core.data.records.buckets import check_step
 
 
-def _unet_shape(config: LdmRunConfig, autoencoder: Autoencoder, conditioner: AnyConditioner) -> dict[str, int | None]:
+def _unet_shape(config: LdmRunConfig, autoencoder: Autoencoder, conditioner: Conditioner) -> dict[str, int | None]:
     return {
         "in_channels": autoencoder.latent_channels + conditioner.latent_channels,
         "out_channels": autoencoder.latent_channels,
@@ -19,7 +19,7 @@ def _unet_shape(config: LdmRunConfig, autoencoder: Autoencoder, conditioner: Any
     }
 
 
-def _prior_shape(config: LdmRunConfig, autoencoder: Autoencoder, conditioner: AnyConditioner) -> dict[str, int | None]:
+def _prior_shape(config: LdmRunConfig, autoencoder: Autoencoder, conditioner: Conditioner) -> dict[str, int | None]:
     if not isinstance(autoencoder, ImageEmbeddings):
         raise ValueError(
             f"autoencoder {config.autoencoder} makes no image embeddings, which a prior requires; see stipple embed"
@@ -44,7 +44,7 @@ def _prior_shape(config: LdmRunConfig, autoencoder: Autoencoder, conditioner: An
 REQUIRED_SHAPES = {"unet": _unet_shape, "prior": _prior_shape}  # kind of network -> required fields of its config
 
 
-def check_shapes(config: LdmRunConfig, autoencoder: Autoencoder, conditioner: AnyConditioner) -> None:
+def check_shapes(config: LdmRunConfig, autoencoder: Autoencoder, conditioner: Conditioner) -> None:
     """Raise ValueError if network, autoencoder, conditioner and data do not fit together."""
     f, size, network = autoencoder.downsampling, config.data.image_size, config.network
     if size % f:

@@ -11,7 +11,7 @@ from accelerate.utils import broadcast_object_list
 from torch.distributed import all_gather_object, get_rank, get_world_size
 
 from stipple_core.files import checkpoint_folder as checkpoint
-from stipple_core.files.manifest import durable_sum
+from stipple_core.files.manifest import durable_sha256
 
 T = TypeVar("T")
 FileHashes = dict[str, str]  # file name -> SHA-256, of files that a process made durable
@@ -104,7 +104,7 @@ def write_together(folder: Path, write: Callable[[Path], FileHashes | None]) -> 
 def save_rows(folder: Path, state: dict) -> FileHashes:
     """Write the rows of a state that this process holds, see `save_state`; returns the hash of the durable file."""
     path = checkpoint.save_state(folder, state, get_rank())
-    return {path.name: durable_sum(path)}
+    return {path.name: durable_sha256(path)}
 
 
 def _written(folder: Path, write: Callable[[Path], FileHashes | None]) -> FileHashes:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import shutil
+import socket
 import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,6 +22,7 @@ from stipple.training.distributed.collective import ReportedByMain
 from stipple_core.files import checkpoint_folder as checkpoint
 from stipple_core.files.manifest import MANIFEST, make_directory
 
+LOCK = ".lock"  # locked while a run uses the folder; names the process
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -41,21 +45,24 @@ class RunFolder:
         """
         if self._lock is not None:
             return
-        lock_path = self.path / ".lock"
+        lock_path = self.path / LOCK
         new = [lock_path] * (not lock_path.exists())
         self._created = new + make_directory(self.path)
-        lock = open(lock_path, "w")  # noqa: SIM115  (locked until it is closed or collected)
+        lock = open(lock_path, "a+")  # noqa: SIM115  (locked until it is closed or collected)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.close()
-            raise ValueError(f"{self.path} is in use by another run; wait for it or choose another folder") from None
+            raise ValueError(
+                f"{self.path} is in use by another run, {holder(self.path)}; wait for it or choose another folder"
+            ) from None
         except OSError as error:
             message = f"{self.path} can't be locked ({error.strerror})"
             print(f"warning: {message}; make sure that no other run uses it", file=sys.stderr)
-        os.register_at_fork(
-            after_in_child=_closing(weakref.ref(lock))
-        )  # else workers would hold the lock after this process ended
+        lock.truncate(0)
+        lock.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+        lock.flush()
+        os.register_at_fork(after_in_child=_closing(weakref.ref(lock)))  # workers may outlive this process
         self._lock = lock
 
     def leave(self) -> None:
@@ -118,6 +125,36 @@ class RunFolder:
     def prune(self) -> None:
         """Remove old checkpoints; to be called after the newest one and its model are complete."""
         checkpoint.prune(self.path / "state", self.keep)
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The process that last held the lock of a run folder."""
+
+    pid: int | None
+    host: str | None
+
+    def __str__(self) -> str:
+        return "of an older version of Stipple" if self.pid is None else f"process {self.pid} on {self.host}"
+
+
+def holder(folder: str | Path) -> Holder:
+    """Return the process that the lock file of a run folder names."""
+    try:
+        values = json.loads((Path(folder) / LOCK).read_text(encoding="utf-8"))
+        return Holder(int(values["pid"]), str(values["host"]))
+    except (OSError, ValueError, TypeError, KeyError):
+        return Holder(None, None)
+
+
+def in_use(folder: str | Path) -> bool:
+    """Return whether a run holds the lock of a folder. Raises OSError if the file system has no locks."""
+    try:
+        with open(Path(folder) / LOCK, "a+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    return False
 
 
 def _empty(folder: Path) -> None:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Any, Protocol
 
-from stipple_core.files.atomic import hold, writing
+from stipple_core.files.atomic import lock_file, writing
 
 
 class Source(Protocol):
@@ -152,7 +152,7 @@ class SkipLog:
     def append(self, skip: Skip) -> int:
         """Append a skip unless its picture is there, whoever wrote it; returns how many the file holds."""
         with open(self.path, "a+b") as file:
-            hold(file)
+            lock_file(file)
             end = file.seek(0, os.SEEK_END)
             if end < self._read:  # written anew
                 self._known, self._read = set(), 0

@@ -16,7 +16,7 @@ from stipple_core.images.images import UnusableImage, read_size
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class SourceImage:
     """A picture that a source holds, before captions are made of its row."""
 
     path: str  # as in Record
@@ -27,7 +27,7 @@ class Picture:
     place: int = 0
 
 
-def gather(found: Iterable[Picture | Skip], config: DataConfig) -> Records:
+def gather(found: Iterable[SourceImage | Skip], config: DataConfig) -> Records:
     """The records of pictures that come in their order, split into training and validation.
 
     Raises ValueError if nothing is usable, if more than `max_bad_fraction` is not, or if a template or `where` names
@@ -35,7 +35,7 @@ def gather(found: Iterable[Picture | Skip], config: DataConfig) -> Records:
     """
     train, validation, skipped, columns = RecordList(), RecordList(), [], set()
     for each in found:
-        if isinstance(each, Picture):
+        if isinstance(each, SourceImage):
             row = flat(each.row)
             columns.update(row)
             if not wanted(row, config.where):
@@ -46,7 +46,7 @@ def gather(found: Iterable[Picture | Skip], config: DataConfig) -> Records:
         else:
             (train if position(each.name) >= config.validation else validation).append(each)
     _check_columns(config, columns)
-    check_enough(config, len(train), len(validation), skipped)
+    require_enough(config, len(train), len(validation), skipped)
     return Records(train, validation, skipped)
 
 
@@ -76,7 +76,7 @@ def _matches(value: Any, wanted: list[Any]) -> bool:
     return str(value).lower() in texts
 
 
-def make_record(picture: Picture, row: Mapping[str, Any], config: DataConfig) -> Record | Skip:
+def make_record(picture: SourceImage, row: Mapping[str, Any], config: DataConfig) -> Record | Skip:
     """A picture with the captions that the templates make of its row, or why it can't be used."""
     name = picture.name
     if picture.bytes < 0:
@@ -137,7 +137,7 @@ def _check_columns(config: DataConfig, known: set[str]) -> None:
             raise ValueError(f"{who} names the column {column!r}, which no row of {config.origin} has; {mend}")
 
 
-def check_enough(config: DataConfig, train: int, validation: int, skipped: list[Skip]) -> None:
+def require_enough(config: DataConfig, train: int, validation: int, skipped: list[Skip]) -> None:
     """ValueError unless so many usable pictures, and so much that had to be skipped, are enough to go on."""
     good = train + validation
     reasons = "; ".join(f"{skip.path}: {skip.reason}" for skip in skipped[:3])

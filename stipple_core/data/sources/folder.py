@@ -17,21 +17,21 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from stipple_core.data.records.records import Skip
-from stipple_core.data.records.rows import Picture
+from stipple_core.data.records.rows import SourceImage
 from stipple_core.data.sources.metadata import METADATA, read_rows, read_sidecar
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
-def pictures_of_folder(root: str, files: Mapping[str, int], captioned: bool) -> Iterator[Picture | Skip]:
+def images_in_folder(root: str, files: Mapping[str, int], captioned: bool) -> Iterator[SourceImage | Skip]:
     """The pictures of an absolute folder in order of names, after what can't be used; `files` as `walk` lists them."""
     rows, skipped = _gather_rows(root, files)
     if not captioned:
-        rows |= {name: {} for name in files if is_picture(name) and name not in rows}
+        rows |= {name: {} for name in files if is_image_name(name) and name not in rows}
         skipped = [skip for skip in skipped if skip.path not in rows and not skip.path.endswith(".txt")]
     yield from skipped
     for name in sorted(rows):
-        yield Picture(os.path.join(root, name), name, rows.pop(name), files[name])
+        yield SourceImage(os.path.join(root, name), name, rows.pop(name), files[name])
 
 
 def walk(root: str, folder: str) -> Iterator[tuple[str, int]]:
@@ -42,7 +42,7 @@ def walk(root: str, folder: str) -> Iterator[tuple[str, int]]:
         name = posixpath.join(folder, entry.name)
         try:
             if entry.is_dir():
-                if is_picture(name):
+                if is_image_name(name):
                     yield name, -1
                 elif not entry.is_symlink():  # a linked folder could hold its own parent
                     yield from walk(root, name)
@@ -52,7 +52,7 @@ def walk(root: str, folder: str) -> Iterator[tuple[str, int]]:
             yield name, 0  # a broken link, or no permission: as good as empty
 
 
-def is_picture(name: str) -> bool:
+def is_image_name(name: str) -> bool:
     """Whether the name ends like that of a picture."""
     return name.lower().endswith(EXTENSIONS)
 
@@ -71,7 +71,7 @@ def _gather_rows(root: str, files: Mapping[str, int]) -> tuple[dict[str, dict[st
                 skipped.append(Skip(place, reason))
             else:
                 rows[name] = row
-    for name in filter(is_picture, files):
+    for name in filter(is_image_name, files):
         sidecar = f"{posixpath.splitext(name)[0]}.txt"
         if sidecar in files and not rows.get(name, {}).get("text"):
             text = read_sidecar(os.path.join(root, sidecar))

@@ -72,7 +72,7 @@ class Shard:
         if self.file is not None:
             return file_state(self.file)
         system, path = _file_system(self.path)
-        known = {str(key).lower(): value for key, value in patiently(self.path, lambda: system.info(path)).items()}
+        known = {str(key).lower(): value for key, value in with_retries(self.path, lambda: system.info(path)).items()}
         marks = ("etag", "lastmodified", "last_modified", "mtime", "updated", "created")
         return {"bytes": known.get("size"), **{mark: str(known[mark]) for mark in marks if known.get(mark)}}
 
@@ -197,10 +197,10 @@ def _read_url(url: str, place: int, size: int) -> bytes:
         system, path = _file_system(url)
         return system.cat_file(path, start=place, end=place + size)
 
-    return patiently(url, read)
+    return with_retries(url, read)
 
 
-def patiently(url: str, action: Callable[[], T]) -> T:
+def with_retries(url: str, action: Callable[[], T]) -> T:
     """What an action on a URL gives; a network that fails for some seconds is asked again.
 
     Raises FileNotFoundError if there is nothing, OSError if it can't be had, ValueError as the action does.
@@ -245,7 +245,7 @@ def _file_system(url: str) -> tuple[Any, str]:
 def _keep_output(command: str, folder: str) -> str:
     """The file that holds what a command writes; it is run if that is not there yet."""
     os.makedirs(folder, exist_ok=True)
-    path = os.path.abspath(os.path.join(folder, f"{digest_of(command)}.tar"))
+    path = os.path.abspath(os.path.join(folder, f"{path_digest(command)}.tar"))
     with locked(path):
         if not os.path.exists(path):
             with writing(path) as file:
@@ -266,6 +266,6 @@ def _shell() -> list[str]:
     return [bash, "+B", "-o", "pipefail", "-c"] if bash else ["/bin/sh", "-c"]
 
 
-def digest_of(path: str) -> str:
+def path_digest(path: str) -> str:
     """The name under which a shard is remembered."""
     return hashlib.sha256(path.encode(errors="surrogateescape")).hexdigest()[:24]

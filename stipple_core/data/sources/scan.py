@@ -22,11 +22,11 @@ from itertools import chain
 from stipple_core.data.records.captions import columns_of
 from stipple_core.data.records.data_config import DataConfig
 from stipple_core.data.records.records import Records, Skip
-from stipple_core.data.records.rows import Picture, gather
-from stipple_core.data.sources.folder import is_picture, pictures_of_folder, walk
+from stipple_core.data.records.rows import SourceImage, gather
+from stipple_core.data.sources.folder import images_in_folder, is_image_name, walk
 from stipple_core.data.sources.locations import Shard, find_shards
-from stipple_core.data.sources.tables import pictures_of_dataset, pictures_of_parquet
-from stipple_core.data.sources.tar_index import index_of, pictures_of_tar
+from stipple_core.data.sources.tables import images_in_dataset, images_in_parquet
+from stipple_core.data.sources.tar_index import images_in_tar, index_of
 
 PARQUET = ".parquet"
 SHARDS = (PARQUET, ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")  # compressed tars, to refuse them
@@ -47,10 +47,10 @@ def scan(config: DataConfig, captioned: bool = True) -> Records:
     return gather(_found(config, captioned and required), config)
 
 
-def _found(config: DataConfig, captioned: bool) -> Iterator[Picture | Skip]:
+def _found(config: DataConfig, captioned: bool) -> Iterator[SourceImage | Skip]:
     """What the data consist of, in their order; with `captioned`, a picture without a caption is a Skip."""
     if config.dataset:
-        return pictures_of_dataset(config)
+        return images_in_dataset(config)
     if config.shards:
         return _of_shards(find_shards(config.shards, config.index), config, captioned)
     root = os.path.abspath(config.folder)
@@ -60,22 +60,22 @@ def _found(config: DataConfig, captioned: bool) -> Iterator[Picture | Skip]:
         raise FileNotFoundError(f"data folder {config.folder} does not exist; data.folder is the folder of your images")
     files = dict(walk(root, ""))
     shards = sorted(name for name in files if name.lower().endswith(SHARDS))
-    if not shards or any(map(is_picture, files)):
+    if not shards or any(map(is_image_name, files)):
         beside = [Skip(name, "a shard among pictures; give it as data.shards") for name in shards]
-        return chain(beside, pictures_of_folder(root, files, captioned))
+        return chain(beside, images_in_folder(root, files, captioned))
     paths = {name: os.path.join(root, name) for name in shards}
     return _of_shards([Shard(path, name, path) for name, path in paths.items()], config, captioned)
 
 
-def _of_shards(shards: list[Shard], config: DataConfig, captioned: bool) -> Iterator[Picture | Skip]:
+def _of_shards(shards: list[Shard], config: DataConfig, captioned: bool) -> Iterator[SourceImage | Skip]:
     def index(shard: Shard) -> str | Skip | None:
         return None if shard.name.endswith(PARQUET) else index_of(shard, config.index)
 
     with ThreadPoolExecutor(THREADS) as pool:
         for shard, found in zip(shards, pool.map(index, shards), strict=True):
             if found is None:
-                yield from pictures_of_parquet(shard, config)
+                yield from images_in_parquet(shard, config)
             elif isinstance(found, Skip):
                 yield found
             else:
-                yield from pictures_of_tar(shard, found, captioned)
+                yield from images_in_tar(shard, found, captioned)

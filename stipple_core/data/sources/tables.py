@@ -19,8 +19,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 from stipple_core.data.records.data_config import DataConfig
 from stipple_core.data.records.records import Skip
-from stipple_core.data.records.rows import Picture
-from stipple_core.data.sources.locations import Shard, digest_of, file_state
+from stipple_core.data.records.rows import SourceImage
+from stipple_core.data.sources.locations import Shard, file_state, path_digest
 from stipple_core.files.atomic import locked, writing
 from stipple_core.images.images import UnusableImage
 
@@ -66,7 +66,7 @@ class SavedDataset:
         return {"fingerprint": rows._fingerprint, "files": [file_state(each["filename"]) for each in rows.cache_files]}
 
 
-def pictures_of_parquet(shard: Shard, config: DataConfig) -> Iterator[Picture | Skip]:
+def images_in_parquet(shard: Shard, config: DataConfig) -> Iterator[SourceImage | Skip]:
     """The pictures of a parquet file, row by row, and what can't be used of it.
 
     Raises ValueError if no column, or more than one, could hold the pictures.
@@ -88,7 +88,7 @@ def pictures_of_parquet(shard: Shard, config: DataConfig) -> Iterator[Picture | 
     yield from _pictures(_map(file), column, shard.name, ArrowFile(shard.path, file, column))
 
 
-def pictures_of_dataset(config: DataConfig) -> Iterator[Picture | Skip]:
+def images_in_dataset(config: DataConfig) -> Iterator[SourceImage | Skip]:
     """The pictures of a dataset's split, row by row, and what can't be used of it.
 
     Raises ValueError if it can't be had, or if no column, or more than one, could hold the pictures.
@@ -101,7 +101,7 @@ def pictures_of_dataset(config: DataConfig) -> Iterator[Picture | Skip]:
     yield from _pictures(rows, column, called, SavedDataset(path, config.split, column))
 
 
-def _pictures(rows: Any, column: str, called: str, source: ArrowFile | SavedDataset) -> Iterator[Picture | Skip]:
+def _pictures(rows: Any, column: str, called: str, source: ArrowFile | SavedDataset) -> Iterator[SourceImage | Skip]:
     """The pictures of an Arrow table, or of a dataset that gives one when it is sliced."""
     for first in range(0, len(rows), ROWS):
         table = rows[first : min(first + ROWS, len(rows))]
@@ -110,7 +110,7 @@ def _pictures(rows: Any, column: str, called: str, source: ArrowFile | SavedData
             if size is None:
                 yield Skip(f"{called}:{row}", "no picture in this row")
             else:
-                yield Picture(source.path, f"{called}:{row}", values, size, source, row)
+                yield SourceImage(source.path, f"{called}:{row}", values, size, source, row)
 
 
 def _picture(cell: Any) -> str | IO[bytes]:
@@ -195,7 +195,7 @@ def _unpacked(shard: Shard, state: dict[str, Any], folder: str) -> str:
     from pyarrow.parquet import ParquetFile
 
     os.makedirs(folder, exist_ok=True)
-    path = os.path.abspath(os.path.join(folder, f"{digest_of(shard.path)}.arrow"))
+    path = os.path.abspath(os.path.join(folder, f"{path_digest(shard.path)}.arrow"))
     with locked(path):
         if not _is_current(path, state):
             with shard.stream() as stream, ParquetFile(stream) as parquet, writing(path) as file:

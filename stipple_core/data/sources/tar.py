@@ -35,7 +35,7 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class TarSample:
     """A picture in a tar with its columns; None: nothing describes it."""
 
     name: str  # KEY.EXT
@@ -44,7 +44,7 @@ class Sample:
     row: dict[str, Any] | None
 
 
-def read_samples(file: IO[bytes], size: int) -> tuple[list[Sample], list[Skip]]:
+def read_samples(file: IO[bytes], size: int) -> tuple[list[TarSample], list[Skip]]:
     """The pictures of a tar of `size` bytes in order of names, and what can't be used; "" names the tar itself."""
     pictures: dict[str, Member] = {}
     rows: dict[str, dict[str, Any]] = {}
@@ -69,7 +69,7 @@ def read_samples(file: IO[bytes], size: int) -> tuple[list[Sample], list[Skip]]:
         if reason:
             skipped.append(Skip(member.name, reason))
     skipped += [Skip(name, "a caption without a picture") for key, name in describing.items() if key not in pictures]
-    samples = [Sample(m.name, m.offset, m.size, rows.get(key) or None) for key, m in pictures.items()]
+    samples = [TarSample(m.name, m.offset, m.size, rows.get(key) or None) for key, m in pictures.items()]
     return sorted(samples, key=lambda sample: sample.name), skipped
 
 

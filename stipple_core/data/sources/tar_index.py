@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from stipple_core.data.records.records import Skip
-from stipple_core.data.records.rows import Picture
-from stipple_core.data.sources.locations import Shard, digest_of, patiently
-from stipple_core.data.sources.tar import TEXTS, Sample, read_samples
+from stipple_core.data.records.rows import SourceImage
+from stipple_core.data.sources.locations import Shard, path_digest, with_retries
+from stipple_core.data.sources.tar import TEXTS, TarSample, read_samples
 from stipple_core.files.atomic import locked, writing
 
 FORMAT = 1
@@ -34,7 +34,7 @@ def index_of(shard: Shard, folder: str) -> str | Skip:
     if state["bytes"] is None:
         raise ValueError(f"{shard.path}: its server does not say how large it is; use pipe:curl -sf URL")
     os.makedirs(folder, exist_ok=True)
-    path = os.path.join(folder, f"{digest_of(shard.path)}.jsonl")
+    path = os.path.join(folder, f"{path_digest(shard.path)}.jsonl")
     if not _is_current(path, state):
         with locked(path):
             if not _is_current(path, state):
@@ -42,7 +42,7 @@ def index_of(shard: Shard, folder: str) -> str | Skip:
     return path
 
 
-def pictures_of_tar(shard: Shard, index: str, captioned: bool) -> Iterator[Picture | Skip]:
+def images_in_tar(shard: Shard, index: str, captioned: bool) -> Iterator[SourceImage | Skip]:
     """The pictures of a tar in order of names after what can't be used of it, from its index.
 
     Raises ValueError if the index is damaged.
@@ -55,7 +55,7 @@ def pictures_of_tar(shard: Shard, index: str, captioned: bool) -> Iterator[Pictu
         elif line["row"] is None and captioned:
             yield Skip(name, NO_CAPTION)
         else:
-            yield Picture(shard.path, name, line["row"] or {}, line["size"], shard, line["offset"])
+            yield SourceImage(shard.path, name, line["row"] or {}, line["size"], shard, line["offset"])
 
 
 def _lines(path: str) -> Iterator[dict[str, Any]]:
@@ -73,7 +73,7 @@ def _lines(path: str) -> Iterator[dict[str, Any]]:
                 yield entry
 
 
-def _read(shard: Shard, size: int) -> tuple[list[Sample], list[Skip]]:
+def _read(shard: Shard, size: int) -> tuple[list[TarSample], list[Skip]]:
     try:
         with shard.stream() as stream:
             return read_samples(stream, size)
@@ -94,7 +94,7 @@ def _is_current(path: str, state: dict[str, Any]) -> bool:
 
 
 def _write(path: str, shard: Shard, state: dict[str, Any]) -> None:
-    samples, skipped = patiently(shard.path, lambda: _read(shard, state["bytes"]))
+    samples, skipped = with_retries(shard.path, lambda: _read(shard, state["bytes"]))
     with writing(path, "w", encoding="ascii") as file:
         file.write(json.dumps(state) + "\n")
         for skip in skipped:

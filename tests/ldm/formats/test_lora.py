@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from ldm import TextToImage
 from ldm.formats.lora import DIFFUSERS_FILE, KOHYA_FILE, Lora, LowRank, merge, read_lora, save_lora
-from stipple.commands.add_ons import parse_lora
+from stipple.commands.drawing.add_ons import parse_lora
 from stipple.stages.ldm.trainable import LoraConfig, LoraLayers
 from stipple_core.files.weights import read_metadata
 from tests.helpers.small_models import build_model

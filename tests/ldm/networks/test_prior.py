@@ -14,8 +14,9 @@ from ldm.networks.cached_unet import CachedUNet
 from ldm.networks.prior import PriorTransformer
 from ldm.networks.prior_config import PriorConfig
 from stipple.stages.ldm.denoiser_validation import SamplesConfig
-from stipple.stages.ldm.ldm_run import DataConfig, LdmRunConfig
+from stipple.stages.ldm.ldm_run import LdmRunConfig
 from stipple.stages.ldm.shapes import check_shapes
+from stipple_core.data.records.data_config import DataConfig
 
 CONFIG = PriorConfig(embedding_dim=8, token_dim=8, vector_dim=8, text_tokens=5, layers=2, heads=2, head_dim=6)
 
