@@ -130,7 +130,7 @@ def test_a_disk_error_is_printed_without_reading_checkpoints_and_by_the_main_pro
     tmp_path, capsys, monkeypatch
 ):
     RunFolder(tmp_path, 2).save(3, {"step": 3})
-    monkeypatch.setattr("stipple_core.files.manifest._sha256", lambda path: pytest.fail(f"{path} was read"))
+    monkeypatch.setattr("stipple_core.files.manifest.file_sha256", lambda path: pytest.fail(f"{path} was read"))
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "model")
     assert f"the last good checkpoint is {tmp_path}/state/step-0000003" in ended_by(full, tmp_path, capsys)
     assert ended_by(ReportedByMain(errno.ENOSPC, "x"), tmp_path, capsys) == ""

@@ -75,7 +75,7 @@ def main(arguments: list[str]) -> None:
 def answers(tmp_path_factory) -> tuple[Path, list[dict]]:
     folder = tmp_path_factory.mktemp("together") / "run"
     write_folder(folder / "state" / "step-0000001", lambda path: (path / "old").write_text("old") and None)
-    run_all([(2, {}, ["test_together.py", f"run={folder}"])])
+    run_all([(2, {}, ["tests.training.test_together", f"run={folder}"])])
     return folder, [json.loads(Path(f"{folder}-{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -83,7 +83,7 @@ def answers(tmp_path_factory) -> tuple[Path, list[dict]]:
 def test_a_full_disk_of_one_process_raises_an_error_with_its_errno_on_all(fault, answers):
     main, other = (each[fault] for each in answers[1])
     assert main[0] == other[0] == errno.ENOSPC
-    assert main[1] == "OSError" and other[1] == "ToldByMain"
+    assert main[1] == "OSError" and other[1] == "ReportedByMain"
     assert "No space left on device" in main[2] and "No space left on device" in other[2]
 
 
@@ -98,5 +98,5 @@ def test_after_all_faults_both_write_a_checkpoint_and_no_temporary_files_are_lef
 def test_results_and_errors_of_the_main_process_reach_all(answers):
     _, (first, second) = answers
     assert first["value"] == second["value"] == 5
-    assert first["full"][:2] == [errno.ENOSPC, "OSError"] and second["full"][:2] == [errno.ENOSPC, "ToldByMain"]
+    assert first["full"][:2] == [errno.ENOSPC, "OSError"] and second["full"][:2] == [errno.ENOSPC, "ReportedByMain"]
     assert first["mistake"][1] == second["mistake"][1] == "ValueError" and first["mistake"][2] == second["mistake"][2]
