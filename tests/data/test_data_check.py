@@ -9,7 +9,7 @@ from torch import nn
 
 import stipple.stages.data.data_check
 from stipple.stages.data.data_check import DataCheck
-from stipple.stages.ldm.ldm_parts import LdmTraining
+from stipple.stages.ldm.ldm_training import LdmTraining
 from stipple.training.trainer import Trainer
 from stipple.training.trainer_config import TrainerConfig
 from stipple_core.data.records.data_config import DataConfig

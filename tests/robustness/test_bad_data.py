@@ -149,7 +149,7 @@ def prove(tmp_path: Path, good: int, bad: int, steps: int, capsys) -> None:
         assert set(reported) == set(expected) and not skips(runs[clean])
         for file, reason in expected.items():
             assert reported[file].startswith(reason), (file, reported[file])
-        assert f"{bad} skipped in all" in said
+        assert f"{bad} skipped in total" in said
         assert all(f"{count} {reason}" in said for reason, count in kinds.items())
 
 
@@ -234,7 +234,7 @@ def test_what_went_bad_on_the_way_is_told_of_by_a_run_that_goes_on_and_not_by_on
     known = skips(run)
     capsys.readouterr()
     run_here(*STAGE_1, *options, "trainer.steps=12")  # nothing is left to do
-    assert skips(run) == known and f"{len(known)} skipped in all" in capsys.readouterr().out
+    assert skips(run) == known and f"{len(known)} skipped in total" in capsys.readouterr().out
     run_here(*STAGE_1, *options, "trainer.steps=1", "trainer.resume=false")
     assert len(skips(run)) < len(known)
 
@@ -247,7 +247,7 @@ def test_a_run_that_is_stopped_says_what_it_skipped(tmp_path, capsys):
             *STAGE_1, f"data.folder={tmp_path}/data", f"run={tmp_path}/run", "trainer.max_minutes=0.00001", *OPTIONS
         )
     said = capsys.readouterr().out
-    assert "stopped at step 1" in said and "1 skipped in all" in said
+    assert "stopped at step 1" in said and "1 skipped in total" in said
 
 
 def test_a_disk_that_fails_at_one_picture_ends_the_run_in_one_line_and_leaves_no_trace(tmp_path, capsys, monkeypatch):

@@ -210,5 +210,5 @@ def test_a_class_that_only_held_out_pictures_have_is_one_of_the_classifiers_and_
     records = Records([Record("", "", (("cat",),))], [Record("", "", (("dog",),))], [])
     made, _ = build_classifier(config, records, torch.device("cpu"))
     assert list(made.config.names) == ["cat", "dog"]
-    with pytest.raises(ValueError, match="data.maps maps is of no use"):
+    with pytest.raises(ValueError, match="data.maps maps has no effect"):
         build_classifier(replace(config, data=replace(data, maps="maps")), records, torch.device("cpu"))

@@ -18,7 +18,7 @@ from ldm.sampling import prior_sampling
 from ldm.sampling.prior_sampling import sample_embeddings
 from ldm.sampling.settings import Settings
 from stipple.stages.ldm.batch_encoder import BatchEncoder
-from stipple.stages.ldm.denoiser_validation import drawing_command
+from stipple.stages.ldm.next_command import drawing_command
 from stipple.stages.ldm.trainable import InversionConfig, LoraConfig, make_trainable
 from stipple_core.data.dataset import ImageDataset, collate
 from stipple_core.data.records.data_config import DataConfig
@@ -71,7 +71,7 @@ def test_a_prior_is_not_adapted(runs, wanted):
     prior = TextToImage.load(runs / "unclip-prior" / "model")
     kind = "lora" if isinstance(wanted, LoraConfig) else "inversion"
     learning = make_trainable(**{"lora": None, "inversion": None, kind: wanted}, source=str(runs))
-    with pytest.raises(ValueError, match=f"{kind} adapts models that make pictures, and this one makes embeddings"):
+    with pytest.raises(ValueError, match=f"{kind} adapts models that draw images, and this one makes embeddings"):
         learning.prepare(prior, [], 0)
 
 
@@ -204,7 +204,7 @@ def test_in_training_no_picture_is_told_of_itself_mirrored_or_cut(runs):
     pictures.skipped[2] = Skip("gone", "damaged")
     batch = collate([pictures[0, i] for i in range(8)])
     own = reader.database[[reader.rows[name] for name in batch.names]][:, None]  # [B, 1, d]
-    given = BatchEncoder(model.autoencoder, model.conditioner, model.conditioner, None).given(batch)
+    given = BatchEncoder(model.autoencoder, model.conditioner, model.conditioner, None).condition_inputs(batch)
 
     def told_of_itself(given: ConditionInputs) -> int:
         return int((reader(given).tokens == own).all(-1).any(1).sum())
