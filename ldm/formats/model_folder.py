@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from autoencoder import Autoencoder, ImageEmbeddings, Pixels, open_autoencoder
+from autoencoder import FirstStage, Pixels, open_autoencoder
 from conditioning.build import AnyConditioner
 from conditioning.formats.unet_inputs import with_hints
 from conditioning.readers.frame import NAME as FRAME
@@ -45,7 +45,7 @@ THEIR_STUDENTS = {"guidance_scale": 8.5, "steps": 4}  # of networks that read th
 class Parts:
     """What a latent diffusion model is made of; the networks are on the CPU and in evaluation mode when opened."""
 
-    autoencoder: Autoencoder | Pixels | ImageEmbeddings
+    autoencoder: FirstStage
     unet: Network
     conditioner: AnyConditioner
     scheduling: Scheduling

@@ -33,7 +33,7 @@ def _best(prior: TextToImage, picture: Settings) -> Tensor:
     points = []
     for batch in prior.batches(planned, 1):
         *_, last = prior.sample(batch)
-        points.append(prior.autoencoder.points(last.z))
+        points.append(prior.autoencoder.embeddings(last.z))
     points = torch.cat(points)  # [CANDIDATES, d]
     text = prior.conditioner.encode([picture.prompt]).vector  # [1, d]
     return points[(points @ text[0]).argmax()]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoencoder import Autoencoder, Pixels, open_autoencoder
+from autoencoder import FirstStage, open_autoencoder
 from ldm.networks.classifier import Classifier, ClassifierConfig, classify, with_names
 from ldm.networks.unet import UNetConfig
 from ldm.schedules.registry import Schedule, ScheduleConfig, make_schedule
@@ -49,7 +49,7 @@ class RunConfig:
 
 def build_classifier(
     config: RunConfig, records: Records, device: torch.device
-) -> tuple[Classifier, Autoencoder | Pixels]:
+) -> tuple[Classifier, FirstStage]:
     """A new classifier, and the autoencoder whose latents it reads. Raises ValueError where they don't fit."""
     autoencoder = open_autoencoder(config.autoencoder).eval().requires_grad_(False)
     f, channels, size = autoencoder.downsampling, autoencoder.latent_channels, config.data.image_size
@@ -117,7 +117,7 @@ def validate(
     trainer: Trainer,
     learner: ClassifierLearner,
     held_out: ImageDataset,
-    autoencoder: Autoencoder | Pixels,
+    autoencoder: FirstStage,
     config: ValidationConfig,
     seed: int,
 ) -> None:
