@@ -1,10 +1,8 @@
 """Our UNet and diffusers' UNet2DConditionModel, or UNet2DModel where attention is plain, are one network and folder."""
 
-from dataclasses import replace
-
 import pytest
 import torch
-from diffusers import LatentConsistencyModelPipeline, UNet2DConditionModel, UNet2DModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 from safetensors.torch import load_file, save_file
 
 from ldm.formats.diffusers.networks_folder import load_unet, save_unet
@@ -40,13 +38,6 @@ def config(request) -> UNetConfig:
     return request.param
 
 
-def theirs_of(unet: UNet) -> UNet2DConditionModel | UNet2DModel:
-    kind = UNet2DModel if unet.config.attention == "plain" else UNet2DConditionModel
-    theirs = kind(**unet_to_diffusers(unet.config))
-    theirs.load_state_dict(unet.state_dict(), strict=True)
-    return theirs.train()
-
-
 def told_for(config: UNetConfig, masked: bool):
     told = context(width=config.cross_attention_dim)
     if config.vector_dim:
@@ -58,29 +49,18 @@ def told_for(config: UNetConfig, masked: bool):
     return told
 
 
-def run_theirs(theirs, z_t, timestep, told):
-    sample = z_t if told.latents is None else torch.cat([z_t, told.latents], dim=1)
-    if isinstance(theirs, UNet2DModel):
-        return theirs(sample, timestep).sample
-    dim, options = theirs.config.time_cond_proj_dim, {"class_labels": told.vector, "encoder_attention_mask": told.mask}
-    if dim is not None:
-        embed = LatentConsistencyModelPipeline.get_guidance_scale_embedding
-        options["timestep_cond"] = embed(None, told.guidance - 1, dim)
-    return theirs(sample, timestep, told.tokens, **options).sample
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_outputs_and_gradients_are_those_of_diffusers(config, dtype):
     """In float32 gradients are compared all together: those of queries are sums that cancel to a millionth."""
     ours = random_unet(config).train()
-    theirs = theirs_of(ours).to(dtype)
+    theirs = diffusers_unet(ours).to(dtype)
     ours = ours.to(dtype)
     told, timestep = told_for(config, masked=dtype == torch.float32), torch.tensor([3.0, 700.25])
     for name, value in vars(told).items():
         setattr(told, name, value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value)
     start = torch.linspace(-2, 2, 2 * 4 * 8 * 8, dtype=dtype).view(2, 4, 8, 8).sin()
     z_ours, z_theirs = start.clone().requires_grad_(), start.clone().requires_grad_()
-    output, expected = ours(z_ours, timestep, told), run_theirs(theirs, z_theirs, timestep, told)
+    output, expected = ours(z_ours, timestep, told), run_diffusers(theirs, z_theirs, timestep, told)
     target = torch.randn_like(output)
     (output - target).square().mean().backward()
     (expected - target).square().mean().backward()
@@ -101,7 +81,9 @@ def test_odd_sizes_are_upsampled_as_diffusers_does(size):
     ours = random_unet(SHAPES["attention on coarse levels"]).eval()
     z_t, told = torch.randn(2, 4, *size), context()
     with torch.no_grad():
-        assert close(ours(z_t, torch.zeros(2), told), run_theirs(theirs_of(ours).eval(), z_t, torch.zeros(2), told))
+        assert close(
+            ours(z_t, torch.zeros(2), told), run_diffusers(diffusers_unet(ours).eval(), z_t, torch.zeros(2), told)
+        )
 
 
 def test_diffusers_opens_our_folder_and_we_open_theirs(config, tmp_path):
@@ -119,7 +101,7 @@ def test_diffusers_opens_our_folder_and_we_open_theirs(config, tmp_path):
     with torch.no_grad():
         expected = ours(z_t, torch.zeros(2), told)
         assert torch.equal(back(z_t, torch.zeros(2), told), expected)
-        assert close(run_theirs(theirs, z_t, torch.zeros(2), told), expected)
+        assert close(run_diffusers(theirs, z_t, torch.zeros(2), told), expected)
 
 
 def test_names_of_attention_in_diffusers_first_files_are_understood(tmp_path):

@@ -18,9 +18,9 @@ from ldm.guidance.combines import apg
 from ldm.guidance.perturbed_attention import perturbed_attention
 from ldm.networks.cached_unet import CachedUNet, self_attentions
 from ldm.networks.unet import UNet
+from tests.helpers.diffusers_unets import diffusers_unet
 from tests.helpers.oracles import SCHEDULES
-from tests.ldm.formats.test_unet_interop import theirs_of
-from tests.ldm.networks.test_unet import PLAIN, SMALL, context, random_unet
+from tests.helpers.small_unets import PLAIN, SMALL, context, random_unet
 
 T = 0.6
 FIRST = replace(SMALL, attention_levels=(False, False))  # the first self-attention is the one in the middle
@@ -103,7 +103,7 @@ def test_guided_is_the_formula_of_the_paper_with_self_attention_replaced_by_hand
 def test_guided_is_what_diffusers_makes(z_t, scale):
     """Its processors of the middle block, and the formula of StableDiffusionPAGPipeline, on noise predictions."""
     unet, schedule = random_unet(SMALL).double(), SCHEDULES["scaled_linear"]
-    theirs, (told, null) = theirs_of(unet).double().eval(), contexts()
+    theirs, (told, null) = diffusers_unet(unet).double().eval(), contexts()
     free = scale != 1
     processor = PAGCFGIdentitySelfAttnProcessor2_0() if free else PAGIdentitySelfAttnProcessor2_0()
     theirs.mid_block.attentions[0].transformer_blocks[0].attn1.processor = processor
