@@ -1,4 +1,4 @@
-"""ldm/guidance/perturbed_attention.py, and the switch in the UNet that it needs: against its paper, and against diffusers."""
+"""Perturbed attention guidance, against its paper and against diffusers."""
 
 import math
 from copy import deepcopy
@@ -16,7 +16,8 @@ from ldm.denoising.perturbed_context import PerturbedContext
 from ldm.guidance.base import classifier_free, rescaled
 from ldm.guidance.combines import apg
 from ldm.guidance.perturbed_attention import perturbed_attention
-from ldm.networks.cached_unet import CachedUNet, self_attentions
+from ldm.networks.cached_unet import CachedUNet
+from ldm.networks.identity_attention import self_attentions
 from ldm.networks.unet import UNet
 from tests.helpers.diffusers_unets import diffusers_unet
 from tests.helpers.oracles import SCHEDULES
@@ -64,7 +65,7 @@ def blinded(unet, blocks):
     copy = deepcopy(unet)
 
     def alone(attention):
-        def forward(x, signal=None, blind=0):
+        def forward(x, signal=None):
             if signal is None:
                 return attention.to_out[0](attention.to_v(x))
             h = attention.group_norm(x).flatten(2).transpose(1, 2)
