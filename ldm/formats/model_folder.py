@@ -13,11 +13,6 @@ from autoencoder import Pixels, open_autoencoder
 from conditioning.build import load_conditioner
 from conditioning.formats.unet_inputs import FRAME, with_frame, with_hints
 from conditioning.interface.conditioner import Conditioner
-from autoencoder import FirstStage, Pixels, open_autoencoder
-from conditioning.build import AnyConditioner
-from conditioning.formats.unet_inputs import with_hints
-from conditioning.readers.frame import NAME as FRAME
-from conditioning.readers.frame import with_frame
 from conditioning.readers.spatial import SpatialReader
 from ldm.formats.diffusers.known_schedulers import CLASSES
 from ldm.formats.diffusers.known_unet_options import PLAIN

@@ -7,7 +7,6 @@ from PIL import Image
 import stipple.commands.draw as draw
 import stipple.commands.img2img as img2img
 from ldm import TextToImage
-from ldm.sampling.plan import walked
 from stipple_core.resources import resource
 from tests.helpers.drawn import build, folder_of, photo, pixels, record, refused, run
 

@@ -31,27 +31,6 @@ def _no_waiting_for_the_disk(monkeypatch):
     monkeypatch.setattr("os.fsync", lambda handle: None)
 
 
-def bad_steps(run: Path) -> list[dict]:
-    """The lines of bad_steps.jsonl, read as strict JSON."""
-    path = run / "bad_steps.jsonl"
-    return [strict(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def strict(line: str) -> dict:
-    return json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is not JSON: {line}"))
-
-
-def assert_finite_on_disk(run: Path) -> None:
-    """Check that all numbers of all checkpoints, the model and the metrics are finite."""
-    found = [*(run / "state").rglob("*.safetensors"), *(run / "model").rglob("*.safetensors")]
-    assert found
-    for path in found:
-        for name, value in load_file(path).items():
-            assert not value.is_floating_point() or torch.isfinite(value).all(), (path, name)
-    for line in (run / "metrics.jsonl").read_text().splitlines():
-        strict(line)
-
-
 def normalized_line() -> nn.Module:
     """A model with buffers: the running mean and variance of a batch norm."""
     return nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)).double()

@@ -6,31 +6,9 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from safetensors.torch import load_file, save_file
 
 from ldm.formats.diffusers.networks_folder import load_unet, save_unet
-from ldm.formats.diffusers.unet_options import unet_to_diffusers
-from ldm.networks.unet import UNet
 from ldm.networks.unet_config import UNetConfig
-from tests.ldm.networks.test_unet import PLAIN, SMALL, close, context, random_unet
-
-SHAPES = {
-    "LDM": SMALL,
-    "SD2": replace(SMALL, use_linear_projection=True),
-    "deep transformers": replace(SMALL, transformer_layers=3, layers_per_block=2),
-    "attention on coarse levels": replace(
-        SMALL, block_out_channels=(32, 64, 96), attention_levels=(False, True, True), attention_heads=(8,)
-    ),
-    "no attention but in the middle": replace(SMALL, attention_levels=(False, False)),
-    "no context": replace(SMALL, cross_attention_dim=None),
-    "one level": replace(SMALL, block_out_channels=(32,), attention_levels=(True,), attention_heads=(4,)),
-    "vector and latents": replace(SMALL, vector_dim=6, in_channels=7),
-    "scale and shift": replace(SMALL, scale_shift=True, norm_eps=1e-3),
-    "plain": replace(PLAIN, resample="conv", scale_shift=False, layers_per_block=2, attention_heads=(2, 4)),
-    "plain, residual": replace(PLAIN, scale_shift=False, attention_levels=(True, True), attention_heads=(4, 8)),
-    "plain, residual, scale and shift": replace(PLAIN, norm_eps=1e-3, in_channels=7),
-    "plain in the middle": replace(PLAIN, attention_levels=(False, False), resample="conv"),
-    "plain, one level": replace(
-        PLAIN, block_out_channels=(32,), attention_levels=(True,), attention_heads=(4,), resample="conv"
-    ),
-}
+from tests.helpers.diffusers_unets import SHAPES, diffusers_unet, run_diffusers
+from tests.helpers.small_unets import PLAIN, SMALL, close, context, random_unet
 
 
 @pytest.fixture(params=SHAPES.values(), ids=SHAPES.keys())
@@ -38,7 +16,7 @@ def config(request) -> UNetConfig:
     return request.param
 
 
-def told_for(config: UNetConfig, masked: bool):
+def context_for(config: UNetConfig, masked: bool):
     told = context(width=config.cross_attention_dim)
     if config.vector_dim:
         told.vector = torch.randn(2, config.vector_dim)
@@ -55,7 +33,7 @@ def test_outputs_and_gradients_are_those_of_diffusers(config, dtype):
     ours = random_unet(config).train()
     theirs = diffusers_unet(ours).to(dtype)
     ours = ours.to(dtype)
-    told, timestep = told_for(config, masked=dtype == torch.float32), torch.tensor([3.0, 700.25])
+    told, timestep = context_for(config, masked=dtype == torch.float32), torch.tensor([3.0, 700.25])
     for name, value in vars(told).items():
         setattr(told, name, value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value)
     start = torch.linspace(-2, 2, 2 * 4 * 8 * 8, dtype=dtype).view(2, 4, 8, 8).sin()
@@ -97,7 +75,7 @@ def test_diffusers_opens_our_folder_and_we_open_theirs(config, tmp_path):
     assert back.config == config
     assert list(back.state_dict()) == list(ours.state_dict())
     assert all(torch.equal(value, back.state_dict()[name]) for name, value in ours.state_dict().items())
-    told, z_t = told_for(config, masked=False), torch.randn(2, 4, 8, 8)
+    told, z_t = context_for(config, masked=False), torch.randn(2, 4, 8, 8)
     with torch.no_grad():
         expected = ours(z_t, torch.zeros(2), told)
         assert torch.equal(back(z_t, torch.zeros(2), told), expected)

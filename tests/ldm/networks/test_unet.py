@@ -7,12 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ldm.networks.cached_unet import CachedUNet
 from ldm.networks.unet import UNet
 from ldm.networks.unet_config import UNetConfig
 from stipple_core.operators.sinusoids import sinusoids
-from ldm.networks.cached_unet import CachedUNet
-from ldm.networks.unet import UNet, UNetConfig
-from ldm.networks.unet_blocks import sinusoids
 from tests.helpers.published_unets import PUBLISHED
 from tests.helpers.small_unets import PLAIN, SMALL, close, context, random_unet
 
