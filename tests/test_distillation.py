@@ -11,8 +11,9 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+from many_processes import succeed
 from small_models import build_model, build_model_of
-from tiny_runs import differing, launch, metrics, run_here
+from tiny_runs import differing, metrics, run_here
 
 from conditioning import Unconditional
 from conditioning.building import ConditionerConfig
@@ -109,7 +110,7 @@ def test_low_rank_additions_that_were_distilled_say_how_they_are_sampled(teacher
 @pytest.mark.parametrize("case", list(CASES)[:2], indirect=True)
 def test_two_processes_learn_what_one_does_bit_for_bit(case, tmp_path):
     command, whole = case
-    launch(*command, f"run={tmp_path / 'run'}", processes=2)
+    succeed(*command, f"run={tmp_path / 'run'}", processes=2)
     assert differing(tmp_path / "run" / "model", whole / "model") == []
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from many_processes import succeed
 from PIL import Image
 from safetensors.torch import load_file
 from single_files import build_parts
-from tiny_runs import differing, files, launch, losses, metrics, run_here
+from tiny_runs import differing, files, losses, metrics, run_here
 
 from ldm import TextToImage
 from ldm.lora import DIFFUSERS_FILE, KOHYA_FILE, merge, read_lora
@@ -79,7 +80,7 @@ def test_a_stopped_run_goes_on_bit_for_bit_and_only_what_learns_is_saved(case, b
 def test_two_processes_learn_what_one_does(case, tmp_path):
     product, command, whole = case
     stop_after_one_step(command, tmp_path / "run")
-    launch(*command, f"run={tmp_path / 'run'}", processes=2)
+    succeed(*command, f"run={tmp_path / 'run'}", processes=2)
     assert differing(tmp_path / "run" / "state" / "step-0000004", whole / "state" / "step-0000004") == []
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import STAGE_2, differing, launch, metrics, run_here
+from many_processes import succeed
+from tiny_runs import STAGE_2, differing, metrics, run_here
 
 from autoencoder import Autoencoder, AutoencoderConfig
 from storage.checkpoint import load_state
@@ -62,6 +63,6 @@ def test_a_run_stopped_after_each_of_three_steps_learns_as_if_it_had_not_been(wh
 
 def test_two_processes_learn_what_one_with_two_micro_batches_does(whole, tmp_path):
     command, run = whole
-    launch(*command, f"run={tmp_path / 'run'}", processes=2)
+    succeed(*command, f"run={tmp_path / 'run'}", processes=2)
     assert [line["loss"] for line in metrics(tmp_path / "run")] == [line["loss"] for line in metrics(run)]
     assert differing(tmp_path / "run" / "state" / "step-0000008", run / "state" / "step-0000008") == []

@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_runs import STAGE_1, STAGE_2, differing, files, launch, metrics, run_here
+from many_processes import succeed
+from tiny_runs import STAGE_1, STAGE_2, differing, files, metrics, run_here
 
 from storage import checkpoint
 from training.metrics import Metrics
@@ -110,7 +111,7 @@ TWICE = [pytest.param(name, marks=[] if name == "stage 2" else pytest.mark.slow)
 def test_a_run_stopped_on_one_process_goes_on_with_two_bit_for_bit(case, tmp_path):
     command, whole = case
     stop_after_one_step(command, tmp_path / "run")
-    launch(*command, f"run={tmp_path / 'run'}", processes=2)
+    succeed(*command, f"run={tmp_path / 'run'}", processes=2)
     assert metrics(tmp_path / "run")[-1]["loss"] == metrics(whole)[-1]["loss"]
     assert differing(tmp_path / "run" / "state" / "step-0000008", whole / "state" / "step-0000008") == []
 

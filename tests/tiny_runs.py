@@ -21,8 +21,11 @@ SETTINGS = {  # one thread, for the order of every sum to be the same; nothing i
 
 
 def start(*command: str, processes: int = 0, **options) -> subprocess.Popen:
-    """A script of ours as a process; under `accelerate launch` where `processes` is not 0."""
-    launch = ["-m", "accelerate.commands.accelerate_cli", "launch"] if processes else []
+    """A script of ours as a process; under `accelerate launch` where `processes` is not 0.
+
+    By its other name, `accelerate-launch`, which needs 3 seconds less: the first imports all commands of accelerate.
+    """
+    launch = ["-m", "accelerate.commands.launch"] if processes else []
     if processes > 1:
         launch += ["--multi_gpu", "--num_processes", str(processes), "--main_process_port", "0"]
     return subprocess.Popen([sys.executable, *launch, *command], cwd=ROOT, env=os.environ | SETTINGS, **options)
