@@ -13,7 +13,10 @@ from conditioning.compvis import text_config, text_from_compvis, text_to_compvis
 from conditioning.ldm_bert import LdmBert, empty_ldm_bert, ldm_bert_config
 from storage.weights import misfits
 
-diffusers = pytest.importorskip("diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion")
+
+def diffusers():
+    """Where its class is; not imported before it is needed, for every process of the suite collects this file."""
+    return pytest.importorskip("diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion")
 
 
 def compvis_bert() -> dict[str, torch.Tensor]:
@@ -52,8 +55,8 @@ def tokenizer(tmp_path_factory) -> Path:
 def theirs():
     torch.manual_seed(0)
     sizes = dict(d_model=40, encoder_layers=3, encoder_ffn_dim=96, encoder_attention_heads=2, head_dim=16)
-    config = diffusers.LDMBertConfig(vocab_size=60, max_position_embeddings=24, **sizes)
-    model = diffusers.LDMBertModel(config).eval()
+    config = diffusers().LDMBertConfig(vocab_size=60, max_position_embeddings=24, **sizes)
+    model = diffusers().LDMBertModel(config).eval()
     for parameter in model.parameters():  # norms and biases too
         torch.nn.init.normal_(parameter, std=0.2)
     return model
@@ -94,7 +97,7 @@ def test_a_folder_of_diffusers_opens_and_what_we_save_opens_there(theirs, folder
     conditioner.save(folder / "ours")
     config = json.loads((folder / "ours/text_encoder/config.json").read_text())
     assert config["model_type"] == "ldmbert" and config["use_attention_mask"] is False
-    reopened = diffusers.LDMBertModel.from_pretrained(folder / "ours/text_encoder").eval()
+    reopened = diffusers().LDMBertModel.from_pretrained(folder / "ours/text_encoder").eval()
     assert all(torch.equal(w, reopened.state_dict()[name]) for name, w in theirs.state_dict().items())
     again = Conditioner.load(folder / "ours")
     assert torch.equal(again.encode(CAPTIONS).tokens, conditioner.encode(CAPTIONS).tokens)
@@ -113,7 +116,7 @@ def test_the_penultimate_layer_is_a_shorter_model(theirs, folder):
 def test_the_text_to_image_model_has_the_names_and_sizes_of_diffusers_at_full_size():
     ours = empty_ldm_bert(ldm_bert_config({"model_type": "ldmbert"}))
     with torch.device("meta"):
-        theirs = diffusers.LDMBertModel(diffusers.LDMBertConfig())
+        theirs = diffusers().LDMBertModel(diffusers().LDMBertConfig())
     assert not misfits(theirs.state_dict(), ours.state_dict())
     assert sum(weight.numel() for weight in ours.state_dict().values()) == 581_994_042
 
