@@ -18,7 +18,10 @@ from conditioning.formats.compvis_text import text_config, text_from_compvis, te
 from stipple_core.files.weights import misfits
 from tests.helpers.small_encoders import CAPTIONS, ldm_bert_shapes, save_bert
 
-diffusers = pytest.importorskip("diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion")
+
+def diffusers():
+    """Where its class is; not imported before it is needed, for every process of the suite collects this file."""
+    return pytest.importorskip("diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion")
 
 
 def compvis_bert() -> dict[str, torch.Tensor]:
@@ -57,8 +60,8 @@ def tokenizer(tmp_path_factory) -> Path:
 def diffusers_bert():
     torch.manual_seed(0)
     sizes = dict(d_model=40, encoder_layers=3, encoder_ffn_dim=96, encoder_attention_heads=2, head_dim=16)
-    config = diffusers.LDMBertConfig(vocab_size=60, max_position_embeddings=24, **sizes)
-    model = diffusers.LDMBertModel(config).eval()
+    config = diffusers().LDMBertConfig(vocab_size=60, max_position_embeddings=24, **sizes)
+    model = diffusers().LDMBertModel(config).eval()
     for parameter in model.parameters():  # including norms and biases
         torch.nn.init.normal_(parameter, std=0.2)
     return model
@@ -99,7 +102,7 @@ def test_folders_of_diffusers_open_and_saved_folders_open_in_diffusers(diffusers
     conditioner.save(folder / "saved")
     config = json.loads((folder / "saved/text_encoder/config.json").read_text())
     assert config["model_type"] == "ldmbert" and config["use_attention_mask"] is False
-    reopened = diffusers.LDMBertModel.from_pretrained(folder / "saved/text_encoder").eval()
+    reopened = diffusers().LDMBertModel.from_pretrained(folder / "saved/text_encoder").eval()
     assert all(torch.equal(w, reopened.state_dict()[name]) for name, w in diffusers_bert.state_dict().items())
     again = load_conditioner(folder / "saved")
     assert torch.equal(again.encode(CAPTIONS).tokens, conditioner.encode(CAPTIONS).tokens)
@@ -118,7 +121,7 @@ def test_the_penultimate_layer_is_a_shorter_model(diffusers_bert, folder):
 def test_the_text_to_image_model_has_the_names_and_sizes_of_diffusers_at_full_size():
     bert = empty_ldm_bert(ldm_bert_config({"model_type": "ldmbert"}))
     with torch.device("meta"):
-        diffusers_bert = diffusers.LDMBertModel(diffusers.LDMBertConfig())
+        diffusers_bert = diffusers().LDMBertModel(diffusers().LDMBertConfig())
     assert not misfits(diffusers_bert.state_dict(), bert.state_dict())
     assert sum(weight.numel() for weight in bert.state_dict().values()) == 581_994_042
 
