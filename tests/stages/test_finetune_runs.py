@@ -9,7 +9,6 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
-from single_files import build_parts
 
 from ldm import TextToImage
 from ldm.formats.lora import DIFFUSERS_FILE, KOHYA_FILE, merge, read_lora
