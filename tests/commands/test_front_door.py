@@ -84,7 +84,7 @@ def test_every_command_has_a_module_with_a_main():
     [
         (["drow"], "command 'drow' is unknown; did you mean draw?"),
         (["xyz"], "command 'xyz' is unknown; the commands are draw, img2img"),
-        (["train", "--confg", "emoji"], "unrecognized arguments: --confg emoji; did you mean --config?"),
+        (["train", "--confg", "emoji"], "unrecognized arguments: --confg; did you mean --config?"),
         (["train", "--config", "emojy"], "config file emojy does not exist; did you mean emoji?"),
         (["train", "--config", "emoji", "data.fold=x"], "unknown config key data.fold; did you mean data.folder?"),
         (["train", "--config", "emoji", "--processes", "2", "data.fold=x"], "did you mean data.folder?"),
