@@ -18,9 +18,10 @@ from tests.helpers.tiny_runs import ROOT, SETTINGS, STAGE_1, run_here
 
 LAUNCHER = """
 import os, sys
-from stipple.cli.process_group import run_processes
+from stipple.cli import process_group
+process_group.GRACE = 1
 environments = [os.environ | {"RANK": str(rank)} for rank in range(2)]
-sys.exit(run_processes([sys.executable, "-c", sys.argv[1]], environments))
+sys.exit(process_group.run_processes([sys.executable, "-c", sys.argv[1]], environments))
 """
 PROCESS = """
 import os, signal, sys, time
@@ -112,7 +113,7 @@ def test_a_killed_process_is_reported_and_the_others_end(group, tmp_path, monkey
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_reaches_every_process(group, tmp_path, number):
-    code = "signal.signal(%d, lambda *_: sys.exit(128 + %d)); started(); time.sleep(100)" % (number, number)
+    code = f"signal.signal({int(number)}, lambda *_: sys.exit({128 + number})); started(); time.sleep(100)"
     launcher, processes = group(code)
     started(tmp_path)
     launcher.send_signal(number)
@@ -162,7 +163,7 @@ def test_a_training_in_two_processes_saves_and_stops_when_asked(tmp_path, capsys
         *flags,
     ]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "preexec_fn": listen}
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | SETTINGS, **pipes)
+    process = subprocess.Popen([*command, "--processes", "2"], cwd=ROOT, env=os.environ | SETTINGS, **pipes)
     wait_for(lambda: (run / "metrics.jsonl").exists(), seconds=300)
     signal_run.main([str(run), "save"])
     wait_for(lambda: any((run / "state").glob("step-*/manifest.json")), seconds=60)

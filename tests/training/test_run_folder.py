@@ -53,7 +53,9 @@ def holder(tmp_path) -> int:
 
 
 def test_a_folder_that_is_held_is_refused_and_free_again_when_its_holder_is_killed(holder, tmp_path):
-    with pytest.raises(ValueError, match="run is in use by another run, process \\d+ on \\S+; wait for it or choose another folder$"):
+    with pytest.raises(
+        ValueError, match="run is in use by another run, process \\d+ on \\S+; wait for it or choose another folder$"
+    ):
         RunFolder(tmp_path / "run", 2).take()
     os.kill(holder, signal.SIGKILL)
     os.waitpid(holder, 0)

@@ -209,7 +209,9 @@ def test_a_run_killed_between_its_last_state_and_its_model_is_finished_on_restar
 
 def test_a_folder_in_use_is_refused_to_a_second_run(tmp_path):
     first = Run(tmp_path)
-    with pytest.raises(ValueError, match="is in use by another run, process \\d+ on \\S+; wait for it or choose another folder"):
+    with pytest.raises(
+        ValueError, match="is in use by another run, process \\d+ on \\S+; wait for it or choose another folder"
+    ):
         Run(tmp_path)
     assert first.train().trainer.step == 8
 
