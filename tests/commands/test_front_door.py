@@ -135,7 +135,19 @@ def test_an_installed_package_has_its_resources_inside(tmp_path, monkeypatch):
 
 
 def test_launch_flags_are_not_passed_to_the_processes():
-    words = ["--processes", "2", "--config", "a", "--config_file=b", "--config-file", "c", "x=--processes", "--compile"]
+    words = [
+        "--processes",
+        "2",
+        "--config",
+        "a",
+        "--config_file=b",
+        "--config-file",
+        "c",
+        "--machine_rank",
+        "1",
+        "x=--processes",
+        "--compile",
+    ]
     assert without_launch_flags(words) == ["--config", "a", "x=--processes", "--compile"]
 
 

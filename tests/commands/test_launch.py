@@ -215,6 +215,14 @@ def test_config_files_of_accelerate_are_read(name, monkeypatch):
     assert (settings.address == "192.0.2.1") == (machines == 2)
 
 
+def test_the_second_of_two_machines_has_the_later_ranks(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    settings = AccelerateSettings.read("two_nodes", 4, machine_rank=1, main_process_ip="10.0.0.1")
+    assert [environment["RANK"] for environment in settings.environments()] == ["2", "3"]
+    assert {environment["WORLD_SIZE"] for environment in settings.environments()} == {"4"}
+    assert {environment["MASTER_ADDR"] for environment in settings.environments()} == {"10.0.0.1"}
+
+
 def test_a_config_file_of_another_kind_is_refused(tmp_path):
     (tmp_path / "list.yaml").write_text("- 1\n")
     with pytest.raises(ValueError, match="is not one of accelerate"):
