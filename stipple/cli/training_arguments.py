@@ -78,7 +78,7 @@ def training_parser(name: str, launches: bool = False) -> Parser:
             help="a config file of accelerate, or one of configs/accelerate, such as fsdp",
         )  # fmt: skip
         group.add_argument(
-            "--machine_rank", "--machine-rank", metavar="N", help="several machines: the rank of this one"
+            "--machine_rank", "--machine-rank", type=int, metavar="N", help="several machines: the rank of this one"
         )
         group.add_argument(
             "--main_process_ip", "--main-process-ip", metavar="ADDRESS", help="several machines: that of rank 0"
