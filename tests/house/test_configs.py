@@ -341,7 +341,7 @@ def test_every_config_that_a_page_a_script_or_a_recipe_mentions_exists():
 
 def test_every_command_and_override_in_the_comments_of_recipes_is_valid():
     scripts = {"autoencoder": AutoencoderRunConfig, "ldm": LdmRunConfig}
-    commands = r"(?:\w+\.py|stipple [\w-]+)\s+--config (configs/(\w+)/\S+\.yaml)((?:\s+[a-z_.]+=\S+)*)"
+    commands = r"stipple [\w-]+\s+(?:--config_file \S+\s+)?--config (configs/(\w+)/\S+\.yaml)((?:\s+[a-z_.]+=\S+)*)"
     for path in [path for path in ALL if path.parent.name in scripts]:
         comments = " ".join(re.findall(r"#(.*)", path.read_text("utf-8"))).replace("\\", " ")
         for config, folder, overrides in re.findall(commands, comments):
