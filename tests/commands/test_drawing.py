@@ -1,4 +1,4 @@
-"""What the drawing commands share: one table of flags, fields of what they set, and --help at once."""
+"""What the drawing commands share: one table of flags, which set fields, and --help without torch."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ ROOT = Path(draw.__file__).parents[2]
 COMMANDS = {module.__name__.rpartition(".")[2]: module for module in (draw, img2img, inpaint, upscale, sample)}
 
 
-def test_every_flag_is_a_field_and_every_field_that_a_user_sets_is_a_flag():
+def test_flags_and_the_fields_that_users_set_are_the_same():
     assert {*PICTURE, *GIVEN} == {field.name for field in fields(Settings)} - {"prompt", "seed", "batch", "place"}
     assert set(MODEL) == {field.name for field in fields(Opening)}
     assert len({*PICTURE, *GIVEN, *MODEL, *RUN}) == sum(map(len, (PICTURE, GIVEN, MODEL, RUN)))
