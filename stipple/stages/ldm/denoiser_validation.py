@@ -42,7 +42,7 @@ class SamplesConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LdmValidationConfig:
-    """When and on what the validation loss is measured."""
+    """The schedule and the size of the validation on held-out images."""
 
     every: int = 1000  # optimizer steps; 0: never
     images: int = 64  # held-out images, at most
