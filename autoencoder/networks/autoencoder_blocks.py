@@ -1,7 +1,7 @@
 """The residual, attention and resampling blocks of the autoencoder (Esser et al. 2021, appendix A).
 
-A level holds its modules under the names that diffusers uses and tells by `layers()` in which order they run, so that
-the encoder and decoder can recompute each of them alone in the backward pass.
+The modules of a level have diffusers' names. `layers()` returns them in the order in which they run, so that encoder
+and decoder can recompute each of them separately in the backward pass, or run them in tiles.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class ResnetBlock(nn.Module):
 
 
 class SingleHeadAttention(nn.Module):
-    """Self-attention over all positions with a single head, and a residual around it."""
+    """Self-attention over all positions with a single head and a residual connection."""
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -54,7 +54,7 @@ class SingleHeadAttention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves the sides by a strided convolution, padded at the right and the bottom only."""
+    """Halves the sides by a strided convolution with padding only at the right and the bottom."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -65,7 +65,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles the sides by repeating pixels, then convolves."""
+    """Doubles the sides by nearest-neighbor interpolation and a convolution."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -76,7 +76,7 @@ class Upsample(nn.Module):
 
 
 class AutoencoderLevel(nn.Module):
-    """Residual blocks of one resolution, each followed by attention if asked for; a subclass adds the resampling."""
+    """Residual blocks of one resolution, each optionally followed by attention. Subclasses add the resampling."""
 
     def __init__(self, in_channels: int, out_channels: int, depth: int, attention: bool, groups: int):
         super().__init__()
@@ -87,7 +87,7 @@ class AutoencoderLevel(nn.Module):
         )
 
     def layers(self) -> Iterator[nn.Module]:
-        """The modules in the order in which they run."""
+        """Yield the modules in the order in which they run."""
         for i, resnet in enumerate(self.resnets):
             yield resnet
             if self.attentions:
@@ -95,7 +95,7 @@ class AutoencoderLevel(nn.Module):
 
 
 class EncoderLevel(AutoencoderLevel):
-    """A level of the encoder: `downsamplers` is empty in the last."""
+    """A level of the encoder. `downsamplers` is empty in the last level."""
 
     def __init__(self, in_channels: int, out_channels: int, depth: int, attention: bool, groups: int, resample: bool):
         super().__init__(in_channels, out_channels, depth, attention, groups)
@@ -107,7 +107,7 @@ class EncoderLevel(AutoencoderLevel):
 
 
 class DecoderLevel(AutoencoderLevel):
-    """A level of the decoder: `upsamplers` is empty in the last."""
+    """A level of the decoder. `upsamplers` is empty in the last level."""
 
     def __init__(self, in_channels: int, out_channels: int, depth: int, attention: bool, groups: int, resample: bool):
         super().__init__(in_channels, out_channels, depth, attention, groups)
@@ -119,7 +119,7 @@ class DecoderLevel(AutoencoderLevel):
 
 
 class MiddleLevel(nn.Module):
-    """Two residual blocks at the lowest resolution, with attention between them."""
+    """Two residual blocks at the lowest resolution, optionally with attention between them."""
 
     def __init__(self, channels: int, attention: bool, groups: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The encoder and the decoder (Rombach et al. 2022, section 3.1), before and after regularization."""
+"""The encoder and the decoder without regularization (Rombach et al. 2022, section 3.1)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stipple_core.operators.normalization import norm_silu
 
 
 def run_layers(levels: Iterable[nn.Module], x: Tensor, checkpointing: bool) -> Tensor:
-    """Run the layers of the levels in order; with `checkpointing`, keep only their inputs for the backward pass."""
+    """Run the layers of levels in order. With `checkpointing`, only their inputs are kept for the backward pass."""
     recompute = checkpointing and torch.is_grad_enabled()
     for level in levels:
         for layer in level.layers():
@@ -23,7 +23,7 @@ def run_layers(levels: Iterable[nn.Module], x: Tensor, checkpointing: bool) -> T
 
 
 class Encoder(nn.Module):
-    """Images [B, in_channels, H, W] to features [B, c, H/f, W/f]; 2c channels (moments) for a Gaussian posterior."""
+    """Maps images [B, in_channels, H, W] to features [B, c, H/f, W/f], or to moments [B, 2c, H/f, W/f] for KL."""
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
@@ -52,7 +52,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Features [B, c, H/f, W/f] to images [B, in_channels, H, W], unbounded."""
+    """Maps features [B, c, H/f, W/f] to images [B, in_channels, H, W], not clamped."""
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()

@@ -175,7 +175,7 @@ def load_classes(
         conditioner = ClassConditioner(table, null_class, trainable, names, encoded_as)
     except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(
-            f"{folder / 'config.json'} does not describe classes: {type(error).__name__} {error}"
+            f"{folder / 'config.json'} does not describe a table of classes: {type(error).__name__} {error}"
         ) from None
     weights = read_folder(folder, WEIGHTS, variant)
     place(conditioner, {name: w.to(dtype or torch.float32) for name, w in weights.items()}, folder)

@@ -2,7 +2,7 @@
 
 `HINTS[kind](config)` contains no network and can be pickled for the workers of a data loader. Its attributes are
 `channels` (the number of channels k), `needs_map` (training requires maps), `has_noise_level` (the last channel is a
-noise level), `reads` (fields of `Files` that a user may pass), and `factor` (sides of the picture / those of the image).
+noise level), `reads` (fields of `Files` that a user may pass) and `factor` (picture sides / image sides).
 
     hint(image, map, generator) -> [k, H, W]                       from a training image [3, H, W] and its map [1, H, W]
     hint.of_files(files, height, width, generator) -> [1, k, H, W]     from a user's files

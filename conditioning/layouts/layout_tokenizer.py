@@ -1,8 +1,8 @@
 """Layouts as prompts (Rombach et al. 2022, section 4.3.1): boxes with classes, in the format of LDM's layout model.
 
 An object is three ids: its class, and the grid cells that contain the top-left and bottom-right corners of its box.
-Empty places have the last id of the vocabulary. The two ids at the end are the box of the crop, which is always the whole
-picture. The encoder is trained together with the UNet: LDM's BERT, or the perceptron in `conditioning.encoders.boxes`.
+Empty places have the last id of the vocabulary. The two ids at the end are the box of the crop, which is always the
+whole picture. The encoder is trained together with the UNet: LDM's BERT, or `conditioning.encoders.boxes`.
 """
 
 from __future__ import annotations

@@ -150,8 +150,8 @@ def open_database(path: str, dim: int, count: int) -> Tensor:
     """
     if not path or not Path(path).is_file():
         raise FileNotFoundError(
-            f"retrieval.database {path!r} does not exist; make it with stipple embed --folder FOLDER, or change the path "
-            "in conditioner/config.json of the model folder"
+            f"retrieval.database {path!r} does not exist; make it with stipple embed --folder FOLDER, or change the "
+            "path in conditioner/config.json of the model folder"
         )
     points = read_weights(path).get(EMBEDDINGS)
     if points is None or points.ndim != 2 or points.shape[1] != dim or len(points) <= count:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from autoencoder import Autoencoder, ImageEmbeddings, Pixels
+from autoencoder import FirstStage
 from conditioning.interface.conditioner import Conditioner
 from ldm.formats.diffusers.network_kinds import Network
 from ldm.formats.diffusers.scheduler import Scheduling
@@ -24,7 +24,7 @@ class ModelParts:
         defaults: stored default settings of images by name; empty if the source stores none.
     """
 
-    autoencoder: Autoencoder | Pixels | ImageEmbeddings
+    autoencoder: FirstStage
     unet: Network
     conditioner: Conditioner
     scheduling: Scheduling
@@ -36,7 +36,7 @@ class ModelParts:
         return self.unet.config.in_channels - self.autoencoder.latent_channels
 
 
-def check_parts(autoencoder: Autoencoder | Pixels | ImageEmbeddings, unet: Network, conditioner: Conditioner) -> None:
+def check_parts(autoencoder: FirstStage, unet: Network, conditioner: Conditioner) -> None:
     """Raise ValueError if a UNet's inputs and outputs do not fit the autoencoder's latents and the conditioner."""
     channels, config = autoencoder.latent_channels, unet.config
     inputs = channels + conditioner.latent_channels

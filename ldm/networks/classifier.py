@@ -101,7 +101,7 @@ class Classifier(nn.Module):
             for index in range(len(level.resnets)):
                 x = level.layer(index, x, signal)
             for downsampler in level.downsamplers:
-                x = downsampler(x, signal)  # [B, C, h / 2, w / 2]
+                x = downsampler(x, signal.embedding)  # [B, C, h / 2, w / 2]
         for index in range(len(self.mid_block.resnets)):
             x = self.mid_block.layer(index, x, signal)
         return self.head(self.pool(norm_silu(self.norm_out, x)))  # [B, C, h, w] -> [B, classes]

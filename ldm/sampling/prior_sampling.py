@@ -48,7 +48,7 @@ def _best_embedding(prior: Model, picture: Settings) -> Tensor:
     points = []
     for batch in batches(planned, 1):
         *_, last = run(prior, batch, inputs_of(prior, batch))
-        points.append(prior.autoencoder.points(last.z))
+        points.append(prior.autoencoder.embeddings(last.z))
     points = torch.cat(points)  # [CANDIDATES, d]
     text = prior.conditioner.encode([picture.prompt]).vector  # [1, d]
     return points[(points @ text[0]).argmax()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 from typing import Any, NoReturn
 
 FIRST = "most used"  # the group that --help shows first
@@ -37,10 +38,12 @@ class Parser(argparse.ArgumentParser):
         group.add_argument("-h", "--help", action="help", help="show this and exit")
 
     def error(self, message: str) -> NoReturn:
-        """Raise ValueError with the message, and the nearest flag where a flag is unknown."""
+        """Raise ValueError with the message, and the nearest flag or value where one is unknown."""
         _, _, unknown = message.partition("unrecognized arguments: ")
-        flag = unknown.split(" ")[0].split("=")[0]
-        nearest = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.75)
+        word, valid = unknown.split(" ")[0].split("=")[0], list(self._option_string_actions)
+        if choice := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
+            word, valid = choice[1], choice[2].replace("'", "").split(", ")
+        nearest = difflib.get_close_matches(word, valid, n=1, cutoff=0.75)
         raise ValueError(f"{message}; did you mean {nearest[0]}?" if nearest else message)
 
 

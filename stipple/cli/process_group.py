@@ -33,7 +33,7 @@ class ErrorOutput:
 
     def __init__(self, target: BinaryIO):
         self.target, self.failed = target, None  # rank of the process that failed first
-        self._lock, self._shown = threading.Lock(), set()
+        self._lock, self._shown, self._within_line = threading.Lock(), set(), False
 
     def copy(self, source: BinaryIO, rank: int) -> None:
         """Copy until the end of a stream; unfinished lines at once, for progress bars."""
@@ -47,6 +47,12 @@ class ErrorOutput:
                 rest = b""
         self._write(rest, rank)
 
+    def report(self, text: str) -> None:
+        """Write a line of this process."""
+        with self._lock:
+            self.target.write(b"\n" * self._within_line + text.encode() + b"\n")
+            self.target.flush()
+
     def _write(self, line: bytes, rank: int) -> None:
         with self._lock:
             once = line.startswith(ONCE)
@@ -54,8 +60,10 @@ class ErrorOutput:
                 return
             if once:
                 self._shown.add(line)
-            self.target.write(line)
-            self.target.flush()
+            if line:
+                self.target.write(line)
+                self.target.flush()
+                self._within_line = not line.endswith(b"\n")
 
 
 def run_processes(command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> int:
@@ -155,10 +163,8 @@ def _report_signal(rank: int, status: int, output: ErrorOutput) -> None:
     if output.failed == rank:
         cause = ", often because memory ran out" if -status == signal.SIGKILL else ""
         name = signal.Signals(-status).name
-        print(
-            f"error: process {rank} was ended by {name}{cause}; the same command continues from the last checkpoint",
-            file=sys.stderr,
-        )
+        hint = "the same command continues from the last checkpoint"
+        output.report(f"error: process {rank} was ended by {name}{cause}; {hint}")
 
 
 def stop_with_launcher() -> None:

@@ -11,9 +11,13 @@ from collections.abc import Sequence
 
 from stipple.commands.drawing.drawing_command import DrawingCommand, draw
 
-COMMAND = DrawingCommand(about=__doc__, example='stipple draw "a red heart"')
+COMMAND = DrawingCommand(name="draw", about=__doc__, example='stipple draw "a red heart"')
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     draw(COMMAND, argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -25,9 +25,9 @@ from stipple.stages.data.run_data import RunData
 from stipple.stages.ldm.batch_encoder import BatchEncoder
 from stipple.stages.ldm.denoiser_validation import SamplePrompts, draw_samples, update_density, validate
 from stipple.stages.ldm.diffusion_batch import DiffusionBatch
-from stipple.stages.ldm.next_command import drawing_command, sampling_flags
 from stipple.stages.ldm.ldm_run import LdmRunConfig, config_from_init, open_init
 from stipple.stages.ldm.ldm_training import LdmTraining
+from stipple.stages.ldm.next_command import drawing_command, sampling_flags
 from stipple.stages.ldm.objectives import make_objective
 from stipple.stages.ldm.prepare_run import prepare_run
 from stipple.stages.ldm.run_cache import open_cache

@@ -1,4 +1,4 @@
-"""Captioned images for training: a sample is a function of (seed, epoch, index), whoever asks for it, and wherever."""
+"""The dataset of captioned images: a sample depends only on (seed, epoch, index), in any process and any worker."""
 
 from __future__ import annotations
 
@@ -27,35 +27,35 @@ class ImageSample:
 
     image: torch.Tensor  # [3, H, W] in [-1, 1]
     caption: str
-    index: int  # of the record that was asked for
-    hint: torch.Tensor | None = None  # [k, H, W], what a denoiser is shown of it; None: nothing
-    frame: torch.Tensor | None = None  # [6] pixels, see `Crop.frame`
-    name: str = ""  # of the record that is seen, which may stand in for the one that was asked for
+    index: int  # of the requested record
+    hint: torch.Tensor | None = None  # [k, H, W], input of a spatially conditioned denoiser; None: there is none
+    frame: torch.Tensor | None = None  # [6] in pixels, see `Crop.frame`
+    name: str = ""  # of the record that is used, which may replace the requested one
 
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """A record's picture as it is trained on."""
+    """The image of a record, cropped for training."""
 
     image: torch.Tensor  # [3, H, W] in [-1, 1]
-    map: torch.Tensor | None  # [1, H, W], its own values; None: the data have no maps
-    frame: tuple[float, ...]  # six numbers, see `Crop.frame`
+    map: torch.Tensor | None  # [1, H, W], with values not interpolated; None: the data have no maps
+    frame: tuple[float, ...]  # 6 numbers in pixels, see `Crop.frame`
     name: str  # of the record
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Captioned images of one micro-batch."""
+    """The captioned images of one micro-batch."""
 
     images: torch.Tensor  # [B, 3, H, W] in [-1, 1]
     captions: list[str]
     indices: torch.Tensor  # [B] int64
     hints: torch.Tensor | None = None  # [B, k, H, W]
-    frames: torch.Tensor | None = None  # [B, 6] pixels
-    names: tuple[str, ...] = ()  # of the B records that are seen
+    frames: torch.Tensor | None = None  # [B, 6] in pixels
+    names: tuple[str, ...] = ()  # of the B records that are used
 
     def pin_memory(self) -> Batch:
-        """Called by the loader, so that the copy to a GPU does not wait."""
+        """Move the tensors to pinned memory; called by the loader for asynchronous copies to a GPU."""
         hints = None if self.hints is None else self.hints.pin_memory()
         return dataclasses.replace(self, images=self.images.pin_memory(), hints=hints)
 
@@ -64,23 +64,23 @@ Hint = Callable[[torch.Tensor, torch.Tensor | None, torch.Generator], torch.Tens
 
 
 def draw_from_nested(nested: Sequence[Sequence[Any]], generator: torch.Generator) -> Any:
-    """First one of the inner sequences, then one of its elements, each uniformly."""
+    """Draw one of the inner sequences, then one of its elements, each uniformly."""
     inner = nested[torch.randint(len(nested), (), generator=generator).item()]
     return inner[torch.randint(len(inner), (), generator=generator).item()]
 
 
 def draw_caption(record: Record, generator: torch.Generator) -> str:
-    """A template first, then one of its expansions: a column with 20 keywords weighs no more than one with 2."""
+    """Draw a template, then one of its captions: a column with 20 keywords has the same weight as one with 2."""
     return draw_from_nested(record.captions, generator)
 
 
 def draw_flip(seed: int, epoch: int, index: int) -> bool:
-    """Whether this sample is mirrored in this epoch, where mirroring is on."""
+    """Draw whether a sample is mirrored in an epoch, if mirroring is enabled."""
     return torch.rand((), generator=generator(seed, "flip", epoch, index)).item() < 0.5
 
 
 def replacements(seed: int, epoch: int, index: int, size: int) -> Iterator[int]:
-    """The record itself, then 100 others that stand in for it, in turn, where it proves unusable."""
+    """Yield the record's index, then those of 100 randomly drawn replacements, in case records are unusable."""
     yield index
     draws = generator(seed, "replacement", epoch, index)
     for _ in range(100):
@@ -88,26 +88,29 @@ def replacements(seed: int, epoch: int, index: int, size: int) -> Iterator[int]:
 
 
 class TooManyBad(ValueError):
-    """More pictures can't be decoded than `data.max_bad_fraction` allows."""
+    """More images can't be decoded than `data.max_bad_fraction` allows."""
 
 
 class ImageDataset(Dataset):
-    """Records decoded on demand: `dataset[epoch, index]` is a Sample, square or of the shape of its record's bucket.
+    """Captioned images, decoded on demand: `dataset[epoch, index]` is an ImageSample.
 
-    A file that can't be decoded is replaced by another record, drawn by the same address; it is kept in `.skipped`
-    (once) and appended to the JSON-lines file `on_skip`, if that path is given. Raises TooManyBad when more than
-    `max_bad_fraction` fail, OSError where the system does.
+    Images are square, or have the shape of their record's bucket. A record that can't be decoded is replaced by another
+    one, drawn from the same address. It is added to `.skipped` and to the file `on_skip`.
 
     Args:
-        records: what there is to learn from.
-        config: of the data.
-        seed: the run's.
-        on_skip: the file of skips that all processes and workers append to.
-        buckets: of the records; None: all are square.
-        hint: makes what a denoiser is shown of a picture, [k, H, W], of the image [3, H, W], its map [1, H, W] (None
-            without maps) and a generator; picklable. None: nothing is shown.
-        entries: of how many `max_bad_fraction` is the share that `on_skip` may name: records of both splits, and what
-            was skipped before. None: the share of `records` that this object itself met.
+        records: the records.
+        config: the data section of the config.
+        seed: the run's seed.
+        on_skip: a JSON-lines file to which all processes and workers append skipped entries. None: no file.
+        buckets: the buckets of the records. None: all images are square.
+        entries: the total number of entries of which `max_bad_fraction` may be in `on_skip`: the records of both
+            splits, and what was skipped before. None: only skipped records of this object count, relative to `records`.
+        hint: computes `ImageSample.hint` from the image [3, H, W], its map [1, H, W] (None without maps) and a
+            generator; it must be picklable. None: no hint.
+
+    Raises:
+        TooManyBad: on indexing, if more than `max_bad_fraction` can't be decoded.
+        OSError: on indexing, if the system fails.
     """
 
     def __init__(
@@ -133,20 +136,20 @@ class ImageDataset(Dataset):
         flip = self.config.flip and draw_flip(self.seed, epoch, index)
         for candidate in replacements(self.seed, epoch, index, len(self.records)):
             crop = generator(self.seed, "crop", epoch, index) if self.config.crop == "random" else None
-            view = self.view(candidate, flip, crop, self.shape(index))  # a batch is of one shape, whoever stands in
+            view = self.view(candidate, flip, crop, self.shape(index))  # a replacement has the shape of its batch
             if view is not None:
                 caption = draw_caption(self.records[candidate], generator(self.seed, "caption", epoch, index))
                 return self.sample(view, caption, index, generator(self.seed, "hint", epoch, index))
-        raise TooManyBad(f"101 records in turn can't be decoded; the last is {self.records[candidate].path}")
+        raise TooManyBad(f"101 records in a row can't be decoded; the last is {self.records[candidate].path}")
 
     def held_out(self, index: int) -> ImageSample | None:
-        """A record with its first caption, always the same; None if it can't be decoded."""
+        """Return a record with its first caption and no random crop or flip; None if it can't be decoded."""
         view = self.view(index)
         caption = self.records[index].captions[0][0]
         return view and self.sample(view, caption, index, generator(self.seed, "held-out hint", index))
 
     def sample(self, view: View, caption: str, index: int, draws: torch.Generator) -> ImageSample:
-        """What training needs of a view; `draws` is for what it shows of it."""
+        """Combine a view and a caption to a sample; `draws` is the generator for its hint."""
         hint = None if self.hint is None else self.hint(view.image, view.map, draws)
         return ImageSample(view.image, caption, index, hint, torch.tensor(view.frame, dtype=torch.float32), view.name)
 
@@ -162,7 +165,7 @@ class ImageDataset(Dataset):
         crop: torch.Generator | None = None,
         shape: tuple[int, int] | None = None,
     ) -> torch.Tensor | None:
-        """A record's image [3, H, W], or None if it can't be decoded; the arguments are those of `view`."""
+        """Return a record's image [3, H, W], or None if it can't be decoded. Arguments as in `view`."""
         view = self.view(index, flip, crop, shape)
         return view and view.image
 
@@ -173,13 +176,13 @@ class ImageDataset(Dataset):
         crop: torch.Generator | None = None,
         shape: tuple[int, int] | None = None,
     ) -> View | None:
-        """A record's picture, or None if it can't be decoded.
+        """Return the cropped image of a record, or None if it can't be decoded.
 
         Args:
             index: of the record.
-            flip: mirror it.
-            crop: draws the place of a random crop.
-            shape: width and height, if not its own.
+            flip: whether to mirror the image.
+            crop: the generator of a random crop. None: center crop.
+            shape: width and height. None: the shape of the record's bucket.
         """
         if index in self.skipped:
             return None
@@ -187,20 +190,20 @@ class ImageDataset(Dataset):
         try:
             with record.named():
                 image = load_image(record.open(), self.background)
-                map_of_it = None if maps is None else load_map(map_path(maps, record.name))
+                map_image = None if maps is None else load_map(map_path(maps, record.name))
         except UnusableImage as error:
             self._skip(index, str(error))
             return None
         place = "random" if crop is not None else "center"
-        cutout = Crop.covering(image.size, shape or self.shape(index), place, flip, crop)
-        seen_map = None if map_of_it is None else cutout.map(map_of_it)
-        return View(cutout.image(image), seen_map, cutout.frame, record.name)
+        cropping = Crop.covering(image.size, shape or self.shape(index), place, flip, crop)
+        cropped_map = None if map_image is None else cropping.map(map_image)
+        return View(cropping.image(image), cropped_map, cropping.frame, record.name)
 
     def _skip(self, index: int, reason: str) -> None:
         self.skipped[index] = Skip(self.records[index].name, reason)
         bad, among = len(self.skipped), len(self.records)
         if self.log is not None:
-            logged = self.log.append(self.skipped[index])  # by all processes
+            logged = self.log.append(self.skipped[index])  # entries of all processes
             bad, among = (logged, self.entries) if self.entries is not None else (bad, among)
         if bad > self.config.max_bad_fraction * among:
             raise TooManyBad(
@@ -210,8 +213,8 @@ class ImageDataset(Dataset):
 
 
 def collate(samples: Sequence[ImageSample]) -> Batch:
-    """Samples as a Batch."""
-    # numpy: torch would split the copy over threads, 60 ms where other processes keep the cores busy
+    """Combine samples to a batch."""
+    # numpy: torch copies with several threads, which took 60 ms on a machine with busy cores
     images = torch.from_numpy(np.stack([sample.image.numpy() for sample in samples]))  # [B, 3, H, W]
     hints = None if samples[0].hint is None else torch.stack([sample.hint for sample in samples])  # [B, k, H, W]
     frames = None if samples[0].frame is None else torch.stack([sample.frame for sample in samples])  # [B, 6]

@@ -14,7 +14,7 @@ import stipple.commands.inpaint as inpaint
 import stipple.commands.sample as sample
 import stipple.commands.upscale as upscale
 from ldm.sampling.settings import Settings
-from stipple.commands.drawing.flags import GIVEN, MODEL, PICTURE, RUN
+from stipple.commands.drawing.flags import INPUTS, MODEL, PICTURE, RUN
 from stipple.commands.drawing.open_model import Opening
 
 ROOT = Path(draw.__file__).parents[2]
@@ -22,16 +22,16 @@ COMMANDS = {module.__name__.rpartition(".")[2]: module for module in (draw, img2
 
 
 def test_flags_and_the_fields_that_users_set_are_the_same():
-    assert {*PICTURE, *GIVEN} == {field.name for field in fields(Settings)} - {"prompt", "seed", "batch", "place"}
+    assert {*PICTURE, *INPUTS} == {field.name for field in fields(Settings)} - {"prompt", "seed", "batch", "place"}
     assert set(MODEL) == {field.name for field in fields(Opening)}
-    assert len({*PICTURE, *GIVEN, *MODEL, *RUN}) == sum(map(len, (PICTURE, GIVEN, MODEL, RUN)))
+    assert len({*PICTURE, *INPUTS, *MODEL, *RUN}) == sum(map(len, (PICTURE, INPUTS, MODEL, RUN)))
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_all_commands_have_the_same_flags(name):
     command = COMMANDS[name].COMMAND
-    flags = {word for action in drawing.parser(command)._actions for word in action.option_strings}
-    plain = {word for action in drawing.parser(draw.COMMAND)._actions for word in action.option_strings}
+    flags = {word for action in drawing.make_parser(command)._actions for word in action.option_strings}
+    plain = {word for action in drawing.make_parser(draw.COMMAND)._actions for word in action.option_strings}
     assert flags == plain | set(command.spellings)
 
 

@@ -1,13 +1,11 @@
 """Changing a picture: by how much, in how many steps, in which sizes, and what is refused."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from PIL import Image
 
+import stipple.commands.draw as draw
 import stipple.commands.img2img as img2img
-import txt2img
 from ldm import TextToImage
 from stipple_core.resources import resource
 from tests.helpers.drawn import build, folder_of, photo, pixels, record, refused, run
@@ -75,7 +73,7 @@ def test_the_command_records_image_and_strength_and_redraws_from_them(checkpoint
     (made,) = record(path)["pictures"]
     assert (made["image"], made["strength"], made["prompt"]) == (str(tmp_path / "photo.png"), 0.75, "a heart")
     assert "Denoising strength: 0.75" in Image.open(path).text["parameters"]
-    for main in (img2img.main, txt2img.main):
+    for main in (img2img.main, draw.main):
         (again,) = run(main, capsys, tmp_path / "out", "--like", path)
         assert again.read_bytes() == path.read_bytes()
     (other,) = run(img2img.main, capsys, tmp_path / "out", "--like", path, "--strength", 0.25)

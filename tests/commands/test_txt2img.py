@@ -1,4 +1,4 @@
-"""`stipple draw` and draw.py: what they write, what they refuse, how they end."""
+"""`stipple draw` and txt2img.py: what they write, what they refuse, how they end."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-import txt2img
+import stipple.commands.draw as draw
 from ldm import TextToImage
 from ldm.formats.single_file import save_single_file
 from ldm.guidance.registry import GUIDANCES
@@ -23,11 +23,12 @@ from ldm.samplers.registry import SAMPLERS
 from ldm.samplers.spacing import SPACINGS
 from ldm.sampling.settings import Settings
 from stipple.commands.drawing import open_model as opening
+from stipple.commands.drawing.choices import RECOMMENDED
 from stipple_core.images.drawn_pictures import RECORD, a1111_parameters, encode_png, read_record, write_numbered
 from tests.helpers.single_files import build_parts, write_yaml
 from tests.helpers.small_models import SIDE, build_model
 
-SCRIPT = Path(draw.__file__)
+SCRIPT = Path(__file__).parents[2] / "txt2img.py"
 
 
 @pytest.fixture(scope="module")
@@ -182,10 +183,24 @@ def test_null_in_a_prompt_file_leaves_a_setting_to_the_model(run, tmp_path):
 
 
 @pytest.mark.parametrize("flag", ["sampler", "guidance-method", "spacing"])
-def test_help_lists_what_there_is_without_a_prompt(run, flag, capsys):
+def test_help_recommends_three_choices_and_marks_the_default(run, flag, capsys):
     draw.main([f"--{flag}", "help"])
     names = {"sampler": SAMPLERS, "guidance-method": GUIDANCES, "spacing": SPACINGS}[flag]
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(names)
+    first, *lines, last = capsys.readouterr().out.splitlines()
+    choices = [line.split()[0].removesuffix("*") for line in lines if line.startswith("  ") and line[2] != " "]
+    assert sorted(choices) == sorted(names)
+    recommended = list(RECOMMENDED[flag.replace("-", "_")])
+    assert (first, choices[:3]) == ("recommended:", recommended)
+    default = {"sampler": "unipc", "guidance-method": "classifier_free", "spacing": "ays"}[flag]
+    assert [line.split()[0] for line in lines if "*" in line.split()[0]] == [f"{default}*"]
+    assert last == "* the default of the model that comes with Stipple"
+
+
+def test_help_marks_the_default_of_the_checkpoint(checkpoint, capsys):
+    draw.main(["--sampler", "help", "--checkpoint", str(checkpoint)])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if line.startswith("  dpmpp_2m*")] == ["dpmpp_2m*"]
+    assert lines[-1] == f"* the default of {checkpoint}"
 
 
 def test_a_prompt_may_begin_with_a_dash_after_two_dashes(run):
@@ -364,16 +379,15 @@ def test_half_precision_on_a_cpu_warns_and_works(run, checkpoint, tmp_path, caps
     assert read_record(tmp_path / "00000.png")["precision"] == "bf16"
 
 
-def test_sampler_help_lists_the_samplers(capsys):
+def test_sampler_help_describes_each_sampler(capsys):
     draw.main(["--sampler", "help"])
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == list(SAMPLERS)
-    assert "order 2  either by churn 2 S - 1 calls  linspace  Heun's rule" in lines[list(SAMPLERS).index("heun")]
+    (heun,) = (line for line in capsys.readouterr().out.splitlines() if line.split()[0] == "heun")
+    assert "order 2  either by churn 2 S - 1 calls  linspace  Heun's rule" in heun
 
 
 def test_the_default_checkpoint_comes_with_the_package(checkpoint, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(opening, "HERE", checkpoint.parent)
+    monkeypatch.setattr("stipple_core.resources.PACKAGES", checkpoint.parent)
     monkeypatch.setattr(opening, "CHECKPOINT", "small")
     draw.main(["a heart", "--steps=1"])
     assert capsys.readouterr().out == "outputs/00000.png\n"
@@ -493,7 +507,7 @@ def test_too_little_memory_ends_in_one_line(run, monkeypatch, capsys):
 
 
 def test_help_takes_less_than_a_second_and_imports_no_torch(tmp_path):
-    code = "import sys, txt2img\ntry: draw.main(['--help'])\nfinally: print('torch' in sys.modules, file=sys.stderr)"
+    code = "import sys, txt2img\ntry: txt2img.main(['--help'])\nfinally: print('torch' in sys.modules, file=sys.stderr)"
     started = time.process_time()
     done = subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "False\n")
@@ -521,7 +535,7 @@ def test_ctrl_c_keeps_what_is_finished_and_exits_with_130(checkpoint, tmp_path):
 def test_drawing_imports_no_heavy_library_besides_torch(checkpoint, tmp_path):
     code = (
         "import sys, txt2img\n"
-        f"draw.main(['a heart', '--steps=1', '--checkpoint={checkpoint}', '--outdir={tmp_path}'])\n"
+        f"txt2img.main(['a heart', '--steps=1', '--checkpoint={checkpoint}', '--outdir={tmp_path}'])\n"
         "print(*sorted({'transformers', 'open_clip', 'accelerate', 'torchvision', 'torch._dynamo', 'omegaconf'}"
         " & set(sys.modules)))"
     )

@@ -1,4 +1,4 @@
-"""What a run does before its first step, and after a fault beside its steps: its folder is held, networks learn on."""
+"""The run folder is locked during the data check, and networks stay in training mode after an error."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from stipple_core.data.records.records import Record, RecordList, Records
 from stipple_core.data.verify import Inspection
 
 
-def test_no_other_run_verifies_into_the_same_folder_meanwhile_and_nothing_is_left_of_it(tmp_path, monkeypatch):
-    run, said = tmp_path / "run", []
+def test_the_run_folder_is_locked_during_the_data_check(tmp_path, monkeypatch):
+    run, messages = tmp_path / "run", []
     trainer, other = (Trainer(TrainerConfig(), run, {}) for _ in range(2))
     records = Records(RecordList([Record("a.png", "a.png", (), 1)]), RecordList([]), [])
     config = DataConfig(folder=str(tmp_path))
@@ -26,15 +26,15 @@ def test_no_other_run_verifies_into_the_same_folder_meanwhile_and_nothing_is_lef
     def inspect(part, memory, share):
         with pytest.raises(ValueError, match="in use by another run") as refused:
             DataCheck.of(records, config, other)
-        said.append(str(refused.value))
+        messages.append(str(refused.value))
         return [Inspection(8, 8) for _ in part]
 
     monkeypatch.setattr(stipple.stages.data.data_check, "inspect", inspect)
     DataCheck.of(records, config, trainer)
-    assert len(said) == 2 and os.listdir(tmp_path) == []
+    assert len(messages) == 2 and os.listdir(tmp_path) == []
 
 
-def test_networks_train_on_after_a_fault_while_they_had_their_averages(tmp_path):
+def test_networks_stay_in_training_mode_after_an_error_with_their_averages(tmp_path):
     class Broken:
         def whole(self, module: nn.Module, saved: bool) -> nn.Module:
             return module
@@ -42,6 +42,6 @@ def test_networks_train_on_after_a_fault_while_they_had_their_averages(tmp_path)
     unet = nn.Linear(1, 1)
     parts = {"model": None, "network": unet, "text_network": unet, "averages": [], "optimizer": None}
     learner = LdmTraining(trainer=Broken(), modules=[unet], **parts)
-    with pytest.raises(AttributeError), learner.averaged():  # there is no model to make whole
+    with pytest.raises(AttributeError), learner.averaged():  # there is no model
         pass
     assert unet.training

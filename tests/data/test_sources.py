@@ -1,4 +1,4 @@
-"""One order for all sources: folder, tar, parquet and dataset give the same batches, however the work is split."""
+"""All sources (folder, tar, parquet and dataset) give the same batches, for any number of processes and workers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from stipple_core.data.order import Order
 from stipple_core.data.records.data_config import DataConfig
 from stipple_core.data.records.records import Record, RecordList, fingerprint
 from stipple_core.data.sources.scan import scan
-from tests.data.test_tar import make_tar, picture
+from tests.helpers.data_sources import make_tar, png_image
 
 COUNT = 37
 SOURCES = ("folder", "tar", "parquet", "dataset", "pipe")
@@ -26,19 +26,19 @@ SOURCES = ("folder", "tar", "parquet", "dataset", "pipe")
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> dict[str, DataConfig]:
-    """The same pictures and rows in every kind of source; two shards, or parquet files."""
+    """Configs of the same images and rows in each kind of source, with two shards or parquet files."""
     place = tmp_path_factory.mktemp("sources")
     rows = [{"text": f"t{i}", "words": [f"{i}a", f"{i}b"]} for i in range(COUNT)]
     (place / "folder").mkdir()
     for i in range(COUNT):
-        (place / "folder" / f"{i:03d}.png").write_bytes(picture(i))
+        (place / "folder" / f"{i:03d}.png").write_bytes(png_image(i))
     lines = [json.dumps({"file_name": f"{i:03d}.png", **row}) for i, row in enumerate(rows)]
     (place / "folder" / "metadata.jsonl").write_text("\n".join(lines))
     for shard, part in enumerate((range(20), range(20, COUNT))):
-        members = [(f"{i:03d}.png", picture(i)) for i in reversed(part)]
+        members = [(f"{i:03d}.png", png_image(i)) for i in reversed(part)]
         members += [(f"{i:03d}.json", json.dumps(rows[i]).encode()) for i in part]
         (place / f"{shard}.tar").write_bytes(make_tar(members))
-    given = {
+    places = {
         "folder": {"folder": str(place / "folder")},
         "tar": {"shards": str(place / "{0..1}.tar")},
         "pipe": {"shards": f"pipe:cat {place}/{{0..1}}.tar"},
@@ -50,17 +50,17 @@ def sources(tmp_path_factory) -> dict[str, DataConfig]:
     except ImportError:
         pass
     else:
-        table = [{"picture": picture(i), **row} for i, row in enumerate(rows)]
+        table = [{"picture": png_image(i), **row} for i, row in enumerate(rows)]
         for file, part in enumerate((table[:20], table[20:])):
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist(part), place / f"{file}.parquet")
         datasets.Dataset.from_list(table).save_to_disk(str(place / "saved"))
-        given |= {"parquet": {"shards": str(place / "*.parquet")}, "dataset": {"dataset": str(place / "saved")}}
+        places |= {"parquet": {"shards": str(place / "*.parquet")}, "dataset": {"dataset": str(place / "saved")}}
     options = {"image_size": 8, "validation": 0.0, "captions": ["{text}", "{words}"], "flip": True, "crop": "random"}
-    return {kind: DataConfig(**options, **where, index=str(place / "index")) for kind, where in given.items()}
+    return {kind: DataConfig(**options, **where, index=str(place / "index")) for kind, where in places.items()}
 
 
 def stream(config: DataConfig, world: int, workers: int, start: int = 0) -> tuple[torch.Tensor, list[str], list[int]]:
-    """Images, captions and indices of the steps from `start` to 8 of batch 12, as all processes together see them."""
+    """Images, captions and indices of steps `start` to 8 with batches of 12, of all processes together."""
     records = scan(config).train
     batches = []
     for rank in range(world):
@@ -72,7 +72,7 @@ def stream(config: DataConfig, world: int, workers: int, start: int = 0) -> tupl
 
 
 @pytest.mark.parametrize("kind", SOURCES)
-def test_all_sources_and_splits_give_the_same_batches_from_any_step(sources, kind):
+def test_all_sources_and_numbers_of_processes_give_the_same_batches_from_any_step(sources, kind):
     if kind not in sources:
         pytest.skip("needs the extra datasets")
     images, captions, indices = stream(sources["folder"], 1, 0)
@@ -83,7 +83,7 @@ def test_all_sources_and_splits_give_the_same_batches_from_any_step(sources, kin
     assert sorted(indices[:COUNT]) == list(range(COUNT))
 
 
-def test_spawned_workers_open_shards_for_themselves(sources):
+def test_spawned_workers_open_shards_themselves(sources):
     config = sources["tar"]
     records = scan(config).train
     dataset, order = ImageDataset(records, config, seed=5), Order(len(records), 12, 12, seed=5, steps=2)
@@ -94,28 +94,28 @@ def test_spawned_workers_open_shards_for_themselves(sources):
     assert torch.equal(images, stream(config, 1, 0)[0][:24])
 
 
-def test_the_share_held_out_is_the_same_each_time_and_grows_with_its_fraction(sources):
+def test_a_larger_validation_split_contains_the_smaller_one(sources):
     for kind, config in sources.items():
         few = {r.name for r in scan(dataclasses.replace(config, validation=0.2)).validation}
         more = {r.name for r in scan(dataclasses.replace(config, validation=0.4)).validation}
         assert few and few < more, kind
 
 
-def test_exactly_one_source_is_given():
-    with pytest.raises(ValueError, match=r"data.folder and data.shards are both given; .*data.folder=null"):
+def test_exactly_one_source_must_be_set():
+    with pytest.raises(ValueError, match=r"data.folder and data.shards are both set; .*data.folder=null"):
         DataConfig(folder="x", shards=["y"])
-    with pytest.raises(ValueError, match="data.folder has no value; .* or give data.shards or data.dataset"):
+    with pytest.raises(ValueError, match="data.folder has no value; .* or use data.shards or data.dataset"):
         DataConfig()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """The part of a run's config that says where data are."""
+    """A config with a data section."""
 
     data: DataConfig
 
 
-def test_what_a_run_says_of_its_data_leads_the_next_script_to_the_same():
+def test_overrides_reproduce_the_data_source():
     for options in (
         {"folder": "a b"},
         {"shards": "x/{00..10}.tar", "index": "elsewhere"},
@@ -126,7 +126,7 @@ def test_what_a_run_says_of_its_data_leads_the_next_script_to_the_same():
         assert load_config(Run, None, config.overrides).data == config
 
 
-def test_a_record_list_is_its_records(sources):
+def test_a_record_list_equals_the_list_of_its_records(sources):
     plain = [
         Record("/data/a/b.png", "a/b.png", (("x", "y"), ("ü\U0001f34b",)), 3),
         Record("/elsewhere", "c.png", ((),), 2**40),

@@ -16,7 +16,7 @@ import yaml
 from torch import Tensor, nn
 
 from stipple.training.optimization.ema import Ema, EmaConfig
-from stipple.training.optimization.optimizer import OptimizerConfig
+from stipple.training.optimization.update_rules import OptimizerConfig
 from stipple.training.trainer import Trainer
 from stipple.training.trainer_config import TrainerConfig
 

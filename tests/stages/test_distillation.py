@@ -25,8 +25,9 @@ from stipple.stages.ldm.ldm_run import DiffusionConfig, LdmRunConfig, config_fro
 from stipple_core.config import load_config
 from stipple_core.data.records.data_config import DataConfig
 from stipple_core.images.drawn_pictures import read_record
+from tests.helpers.many_processes import succeed
 from tests.helpers.small_models import build_model, build_model_of
-from tests.helpers.tiny_runs import differing, launch, metrics, run_here
+from tests.helpers.tiny_runs import differing, metrics, run_here
 
 pytestmark = pytest.mark.usefixtures("settings_of_runs")
 SHORT = [
@@ -114,7 +115,7 @@ def test_the_command_for_distilled_lora_layers_has_their_sampling_settings(teach
 @pytest.mark.parametrize("case", list(CASES)[:2], indirect=True)
 def test_two_processes_train_the_same_student_as_one_bit_for_bit(case, tmp_path):
     command, whole = case
-    launch(*command, f"run={tmp_path / 'run'}", processes=2)
+    succeed(*command, f"run={tmp_path / 'run'}", processes=2)
     assert differing(tmp_path / "run" / "model", whole / "model") == []
 
 

@@ -16,8 +16,9 @@ from ldm.formats.model_folder import save_model
 from ldm.formats.opening import open_model
 from stipple_core.files.training_state import open_state
 from stipple_core.images.drawn_pictures import read_record
+from tests.helpers.many_processes import succeed
 from tests.helpers.single_files import build_parts
-from tests.helpers.tiny_runs import differing, files, launch, losses, metrics, run_here
+from tests.helpers.tiny_runs import differing, files, losses, metrics, run_here
 
 SETTINGS = [
     *("data.folder=tests/pictures", "data.validation=0", "trainer.steps=4", "trainer.batch_size=4", "trainer.keep=9"),
@@ -80,7 +81,7 @@ def test_a_run_is_resumed_bit_for_bit_and_saves_only_what_is_trained(case, base,
 def test_two_processes_train_the_same_as_one(case, tmp_path):
     product, command, whole = case
     stop_after_one_step(command, tmp_path / "run")
-    launch(*command, f"run={tmp_path / 'run'}", processes=2)
+    succeed(*command, f"run={tmp_path / 'run'}", processes=2)
     assert differing(tmp_path / "run" / "state" / "step-0000004", whole / "state" / "step-0000004") == []
 
 

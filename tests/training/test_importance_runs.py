@@ -10,7 +10,8 @@ import torch
 
 from autoencoder import Autoencoder, AutoencoderConfig
 from stipple_core.files.training_state import load_state
-from tests.helpers.tiny_runs import STAGE_2, differing, launch, metrics, run_here
+from tests.helpers.many_processes import succeed
+from tests.helpers.tiny_runs import STAGE_2, differing, metrics, run_here
 
 pytestmark = pytest.mark.usefixtures("settings_of_runs")
 COMMAND = [
@@ -62,6 +63,6 @@ def test_a_run_stopped_after_each_of_three_steps_equals_an_uninterrupted_one(who
 
 def test_two_processes_train_the_same_as_one_with_two_micro_batches(whole, tmp_path):
     command, run = whole
-    launch(*command, f"run={tmp_path / 'run'}", processes=2)
+    succeed(*command, f"run={tmp_path / 'run'}", processes=2)
     assert [line["loss"] for line in metrics(tmp_path / "run")] == [line["loss"] for line in metrics(run)]
     assert differing(tmp_path / "run" / "state" / "step-0000008", run / "state" / "step-0000008") == []

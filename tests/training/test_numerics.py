@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import json
 import math
 import random
 from collections.abc import Callable
@@ -12,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,6 +20,7 @@ from stipple.training.run.signals import Signals
 from stipple.training.trainer import Trainer
 from stipple_core.files.checkpoint_folder import checkpoints
 from tests.helpers.line_runs import Run, at
+from tests.helpers.run_files import assert_finite_on_disk, bad_steps, strict_json
 
 BAD = [math.nan, math.inf, -math.inf, 1e25]  # the square of 1e25, a second moment, overflows float32
 pytestmark = pytest.mark.usefixtures("settings_of_runs")
@@ -30,27 +29,6 @@ pytestmark = pytest.mark.usefixtures("settings_of_runs")
 @pytest.fixture(autouse=True)
 def _no_waiting_for_the_disk(monkeypatch):
     monkeypatch.setattr("os.fsync", lambda handle: None)
-
-
-def bad_steps(run: Path) -> list[dict]:
-    """The lines of bad_steps.jsonl, read as strict JSON."""
-    path = run / "bad_steps.jsonl"
-    return [strict(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def strict(line: str) -> dict:
-    return json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is not JSON: {line}"))
-
-
-def assert_finite_on_disk(run: Path) -> None:
-    """Check that all numbers of all checkpoints, the model and the metrics are finite."""
-    found = [*(run / "state").rglob("*.safetensors"), *(run / "model").rglob("*.safetensors")]
-    assert found
-    for path in found:
-        for name, value in load_file(path).items():
-            assert not value.is_floating_point() or torch.isfinite(value).all(), (path, name)
-    for line in (run / "metrics.jsonl").read_text().splitlines():
-        strict(line)
 
 
 def normalized_line() -> nn.Module:
@@ -130,11 +108,11 @@ def test_averages_of_metrics_skip_values_that_are_not_finite(tmp_path):
         return loss * math.nan if step == 3 else loss
 
     run.train(each)
-    first, second = (strict(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    first, second = (strict_json(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert first["half"] == 1 and second["half"] == 2.5 and "never" not in first | second
     assert first["loss"] == pytest.approx(sum(losses[:4]) / 4)
     run.trainer.record(validation_loss=math.nan, validation_psnr=3.0)
-    assert strict((tmp_path / "metrics.jsonl").read_text().splitlines()[-1]) == {"step": 5, "validation_psnr": 3.0}
+    assert strict_json((tmp_path / "metrics.jsonl").read_text().splitlines()[-1]) == {"step": 5, "validation_psnr": 3.0}
 
 
 def test_too_many_bad_steps_in_a_row_end_the_run_in_one_line_that_names_the_checkpoint(tmp_path, capsys):

@@ -17,7 +17,8 @@ import pytest
 from stipple.training.run.metrics import Metrics
 from stipple.training.trainer import Trainer
 from stipple_core.files import checkpoint_folder as checkpoint
-from tests.helpers.tiny_runs import STAGE_1, STAGE_2, differing, files, launch, metrics, run_here
+from tests.helpers.many_processes import succeed
+from tests.helpers.tiny_runs import STAGE_1, STAGE_2, differing, files, metrics, run_here
 
 # 36 images in batches of 10: most steps are inside an epoch, and one in four crosses its end
 SCHEDULE = ["trainer.batch_size=10", "trainer.micro_batch_size=5", "trainer.log_every=2", "trainer.save_every=3"]
@@ -110,7 +111,7 @@ TWICE = [pytest.param(name, marks=[] if name == "stage 2" else pytest.mark.slow)
 def test_a_run_of_one_process_is_resumed_by_two_bit_for_bit(case, tmp_path):
     command, whole = case
     stop_after_one_step(command, tmp_path / "run")
-    launch(*command, f"run={tmp_path / 'run'}", processes=2)
+    succeed(*command, f"run={tmp_path / 'run'}", processes=2)
     assert metrics(tmp_path / "run")[-1]["loss"] == metrics(whole)[-1]["loss"]
     assert differing(tmp_path / "run" / "state" / "step-0000008", whole / "state" / "step-0000008") == []
 

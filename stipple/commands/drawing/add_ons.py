@@ -1,4 +1,4 @@
-"""What is put on a model that is opened to draw: low-rank additions to its weights, and words that it has learned."""
+"""Additions to an opened model: LoRAs, and words learned by textual inversion."""
 
 from __future__ import annotations
 
@@ -10,45 +10,52 @@ from typing import TYPE_CHECKING, Any
 
 from stipple_core.images.drawn_pictures import model_hash
 
-if TYPE_CHECKING:  # torch takes seconds to import: --help answers at once
+if TYPE_CHECKING:  # importing torch takes seconds, and --help does not need it
     from ldm.pipeline import TextToImage
 
 
-def add(
+def add_to_model(
     model: TextToImage,
     loras: Sequence[str] | None,
     embeddings: Sequence[str] | None,
     record: Mapping[str, Any],
     like: str | None,
 ) -> dict[str, list[str]]:
-    """Put them on a model, in order; what there is to record of it.
+    """Add LoRAs and learned words to a model, and return what to record of them.
 
     Args:
-        model: changed in place.
-        loras: PATH or PATH:WEIGHT each; None: those of the record.
-        embeddings: a path each; None: those of the record.
-        record: of the picture that is to be made again, or {}.
+        model: is changed in place.
+        loras: PATH or PATH:WEIGHT for each; None: those in the record.
+        embeddings: a path for each; None: those in the record.
+        record: of the picture that is drawn again, or {}.
         like: the file of that picture.
 
     Raises:
-        FileNotFoundError, ValueError: in one line, for what is not there, or was made for another model.
+        FileNotFoundError, ValueError: for a file that does not exist, or was made for another model.
     """
-    given = {"lora": loras, "embedding": embeddings}
-    about: dict[str, list[str]] = {}
-    for kind, put in (("lora", _put_lora), ("embedding", _put_embedding)):
-        wanted = _texts(record, kind, like) if given[kind] is None else given[kind]
-        if not wanted:
+    specified = {"lora": loras, "embedding": embeddings}
+    recorded: dict[str, list[str]] = {}
+    for kind, add in (("lora", _add_lora), ("embedding", _add_embedding)):
+        sources = _texts(record, kind, like) if specified[kind] is None else specified[kind]
+        if not sources:
             continue
-        about[kind], name = list(wanted), f"{kind}_hash"
-        about[name] = [model_hash(put(model, each)) for each in wanted]
-        if given[kind] is None and (was := _texts(record, name, like)) != about[name]:
-            told = f"{', '.join(was)}, this is {', '.join(about[name])}"
-            warnings.warn(f"{like} was made with {kind} {told}: it will differ", stacklevel=1)
-    return about
+        hash_name = f"{kind}_hash"
+        hashes = [model_hash(add(model, source)) for source in sources]
+        recorded |= {kind: list(sources), hash_name: hashes}
+        if specified[kind] is None and (before := _texts(record, hash_name, like)) != hashes:
+            warnings.warn(
+                f"{like} was made with {kind} {', '.join(before)}, this is {', '.join(hashes)}: it will differ",
+                stacklevel=1,
+            )
+    return recorded
 
 
 def parse_lora(text: str) -> tuple[str, float]:
-    """PATH:WEIGHT, or PATH, whose weight is 1. Raises ValueError for a weight that is no finite number."""
+    """Return path and weight of PATH:WEIGHT, or of PATH, whose weight is 1.
+
+    Raises:
+        ValueError: the weight is not a finite number.
+    """
     path, colon, number = text.rpartition(":")
     if not colon or Path(text).exists():
         return text, 1.0
@@ -56,15 +63,15 @@ def parse_lora(text: str) -> tuple[str, float]:
         weight = float(number)
     except ValueError:
         if number and not Path(path).exists():
-            return text, 1.0  # a path with a colon in it, which is not there
+            return text, 1.0  # a path with a colon in it that does not exist
         weight = math.nan
     if not math.isfinite(weight):
         raise ValueError(f"--lora {text!r} has the weight {number!r}; use a finite number, 1 is as trained")
     return path, weight
 
 
-def _put_lora(model: TextToImage, text: str) -> Path:
-    """Merge one into a model; the file that it was read from."""
+def _add_lora(model: TextToImage, text: str) -> Path:
+    """Merge a LoRA into a model; return the file that it was read from."""
     from ldm.formats.lora import merge, read_lora
 
     path, weight = parse_lora(text)
@@ -73,8 +80,8 @@ def _put_lora(model: TextToImage, text: str) -> Path:
     return Path(lora.source)
 
 
-def _put_embedding(model: TextToImage, path: str) -> Path:
-    """Teach a model a word; the file that it was read from."""
+def _add_embedding(model: TextToImage, path: str) -> Path:
+    """Add a learned word to a model; return the file that it was read from."""
     from conditioning.text.new_tokens import FILE, new_token, read_embedding
 
     new_token(model.conditioner.prompts, *read_embedding(path)).requires_grad_(False)
@@ -82,8 +89,9 @@ def _put_embedding(model: TextToImage, path: str) -> Path:
 
 
 def _texts(record: Mapping[str, Any], name: str, like: str | None) -> list[str]:
-    """A list of texts in a record, [] where there is none. Raises ValueError for anything else."""
+    """Return a list of texts in a record, [] if there is none. Raises ValueError for anything else."""
     value = record.get(name, [])
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-        raise ValueError(f"the record in {like} has a {name} that is no list of texts; give --{name.split('_')[0]}")
+        flag = f"--{name.split('_')[0]}"
+        raise ValueError(f"the record in {like} has a {name} that is not a list of texts; give {flag}")
     return value

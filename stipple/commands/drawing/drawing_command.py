@@ -1,73 +1,77 @@
-"""What all drawing commands share: their flags, and the way from a command line to numbered PNG files.
+"""What all drawing commands share: from a command line to numbered PNG files.
 
-A command is a `Command`: its docstring and what it has besides. See `flags` for the flags, `stipple.commands.drawing.drawing_request` for what
-is asked for, `stipple.commands.drawing.open_model` for the model, `stipple.commands.drawing.output` for what is written.
+A command is a `DrawingCommand`. `flags` has the table of flags, `drawing_request` reads prompts and settings,
+`open_model` opens the model, and `output` writes the pictures.
 """
 
 from __future__ import annotations
 
 import argparse
-import difflib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
+from stipple.cli.argument_parser import Parser
+from stipple.commands.drawing.choices import asked_for_help, list_choices
 from stipple.commands.drawing.drawing_request import DrawingRequest, read_jobs
-from stipple.commands.drawing.flags import GIVEN, MODEL, PICTURE, RUN
+from stipple.commands.drawing.flags import FIRST, FLAGS, GROUPS, INPUTS, MODEL, PICTURE
 from stipple.commands.drawing.open_model import Opening, open_for_drawing
-from stipple.commands.drawing.output import Output, columns, make, signs
+from stipple.commands.drawing.output import Output, columns, draw_batches, input_hashes
 from stipple_core.config import one_line_errors, short_warnings
 from stipple_core.images.drawn_pictures import check_writable
 
-if TYPE_CHECKING:  # torch takes seconds to import: what makes pictures imports it, so that --help answers at once
+if TYPE_CHECKING:  # importing torch takes seconds, and --help does not need it
     from ldm.pipeline import TextToImage
 
-INTERRUPTED = 130  # exit code of a program that Ctrl-C ended
-COUNTS = ("num_images", "batch_size", "preview_every")  # at least 1
+INTERRUPTED = 130  # exit code after Ctrl-C
+COUNTS = ("num_images", "batch_size", "preview_every")  # flags that must be at least 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class DrawingCommand:
-    """What one command has besides what all share."""
+    """What distinguishes one drawing command from the others."""
 
+    name: str
     about: str  # its docstring, which --help shows
-    example: str  # how it is called, for those who leave something out
-    files: tuple[str, ...] = ()  # fields of Settings that its first words are
-    prompt: str | None = None  # where there is none; None: there has to be one
+    example: str  # a command line, for error messages
+    files: tuple[str, ...] = ()  # fields of Settings that its first words set
+    first: tuple[str, ...] = ()  # flags that --help shows first, besides FIRST
+    prompt: str | None = None  # the default prompt; None: a prompt is required
     spellings: tuple[str, ...] = ()  # other names of --prompt
-    check: Callable[[TextToImage], None] = lambda model: None  # raises ValueError for a model that can't do it
+    check: Callable[[TextToImage], None] = lambda model: None  # raises ValueError for a model of another kind
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose complaints are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        _, _, unknown = message.partition("unrecognized arguments: ")
-        flag = unknown.split(" ")[0].split("=")[0]
-        near = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.75)
-        raise ValueError(f"{message}; did you mean {near[0]}?" if near else message)
-
-
-def parser(command: DrawingCommand) -> Parser:
-    """The command line; a flag that is left out is None, which leaves the choice to the model."""
-    p = Parser(description=command.about, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+def make_parser(command: DrawingCommand) -> Parser:
+    """Return the parser of a command; a flag that is not specified is None, which leaves the choice to the model."""
     words = " ".join([*(name.upper() for name in command.files), "PROMPT"])
-    p.add_argument("words", nargs="*", metavar=words, help="what is given, and what to show; one prompt or several")
-    for title, flags in (("picture", PICTURE), ("given", GIVEN), ("model", MODEL), ("run", RUN)):
-        group = p.add_argument_group(title)
-        for name, (others, options) in flags.items():
-            others = (*others, *command.spellings) if name == "prompt" else others
-            group.add_argument(f"--{name.replace('_', '-')}", *others, dest=name, **options)
-    return p
+    parser = Parser(command.name, f"[{words} ...] [flags]", command.about)
+    about = f"{' and '.join(command.files)}, then any number of prompts" if command.files else "one or more prompts"
+    parser.first.add_argument("words", nargs="*", metavar=words, help=about)
+    first = tuple(dict.fromkeys((*command.files, *command.first, *FIRST)))
+    for name in first:
+        _add_flag(parser.first, name, command)
+    parser.add_help_flag(parser.first)
+    for title, names in GROUPS.items():
+        group = parser.add_argument_group(title)
+        for name in names:
+            if name not in first:
+                _add_flag(group, name, command)
+    return parser
+
+
+def _add_flag(group: Any, name: str, command: DrawingCommand) -> None:
+    others, options = FLAGS[name]
+    others = (*others, *command.spellings) if name == "prompt" else others
+    group.add_argument(f"--{name.replace('_', '-')}", *others, dest=name, **options)
 
 
 def read_arguments(command: DrawingCommand, argv: Sequence[str]) -> argparse.Namespace:
-    """Parse; flags may be spelled with underscores, and `--` ends them."""
+    """Parse a command line; flags may be spelled with underscores, and all words after `--` are prompts."""
     end = argv.index("--") if "--" in argv else len(argv)
-    flags = [_dashes(word) if word.startswith("--") else word for word in argv[:end]]
-    arguments = parser(command).parse_intermixed_args(flags)  # flags may stand between words
+    flags = [_with_dashes(word) if word.startswith("--") else word for word in argv[:end]]
+    arguments = make_parser(command).parse_intermixed_args(flags)  # words may stand between flags
     arguments.words += argv[end + 1 :]
     for name in COUNTS:
         value = getattr(arguments, name)
@@ -76,21 +80,21 @@ def read_arguments(command: DrawingCommand, argv: Sequence[str]) -> argparse.Nam
     return arguments
 
 
-def _dashes(word: str) -> str:
+def _with_dashes(word: str) -> str:
     name, equals, value = word.partition("=")
     return name.replace("_", "-") + equals + value
 
 
 def read_request(command: DrawingCommand, arguments: argparse.Namespace) -> DrawingRequest:
-    """What the command line asks for; a flag that may be repeated is a setting of several lines.
+    """Return what a command line asks for; the values of a repeated flag are joined as lines.
 
     Raises:
-        ValueError: a file is missing that the command needs.
+        ValueError: a file that the command requires is missing.
     """
-    values = {name: getattr(arguments, name) for name in (*GIVEN, *PICTURE, "num_images")}
+    values = {name: getattr(arguments, name) for name in (*INPUTS, *PICTURE, "num_images")}
     words = list(arguments.words)
     for name in command.files:
-        if values[name] is None and words and arguments.like is None:  # which has files of its own
+        if values[name] is None and words and arguments.like is None:  # --like already has the files
             values[name] = words.pop(0)
         if values[name] is None and arguments.like is None and arguments.from_file is None:
             raise ValueError(f"there is no {name}; give one, as in: {command.example}")
@@ -105,81 +109,67 @@ def read_request(command: DrawingCommand, arguments: argparse.Namespace) -> Draw
     )
 
 
-def check_given(command: DrawingCommand, jobs: Sequence[Mapping[str, Any]]) -> None:
-    """Raise ValueError for a job without a file that the command is about, wherever it was to come from."""
+def check_files(command: DrawingCommand, jobs: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ValueError for a job without a file that the command requires."""
     for name in command.files:
         if not all(job.get(name) for job in jobs):
             raise ValueError(f"there is no {name} for a prompt; give --{name}, or a line with it, or {command.example}")
 
 
-def check_used(opening: Opening, jobs: Sequence[Mapping[str, Any]]) -> None:
-    """Raise ValueError for what is to be opened and is of no use to any job, being said only in part."""
+def check_opening(opening: Opening, jobs: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ValueError for a model to be opened that no job uses, because another flag is missing."""
     if opening.guidance_model and all(job.get("guidance_method") != "autoguidance" for job in jobs):
         raise ValueError("--guidance-model is for --guidance-method autoguidance; give both, or none")
     for name, scale, usual in (("classifier", "classifier_scale", 3), ("clip_guidance", "clip_scale", 1)):
         if getattr(opening, name) and not any(job.get(scale) for job in jobs):
-            flags = f"--{_dashes(name)} leads as much as --{_dashes(scale)} says"
-            raise ValueError(f"{flags}, and it says nothing; give both, such as {usual}, or none")
+            flag, scale_flag = _with_dashes(f"--{name}"), _with_dashes(f"--{scale}")
+            raise ValueError(f"{flag} has no effect without its scale; add {scale_flag} {usual}, or leave out both")
     if opening.prior and all(job.get("image") for job in jobs):
-        raise ValueError("--prior makes embeddings of prompts, and the image takes their place; give one of them")
+        raise ValueError("--prior makes embeddings from prompts, and the image replaces them; give one of the two")
 
 
 def run(command: DrawingCommand, argv: Sequence[str]) -> None:
-    """Check all that can be checked, open the model, make the pictures."""
+    """Check the command line, open the model, and draw the pictures."""
     with one_line_errors():
         arguments = read_arguments(command, argv)
-        if "help" in (arguments.sampler, arguments.guidance_method, arguments.spacing):
-            return list_choices(arguments)
+        if names := asked_for_help(arguments):
+            return print("\n\n".join(list_choices(name, arguments.checkpoint) for name in names))
         request = read_request(command, arguments)
         jobs, record = read_jobs(request)
-        if request.prompts or request.from_file:  # else a picture is made again, by whichever command
-            check_given(command, jobs)
+        if request.prompts or request.from_file:  # otherwise a picture is drawn again, which any command can do
+            check_files(command, jobs)
         opening = Opening(**{name: getattr(arguments, name) for name in MODEL})
-        check_used(opening, jobs)
+        check_opening(opening, jobs)
         check_writable(Path(arguments.outdir))
         model, about = open_for_drawing(opening, record, arguments.like)
         command.check(model)
         pictures = [picture for job in jobs for picture in model.plan(**job)]
-        about |= signs(pictures, record, arguments.like)
+        about |= input_hashes(pictures, record, arguments.like)
         if record and arguments.batch_size is None and arguments.num_images is None:
             batches = [[picture] * picture.batch for picture in pictures]  # see TextToImage.finish
         else:
             batches = list(model.batches(pictures, arguments.batch_size or model.default_batch))
     output = Output(Path(arguments.outdir), None if arguments.no_metadata else about)
-    asked = arguments.grid or len(record.get("pictures", ())) > 1  # who likes a grid gets a grid
-    made = [picture for picture in make(model, batches, output, arguments.preview_every) if asked]
-    if made:
+    as_grid = arguments.grid or len(record.get("pictures", ())) > 1  # the record of a grid has several pictures
+    drawn = [picture for picture in draw_batches(model, batches, output, arguments.preview_every) if as_grid]
+    if drawn:
         from stipple_core.images.images import grid
 
-        images = [picture.image for picture in made]
+        images = [picture.image for picture in drawn]
         with one_line_errors():
-            print(output.write(grid(images, columns(images)), [p.settings for p in made], "grid-", 4))
-
-
-def list_choices(arguments: argparse.Namespace) -> None:
-    """Print a line for each sampler, guidance method or spacing, whichever `help` was asked for."""
-    from ldm.guidance.registry import GUIDANCES
-    from ldm.samplers.registry import SAMPLERS
-    from ldm.samplers.spacing import SPACINGS
-
-    asked = {"sampler": SAMPLERS, "guidance_method": GUIDANCES, "spacing": SPACINGS}
-    for name, choices in asked.items():
-        if getattr(arguments, name) == "help":
-            for choice, what in choices.items():
-                does = what.summary if name != "spacing" else (what.__doc__ or "").splitlines()[0]
-                print(f"{choice:21}{does}")
+            print(output.write(grid(images, columns(images)), [p.settings for p in drawn], "grid-", 4))
 
 
 def draw(command: DrawingCommand, argv: Sequence[str] | None = None) -> None:
-    """The command line; exits with 2 after a user's mistake, with 130 after Ctrl-C."""
+    """Run a drawing command; exits with 2 after a user's mistake and with 130 after Ctrl-C."""
     try:
         with short_warnings():
             run(command, sys.argv[1:] if argv is None else argv)
     except (MemoryError, RuntimeError) as error:
         if "memory" not in str(error) and not isinstance(error, MemoryError):
             raise
-        mend = "use a smaller --height and --width, or --batch-size, or a --window"
-        print(f"error: there is not enough memory; {mend}", file=sys.stderr)
+        fix = "use a smaller --height and --width, or --batch-size, or a --window"
+        print(f"error: there is not enough memory; {fix}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("interrupted; finished pictures are kept", file=sys.stderr)

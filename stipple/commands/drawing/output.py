@@ -1,4 +1,4 @@
-"""Pictures as they are made: under a progress bar, into numbered PNG files that tell how they were made."""
+"""Draw pictures under a progress bar, and write them to numbered PNG files that record how they were made."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ if TYPE_CHECKING:
 
 
 class Output:
-    """Where pictures go, and what is written into them.
+    """The folder that pictures are written to, and what is recorded in them.
 
     Args:
-        folder: made when the first picture is written.
-        about: what there is to record of the model; None: write no metadata.
+        folder: is made when the first picture is written.
+        about: what to record of the model; None: no metadata is written.
     """
 
     def __init__(self, folder: Path, about: Mapping[str, Any] | None):
         self.folder, self.about, self.preview_path = folder, about, None
 
     def write(self, image: Image.Image, pictures: Sequence[Settings], prefix: str = "", digits: int = 5) -> Path:
-        """Write an image with how it, or the pictures in it, were made."""
+        """Write an image, with the settings of the picture or pictures in it; return its path."""
         texts = {}
         if self.about is not None:
             records = [asdict(picture) for picture in pictures]
@@ -53,7 +53,7 @@ class Output:
         return write_numbered(encode_png(image, texts), self.folder, prefix, digits)
 
     def preview(self, model: TextToImage, z_0: Tensor) -> None:
-        """Show estimates of clean latents [B, c, h, w] in one file of this run's own."""
+        """Write estimates of clean latents [B, c, h, w] to the preview file of this command."""
         from stipple_core.images.images import grid
 
         images = model.preview(z_0)
@@ -65,32 +65,34 @@ class Output:
             replace_file(data, self.preview_path)
 
 
-def signs(pictures: Sequence[Settings], record: Mapping[str, Any], like: str | None) -> dict[str, dict[str, str]]:
-    """What there is to record of the files that pictures are made of; warns where one is not what it was.
+def input_hashes(
+    pictures: Sequence[Settings], record: Mapping[str, Any], like: str | None
+) -> dict[str, dict[str, str]]:
+    """Return the hashes of the input images, to be recorded; warn of a file that differs from the recorded one.
 
     Args:
-        pictures: planned, of a command line: what is given is a path.
-        record: of the picture that is made again, or {}.
-        like: its file.
+        pictures: planned from a command line, so that their images are paths.
+        record: of the picture that is drawn again, or {}.
+        like: the file of that picture.
     """
     paths = dict.fromkeys(path for p in pictures for path in (p.image, p.mask, p.map) if path is not None)
-    found = {path: file_hash(Path(path)) for path in paths}
-    known = record.get("files")
-    for path, sign in found.items():
-        if isinstance(known, dict) and known.get(path, sign) != sign:
+    hashes = {path: file_hash(Path(path)) for path in paths}
+    recorded = record.get("files")
+    for path, hash in hashes.items():
+        if isinstance(recorded, dict) and recorded.get(path, hash) != hash:
             warnings.warn(f"{like} was made of another {path}: it will differ", stacklevel=1)
-    return {"files": found} if found else {}
+    return {"files": hashes} if hashes else {}
 
 
 def columns(images: Sequence[Image.Image]) -> int:
-    """How wide a grid is that is as square as can be."""
+    """Return the number of columns of a grid that is as square as possible."""
     return math.isqrt(len(images) - 1) + 1
 
 
-def make(
+def draw_batches(
     model: TextToImage, batches: Sequence[list[Settings]], output: Output, preview_every: int | None
 ) -> Iterator[FinishedImage]:
-    """Make the pictures of all batches under a progress bar; write each, print its path, and yield it."""
+    """Draw batches of pictures under a progress bar; write each picture, print its path, and yield it."""
     from tqdm import tqdm
 
     with tqdm(total=sum(model.steps(batch[0]) for batch in batches), unit="step", disable=None) as bar:

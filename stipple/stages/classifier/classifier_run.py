@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoencoder import Autoencoder, Pixels, open_autoencoder
+from autoencoder import FirstStage, open_autoencoder
 from ldm.networks.classifier import Classifier, ClassifierConfig, classify, with_names
 from ldm.networks.unet_config import UNetConfig
 from ldm.schedules.base import Schedule, ScheduleConfig
@@ -52,7 +52,7 @@ class ClassifierRunConfig:
 
 def build_classifier(
     config: ClassifierRunConfig, records: Records, device: torch.device
-) -> tuple[Classifier, Autoencoder | Pixels]:
+) -> tuple[Classifier, FirstStage]:
     """Build a classifier, and open its autoencoder. Raises ValueError if they do not fit each other or the data."""
     autoencoder = open_autoencoder(config.autoencoder).eval().requires_grad_(False)
     f, channels, size = autoencoder.downsampling, autoencoder.latent_channels, config.data.image_size
@@ -122,7 +122,7 @@ def validate(
     trainer: Trainer,
     training: ClassifierTraining,
     held_out: ImageDataset,
-    autoencoder: Autoencoder | Pixels,
+    autoencoder: FirstStage,
     config: LdmValidationConfig,
     seed: int,
 ) -> None:

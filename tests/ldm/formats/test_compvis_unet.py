@@ -16,7 +16,8 @@ from ldm.schedules.base import ScheduleConfig
 from ldm.schedules.registry import make_schedule
 from tests.helpers.compvis_shapes import lines
 from tests.helpers.compvis_unets import Reference, unet_shapes
-from tests.ldm.networks.test_unet import PUBLISHED, close
+from tests.helpers.published_unets import PUBLISHED
+from tests.helpers.small_unets import close
 
 SD = dict(
     in_channels=4,

@@ -340,7 +340,7 @@ def test_what_does_not_fit_is_one_line_that_names_file_and_keys(change, message,
 
 @pytest.mark.parametrize("text", ["model: 3", "model: {params: {unet_config: 5}}", "{}", "- a"])
 def test_a_yaml_of_something_else_is_refused(text, files, tmp_path):
-    with pytest.raises(ValueError, match="no model.params|holds a list"):
+    with pytest.raises(ValueError, match="no model.params|contains a list"):
         open_single_file(files("sd1")[0], write_yaml(tmp_path, text))
 
 

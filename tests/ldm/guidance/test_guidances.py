@@ -212,5 +212,5 @@ def test_options_of_other_methods_do_not_stand_in_the_way():
 
 
 def test_autoguidance_without_a_weaker_model_says_so():
-    with pytest.raises(ValueError, match="autoguidance needs a weaker model; give one"):
+    with pytest.raises(ValueError, match="autoguidance requires a weaker model; specify one"):
         guided(GuidanceConfig(method="autoguidance"), replace(ingredients(), weak=None))

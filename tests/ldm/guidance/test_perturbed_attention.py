@@ -1,4 +1,4 @@
-"""ldm/guidance/perturbed_attention.py, and the switch in the UNet that it needs: against its paper, and against diffusers."""
+"""Perturbed attention guidance, against its paper and against diffusers."""
 
 import math
 from copy import deepcopy
@@ -16,11 +16,12 @@ from ldm.denoising.perturbed_context import PerturbedContext
 from ldm.guidance.base import classifier_free, rescaled
 from ldm.guidance.combines import apg
 from ldm.guidance.perturbed_attention import perturbed_attention
-from ldm.networks.cached_unet import CachedUNet, self_attentions
+from ldm.networks.cached_unet import CachedUNet
+from ldm.networks.identity_attention import self_attentions
 from ldm.networks.unet import UNet
+from tests.helpers.diffusers_unets import diffusers_unet
 from tests.helpers.oracles import SCHEDULES
-from tests.ldm.formats.test_unet_interop import theirs_of
-from tests.ldm.networks.test_unet import PLAIN, SMALL, context, random_unet
+from tests.helpers.small_unets import PLAIN, SMALL, context, random_unet
 
 T = 0.6
 FIRST = replace(SMALL, attention_levels=(False, False))  # the first self-attention is the one in the middle
@@ -64,7 +65,7 @@ def blinded(unet, blocks):
     copy = deepcopy(unet)
 
     def alone(attention):
-        def forward(x, signal=None, blind=0):
+        def forward(x, signal=None):
             if signal is None:
                 return attention.to_out[0](attention.to_v(x))
             h = attention.group_norm(x).flatten(2).transpose(1, 2)
@@ -103,7 +104,7 @@ def test_guided_is_the_formula_of_the_paper_with_self_attention_replaced_by_hand
 def test_guided_is_what_diffusers_makes(z_t, scale):
     """Its processors of the middle block, and the formula of StableDiffusionPAGPipeline, on noise predictions."""
     unet, schedule = random_unet(SMALL).double(), SCHEDULES["scaled_linear"]
-    theirs, (told, null) = theirs_of(unet).double().eval(), contexts()
+    theirs, (told, null) = diffusers_unet(unet).double().eval(), contexts()
     free = scale != 1
     processor = PAGCFGIdentitySelfAttnProcessor2_0() if free else PAGIdentitySelfAttnProcessor2_0()
     theirs.mid_block.attentions[0].transformer_blocks[0].attn1.processor = processor

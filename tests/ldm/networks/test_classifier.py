@@ -23,19 +23,19 @@ from stipple_core.data.records.data_config import DataConfig
 from stipple_core.data.records.records import Record, Records
 from stipple_core.embedders import EmbedderConfig, build_embedder
 from stipple_core.images.images import image_to_tensor
-from tests.autoencoder.test_pixels import SHAPE, model
 from tests.helpers.drawn import refused
+from tests.helpers.pixel_models import PIXEL_UNET, pixel_model
 from tests.helpers.small_models import build_model_of
 from tests.helpers.tiny_runs import differing, final_state, run_here
 
 NAMES = ("apple", "dress")
-COMMAND = drawing.DrawingCommand(about="test", example="test")
+COMMAND = drawing.DrawingCommand(name="test", about="test", example="test")
 
 
 def classifier(pool: str = "attention", **options) -> Classifier:
     torch.manual_seed(0)
     config = ClassifierConfig(
-        unet=SHAPE, pool=pool, names=NAMES, schedule=ScheduleConfig(name="linear"),
+        unet=PIXEL_UNET, pool=pool, names=NAMES, schedule=ScheduleConfig(name="linear"),
         autoencoder=Pixels().fingerprint(), **options,
     )  # fmt: skip
     made = Classifier(config).eval().requires_grad_(False)
@@ -55,7 +55,7 @@ def test_a_classifier_is_read_back_as_it_was_and_reads_any_size(tmp_path, pool):
         assert torch.equal(again(z_t, t), ours(z_t, t)) and ours(z_t, t).shape == (2, 2)
     assert again.config == ours.config
     with pytest.raises(ValueError, match="is not a classifier of noisy latents"):
-        model().save(tmp_path / "model")
+        pixel_model().save(tmp_path / "model")
         load_classifier(tmp_path / "model" / "unet")
 
 
@@ -85,7 +85,7 @@ def test_a_lead_moves_the_estimate_towards_its_class_and_away_below_zero():
 
 
 def test_pictures_led_by_a_classifier_differ_and_at_scale_0_do_not():
-    ours = model()
+    ours = pixel_model()
     plain = image_to_tensor(ours("", seed=1)[0])
     ours.gradient_guides["classifier_scale"] = ClassifierGuide(classifier())
     same = image_to_tensor(ours("", seed=1, classifier_scale=0.0, classifier_class="apple")[0])
@@ -122,7 +122,7 @@ def test_clip_guidance_raises_the_cosine_of_picture_and_prompt(clip):
 
 
 def test_the_drawing_commands_take_a_classifier_and_a_clip(tmp_path, clip, capsys):
-    model().save(tmp_path / "model")
+    pixel_model().save(tmp_path / "model")
     save_classifier(classifier(), tmp_path / "classifier")
     command = ["--prompt", "", "--checkpoint", f"{tmp_path}/model", "--outdir", f"{tmp_path}/out", "--seed", "1"]
     command += ["--classifier", f"{tmp_path}/classifier", "--classifier-scale", "3", "--classifier-class", "apple"]
@@ -149,7 +149,7 @@ def test_the_drawing_commands_take_a_classifier_and_a_clip(tmp_path, clip, capsy
 def test_what_leads_by_no_scale_is_refused(tmp_path, capsys, name, scale):
     for words in ((), (f"--{scale}", 0)):
         error = refused(partial(drawing.draw, COMMAND), capsys, tmp_path / "out", "a", f"--{name}", "FOLDER", *words)
-        assert f"--{name} leads as much as --{scale} says, and it says nothing" in error
+        assert f"--{name} has no effect without its scale; add --{scale}" in error
 
 
 @pytest.mark.parametrize(("saved", "precision"), [(None, "fp16"), (None, "bf16"), (torch.float16, "fp32")])
@@ -157,7 +157,7 @@ def test_a_classifier_of_an_autoencoder_leads_in_every_precision(tmp_path, saved
     ours = build_model_of(Unconditional())
     ours.autoencoder.save(tmp_path / "stage-1")
     trained_on = open_autoencoder(tmp_path / "stage-1").fingerprint()
-    shape = replace(SHAPE, in_channels=4, out_channels=4)
+    shape = replace(PIXEL_UNET, in_channels=4, out_channels=4)
     said = ClassifierConfig(unet=shape, names=NAMES, autoencoder=trained_on)
     save_classifier(Classifier(said), tmp_path / "classifier")
     ours.save(tmp_path / "model", saved)
@@ -167,7 +167,7 @@ def test_a_classifier_of_an_autoencoder_leads_in_every_precision(tmp_path, saved
 
 
 def test_what_can_not_lead_says_so_in_one_line(tmp_path):
-    ours = model()
+    ours = pixel_model()
     with pytest.raises(ValueError, match="classifier scale 3.0 needs a classifier of noisy latents: --classifier"):
         ours("", classifier_scale=3.0)
     ours.gradient_guides["classifier_scale"] = ClassifierGuide(classifier())
@@ -175,7 +175,7 @@ def test_what_can_not_lead_says_so_in_one_line(tmp_path):
         ours("", classifier_scale=3.0, classifier_class="dres")
     ours.save(tmp_path / "model")
     other = classifier()
-    other.config = ClassifierConfig(unet=SHAPE, names=NAMES, autoencoder="another")
+    other.config = ClassifierConfig(unet=PIXEL_UNET, names=NAMES, autoencoder="another")
     save_classifier(other, tmp_path)
     with pytest.raises(ValueError, match="reads latents of another autoencoder"):
         open_for_drawing(Opening(checkpoint=f"{tmp_path}/model", classifier=str(tmp_path), device="cpu"), {})
@@ -206,7 +206,7 @@ def test_a_run_that_is_resumed_trains_the_same_classifier_to_the_last_bit(tmp_pa
 
 def test_a_class_that_only_held_out_pictures_have_is_one_of_the_classifiers_and_maps_are_refused():
     data = DataConfig(folder="", image_size=16)
-    config = ClassifierRunConfig(data=data, autoencoder="pixels", unet=SHAPE)
+    config = ClassifierRunConfig(data=data, autoencoder="pixels", unet=PIXEL_UNET)
     records = Records([Record("", "", (("cat",),))], [Record("", "", (("dog",),))], [])
     made, _ = build_classifier(config, records, torch.device("cpu"))
     assert list(made.config.names) == ["cat", "dog"]

@@ -154,7 +154,7 @@ def test_words_that_an_image_or_nothing_takes_the_place_of_are_refused(runs, tmp
         decoder.plan("a cat", also="1 a dog")
     photo(32, 32).save(tmp_path / "photo.png")
     words = ("--checkpoint", runs / "unclip-decoder" / "model", "--prior", runs / "unclip-prior" / "model")
-    assert "--prior makes embeddings of prompts, and the image takes their place" in refused(
+    assert "--prior makes embeddings from prompts, and the image replaces them" in refused(
         img2img.main, capsys, tmp_path / "out", tmp_path / "photo.png", *words
     )
 

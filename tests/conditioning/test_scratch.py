@@ -1,4 +1,4 @@
-"""Claims about the text transformer trained from scratch and the tokenizer that it learns from captions."""
+"""Tests of the text transformer trained from scratch, and of its tokenizer, which is trained on captions."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ def test_a_transformer_from_scratch_gets_gradients_in_every_parameter(scratch):
     scratch.zero_grad(set_to_none=True)
 
 
-def test_the_tokenizer_does_not_depend_on_the_order_of_captions_nor_the_weights_on_the_global_seed(scratch):
+def test_the_tokenizer_ignores_the_order_of_captions_and_the_weights_ignore_the_global_seed(scratch):
     torch.manual_seed(1234)
     before = torch.get_rng_state()
     config = ConditionerConfig(kind="scratch", scratch=SCRATCH)
@@ -33,14 +33,14 @@ def test_the_tokenizer_does_not_depend_on_the_order_of_captions_nor_the_weights_
     assert build_conditioner(config, CAPTIONS, seed=4).fingerprint() != scratch.fingerprint()
 
 
-def test_the_tokenizer_is_the_same_each_time_though_many_pairs_are_equally_frequent():
-    """Else a run that is started again, or a second process of it, would know words by other ids."""
+def test_the_tokenizer_is_deterministic_although_many_pairs_are_equally_frequent():
+    """Otherwise a resumed run, or a second process, would use other ids for words."""
     lines = (Path(__file__).parents[2] / "tests" / "pictures" / "metadata.jsonl").read_text().splitlines()
     captions = [json.loads(line)["text"] for line in lines]
     assert len({train_tokenizer(captions, 600, 16).fingerprint() for _ in range(20)}) == 1
 
 
-def test_a_tokenizer_taken_up_from_a_checkpoint_gives_the_ids_of_then(scratch):
+def test_a_tokenizer_restored_from_a_checkpoint_returns_the_same_ids(scratch):
     other = train_tokenizer([f"a purple {shape} over there" for shape in ("square", "squirrel", "squid")] * 2, 600, 16)
     assert not torch.equal(other(CAPTIONS).ids, scratch.tokenize(CAPTIONS).ids)
     other.load_state_dict(scratch.tokenizer.state_dict())
@@ -56,8 +56,8 @@ def test_a_transformer_from_scratch_opens_in_transformers_with_equal_ids_and_tok
     tokens = scratch.tokenize(prompts)
     for opened in (AutoTokenizer, CLIPTokenizer):
         tokenizer = opened.from_pretrained(tmp_path / "tokenizer")
-        theirs = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt")
-        assert torch.equal(theirs.input_ids, tokens.ids) and torch.equal(theirs.attention_mask.bool(), tokens.mask)
+        encoded = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt")
+        assert torch.equal(encoded.input_ids, tokens.ids) and torch.equal(encoded.attention_mask.bool(), tokens.mask)
     model = CLIPTextModel.from_pretrained(tmp_path / "text_encoder").eval()
     with torch.no_grad():
         expected = model(tokens.ids).last_hidden_state
@@ -66,7 +66,7 @@ def test_a_transformer_from_scratch_opens_in_transformers_with_equal_ids_and_tok
     assert json.loads((tmp_path / "text_encoder/config.json").read_text())["use_attention_mask"] is False
 
 
-def test_no_text_is_unknown_to_a_learnt_tokenizer(scratch):
+def test_no_text_is_unknown_to_a_trained_tokenizer(scratch):
     end = scratch.tokenizer.backend.token_to_id("<|endoftext|>")
     ids = scratch.tokenize(["数", "🙂", "Ж", "\x07"]).ids
     assert all((row != end).sum() >= 2 for row in ids)

@@ -1,4 +1,4 @@
-"""ldm/networks/cached_unet.py: a UNet as samplers call it does nothing twice, and what it takes from earlier calls is bounded."""
+"""`CachedUNet` computes nothing twice, and the error of reused features is bounded."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Conditioners that read more than prompts: what is given arrives in the context, and what is dropped does not."""
+"""Tests of conditioners with readers: contexts, caption dropout, storage, and how to add a reader."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import json
 
 import pytest
 import torch
-from torch import nn
 
 from conditioning import Context, Unconditional
 from conditioning.build import ConditionerConfig, build_conditioner, load_conditioner
 from conditioning.encoders.scratch import TransformerConfig
 from conditioning.hints.hints import SpatialConfig
 from conditioning.interface.inputs import ConditionInputs
-from conditioning.interface.reader import Widths
+from conditioning.interface.reader import InputReader, Widths
 from conditioning.readers.combined import CombinedConditioner, joined
 from conditioning.readers.frame import FrameConfig
 from stipple.stages.ldm.batch_encoder import BatchEncoder
@@ -31,7 +30,7 @@ def depth_and_frame() -> CombinedConditioner:
     return build(spatial=SpatialConfig(kind="depth", downsampling=4), frame=FrameConfig(width=8))
 
 
-def given(prompts=tuple(CAPTIONS), seed: int = 0) -> ConditionInputs:
+def inputs_of(prompts=tuple(CAPTIONS), seed: int = 0) -> ConditionInputs:
     draw, size = torch.Generator().manual_seed(seed), len(prompts)
     return ConditionInputs(
         prompts=list(prompts),
@@ -46,59 +45,59 @@ def same(a: Context, b: Context, tolerance: float = 0.0) -> bool:
     return all(x is y is None or torch.allclose(x.float(), y.float(), rtol=0, atol=tolerance) for x, y in pairs)
 
 
-class Told(nn.Module):
-    """A reader that says what it is made of."""
+class FixedReader(InputReader):
+    """Returns a fixed context."""
 
-    reads, trainable = frozenset(), False
+    reads = frozenset()
 
     def __init__(self, widths: Widths, **context: torch.Tensor):
         super().__init__()
         self.widths, self.context = widths, context
 
-    def forward(self, given: ConditionInputs) -> Context:
+    def forward(self, inputs: ConditionInputs) -> Context:
         return Context(**self.context)
 
 
-def test_every_field_of_a_context_is_filled_and_its_widths_are_foretold():
+def test_all_fields_of_a_context_have_the_widths_of_the_conditioner():
     conditioner = depth_and_frame()
-    context = conditioner.encode(CAPTIONS, given())
+    context = conditioner.encode(CAPTIONS, inputs_of())
     assert context.tokens.shape == (3, 8, conditioner.context_dim)
     assert context.vector.shape == (3, conditioner.vector_dim) == (3, 48)
     assert context.latents.shape == (3, conditioner.latent_channels, 4, 4) == (3, 1, 4, 4)
     assert conditioner.reads >= {"hint", "frame"}
 
 
-def test_both_contexts_of_guidance_made_at_once_are_those_made_one_by_one():
-    conditioner, told = depth_and_frame(), given()
-    both = told.cat(told.null())
+def test_both_contexts_of_guidance_in_one_batch_equal_those_made_separately():
+    conditioner, inputs = depth_and_frame(), inputs_of()
+    both = inputs.cat(inputs.null())
     tokens = conditioner.tokenize(both.prompts)
     with torch.no_grad():
         at_once = conditioner(tokens.ids, tokens.mask, both)
-        assert same(at_once.select(slice(0, 3)), conditioner.encode(CAPTIONS, told), 1e-6)
-        assert same(at_once.select(slice(3, 6)), conditioner.encode([""] * 3, told.null()), 1e-6)
+        assert same(at_once.select(slice(0, 3)), conditioner.encode(CAPTIONS, inputs), 1e-6)
+        assert same(at_once.select(slice(3, 6)), conditioner.encode([""] * 3, inputs.null()), 1e-6)
 
 
-def test_a_prompt_that_many_share_is_encoded_once(monkeypatch):
-    conditioner, seen = depth_and_frame(), []
+def test_equal_prompts_are_encoded_once(monkeypatch):
+    conditioner, sizes = depth_and_frame(), []
     encoder = conditioner.prompts.forward
-    monkeypatch.setattr(conditioner.prompts, "forward", lambda ids, mask: seen.append(len(ids)) or encoder(ids, mask))
-    told = given(["a red heart"] * 5)
-    both = told.cat(told.null())
+    monkeypatch.setattr(conditioner.prompts, "forward", lambda ids, mask: sizes.append(len(ids)) or encoder(ids, mask))
+    inputs = inputs_of(["a red heart"] * 5)
+    both = inputs.cat(inputs.null())
     tokens = conditioner.tokenize(both.prompts)
     context = conditioner(tokens.ids, tokens.mask, both)
-    assert seen == [2] and len(context.tokens) == 10
+    assert sizes == [2] and len(context.tokens) == 10
     assert torch.equal(context.tokens[0], context.tokens[4]) and not torch.equal(context.tokens[0], context.tokens[5])
 
 
-def test_gradients_reach_every_prompt_whose_row_is_shared():
+def test_gradients_reach_prompts_that_share_a_row():
     conditioner = depth_and_frame()
-    told = given(["a red heart", "a red heart", "a green heart"])
-    tokens = conditioner.tokenize(told.prompts)
-    conditioner(tokens.ids, tokens.mask, told).tokens[1].sum().backward()
+    inputs = inputs_of(["a red heart", "a red heart", "a green heart"])
+    tokens = conditioner.tokenize(inputs.prompts)
+    conditioner(tokens.ids, tokens.mask, inputs).tokens[1].sum().backward()
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in conditioner.prompts.parameters())
 
 
-def test_tokens_come_one_after_another_and_a_mask_is_made_where_one_of_them_has_one():
+def test_tokens_are_concatenated_with_a_mask_if_any_of_them_has_one():
     a = Context(tokens=torch.zeros(2, 3, 4), mask=torch.tensor([[True, False, False]] * 2), vector=torch.zeros(2, 1))
     b = Context(tokens=torch.ones(2, 2, 4), vector=torch.ones(2, 5), latents=torch.ones(2, 1, 2, 2))
     context = joined([a, b])
@@ -108,91 +107,92 @@ def test_tokens_come_one_after_another_and_a_mask_is_made_where_one_of_them_has_
     assert context.latents is b.latents
 
 
-def test_tokens_of_several_widths_are_refused():
-    with pytest.raises(ValueError, match=r"widths \[4, 16\] can't be read together"):
-        CombinedConditioner(build().prompts, {"other": Told(Widths(tokens=4))})
+def test_tokens_of_different_widths_raise():
+    with pytest.raises(ValueError, match=r"widths \[4, 16\] can't be concatenated"):
+        CombinedConditioner(build().prompts, {"other": FixedReader(Widths(tokens=4))})
 
 
-def test_what_is_not_given_is_named():
-    with pytest.raises(ValueError, match="reads prompts and hint, which is not given"):
+def test_a_missing_input_raises():
+    with pytest.raises(ValueError, match="requires hint besides prompts, and it is missing"):
         depth_and_frame().encode(["a"], ConditionInputs(prompts=["a"], frame=torch.zeros(1, 6)))
 
 
-def test_a_folder_gives_the_conditioner_back(tmp_path):
-    conditioner, told = depth_and_frame(), given()
+def test_a_conditioner_loads_back_equal_from_a_folder(tmp_path):
+    conditioner, inputs = depth_and_frame(), inputs_of()
     conditioner.save(tmp_path)
     again = load_conditioner(tmp_path)
     assert list(again.readers) == ["spatial", "frame"]
     assert again.readers["spatial"].config == conditioner.readers["spatial"].config
-    assert same(conditioner.encode(CAPTIONS, told), again.encode(CAPTIONS, told))
+    assert same(conditioner.encode(CAPTIONS, inputs), again.encode(CAPTIONS, inputs))
 
 
-def test_weights_of_readers_come_back_and_learn_on(tmp_path):
+def test_weights_of_readers_load_back_equal_and_trainable(tmp_path):
     conditioner = build(spatial=SpatialConfig(kind="semantic", downsampling=4, classes=5))
     conditioner.save(tmp_path)
     again = load_conditioner(tmp_path)
-    mine, its = conditioner.readers["spatial"].state_dict(), again.readers["spatial"].state_dict()
-    assert mine.keys() == its.keys() and all(torch.equal(mine[name], its[name]) for name in mine)
+    before, after = conditioner.readers["spatial"].state_dict(), again.readers["spatial"].state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     assert [p.requires_grad for p in again.readers.parameters()] == [True]
     assert not again.prompts.trainable and again.trainable
 
 
-def test_what_a_folder_says_of_an_unknown_reader_is_refused_in_one_line(tmp_path):
+def test_an_unknown_reader_or_option_in_a_folder_raises(tmp_path):
     depth_and_frame().save(tmp_path)
     path = tmp_path / "conditioner" / "config.json"
-    said = json.loads(path.read_text())
-    path.write_text(json.dumps({**said, "smell": {}}))
-    with pytest.raises(ValueError, match="reader 'smell', which is unknown; there are spatial, frame"):
+    configs = json.loads(path.read_text())
+    path.write_text(json.dumps({**configs, "smell": {}}))
+    with pytest.raises(ValueError, match="unknown reader 'smell'; it must be one of spatial, frame"):
         load_conditioner(tmp_path)
     path.write_text(json.dumps({"frame": {"wdith": 3}}))
     with pytest.raises(ValueError, match="wdith"):
         load_conditioner(tmp_path)
 
 
-def test_given_cats_selects_and_drops():
-    told = given()
-    both = told.cat(told.null())
+def test_inputs_are_concatenated_selected_and_dropped():
+    inputs = inputs_of()
+    both = inputs.cat(inputs.null())
     assert len(both) == 6 and both.dropped.tolist() == [False] * 3 + [True] * 3
     assert both.prompts == [*CAPTIONS, "", "", ""]
     back = both.select(slice(0, 3))
-    assert back.prompts == told.prompts and torch.equal(back.hint, told.hint) and torch.equal(back.frame, told.frame)
+    assert back.prompts == inputs.prompts
+    assert torch.equal(back.hint, inputs.hint) and torch.equal(back.frame, inputs.frame)
     alone = ConditionInputs(prompts=CAPTIONS)
     assert alone.null().prompts == [""] and len(alone.cat(alone.null())) == 4
-    with pytest.raises(ValueError, match="one has hint"):
-        told.cat(alone)
-    with pytest.raises(ValueError, match="batch size"):
+    with pytest.raises(ValueError, match="one batch has frame"):
+        inputs.cat(alone)
+    with pytest.raises(ValueError, match="one batch size"):
         ConditionInputs(prompts=["a"], frame=torch.zeros(2, 6))
 
 
-def test_a_model_that_is_told_nothing_has_nothing_to_drop():
+def test_caption_dropout_of_an_unconditional_model_changes_nothing():
     context = Unconditional().encode(["", ""])
     assert context.where(torch.tensor([True, False]), Unconditional().null()) == Context()
 
 
-def test_what_is_kept_is_read_once_for_both_contexts_of_guidance(monkeypatch):
-    conditioner, told, seen = depth_and_frame(), given(), []
-    both = told.cat(told.null())
+def test_readers_that_survive_dropout_run_once_for_both_contexts_of_guidance(monkeypatch):
+    conditioner, inputs, seen = depth_and_frame(), inputs_of(), []
+    both = inputs.cat(inputs.null())
     tokens = conditioner.tokenize(both.prompts)
     with torch.no_grad():
         expected = conditioner(tokens.ids, tokens.mask, both)
         spatial = conditioner.readers["spatial"]
-        read = spatial.forward
-        monkeypatch.setattr(spatial, "forward", lambda given: seen.append(len(given)) or read(given))
-        assert same(conditioner(tokens.ids, tokens.mask, told), expected)
+        forward = spatial.forward
+        monkeypatch.setattr(spatial, "forward", lambda inputs: seen.append(len(inputs)) or forward(inputs))
+        assert same(conditioner(tokens.ids, tokens.mask, inputs), expected)
         dropping = build(spatial=SpatialConfig(kind="depth", downsampling=4, drop=True))
-        context = dropping(tokens.ids, tokens.mask, told)
+        context = dropping(tokens.ids, tokens.mask, inputs)
     assert seen == [3]
     assert context.latents[:3].any() and not context.latents[3:].any()
 
 
-def test_where_nobody_is_dropped_no_null_context_is_made():
-    conditioner, told = depth_and_frame(), given()
-    batch = Batch(torch.zeros(3, 3, 16, 16), CAPTIONS, torch.arange(3), told.hint, told.frame)
+def test_no_null_context_is_computed_without_caption_dropout():
+    conditioner, inputs = depth_and_frame(), inputs_of()
+    batch = Batch(torch.zeros(3, 3, 16, 16), CAPTIONS, torch.arange(3), inputs.hint, inputs.frame)
     contexts, seen = {}, []
 
-    def network(ids: torch.Tensor, mask: torch.Tensor, given: ConditionInputs) -> Context:
+    def network(ids: torch.Tensor, mask: torch.Tensor, inputs: ConditionInputs) -> Context:
         seen.append(len(ids))
-        return conditioner(ids, mask, given)
+        return conditioner(ids, mask, inputs)
 
     for nulls in (False, True):
         inputs = BatchEncoder(None, conditioner, network, None, nulls)
