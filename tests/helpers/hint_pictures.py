@@ -10,7 +10,7 @@ from ldm.pipeline import TextToImage
 
 
 @torch.no_grad()
-def draw_told(model: TextToImage, hints: Tensor, together: int = 16, prompt: str = "", **settings) -> Tensor:
+def draw_with_hints(model: TextToImage, hints: Tensor, together: int = 16, prompt: str = "", **settings) -> Tensor:
     """Images [B, 3, H, W] in [-1, 1] of hints [B, k, H, W] and a prompt, with seeds from 0 on."""
     prompts, images = [prompt] * len(hints), []
     given = ConditionInputs(prompts=prompts, hint=hints)
