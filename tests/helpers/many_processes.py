@@ -1,7 +1,7 @@
-"""Runs of the real scripts in several processes, forked from one that has torch and the scripts loaded.
+"""Runs of the scripts in several processes, forked from one that has imported torch and the scripts.
 
-`python many_processes.py < RUNS`, where RUNS is JSON: a list of [processes, environment, command], done one after the
-other. The processes find each other through gloo on this machine. What they print goes to the folder of their run.
+`python many_processes.py < RUNS`, where RUNS is JSON: a list of [processes, environment, command], run one after the
+other. The processes communicate by gloo on this machine. Their output goes to RUN.log.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Run = tuple[int, dict[str, str], Sequence[str]]
 
 
 def run_all(runs: Sequence[Run]) -> list[float]:
-    """Do the runs, each with a `run=FOLDER` in its command; their seconds. AssertionError with what one said."""
+    """Do the runs, each with `run=FOLDER` in its command; return their seconds. Raises AssertionError if one fails."""
     from tests.helpers.tiny_runs import ROOT, SETTINGS
 
     paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
@@ -52,7 +52,7 @@ def _fork(rank: int, world: int, port: int, environment: dict[str, str], command
         code = 0
     except SystemExit as end:
         code = end.code or 0
-    except BaseException as error:  # the child must not go on as the parent would
+    except BaseException as error:  # the child must not continue with the code of the parent
         import traceback
 
         traceback.print_exception(error)
@@ -62,9 +62,9 @@ def _fork(rank: int, world: int, port: int, environment: dict[str, str], command
 
 
 def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def _main() -> None:

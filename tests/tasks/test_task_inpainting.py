@@ -19,9 +19,9 @@ from conditioning.hints.masks import MaskConfig, draw_mask
 from ldm.pipeline import TextToImage
 from stipple_core.images.images import grid, image_to_tensor, tensor_to_image
 from stipple_core.randomness import generator
+from tests.helpers.hinted_images import draw_with_hints
 from tests.helpers.shapes import PAIRS, SIDE, SINGLES, draw, make_set
 from tests.helpers.tiny_runs import run_here
-from tests.helpers.told_pictures import draw_told
 
 COUNT = 3000  # pictures in the set
 DRAWN = 8  # completions of each hole, of which the mean is judged
@@ -85,7 +85,7 @@ def filled(tmp_path_factory, settings_of_runs) -> dict[str, Tensor]:
     hint = model.conditioner.readers["spatial"].hint
     given = [Files(image=image, mask=mask) for image, mask in zip(images, masks, strict=True)]
     hints = torch.cat([hint.of_files(each, SIDE, SIDE, torch.Generator()) for each in given])
-    many = draw_told(model, hints.repeat(DRAWN, 1, 1, 1), steps=4, guidance_scale=1.0)  # [DRAWN B, 3, 32, 32]
+    many = draw_with_hints(model, hints.repeat(DRAWN, 1, 1, 1), steps=4, guidance_scale=1.0)  # [DRAWN B, 3, 32, 32]
     drawn, one = many.unflatten(0, (DRAWN, ASKED)).mean(0), many[:ASKED]  # the mean: of the least squared error
     ways = {
         "model": torch.where(masks > 0, drawn, images),

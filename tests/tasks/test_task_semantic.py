@@ -14,9 +14,9 @@ from PIL import Image
 from conditioning.hints.hints import Files
 from ldm.pipeline import TextToImage
 from stipple_core.images.images import grid, tensor_to_image
+from tests.helpers.hinted_images import draw_with_hints
 from tests.helpers.regions import COLORS, SIDE, agreement, draw_map, draw_picture, make_set
 from tests.helpers.tiny_runs import run_here
-from tests.helpers.told_pictures import draw_told
 
 COUNT = 1500  # pictures in the set
 ASKED = 48  # held-out maps
@@ -50,7 +50,7 @@ def trained(tmp_path_factory, settings_of_runs) -> tuple[list[Image.Image], Path
     hint = model.conditioner.readers["spatial"].hint
     files = [Files(map=torch.from_numpy(classes)[None].float()) for classes in held_out()]
     hints = torch.cat([hint.of_files(each, SIDE, SIDE, torch.Generator()) for each in files])
-    pictures = [tensor_to_image(image) for image in draw_told(model, hints, guidance_scale=1.0)]
+    pictures = [tensor_to_image(image) for image in draw_with_hints(model, hints, guidance_scale=1.0)]
     report(folder, pictures)
     return pictures, folder
 

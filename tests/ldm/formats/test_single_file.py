@@ -20,8 +20,8 @@ from ldm.networks.unet import UNet
 from ldm.pipeline import TextToImage
 from ldm.schedules.registry import ScheduleConfig
 from stipple_core.files.weights import read_metadata, read_weights, write_weights
+from tests.helpers.hinted_images import draw_with_hints
 from tests.helpers.single_files import KINDS, PROMPTS, YAML, build_parts, save_words, write_yaml
-from tests.helpers.told_pictures import draw_told
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -371,7 +371,7 @@ def test_a_model_that_is_shown_more_than_a_prompt_draws_what_it_is_shown(kind, s
 
     def drawn(**changed):
         hint = reader.hint.of_files(Files(**values | changed), 16, 16, torch.Generator())
-        return draw_told(model, hint, steps=2)
+        return draw_with_hints(model, hint, steps=2)
 
     assert torch.equal(drawn(), drawn())
     different = drawn(image=-values["image"], map=3 - values["map"] / 2)
