@@ -7,7 +7,6 @@ is asked for, `stipple.commands.open_model` for the model, `stipple.commands.out
 from __future__ import annotations
 
 import argparse
-import difflib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from stipple.commands.open_model import Opening, open_for_drawing
 from stipple.commands.output import Output, columns, make, signs
 from stipple_core.config import one_line_errors, short_warnings
 from stipple_core.images.drawn_pictures import check_writable
+from stipple_core.nearest import did_you_mean
 
 if TYPE_CHECKING:  # torch takes seconds to import: what makes pictures imports it, so that --help answers at once
     from ldm.pipeline import TextToImage
@@ -46,8 +46,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         _, _, unknown = message.partition("unrecognized arguments: ")
         flag = unknown.split(" ")[0].split("=")[0]
-        near = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.75)
-        raise ValueError(f"{message}; did you mean {near[0]}?" if near else message)
+        nearest = did_you_mean(flag, self._option_string_actions, cutoff=0.75)
+        raise ValueError(f"{message}; did you mean {nearest}?" if nearest else message)
 
 
 def parser(command: Command) -> Parser:
