@@ -57,7 +57,9 @@ class ImageEmbeddings(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Raise a ValueError: embeddings can't be decoded to images."""
-        raise ValueError("this model generates embeddings, not images; use it with a decoder model: txt2img.py --prior")
+        raise ValueError(
+            "this model generates embeddings, not images; use it with a decoder model: stipple draw --prior"
+        )
 
     def embeddings(self, latents: Tensor) -> Tensor:
         """Convert latents [B, d, 1, 1] to embeddings [B, d] of length sqrt(d)."""

@@ -52,7 +52,11 @@ TURNS = 4
 
 
 class FeatureNetwork(nn.Module):
-    """A few convolutional stages, and two classification heads that are used only in training."""
+    """A few convolutional stages, and two classification heads that are used only in training.
+
+    Its weights lie in memory in the channels_last order from the beginning, and keep it when they are trained or
+    loaded: the order chooses the kernels, and other kernels may give other bits.
+    """
 
     def __init__(self, config: FeatureConfig):
         super().__init__()
@@ -67,6 +71,7 @@ class FeatureNetwork(nn.Module):
         )
         self.turn = nn.Linear(widths[-1], TURNS)
         self.degradation = nn.Linear(sum(config.channels), len(DEGRADATIONS))
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Return the activations of the stages, [B, C, H / 2^i, W / 2^i], for images [B, 3, H, W]."""
@@ -118,7 +123,7 @@ def train_features(
             weight = torch.randn(module.weight.shape, generator=generator) * (2.0 / fan_in) ** 0.5
             module.weight.data.copy_(weight)
             module.bias.data.zero_()
-    network.to(memory_format=torch.channels_last).requires_grad_(True)
+    network.requires_grad_(True)
     optimizer = torch.optim.Adam(network.parameters(), lr=config.learning_rate)
     losses = []
     for step in range(config.steps):

@@ -10,12 +10,13 @@ import torch
 from autoencoder import Autoencoder, Pixels, Posterior, open_autoencoder
 from ldm import TextToImage
 from ldm.denoising.denoiser import Denoiser
-from ldm.formats.model_folder import open_model
+from ldm.formats.opening import open_model
 from ldm.guidance.base import thresholded
 from ldm.likelihood.flow_likelihood import ode_bound
 from ldm.likelihood.variational_bound import variational_bound
 from ldm.losses.diffusion_loss import loss_weight
-from ldm.schedules.registry import ScheduleConfig, make_schedule
+from ldm.schedules.base import ScheduleConfig
+from ldm.schedules.registry import make_schedule
 from stipple_core.images.images import image_to_tensor, tensor_to_image
 from tests.helpers.pixel_models import pixel_model
 

@@ -1,4 +1,4 @@
-"""Claims about stipple convert: there and back, and one line for what is wrong, with nothing written."""
+"""`stipple convert` between single files and model folders: round trips, and errors of one line that write nothing."""
 
 import os
 import re
@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from autoencoder import Autoencoder
-from ldm.formats.model_folder import open_model, save_model
+from ldm.formats.model_folder import save_model
+from ldm.formats.opening import open_model
 from ldm.formats.single_file import save_first_stage, save_single_file
 from stipple.commands.convert import main
 from stipple_core.files.weights import read_weights, write_weights
@@ -24,9 +25,9 @@ def same(a, b):
 
 
 @pytest.fixture(scope="module")
-def given(tmp_path_factory):
-    """A folder with an unconditional model's file, a YAML for it, and files with faults."""
-    folder = tmp_path_factory.mktemp("given")
+def sources(tmp_path_factory):
+    """A folder with the file of an unconditional model, a YAML config for it, and faulty files."""
+    folder = tmp_path_factory.mktemp("sources")
     write_yaml(folder)
     save_single_file(build_parts("unconditional", folder / "words"), folder / "good.safetensors")
     data, state = (folder / "good.safetensors").read_bytes(), read_weights(folder / "good.safetensors")
@@ -46,7 +47,7 @@ def given(tmp_path_factory):
 
 
 class Bomb:
-    """Leaves a file when it is unpickled."""
+    """Writes a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -56,19 +57,19 @@ class Bomb:
 
 
 def convert(*arguments):
-    """The script as a process: exit code and what it said on stderr."""
+    """Run the command as a process; return its exit code and what it writes to standard error."""
     command = [sys.executable, "-m", "stipple.commands.convert", *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
     return done.returncode, done.stderr.strip()
 
 
-def test_a_file_becomes_a_folder_and_that_a_file_with_the_same_tensors(given, tmp_path):
-    code, said = convert(given / "good.safetensors", tmp_path / "new" / "model", "--yaml", given / "model.yaml")
-    assert (code, said) == (0, "")
+def test_converting_a_file_to_a_folder_and_back_keeps_all_tensors(sources, tmp_path):
+    code, message = convert(sources / "good.safetensors", tmp_path / "new" / "model", "--yaml", sources / "model.yaml")
+    assert (code, message) == (0, "")
     assert (tmp_path / "new" / "model" / "model_index.json").is_file()
     main([str(tmp_path / "new" / "model"), str(tmp_path / "other" / "back.safetensors")])
-    assert same(read_weights(tmp_path / "other" / "back.safetensors"), read_weights(given / "good.safetensors"))
+    assert same(read_weights(tmp_path / "other" / "back.safetensors"), read_weights(sources / "good.safetensors"))
 
 
 FAULTS = {
@@ -85,51 +86,51 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_faulty_source_is_one_line_and_nothing_is_written(name, given, tmp_path, capsys):
+def test_a_faulty_source_is_reported_in_one_line_and_nothing_is_written(name, sources, tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
-        main([str(given / name), str(tmp_path / "new" / "model"), "--yaml", str(given / "model.yaml")])
-    said = capsys.readouterr().err
-    assert caught.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
-    assert re.search(FAULTS[name], said), said
-    assert not any(tmp_path.iterdir()) and not (given / "ran").exists()
+        main([str(sources / name), str(tmp_path / "new" / "model"), "--yaml", str(sources / "model.yaml")])
+    message = capsys.readouterr().err
+    assert caught.value.code == 2 and message.startswith("error: ") and message.count("\n") == 1
+    assert re.search(FAULTS[name], message), message
+    assert not any(tmp_path.iterdir()) and not (sources / "ran").exists()
 
 
-def test_the_process_itself_exits_with_2_and_one_line(given, tmp_path):
-    code, said = convert(given / "truncated.safetensors", tmp_path / "model")
-    assert code == 2 and said.startswith("error: ") and "\n" not in said and not any(tmp_path.iterdir())
+def test_the_process_exits_with_2_and_one_line(sources, tmp_path):
+    code, message = convert(sources / "truncated.safetensors", tmp_path / "model")
+    assert code == 2 and message.startswith("error: ") and "\n" not in message and not any(tmp_path.iterdir())
 
 
 def refused(capsys, *arguments):
     with pytest.raises(SystemExit) as caught:
         main(list(map(str, arguments)))
-    said = capsys.readouterr().err
-    assert caught.value.code == 2 and said.count("\n") == 1
-    return said
+    message = capsys.readouterr().err
+    assert caught.value.code == 2 and message.count("\n") == 1
+    return message
 
 
-def test_targets_that_exist_and_flags_that_do_not_are_refused(given, tmp_path, capsys):
+def test_existing_targets_and_unknown_flags_are_refused(sources, tmp_path, capsys):
     (tmp_path / "taken").mkdir()
-    assert "exists already" in refused(capsys, given / "good.safetensors", tmp_path / "taken")
-    assert "both files" in refused(capsys, given / "good.safetensors", tmp_path / "x.safetensors")
+    assert "exists already" in refused(capsys, sources / "good.safetensors", tmp_path / "taken")
+    assert "both files" in refused(capsys, sources / "good.safetensors", tmp_path / "x.safetensors")
     assert "must end in .safetensors" in refused(capsys, tmp_path / "taken", tmp_path / "x.ckpt")
-    assert "--precision" in refused(capsys, given / "good.safetensors", tmp_path / "m", "--precision", "fp8")
-    assert "heads of a UNet" in refused(capsys, given / "good.safetensors", tmp_path / "m")  # its YAML is not given
+    assert "--precision" in refused(capsys, sources / "good.safetensors", tmp_path / "m", "--precision", "fp8")
+    assert "heads of a UNet" in refused(capsys, sources / "good.safetensors", tmp_path / "m")  # without its YAML config
     assert "is the model folder complete" in refused(capsys, tmp_path / "taken", tmp_path / "x.safetensors")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["taken"]
 
 
-def test_what_compvis_has_no_word_for_writes_nothing(given, tmp_path, capsys):
+def test_a_model_that_the_compvis_format_cannot_hold_writes_nothing(sources, tmp_path, capsys):
     from tests.helpers.small_models import build_model
 
     build_model(tmp_path / "own").save(tmp_path / "model")
     before = sorted(tmp_path.iterdir())
-    said = refused(capsys, tmp_path / "model", tmp_path / "new" / "x.safetensors")
-    assert "norm_num_groups 8 can't be said in a CompVis file" in said
+    message = refused(capsys, tmp_path / "model", tmp_path / "new" / "x.safetensors")
+    assert "norm_num_groups 8 can't be message in a CompVis file" in message
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_precision_is_as_in_the_source_unless_said(given, tmp_path):
-    source, yaml = str(given / "good.safetensors"), str(given / "model.yaml")
+def test_precision_is_that_of_the_source_unless_specified(sources, tmp_path):
+    source, yaml = str(sources / "good.safetensors"), str(sources / "model.yaml")
     main([source, str(tmp_path / "half"), "--yaml", yaml, "--precision", "fp16"])
     main([str(tmp_path / "half"), str(tmp_path / "same.safetensors")])
     main([str(tmp_path / "half"), str(tmp_path / "full.safetensors"), "--precision", "fp32"])
@@ -139,7 +140,7 @@ def test_precision_is_as_in_the_source_unless_said(given, tmp_path):
 
 
 @pytest.mark.parametrize("regularizer", ["kl", "vq"])
-def test_a_first_stage_alone_becomes_a_folder_with_vae_and_back(regularizer, tmp_path):
+def test_a_first_stage_converts_to_a_folder_with_vae_and_back(regularizer, tmp_path):
     parts = build_parts("sd1" if regularizer == "kl" else "class", save_words(tmp_path / "words"))
     source = tmp_path / "vae.safetensors"
     save_first_stage(parts.autoencoder, source)
@@ -151,7 +152,7 @@ def test_a_first_stage_alone_becomes_a_folder_with_vae_and_back(regularizer, tmp
     assert same(read_weights(tmp_path / "back.safetensors"), read_weights(source))
 
 
-def test_a_variant_of_a_folder_is_converted(given, tmp_path):
+def test_a_variant_of_a_folder_is_converted(sources, tmp_path):
     save_model(build_parts("unconditional", tmp_path), tmp_path / "model", torch.float16)
     for path in list((tmp_path / "model").rglob("*.safetensors")):
         path.rename(path.with_name(path.name.replace(".safetensors", ".fp16.safetensors")))

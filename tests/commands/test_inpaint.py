@@ -1,4 +1,4 @@
-"""Completing a picture: what stays, what is painted, by blending and by models that read a mask."""
+"""Inpainting: what is kept and what is repainted, by blending and by models conditioned on a mask."""
 
 import copy
 import gc
@@ -26,24 +26,24 @@ def checkpoint(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ["text", "inpainting"])
 @pytest.mark.parametrize("size", [(32, 32), (30, 21)])
-def test_pixels_outside_the_mask_are_those_of_the_image(models, kind, size):
-    given, hole = photo(*size), mask(*size)
-    (made,) = models[kind]("a heart", image=given, mask=hole, steps=3)
+def test_pixels_outside_the_mask_do_not_change(models, kind, size):
+    image, hole = photo(*size), mask(*size)
+    (made,) = models[kind]("a heart", image=image, mask=hole, steps=3)
     kept = pixels(hole) == 0
-    assert made.size == size and np.array_equal(pixels(made)[kept], pixels(given)[kept])
-    assert np.abs(pixels(made) - pixels(given))[~kept].mean() > 5
+    assert made.size == size and np.array_equal(pixels(made)[kept], pixels(image)[kept])
+    assert np.abs(pixels(made) - pixels(image))[~kept].mean() > 5
 
 
-def test_a_seam_is_soft_in_as_many_pixels_as_are_asked_for(models):
-    given, hole = photo(32, 32), mask(32, 32)
-    hard, soft = (models["text"]("a heart", image=given, mask=hole, feather=n, steps=3)[0] for n in (0, 4))
+def test_feather_blends_as_many_pixels_as_it_names(models):
+    image, hole = photo(32, 32), mask(32, 32)
+    hard, soft = (models["text"]("a heart", image=image, mask=hole, feather=n, steps=3)[0] for n in (0, 4))
     changed = np.abs(pixels(soft) - pixels(hard)).sum((0, 2)) > 0  # of each column
     assert not changed[:12].any() and changed[12:16].any() and not changed[16:].any()
-    far = np.abs(pixels(soft) - pixels(given)).sum((0, 2))
+    far = np.abs(pixels(soft) - pixels(image)).sum((0, 2))
     assert far[15] > far[12]
 
 
-def test_what_is_known_bears_on_what_is_painted_and_a_whole_mask_leaves_nothing(models):
+def test_the_kept_part_affects_the_repainted_one_and_a_full_mask_keeps_nothing(models):
     hole, whole = mask(32, 32), Image.new("L", (32, 32), 255)
     one, other = (models["text"]("a heart", image=photo(32, 32, seed), mask=hole)[0] for seed in (0, 1))
     assert (pixels(one) != pixels(other))[:, 16:].any()
@@ -51,29 +51,29 @@ def test_what_is_known_bears_on_what_is_painted_and_a_whole_mask_leaves_nothing(
     assert np.array_equal(pixels(alone), pixels(painted))
 
 
-def test_repetitions_take_as_many_steps_more(models):
-    given = dict(image=photo(32, 32), mask=mask(32, 32), steps=4)
-    (picture,) = models["text"].plan("a heart", resample=3, **given)
+def test_resample_multiplies_the_steps(models):
+    settings = dict(image=photo(32, 32), mask=mask(32, 32), steps=4)
+    (picture,) = models["text"].plan("a heart", resample=3, **settings)
     steps = list(models["text"].sample([picture]))
     assert len(steps) == models["text"].steps(picture) == 12
-    (once,), (again,) = (models["text"]("a heart", resample=n, **given) for n in (1, 3))
+    (once,), (again,) = (models["text"]("a heart", resample=n, **settings) for n in (1, 3))
     assert (pixels(once) != pixels(again)).any()
 
 
-def test_a_model_that_reads_a_mask_is_not_blended_but_told(models, monkeypatch):
-    """Of the hole it sees nothing, of the mask and of the rest it does."""
+def test_an_inpainting_model_is_conditioned_on_the_mask_instead_of_blended(models, monkeypatch):
+    """The model is conditioned on the mask and on the pixels outside it, and on none inside."""
     model = models["inpainting"]
     (picture,) = model.plan("a heart", image=photo(32, 32), mask=mask(32, 32), steps=1)
-    given, encode = [], model.conditioner.encode
-    monkeypatch.setattr(model.conditioner, "encode", lambda prompts, g: given.append(g) or encode(prompts, g))
+    inputs, encode = [], model.conditioner.encode
+    monkeypatch.setattr(model.conditioner, "encode", lambda prompts, x: inputs.append(x) or encode(prompts, x))
     list(model.sample([picture]))
-    hint = given[0].hint
+    hint = inputs[0].hint
     assert hint.shape == (1, 4, 32, 32) and torch.equal(hint[0, 3] > 0, torch.from_numpy(pixels(mask(32, 32)) > 0))
     assert (hint[0, :3, :, 16:] == 0).all() and (hint[0, :3, :, :16] != 0).any()
     assert picture.strength == 1
 
 
-def test_the_command_makes_it_again(checkpoint, tmp_path, capsys):
+def test_the_command_redraws_from_its_record(checkpoint, tmp_path, capsys):
     photo(32, 32).save(tmp_path / "photo.png")
     mask(32, 32).save(tmp_path / "mask.png")
     words = (tmp_path / "photo.png", tmp_path / "mask.png", "a heart", "--checkpoint", checkpoint, "--resample", 2)
@@ -98,18 +98,18 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_can_not_be_done_is_one_line(name, checkpoint, tmp_path, capsys):
+def test_invalid_requests_are_one_line(name, checkpoint, tmp_path, capsys):
     photo(32, 32).save(tmp_path / "photo.png")
     mask(32, 32).save(tmp_path / "mask.png")
     mask(8, 8).save(tmp_path / "small.png")
     Image.new("L", (32, 32)).save(tmp_path / "black.png")
-    words, complaint = BAD[name]
+    words, expected = BAD[name]
     words = [word.format(tmp=tmp_path) for word in words]
-    assert complaint in refused(inpaint.main, capsys, tmp_path / "out", "--checkpoint", checkpoint, *words)
+    assert expected in refused(inpaint.main, capsys, tmp_path / "out", "--checkpoint", checkpoint, *words)
 
 
-def test_what_a_reader_sees_by_moves_images_to_the_autoencoder_and_holds_no_model(models):
-    """Of a conditioner without weights hints stay where they are made; "meta" stands for a GPU."""
+def test_a_reader_encodes_images_on_the_device_of_the_autoencoder_and_keeps_no_model_alive(models):
+    """The hints of a conditioner without weights stay on the device they are made on; "meta" stands for a GPU."""
     made = models["inpainting"]
     autoencoder, reader = copy.deepcopy(made.autoencoder).to("meta"), made.conditioner.readers["spatial"]
     unet = copy.deepcopy(made.unet)
@@ -122,15 +122,15 @@ def test_what_a_reader_sees_by_moves_images_to_the_autoencoder_and_holds_no_mode
     reader.encode = encode
 
 
-def test_a_mask_on_a_transparent_layer_paints_what_is_opaque(models):
-    given, hole = photo(32, 32), mask(32, 32)
+def test_the_opaque_part_of_a_transparent_mask_is_repainted(models):
+    image, hole = photo(32, 32), mask(32, 32)
     layer = Image.new("RGBA", (32, 32), (255, 255, 255, 0))
     layer.putalpha(hole)
-    one, other = (models["text"]("a heart", image=given, mask=each, steps=2)[0] for each in (hole, layer))
+    one, other = (models["text"]("a heart", image=image, mask=each, steps=2)[0] for each in (hole, layer))
     assert np.array_equal(pixels(one), pixels(other))
 
 
-def test_a_mask_with_colors_is_refused(models):
+def test_a_colored_mask_is_refused(models):
     with pytest.raises(ValueError, match="the mask has colors.*swapped"):
         models["text"].plan("a heart", image=mask(32, 32).convert("RGB"), mask=photo(32, 32))
         models["text"]("a heart", image=mask(32, 32).convert("RGB"), mask=photo(32, 32))

@@ -1,4 +1,4 @@
-"""Models that read no text: none at all, a class by name or number, a map."""
+"""Models that are not conditioned on text: unconditional ones, classes by name or number, maps."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ def folders(tmp_path_factory):
     return {kind: folder_of(kind, tmp_path_factory.mktemp(kind)) for kind in ("unconditional", "class", "semantic")}
 
 
-def test_an_unconditional_model_needs_no_words(folders, tmp_path, capsys):
+def test_an_unconditional_model_requires_no_prompt(folders, tmp_path, capsys):
     words = ("-n", 2, "--steps", 2, "--checkpoint", folders["unconditional"])
     paths = run(sample.main, capsys, tmp_path / "out", *words)
     assert len(paths) == 2 and (pixels(paths[0]) != pixels(paths[1])).any()
@@ -21,7 +21,7 @@ def test_an_unconditional_model_needs_no_words(folders, tmp_path, capsys):
     assert again.read_bytes() == paths[1].read_bytes()
 
 
-def test_a_class_has_a_name_and_a_number_and_several_make_several_pictures(folders, tmp_path, capsys):
+def test_classes_are_names_or_numbers_and_each_is_a_picture(folders, tmp_path, capsys):
     words = ("--steps", 2, "--checkpoint", folders["class"], "--seed", 5)
     by_name, other = run(sample.main, capsys, tmp_path / "out", *words, "--class-name", "boot", "--class-name", "bag")
     (by_number,) = run(sample.main, capsys, tmp_path / "out", *words, "--class-name", 1)
@@ -29,7 +29,7 @@ def test_a_class_has_a_name_and_a_number_and_several_make_several_pictures(folde
     assert [record(path)["pictures"][0]["prompt"] for path in (by_name, other)] == ["boot", "bag"]
 
 
-def test_a_map_gives_the_picture_its_size_and_its_classes(folders, tmp_path, capsys):
+def test_a_map_sets_size_and_classes_of_the_picture(folders, tmp_path, capsys):
     for name, number in (("zeros", 0), ("ones", 1)):
         Image.new("L", (30, 22), number).save(tmp_path / f"{name}.png")
     words = ("--steps", 2, "--checkpoint", folders["semantic"], "--map")
@@ -41,13 +41,13 @@ def test_a_map_gives_the_picture_its_size_and_its_classes(folders, tmp_path, cap
     assert again.read_bytes() == made[1].read_bytes()
 
 
-def test_what_can_not_be_done_is_one_line(folders, tmp_path, capsys):
+def test_invalid_requests_are_one_line(folders, tmp_path, capsys):
     Image.new("RGB", (30, 22)).save(tmp_path / "colors.png")
-    for kind, words, complaint in (
+    for kind, words, expected in (
         ("unconditional", ["--prompt", "a cat"], "is of no use: this model is unconditional; leave it empty"),
         ("class", ["--class-name", "shirt"], "is no class of this model"),
         ("semantic", [], "this model is told a semantic map, and none is given; give a map"),
         ("semantic", ["--map", tmp_path / "colors.png"], "colors.png can't be used: a map has one channel"),
     ):
         error = refused(sample.main, capsys, tmp_path / "out", "--checkpoint", folders[kind], *words)
-        assert complaint in error
+        assert expected in error

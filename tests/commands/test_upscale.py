@@ -1,4 +1,4 @@
-"""Enlarging: by the model's factor, of any size, told the noise; and which models can't."""
+"""Enlarging: by the model's factor, for any size, with noise on the image; and models that cannot."""
 
 import numpy as np
 import pytest
@@ -8,8 +8,7 @@ import stipple.commands.upscale as upscale
 from conditioning import Unconditional
 from conditioning.formats.unet_inputs import with_hints
 from conditioning.hints.degradation import DegradationConfig
-from conditioning.hints.hints import HINTS
-from conditioning.readers.spatial import SpatialConfig
+from conditioning.hints.hints import HINTS, SpatialConfig
 from tests.helpers.drawn import build, folder_of, photo, pixels, refused, run
 
 
@@ -24,12 +23,12 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.mark.parametrize("size", [(8, 8), (9, 5)])
-def test_a_picture_is_larger_by_the_factor_of_the_model(model, size):
+def test_the_result_is_larger_by_the_factor_of_the_model(model, size):
     (made,) = model("", image=photo(*size), steps=2)
     assert made.size == (4 * size[0], 4 * size[1])
 
 
-def test_image_and_noise_bear_on_the_picture_and_its_noise_is_the_pictures_own(model):
+def test_image_and_noise_level_affect_the_result_and_the_noise_is_reproducible(model):
     plain, other, noisy, again = (
         pixels(model("", image=photo(8, 8, seed), noise_level=level, steps=2)[0])
         for seed, level in ((0, 0.0), (1, 0.0), (0, 0.4), (0, 0.4))
@@ -37,7 +36,7 @@ def test_image_and_noise_bear_on_the_picture_and_its_noise_is_the_pictures_own(m
     assert (plain != other).any() and (plain != noisy).any() and np.array_equal(noisy, again)
 
 
-def test_a_picture_shrinks_to_the_image_unless_it_is_left_as_the_model_made_it(model):
+def test_back_projection_makes_the_result_match_the_image(model):
     small = photo(8, 8)
     as_made, agreed = (
         pixels(model("", image=small, steps=2, back_projection=rounds)[0].resize((8, 8), Image.Resampling.BICUBIC))
@@ -46,7 +45,7 @@ def test_a_picture_shrinks_to_the_image_unless_it_is_left_as_the_model_made_it(m
     off = [np.abs(x.astype(float) - pixels(small)).mean() for x in (as_made, agreed)]
     assert off[1] < 0.25 * off[0]
     assert model.plan("", image=small)[0].back_projection == 3
-    for asked in ({"noise_level": 0.2}, {"mask": Image.new("L", (8, 8), 255)}):  # what is invented is not taken back
+    for asked in ({"noise_level": 0.2}, {"mask": Image.new("L", (8, 8), 255)}):  # invented detail is kept
         assert model.plan("", image=small, **asked)[0].back_projection == 0
     with pytest.raises(ValueError, match="told a picture to be enlarged, and none is given"):
         model.plan("")
@@ -56,18 +55,18 @@ def test_a_picture_shrinks_to_the_image_unless_it_is_left_as_the_model_made_it(m
         model.plan("", image=small, back_projection=101)
 
 
-def test_what_may_be_blurred_and_noisy_is_not_agreed_with():
+def test_models_of_blurred_or_noisy_images_use_no_back_projection():
     config = SpatialConfig(kind="low_resolution", downsampling=1, degradation=DegradationConfig(kind="bsrgan"))
     assert HINTS["low_resolution"](config).back_projection == 0
     assert with_hints(Unconditional(), 3, 3, 4).hint.back_projection == 0  # LDM's bsr_sr, of whatever damage
 
 
-def test_a_picture_may_be_made_in_windows(model):
+def test_large_results_are_made_in_windows(model):
     (made,) = model("", image=photo(24, 8), window=8, overlap=4, steps=2)
     assert made.size == (96, 32)
 
 
-def test_the_command_writes_it_and_makes_it_again(checkpoint, tmp_path, capsys):
+def test_the_command_redraws_from_its_record(checkpoint, tmp_path, capsys):
     photo(8, 8).save(tmp_path / "small.png")
     words = (tmp_path / "small.png", "--checkpoint", checkpoint, "--noise-level", 0.2, "--steps", 2)
     (path,) = run(upscale.main, capsys, tmp_path / "out", *words)
@@ -76,10 +75,10 @@ def test_the_command_writes_it_and_makes_it_again(checkpoint, tmp_path, capsys):
     assert again.read_bytes() == path.read_bytes()
 
 
-def test_what_can_not_be_done_is_one_line(checkpoint, tmp_path, tmp_path_factory, capsys):
+def test_invalid_requests_are_one_line(checkpoint, tmp_path, tmp_path_factory, capsys):
     photo(8, 8).save(tmp_path / "small.png")
     text = folder_of("text", tmp_path_factory.mktemp("text"))
-    for words, complaint in (
+    for words, expected in (
         ([], "there is no image; give one, as in: stipple upscale small.png"),
         ([tmp_path / "small.png", "--checkpoint", text], "this model was not trained to enlarge pictures; give one"),
         (
@@ -87,4 +86,4 @@ def test_what_can_not_be_done_is_one_line(checkpoint, tmp_path, tmp_path_factory
             "noise level 0.9 is more than this",
         ),
     ):
-        assert complaint in refused(upscale.main, capsys, tmp_path / "out", *words)
+        assert expected in refused(upscale.main, capsys, tmp_path / "out", *words)

@@ -9,8 +9,9 @@ from torch import nn
 
 import stipple.stages.data.data_check
 from stipple.stages.data.data_check import DataCheck
-from stipple.stages.ldm.ldm_parts import Learner
-from stipple.training.trainer import Trainer, TrainerConfig
+from stipple.stages.ldm.ldm_training import LdmTraining
+from stipple.training.trainer import Trainer
+from stipple.training.trainer_config import TrainerConfig
 from stipple_core.data.records.data_config import DataConfig
 from stipple_core.data.records.records import Record, RecordList, Records
 from stipple_core.data.verify import Inspection
@@ -40,7 +41,7 @@ def test_networks_stay_in_training_mode_after_an_error_with_their_averages(tmp_p
 
     unet = nn.Linear(1, 1)
     parts = {"model": None, "network": unet, "text_network": unet, "averages": [], "optimizer": None}
-    learner = Learner(trainer=Broken(), modules=[unet], **parts)
+    learner = LdmTraining(trainer=Broken(), modules=[unet], **parts)
     with pytest.raises(AttributeError), learner.averaged():  # there is no model
         pass
     assert unet.training

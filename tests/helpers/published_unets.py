@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ldm.networks.unet import UNetConfig
+from ldm.networks.unet_config import UNetConfig
 
 LATENTS = {"in_channels": 3, "out_channels": 3}  # of f = 4
 FOUR = {"block_out_channels": (192, 384, 576, 960), "attention_levels": (False, True, True, True), **LATENTS}

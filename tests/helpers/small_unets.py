@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import torch
 
-from ldm.networks.unet import UNet, UNetConfig
+from ldm.networks.unet import UNet
+from ldm.networks.unet_config import UNetConfig
 
 SMALL = UNetConfig(
     sample_size=8,

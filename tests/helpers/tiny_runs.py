@@ -22,8 +22,11 @@ SETTINGS = {  # one thread, so that sums have the same order; no downloads
 
 
 def start(*command: str, processes: int = 0, **options) -> subprocess.Popen:
-    """Start a script or command module as a process, by `accelerate launch` if `processes` is not 0."""
-    launch = ["-m", "accelerate.commands.accelerate_cli", "launch"] if processes else []
+    """Start a script or command module as a process, by `accelerate launch` if `processes` is not 0.
+
+    `accelerate.commands.launch` is started directly, which imports 3 seconds faster than the command `accelerate`.
+    """
+    launch = ["-m", "accelerate.commands.launch"] if processes else []
     if processes > 1:
         launch += ["--multi_gpu", "--num_processes", str(processes), "--main_process_port", "0"]
     module = [] if command[0].endswith(".py") else ["-m"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from conditioning.formats.unet_inputs import with_hints
-from conditioning.hints.hints import Files
+from conditioning.hints.hint_files import Files
 from ldm import TextToImage
 from ldm.networks.unet import UNet
 from stipple_core.images.images import image_to_tensor, tensor_to_image

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from autoencoder import Autoencoder, AutoencoderConfig
-from ldm.networks.unet import UNet, UNetConfig
+from ldm.networks.unet import UNet
+from ldm.networks.unet_config import UNetConfig
 from stipple_core.operators import winograd_tiles
 from stipple_core.operators.winograd import Convolution, convolve, has_fast_layout, keep_transforms, lay_out
 
@@ -64,9 +65,7 @@ def test_only_a_weight_that_is_laid_out_uses_winograd(monkeypatch):
         "stipple_core.operators.winograd.convolve", lambda *inputs: calls.append(inputs) or convolve(*inputs)
     )
     assert relative(convolution(x), slow.double()) < 5e-6 and len(calls) == 1
-    assert (
-        relative(convolution.double()(x.double()), slow.double()) < 5e-6 and len(calls) == 1
-    )  # float64
+    assert relative(convolution.double()(x.double()), slow.double()) < 5e-6 and len(calls) == 1  # float64
 
 
 def test_autocast_uses_pytorchs_convolution():

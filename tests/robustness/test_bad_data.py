@@ -149,7 +149,7 @@ def prove(tmp_path: Path, good: int, bad: int, steps: int, capsys) -> None:
         assert set(reported) == set(expected) and not skips(runs[clean])
         for file, reason in expected.items():
             assert reported[file].startswith(reason), (file, reported[file])
-        assert f"{bad} skipped in all" in output
+        assert f"{bad} skipped in total" in output
         assert all(f"{count} {reason}" in output for reason, count in kinds.items())
 
 
@@ -234,7 +234,7 @@ def test_a_resumed_run_reports_earlier_skips_and_a_new_run_does_not(tmp_path, ca
     earlier = skips(run)
     capsys.readouterr()
     run_here(*STAGE_1, *options, "trainer.steps=12")  # all steps are done
-    assert skips(run) == earlier and f"{len(earlier)} skipped in all" in capsys.readouterr().out
+    assert skips(run) == earlier and f"{len(earlier)} skipped in total" in capsys.readouterr().out
     run_here(*STAGE_1, *options, "trainer.steps=1", "trainer.resume=false")
     assert len(skips(run)) < len(earlier)
 
@@ -247,7 +247,7 @@ def test_a_stopped_run_reports_what_it_skipped(tmp_path, capsys):
             *STAGE_1, f"data.folder={tmp_path}/data", f"run={tmp_path}/run", "trainer.max_minutes=0.00001", *OPTIONS
         )
     output = capsys.readouterr().out
-    assert "stopped at step 1" in output and "1 skipped in all" in output
+    assert "stopped at step 1" in output and "1 skipped in total" in output
 
 
 def test_a_disk_error_at_one_image_is_an_error_of_one_line(tmp_path, capsys, monkeypatch):

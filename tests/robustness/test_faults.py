@@ -20,8 +20,9 @@ import torch
 from torch import nn
 
 from stipple.training.optimization.ema import Ema, EmaConfig
-from stipple.training.optimization.optimizer import OptimizerConfig
-from stipple.training.trainer import Trainer, TrainerConfig
+from stipple.training.optimization.update_rules import OptimizerConfig
+from stipple.training.trainer import Trainer
+from stipple.training.trainer_config import TrainerConfig
 from stipple_core.config import save_config
 from stipple_core.data.records.records import Record
 from stipple_core.files import checkpoint_folder as checkpoint

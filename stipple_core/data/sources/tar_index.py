@@ -14,7 +14,8 @@ from typing import Any
 
 from stipple_core.data.records.records import Skip
 from stipple_core.data.records.rows import SourceImage
-from stipple_core.data.sources.shards import Shard, path_digest, with_retries
+from stipple_core.data.sources.remote_files import with_retries
+from stipple_core.data.sources.shards import Shard, path_digest
 from stipple_core.data.sources.tar import TEXT_FIELDS, TarSample, read_samples
 from stipple_core.files.atomic import locked, writing
 

@@ -6,7 +6,7 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from safetensors.torch import load_file, save_file
 
 from ldm.formats.diffusers.networks_folder import load_unet, save_unet
-from ldm.networks.unet import UNetConfig
+from ldm.networks.unet_config import UNetConfig
 from tests.helpers.diffusers_unets import SHAPES, diffusers_unet, run_diffusers
 from tests.helpers.small_unets import PLAIN, SMALL, close, context, random_unet
 
@@ -16,7 +16,7 @@ def config(request) -> UNetConfig:
     return request.param
 
 
-def told_for(config: UNetConfig, masked: bool):
+def context_for(config: UNetConfig, masked: bool):
     told = context(width=config.cross_attention_dim)
     if config.vector_dim:
         told.vector = torch.randn(2, config.vector_dim)
@@ -33,7 +33,7 @@ def test_outputs_and_gradients_are_those_of_diffusers(config, dtype):
     ours = random_unet(config).train()
     theirs = diffusers_unet(ours).to(dtype)
     ours = ours.to(dtype)
-    told, timestep = told_for(config, masked=dtype == torch.float32), torch.tensor([3.0, 700.25])
+    told, timestep = context_for(config, masked=dtype == torch.float32), torch.tensor([3.0, 700.25])
     for name, value in vars(told).items():
         setattr(told, name, value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value)
     start = torch.linspace(-2, 2, 2 * 4 * 8 * 8, dtype=dtype).view(2, 4, 8, 8).sin()
@@ -75,7 +75,7 @@ def test_diffusers_opens_our_folder_and_we_open_theirs(config, tmp_path):
     assert back.config == config
     assert list(back.state_dict()) == list(ours.state_dict())
     assert all(torch.equal(value, back.state_dict()[name]) for name, value in ours.state_dict().items())
-    told, z_t = told_for(config, masked=False), torch.randn(2, 4, 8, 8)
+    told, z_t = context_for(config, masked=False), torch.randn(2, 4, 8, 8)
     with torch.no_grad():
         expected = ours(z_t, torch.zeros(2), told)
         assert torch.equal(back(z_t, torch.zeros(2), told), expected)

@@ -7,8 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ldm.networks.unet import UNet, UNetConfig
-from ldm.networks.unet_blocks import sinusoids
+from ldm.networks.cached_unet import CachedUNet
+from ldm.networks.unet import UNet
+from ldm.networks.unet_config import UNetConfig
+from stipple_core.operators.sinusoids import sinusoids
 from tests.helpers.published_unets import PUBLISHED
 from tests.helpers.small_unets import PLAIN, SMALL, close, context, random_unet
 
@@ -129,13 +131,28 @@ def test_a_context_that_was_read_before_gives_the_same_bits():
 
 @torch.no_grad()
 @pytest.mark.parametrize("levels", [(True, True), (False, True), (False, False)], ids=str)
-def test_pictures_told_two_things_are_computed_as_if_they_were_there_twice(levels):
+def test_repeated_latents_pass_the_layers_before_the_context_once_with_the_same_output(levels, monkeypatch):
     config = replace(SMALL, attention_levels=levels, vector_dim=None)
-    unet, z_t, timestep, told = random_unet(config), torch.randn(2, config.in_channels, 8, 6), torch.rand(2), context(4)
-    twice = unet(torch.cat([z_t, z_t]), torch.cat([timestep, timestep]), told)
-    assert close(unet(z_t, timestep, told), twice, 1e-6)
-    with pytest.raises(ValueError, match="for 4 pictures do not go with 3 latents"):
-        unet(z_t[[0, 0, 0]], timestep[[0, 0, 0]], told)
+    unet, z_t, timestep, prompts = (
+        random_unet(config),
+        torch.randn(2, config.in_channels, 8, 6),
+        torch.rand(2),
+        context(4),
+    )
+    twice = torch.cat([z_t, z_t]), torch.cat([timestep, timestep]), prompts
+    expected, cached, batches = unet(*twice), CachedUNet(unet), []
+    convolve = unet.conv_in.forward
+    monkeypatch.setattr(unet.conv_in, "forward", lambda x: batches.append(len(x)) or convolve(x))
+    assert close(cached(*twice), expected, 1e-6) and batches == [2]
+    cached(torch.cat([z_t, z_t + 1]), *twice[1:])
+    assert batches == [2, 4]
+    assert close(unet(*twice), expected, 1e-6) and batches == [2, 4, 4]  # no hook stays
+
+
+def test_tokens_of_another_batch_are_refused():
+    unet, z_t = random_unet(replace(SMALL, vector_dim=None)), torch.randn(3, SMALL.in_channels, 8, 6)
+    with pytest.raises(ValueError, match="for 4 images do not go with 3 latents"):
+        unet(z_t, torch.rand(3), context(4))
 
 
 def test_masked_tokens_are_not_seen():

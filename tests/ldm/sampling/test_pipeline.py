@@ -85,7 +85,7 @@ def test_half_precision_is_a_format_of_files_not_of_computing(model, tmp_path):
 
 def test_prompt_negative_prompt_and_seed_all_bear_on_a_picture(each):
     plain = pixels(each(PROMPTS[0]))
-    changes = [{"seed": 43}, {"guidance_scale": 5}, {"steps": 9}, {"sampler": "ddpm"}]
+    changes = [{"seed": 43}, {"guidance_scale": 5}, {"steps": 1}, {"sampler": "ddpm"}]
     strong, away = (pixels(each(PROMPTS[0], guidance_scale=9, negative_prompt=text)) for text in ("", "a cat"))
     assert not np.array_equal(strong, away)
     for change in changes:
