@@ -1,7 +1,7 @@
 """Runs of the scripts in processes that are forked from one that has imported torch and the scripts.
 
-That process is started once for a session of tests, so that a run does not spend seconds on imports. The processes of a run
-communicate by gloo on this machine, as with `accelerate launch`; `tiny_runs.start` and `launch` test the launcher.
+That process is started once for a session of tests, so that a run does not spend seconds on imports. The processes of a
+run communicate by gloo on this machine, as with `accelerate launch`; `tiny_runs.start` and `launch` test the launcher.
 """
 
 from __future__ import annotations
