@@ -67,7 +67,7 @@ def test_rows_are_unpacked_once_and_again_when_the_file_changes(tmp_path):
     scan(config(tmp_path))
     assert (unpacked.stat().st_mtime_ns, unpacked.stat().st_ino) == before
     os.truncate(unpacked, unpacked.stat().st_size // 2)  # truncated by a full disk
-    from stipple_core.data.sources.tables import _map
+    from stipple_core.data.sources.image_tables import _map
 
     _map.cache_clear()  # as in another process
     assert scan(config(tmp_path)).train[2].open().read() == png_image(2)
@@ -181,7 +181,7 @@ def test_the_error_for_a_missing_package_has_the_command_that_installs_it(tmp_pa
 
 
 def test_an_empty_cell_is_an_unusable_image(tmp_path):
-    from stipple_core.data.sources.tables import ArrowFile
+    from stipple_core.data.sources.image_tables import ArrowFile
 
     write(tmp_path / "a.parquet", [{"picture": None, "text": "x"}, *rows(1)])
     record = scan(config(tmp_path)).train[0]
@@ -209,7 +209,7 @@ def test_the_state_of_a_saved_dataset_changes_with_its_contents(tmp_path):
     states = []
     for count in (3, 4):
         datasets.Dataset.from_list(rows(count)).save_to_disk(str(tmp_path / "saved"))
-        from stipple_core.data.sources.tables import _open_dataset
+        from stipple_core.data.sources.image_tables import _open_dataset
 
         _open_dataset.cache_clear()  # as in another process
         records = scan(config(tmp_path, shards=[], dataset=str(tmp_path / "saved"))).train

@@ -1,11 +1,11 @@
-"""The parameters of CompVis' first stages, names and shapes, written down from its own options; no weights."""
+"""Names and shapes of the parameters of CompVis' first stages, from CompVis' options."""
 
 from collections.abc import Iterator
 
 Shapes = dict[str, tuple[int, ...]]
 
 KL = dict(double_z=True)
-FIRST_STAGES = {  # models/first_stage_models of CompVis' latent-diffusion: options, and parameters in all
+FIRST_STAGES = {  # models/first_stage_models of CompVis' latent-diffusion: options, and numbers of parameters
     "kl-f4": (dict(ch_mult=(1, 2, 4), z_channels=3, embed_dim=3, **KL), 55_312_063),
     "kl-f8": (dict(ch_mult=(1, 2, 4, 4), z_channels=4, embed_dim=4, **KL), 83_653_863),
     "kl-f16": (dict(ch_mult=(1, 1, 2, 2, 4), z_channels=16, embed_dim=16, attention=(4,), **KL), 69_610_963),
@@ -23,7 +23,7 @@ def first_stage(
     embed_dim: int,
     ch: int = 128,
     num_res_blocks: int = 2,
-    attention: tuple[int, ...] = (),  # levels, the finest is 0
+    attention: tuple[int, ...] = (),  # levels with attention; 0 is the finest
     double_z: bool = False,
     n_embed: int | None = None,
     middle: bool = True,
@@ -82,5 +82,5 @@ def mid(name: str, channels: int, middle: bool) -> Shapes:
 
 
 def lines(shapes: Shapes) -> Iterator[str]:
-    """Names and shapes in one order, to take a digest of."""
+    """Names and shapes in a fixed order, for hashing."""
     return (f"{name} {list(shape)}" for name, shape in sorted(shapes.items()))

@@ -1,4 +1,4 @@
-"""CompVis' UNet, from its own options: names and shapes of its parameters, and what it computes with them."""
+"""CompVis' UNet: names and shapes of its parameters from CompVis' options, and a reference implementation."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ def unet_shapes(
     out_channels: int,
     model_channels: int,
     channel_mult: tuple[int, ...],
-    attention_resolutions: tuple[int, ...],  # by how much smaller than the input
+    attention_resolutions: tuple[int, ...],  # downsampling factors
     num_res_blocks: int = 2,
     use_spatial_transformer: bool = False,
     transformer_depth: int = 1,
@@ -25,7 +25,7 @@ def unet_shapes(
     resblock_updown: bool = False,
     adm_in_channels: int | None = None,
 ) -> Shapes:
-    """The state dict of its UNetModel."""
+    """Names and shapes in the state dict of UNetModel."""
     wide = 4 * model_channels
     shapes = linear("time_embed.0", model_channels, wide) | linear("time_embed.2", wide, wide)
     if adm_in_channels:
@@ -33,20 +33,22 @@ def unet_shapes(
     shapes |= conv("input_blocks.0.0", in_channels, model_channels, 3)
 
     def residual(name: str, into: int, out: int) -> Shapes:
-        found = norm(f"{name}.in_layers.0", into) | conv(f"{name}.in_layers.2", into, out, 3)
-        found |= linear(f"{name}.emb_layers.1", wide, 2 * out if use_scale_shift_norm else out)
-        found |= norm(f"{name}.out_layers.0", out) | conv(f"{name}.out_layers.3", out, out, 3)
-        return found | (conv(f"{name}.skip_connection", into, out, 1) if into != out else {})
+        shapes = norm(f"{name}.in_layers.0", into) | conv(f"{name}.in_layers.2", into, out, 3)
+        shapes |= linear(f"{name}.emb_layers.1", wide, 2 * out if use_scale_shift_norm else out)
+        shapes |= norm(f"{name}.out_layers.0", out) | conv(f"{name}.out_layers.3", out, out, 3)
+        return shapes | (conv(f"{name}.skip_connection", into, out, 1) if into != out else {})
 
     def attend(name: str, dim: int) -> Shapes:
         if not use_spatial_transformer:
             line = {f"{name}.qkv.weight": (3 * dim, dim, 1), f"{name}.qkv.bias": (3 * dim,)}
             return norm(f"{name}.norm", dim) | line | {f"{name}.proj_out.weight": (dim, dim, 1)} | bias(name, dim)
         project = linear if use_linear_in_transformer else lambda name, *sizes: conv(name, *sizes, 1)
-        found = norm(f"{name}.norm", dim) | project(f"{name}.proj_in", dim, dim) | project(f"{name}.proj_out", dim, dim)
+        shapes = (
+            norm(f"{name}.norm", dim) | project(f"{name}.proj_in", dim, dim) | project(f"{name}.proj_out", dim, dim)
+        )
         for depth in range(transformer_depth):
-            found |= transformer_block(f"{name}.transformer_blocks.{depth}", dim, context_dim or dim)
-        return found
+            shapes |= transformer_block(f"{name}.transformer_blocks.{depth}", dim, context_dim or dim)
+        return shapes
 
     channels, smaller, index, skips = model_channels, 1, 1, [model_channels]
     for level, mult in enumerate(channel_mult):
@@ -102,23 +104,23 @@ def transformer_block(name: str, dim: int, context_dim: int) -> Shapes:
 
 
 class Reference:
-    """Its forward pass, from weights under its names; what a block is, is seen from the names in it."""
+    """The forward pass of the UNet from weights in CompVis' names, which also determine the kinds of blocks."""
 
     def __init__(self, weights: Mapping[str, Tensor], num_res_blocks: int, heads: Callable[[int], int]):
         self.weights, self.period = weights, num_res_blocks + 1
-        self.heads = heads  # of an attention of so many channels
+        self.heads = heads  # number of heads for a number of channels
 
     def __call__(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None) -> Tensor:
         half = self.weights["time_embed.0.weight"].shape[1] // 2
         angles = timesteps[:, None] * torch.exp(-math.log(10000) * torch.arange(half) / half)
         emb = self.linear("time_embed.0", torch.cat([angles.cos(), angles.sin()], dim=1))
-        told, skips = (self.linear("time_embed.2", F.silu(emb)), context), []
+        inputs, skips = (self.linear("time_embed.2", F.silu(emb)), context), []
         for index in range(self.count("input_blocks")):
-            x = self.sequence(f"input_blocks.{index}", x, told, F.avg_pool2d if index % self.period == 0 else None)
+            x = self.sequence(f"input_blocks.{index}", x, inputs, F.avg_pool2d if index % self.period == 0 else None)
             skips.append(x)
-        x = self.sequence("middle_block", x, told)
+        x = self.sequence("middle_block", x, inputs)
         for index in range(self.count("output_blocks")):
-            x = self.sequence(f"output_blocks.{index}", torch.cat([x, skips.pop()], dim=1), told, F.interpolate)
+            x = self.sequence(f"output_blocks.{index}", torch.cat([x, skips.pop()], dim=1), inputs, F.interpolate)
         return self.conv("out.2", F.silu(self.norm("out.0", x)))
 
     def count(self, name: str) -> int:
@@ -127,16 +129,16 @@ class Reference:
     def has(self, name: str) -> bool:
         return any(key.startswith(f"{name}.") for key in self.weights)
 
-    def sequence(self, name, x, told, resample=None) -> Tensor:
+    def sequence(self, name, x, inputs, resample=None) -> Tensor:
         for place in range(3):
             part = f"{name}.{place}"
             if self.has(f"{part}.in_layers"):
                 step = place > 0 if name.startswith("output") else resample is not None
-                x = self.residual(part, x, told[0], resample if step and name != "middle_block" else None)
+                x = self.residual(part, x, inputs[0], resample if step and name != "middle_block" else None)
             elif self.has(f"{part}.qkv"):
                 x = self.attention_block(part, x)
             elif self.has(f"{part}.proj_in"):
-                x = self.spatial_transformer(part, x, told[1])
+                x = self.spatial_transformer(part, x, inputs[1])
             elif self.has(f"{part}.op"):
                 x = self.conv(f"{part}.op", x, stride=2)
             elif self.has(f"{part}.conv"):
@@ -153,7 +155,7 @@ class Reference:
         return F.conv2d(x, weight, self.weights[f"{name}.bias"], stride, weight.shape[-1] // 2)
 
     def norm(self, name: str, x: Tensor, eps: float = 1e-5) -> Tensor:
-        """32 groups of channels, each of mean 0 and variance 1 over them and all places."""
+        """Group normalization with 32 groups."""
         groups = x.reshape(x.shape[0], 32, -1)
         mean, variance = groups.mean(-1, keepdim=True), groups.var(-1, unbiased=False, keepdim=True)
         x, shape = ((groups - mean) / (variance + eps).sqrt()).view_as(x), [1, -1] + [1] * (x.ndim - 2)
@@ -176,7 +178,7 @@ class Reference:
         return h + (self.conv(f"{name}.skip_connection", x) if self.has(f"{name}.skip_connection") else x)
 
     def attention_block(self, name: str, x: Tensor) -> Tensor:
-        """q, k and v of each head lie together: the rows of one head after those of another."""
+        """Attention in which the rows of q, k and v are ordered by heads."""
         h = self.norm(f"{name}.norm", x).flatten(2)  # [B, C, N]
         qkv = F.conv1d(h, self.weights[f"{name}.qkv.weight"], self.weights[f"{name}.qkv.bias"])
         out, heads, dim = [], self.heads(h.shape[1]), h.shape[1] // self.heads(h.shape[1])

@@ -1,4 +1,4 @@
-"""What the tests of the drawing commands share: models in folders, pictures in files, a command that is run here."""
+"""Models, images and runs for tests of the drawing commands."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ldm.pipeline import TextToImage
 from tests.helpers.small_encoders import build_scratch
 from tests.helpers.small_models import build_model_of
 
-SPATIAL = {  # what is read besides a prompt, at 4 pixels per latent
+SPATIAL = {  # spatial conditioning, with 4 pixels per latent
     "inpainting": SpatialConfig(kind="inpainting", downsampling=4),
     "low_resolution": SpatialConfig(
         kind="low_resolution", downsampling=4, degradation=DegradationConfig(factor=4), noise=0.5
@@ -42,22 +42,22 @@ def build(kind: str) -> TextToImage:
 
 
 def folder_of(kind: str, folder: Path) -> Path:
-    """Such a model, saved."""
+    """Save a model of a kind, see `build`."""
     build(kind).save(folder)
     return folder
 
 
 def photo(width: int, height: int, seed: int = 0) -> Image.Image:
-    """A picture of smooth colors."""
+    """An image of smooth colors."""
     small = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def mask(width: int, height: int) -> Image.Image:
-    """White in the right half."""
-    made = Image.new("L", (width, height))
-    ImageDraw.Draw(made).rectangle([width // 2, 0, width, height], fill=255)
-    return made
+    """A mask that is white in the right half."""
+    image = Image.new("L", (width, height))
+    ImageDraw.Draw(image).rectangle([width // 2, 0, width, height], fill=255)
+    return image
 
 
 def pixels(picture: Image.Image | Path) -> np.ndarray:
@@ -69,13 +69,13 @@ def record(path: Path) -> dict:
 
 
 def run(main, capsys, outdir: Path, *words) -> list[Path]:
-    """The paths that a command prints."""
+    """Run a command; return the paths that it prints."""
     main([str(word) for word in ("--outdir", outdir, *words)])
     return [Path(line) for line in capsys.readouterr().out.splitlines()]
 
 
 def refused(main, capsys, outdir: Path, *words) -> str:
-    """The one line that a command ends in, with exit code 2 and nothing written."""
+    """Run a command that fails; return its error of one line. Asserts exit code 2, and that nothing was written."""
     with pytest.raises(SystemExit) as ended:
         main([str(word) for word in ("--outdir", outdir, *words)])
     error = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What the proofs of fine-tuning are judged by: real pictures, a style classifier, the nearest real picture."""
+"""Measures for fine-tuning: real images, a style classifier, and distances to the nearest real image."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from stipple_core.images.images import image_to_tensor, load_image
 
 SIDE = 64
 GROUPS = ("smileys-emotion", "animals-nature", "food-drink", "travel-places", "activities", "objects")
-LEARNED = ("noto", "twemoji", "fluent 3d")  # styles that the shipped model was trained on
+LEARNED = ("noto", "twemoji", "fluent 3d")  # styles in the training of the shipped model
 NEW = "fluent high contrast"  # the style that a LoRA learns
 THING, SHOWN = "Santa Claus", ("noto", "twemoji", "fluent 3d", "blobmoji", "emojitwo")  # five pictures of one thing
 
 
 @dataclass(frozen=True)
 class Real:
-    """Real pictures [N, 3, 64, 64] in [-1, 1]."""
+    """Real images [N, 3, 64, 64] in [-1, 1]."""
 
     images: Tensor
     names: list[str]
     styles: list[str]
 
     def find(self, names: Sequence[str], style: str) -> Tensor:
-        """The pictures of these names in a style."""
+        """The images of these names in a style."""
         place = {(name, drawn): i for i, (name, drawn) in enumerate(zip(self.names, self.styles, strict=True))}
         return self.images[[place[name, style] for name in names]]
 
 
 def read_real(folder: str) -> Real:
-    """Pictures of the concepts that the shipped model knows, in all styles, and of one thing that it doesn't know."""
+    """Read images of the shipped model's concepts in all styles, and of one object that it was not trained on."""
     rows = [json.loads(line) for line in (Path(folder) / "metadata.jsonl").read_text("utf-8").splitlines()]
     rows = [row for row in rows if row["skin_tone"] is None and (row["group"] in GROUPS or row["name"] == THING)]
     images = [fit(load_image(f"{folder}/{row['file_name']}", (255, 255, 255)), (SIDE, SIDE), "center") for row in rows]
@@ -48,7 +48,7 @@ def read_real(folder: str) -> Real:
 
 
 def choose_names(real: Real) -> tuple[list[str], list[str]]:
-    """30 names whose pictures in the new style are learned, and 200 others that are asked for; the same each time."""
+    """30 names for training the new style, and 200 others for evaluation; a fixed choice."""
     drawn = {
         style: {n for n, s in zip(real.names, real.styles, strict=True) if s == style} for style in (*LEARNED, NEW)
     }
@@ -58,13 +58,13 @@ def choose_names(real: Real) -> tuple[list[str], list[str]]:
 
 
 def train_classifier(real: Real, steps: int = 400) -> tuple[nn.Module, list[str], float]:
-    """A network that tells styles apart, the styles, and its accuracy on a fifth of the names, which it never saw."""
+    """Train a style classifier; return it, the styles, and its accuracy on a held-out fifth of the names."""
     torch.manual_seed(0)
     styles = sorted(set(real.styles))
     labels, names = torch.tensor([styles.index(style) for style in real.styles]), sorted(set(real.names))
     held = set(random.Random(1).sample(names, len(names) // 5))
     is_held = torch.tensor([name in held for name in real.names])
-    features = torch.cat([look(batch) for batch in real.images.split(256)])
+    features = torch.cat([style_features(batch) for batch in real.images.split(256)])
     network = nn.Sequential(nn.BatchNorm1d(features.shape[1]), nn.Linear(features.shape[1], 128), nn.ReLU())
     network.extend([nn.Dropout(0.3), nn.Linear(128, len(styles))])
     optimizer = torch.optim.AdamW(network.parameters(), 3e-3, weight_decay=1e-2)
@@ -80,10 +80,10 @@ def train_classifier(real: Real, steps: int = 400) -> tuple[nn.Module, list[str]
     return network, styles, accuracy
 
 
-def look(images: Tensor) -> Tensor:
-    """How pictures [B, 3, 64, 64] are drawn, whatever they show: shares of colors, and of edges by strength.
+def style_features(images: Tensor) -> Tensor:
+    """Features of the style of images [B, 3, 64, 64]: histograms of colors and of edge strengths.
 
-    At a quarter of the size, where what the shipped model's autoencoder blurs does not matter.
+    They are computed at a quarter of the size, where the blur of the shipped model's autoencoder does not matter.
     """
     images = F.interpolate(images, size=(SIDE // 4, SIDE // 4), mode="area")
     levels = ((images + 1) * 3.999 / 2).long().clamp(0, 3)  # four of each channel
@@ -96,25 +96,25 @@ def look(images: Tensor) -> Tensor:
 
 
 def shares(numbers: Tensor, count: int) -> Tensor:
-    """How often each number below `count` is in numbers [B, H, W]: [B, count]."""
+    """The relative frequency of each number below `count` in numbers [B, H, W]: [B, count]."""
     flat = numbers.flatten(1)
     return torch.zeros(len(flat), count).scatter_add_(1, flat, torch.ones(flat.shape)) / flat.shape[1]
 
 
 @torch.no_grad()
 def classify(network: nn.Module, images: Tensor) -> Tensor:
-    """The style's number of each picture."""
-    return torch.cat([network(look(batch)).argmax(1) for batch in images.split(256)])
+    """The number of the style of each image."""
+    return torch.cat([network(style_features(batch)).argmax(1) for batch in images.split(256)])
 
 
 def draw(model: TextToImage, prompts: Sequence[str], **settings: float) -> Tensor:
-    """A picture of each prompt, [B, 3, 64, 64]."""
-    made = model.generate(list(prompts), seed=0, batch_size=8, **settings)
-    return torch.stack([image_to_tensor(picture.image) for picture in made])
+    """Generate an image for each prompt, [B, 3, 64, 64]."""
+    pictures = model.generate(list(prompts), seed=0, batch_size=8, **settings)
+    return torch.stack([image_to_tensor(picture.image) for picture in pictures])
 
 
 def recall(images: Tensor, references: Tensor) -> dict[str, float]:
-    """How often picture i is nearest to reference i, among the nearest five, and nearer to it than to another one."""
+    """How often image i is nearest to reference i, among the nearest five, and nearer to it than to another one."""
     distance = distances(small_rgb(images), small_rgb(references))  # [Q, R]
     own = distance[torch.arange(len(images)), torch.arange(len(images))]
     place = (distance <= own[:, None]).sum(1)
@@ -124,10 +124,10 @@ def recall(images: Tensor, references: Tensor) -> dict[str, float]:
 
 
 def nearer(images: Tensor, real: Real) -> dict[str, float]:
-    """How near pictures are to the five of the thing.
+    """Compare images with the five images of the object.
 
-    Their mean distance to the nearest of them (in 8-bit gray levels), how often that one is nearer than another real
-    picture of the same styles, and how often it is the nearest of all.
+    Returns the mean distance to the nearest of the five (in 8-bit gray levels), how often it is nearer than another
+    real image of the same styles, and how often it is the nearest of all.
     """
     things = torch.tensor(
         [name == THING and style in SHOWN for name, style in zip(real.names, real.styles, strict=True)]
@@ -144,7 +144,7 @@ def nearer(images: Tensor, real: Real) -> dict[str, float]:
 
 @torch.inference_mode()
 def reconstructed(autoencoder: Autoencoder, real: Real, each: int = 60) -> Real:
-    """All pictures, and some of each style as an autoencoder gives them back: what a drawn one is like at best."""
+    """All images, and reconstructions of some of each style by an autoencoder, the best that a model can generate."""
     order = list(range(len(real.names)))
     random.Random(2).shuffle(order)
     chosen = [i for style in sorted(set(real.styles)) for i in [i for i in order if real.styles[i] == style][:each]]

@@ -1,7 +1,7 @@
-"""Faults at the calls that touch the disk: each file written to, made durable, renamed, made or removed is an event.
+"""Fault injection at calls that change the disk: each write, fsync, rename, creation or removal is an event.
 
-A fault happens once, at the n-th event of a process. An error lets the call do half of its work where it has halves,
-then raises OSError; a kill does the same, then ends the process as SIGKILL does.
+A fault happens once, at the n-th event of a process. An error does half of a write and then raises OSError. A kill does
+half of a write and then ends the process by SIGKILL.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ CALLS = (
 
 
 class Disk:
-    """Counts events, and fails at one of them; for a process that was forked for this and ends with it.
+    """Counts events and fails at one of them, in a process that was forked for this.
 
     Args:
         fault: a key of FAULTS.
         at: the event's number, from 0.
-        log: a file to which each event is appended, before it happens, as `name path`.
-        inside: the folder that is watched; calls elsewhere are none of our events.
+        log: a file to which each event is appended as `name path` before it happens.
+        inside: the folder that is watched; other calls are not counted.
     """
 
     def __init__(self, fault: str, at: int, log: Path, inside: Path):
@@ -51,15 +51,15 @@ class Disk:
         self.log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def install(self) -> None:
-        """Take the place of the calls, for the rest of the process's life."""
+        """Replace the calls for the rest of the process."""
         for name in CALLS:
             setattr(os, name, self._watched(name, getattr(os, name)))
         real_open, real_save = builtins.open, safetensors.torch.serialize_file
 
         def open_watched(file: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
             opened = real_open(file, mode, *arguments, **options)
-            ours = not isinstance(file, int) and os.fspath(file).startswith(self.inside)
-            return _File(opened, self) if ours and set(mode) & set("wax+") else opened
+            watched = not isinstance(file, int) and os.fspath(file).startswith(self.inside)
+            return _File(opened, self) if watched and set(mode) & set("wax+") else opened
 
         def save_watched(tensors: Any, path: Any, *arguments: Any, **options: Any) -> None:
             self.event("safetensors", path, lambda: self._half_saved(real_save, tensors, path))
@@ -69,14 +69,14 @@ class Disk:
         safetensors.torch.serialize_file = save_watched
 
     def event(self, name: str, path: Any, half: Callable[[], Any] = lambda: None) -> None:
-        """Note an event; fail if its time has come, after half of its work."""
+        """Log an event, and fail after half of its work if it is the chosen one."""
         os.write(self.log, f"{name} {path}\n".encode())
         self.count += 1
         if self.count == self.at + 1:
             half()
             if self.error is None:
                 os.kill(os.getpid(), signal.SIGKILL)
-            if name == "safetensors":  # which has an exception of its own
+            if name == "safetensors":  # the library raises its own exception
                 raise SafetensorError(f"I/O error: {os.strerror(self.error)} (os error {self.error})")
             raise OSError(self.error, os.strerror(self.error), str(path))
 
@@ -90,7 +90,7 @@ class Disk:
                 path_of = os.fspath(path)
             if path_of.startswith(self.inside):
                 self.event(name, arguments[0] if name in ("rename", "replace") else path_of)
-            if name != "fsync":  # a process that dies loses nothing by not waiting for the disk
+            if name != "fsync":  # a killed process loses nothing without fsync
                 return call(path, *arguments, **options)
 
         return inner
@@ -101,7 +101,7 @@ class Disk:
 
 
 class _File:
-    """An open file of which each write is an event."""
+    """An open file whose writes are events."""
 
     def __init__(self, file: Any, disk: Disk):
         self._file, self._disk = file, disk
@@ -130,30 +130,30 @@ class _File:
 
 @dataclass(frozen=True)
 class End:
-    """How a life ended."""
+    """How a process ended."""
 
-    code: int  # of the process; negative: the signal
-    said: str
+    code: int  # exit code; negative: the signal
+    output: str  # stdout and stderr
     events: list[str]
-    at: int  # the one that failed
+    at: int  # number of the event that failed
 
 
 def forked(act: Callable[[], None], place: Path, fault: str = "kill", at: int = 1 << 30) -> End:
-    """Do something in a process of its own, whose disk fails at one event in the folder `place`."""
+    """Call `act` in a forked process, in which one event in the folder `place` fails."""
     with tempfile.TemporaryDirectory() as folder:
-        log, said = Path(folder) / "events", Path(folder) / "said"
+        log, output = Path(folder) / "events", Path(folder) / "output"
         process = os.fork()
         if process == 0:
-            _act(act, place, said, Disk(fault, at, log, place))
+            _act(act, place, output, Disk(fault, at, log, place))
         code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-        return End(code, said.read_text(), log.read_text().splitlines(), at)
+        return End(code, output.read_text(), log.read_text().splitlines(), at)
 
 
-def _act(act: Callable[[], None], place: Path, said: Path, disk: Disk) -> None:
-    """Do something, then end this process as a script would; what it prints goes to the file `said`."""
+def _act(act: Callable[[], None], place: Path, output_path: Path, disk: Disk) -> None:
+    """Call `act`, then end this process as a script would; its output goes to a file."""
     code = 70
     try:
-        output = os.open(said, os.O_WRONLY | os.O_CREAT)
+        output = os.open(output_path, os.O_WRONLY | os.O_CREAT)
         os.dup2(output, 1)
         os.dup2(output, 2)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115

@@ -1,4 +1,4 @@
-"""Colored shapes in boxes: a generator of pictures with their layouts, and an analysis that finds the boxes again."""
+"""Colored shapes in boxes: a generator of images with layouts, and an analysis that finds the boxes in pixels."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from PIL import Image, ImageDraw
 
 from tests.helpers.shapes import COLORS, DARKEST, FINE, FORMS, SIDE, regions
 
-CELL = 2  # pixels; corners lie on a grid of this step
+CELL = 2  # pixels, the grid of corners
 SIDES = range(8, 17, CELL)  # widths and heights of boxes, in pixels
-GAP = 2  # pixels between two boxes, at least
-COVERED = 0.2  # of a pixel; less is not the object's
-LEAST_AREA = 8  # pixels; smaller specks are no objects
+GAP = 2  # smallest distance of two boxes in pixels
+COVERED = 0.2  # smallest covered fraction of a pixel that belongs to an object
+LEAST_AREA = 8  # pixels; smaller regions are ignored
 NAMES = [f"{color} {form}" for color in COLORS for form in FORMS]
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, from 0 to 1
@@ -37,7 +37,7 @@ Layout = tuple[Placed, ...]
 
 
 def draw_layout(draws: random.Random) -> Layout:
-    """Two or three objects of different colors in boxes that are apart."""
+    """Draw a layout of two or three objects of different colors in disjoint boxes."""
     colors = draws.sample(list(COLORS), draws.choice((2, 3)))
     while True:
         boxes = [_draw_box(draws) for _ in colors]
@@ -48,7 +48,7 @@ def draw_layout(draws: random.Random) -> Layout:
 
 
 def draw(layout: Layout) -> Image.Image:
-    """The picture [32, 32] of a layout, on white."""
+    """Draw the image [32, 32] of a layout on white."""
     canvas = Image.new("RGB", (SIDE * FINE, SIDE * FINE), "white")
     pen = ImageDraw.Draw(canvas)
     for each in layout:
@@ -64,7 +64,7 @@ def draw(layout: Layout) -> Image.Image:
 
 
 def find(image: Image.Image, color: str) -> Box | None:
-    """The box of the largest connected region of a color; None: there is none."""
+    """Find the box of the largest connected region of a color; None if there is none."""
     pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
     coverage = ((255 - pixels.min(axis=2)) / (255 - DARKEST)).clip(0, 1)  # [H, W]
     largest = None
@@ -80,7 +80,7 @@ def find(image: Image.Image, color: str) -> Box | None:
 
 
 def overlap(a: Box | None, b: Box) -> float:
-    """Intersection over union of two boxes; 0 where there is none."""
+    """Intersection over union of two boxes; 0 for None."""
     if a is None:
         return 0.0
     width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
@@ -89,17 +89,17 @@ def overlap(a: Box | None, b: Box) -> float:
 
 
 def overlaps(image: Image.Image, layout: Layout) -> list[float]:
-    """For each object that was asked for, the overlap of its box with the one that its color is seen in."""
+    """For each object of a layout, the overlap of its box with the region of its color in an image."""
     return [overlap(find(image, each.name.split()[0]), each.box) for each in layout]
 
 
 def write_layout(layout: Layout) -> str:
-    """The layout as a prompt."""
+    """A layout as a prompt."""
     return "; ".join(map(str, layout))
 
 
 def make_set(folder: Path, count: int, seed: int) -> None:
-    """A folder of pictures with a column of objects, each with its label and box."""
+    """Write a folder of images with a column of objects with label and box."""
     draws = random.Random(seed)
     folder.mkdir(parents=True)
     with (folder / "metadata.jsonl").open("w") as rows:

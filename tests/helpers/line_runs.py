@@ -1,4 +1,4 @@
-"""Runs of the trainer on a line, y = 3 x_0 - 2 x_1, in this process or as a script of their own.
+"""Runs of the trainer that fit a line, y = 3 x_0 - 2 x_1, in this process or as a script.
 
 python tests/helpers/line_runs.py FOLDER steps=40 batch_size=8 pause=0.05
 """
@@ -37,7 +37,7 @@ class Points:
 
 
 class Run:
-    """A run in which sample `j` of step `i` is drawn from a seed of its own, and is called i/j."""
+    """A run in which sample `j` of step `i` has its own seed and the name i/j."""
 
     def __init__(self, folder: Path, model: Callable[[], nn.Module] = line, **settings):
         config = TrainerConfig(**{"steps": 8, "batch_size": 8, "save_every": 3, "log_every": 1, **settings})
@@ -60,7 +60,7 @@ class Run:
                 yield Points(x, [f"{step}/{j}" for j in range(first, first + size)])
 
     def train(self, each=lambda step, loss: loss, save_model=None) -> Run:
-        """Train to the end; `each` may change a loss, or do something at a step."""
+        """Train to the last step. `each` may change a loss or perform an action at a step."""
         for points in self.trainer.steps(self.loader(), save_model, lambda batch: batch.names):
             loss = (self.network(points.x)[:, 0] - points.x @ SLOPE).square().mean()
             self.trainer.update(each(self.trainer.step, loss), self.optimizer)
@@ -70,16 +70,16 @@ class Run:
         return self
 
     def numbers(self) -> list[Tensor]:
-        """Weights, averages and moments."""
+        """Weights, EMA and optimizer state."""
         moments = [value for state in self.optimizer.rules[0].state.values() for value in state.values()]
         return [value.detach().clone() for value in [*self.model.parameters(), *self.ema.averages.values(), *moments]]
 
 
-def at(wanted: int, action: Callable[[], object]) -> Callable[[int, Tensor], Tensor]:
-    """For `Run.train`: do something at a step, before its update."""
+def at(target: int, action: Callable[[], object]) -> Callable[[int, Tensor], Tensor]:
+    """For `Run.train`: call `action` at a step, before its update."""
 
     def each(step: int, loss: Tensor) -> Tensor:
-        if step == wanted:
+        if step == target:
             action()
         return loss
 

@@ -1,8 +1,7 @@
-"""Runs of the real scripts in processes that are forked from one that has torch and the scripts loaded.
+"""Runs of the scripts in processes that are forked from one that has imported torch and the scripts.
 
-It is started once for a session of tests, and so what a run costs is its work, not seconds of imports for each of its
-processes. The processes of a run find each other through gloo on this machine, as `accelerate launch` lets them. That
-the launcher does so, too, is for `tiny_runs.start` and `launch` to show.
+That process is started once for a session of tests, so that a run does not spend seconds on imports. The processes of a
+run communicate by gloo on this machine, as with `accelerate launch`; `tiny_runs.start` and `launch` test the launcher.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ Run = tuple[int, dict[str, str], Sequence[str]]
 
 
 class Ended(NamedTuple):
-    """What the processes of a run leave."""
+    """The result of a run."""
 
     codes: list[int]  # by rank; negative: the signal
     out: str
@@ -38,20 +37,20 @@ class Ended(NamedTuple):
 
 
 def run_all(runs: Sequence[Run]) -> None:
-    """Do the runs [processes, environment, command] one after the other. AssertionError where one fails."""
+    """Do the runs [processes, environment, command] one after the other. Raises AssertionError if one fails."""
     for processes, environment, command in runs:
         succeed(*command, processes=processes, environment=environment)
 
 
 def succeed(*command: str, processes: int = 1, environment: Mapping[str, str] | None = None) -> str:
-    """Do a run in so many processes; what it prints. AssertionError where it fails."""
+    """Do a run in a number of processes; return its output. Raises AssertionError if it fails."""
     codes, out, err = run_forked(*command, processes=processes, environment=environment)
     assert not any(codes), f"{command}: exit codes {codes}\n{out[-2000:]}{err[-4000:]}"
     return out
 
 
 def run_forked(*command: str, processes: int = 1, environment: Mapping[str, str] | None = None) -> Ended:
-    """Do a run in so many processes, well or not."""
+    """Do a run in a number of processes, which may fail; return its exit codes and output."""
     from tests.helpers.tiny_runs import SETTINGS
 
     parent = _parent()
@@ -93,7 +92,7 @@ def _fork(environment: dict[str, str], command: Sequence[str], folder: str) -> i
         code = 0
     except SystemExit as end:
         code = end.code or 0
-    except BaseException as error:  # the child must not go on as the parent would
+    except BaseException as error:  # the child must not continue with the code of the parent
         import traceback
 
         traceback.print_exception(error)
@@ -104,13 +103,13 @@ def _fork(environment: dict[str, str], command: Sequence[str], folder: str) -> i
 
 
 def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def _do(processes: int, environment: dict[str, str], command: Sequence[str], folder: str) -> list[int]:
-    """Exit codes of the processes of one run; where one of them fails, the others are killed."""
+    """Do one run; return the exit codes of its processes. If one fails, the others are killed."""
     for name in ("out", "err"):
         Path(folder, name).touch()
     group = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}

@@ -1,7 +1,7 @@
-"""A program with its memory watched: `python memory_runs.py OUT EVERY train|sample ARGUMENTS...`.
+"""Runs a program and logs its memory: `python memory_runs.py OUT EVERY train|sample ARGUMENTS...`.
 
-Appends [step or picture, resident bytes, open files] as a line of JSON to OUT, at every EVERY-th of them. `train` takes
-a script and its arguments, `sample` a model folder and how many pictures.
+Appends [step or image number, resident bytes, open files] as a line of JSON to OUT every EVERY steps or images. `train`
+takes a script and its arguments, `sample` a model folder and a number of images.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ import torch
 
 
 def resident() -> int:
-    """Bytes of this process that are in memory, without those that the allocator keeps though nobody holds them.
+    """Resident bytes of this process, after free memory was returned to the system.
 
-    Those come and go by 5 MiB, which hides a drift of one.
+    Free memory varies by 5 MiB, which would hide a growth of 1 MiB.
     """
     ctypes.CDLL(None).malloc_trim(0)
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def open_files() -> int:
-    """File descriptors of this process, without the one that this question opens."""
+    """Number of open files of this process, without the folder that is listed here."""
     return len(os.listdir("/proc/self/fd")) - 1
 
 
-def noting(out: str, every: int) -> Callable[[int], None]:
-    """What writes a line, at the numbers that are due."""
+def logger(out: str, every: int) -> Callable[[int], None]:
+    """Return a function that writes a line for every EVERY-th number."""
     last = 0
 
     def note(number: int) -> None:
@@ -47,13 +47,13 @@ def noting(out: str, every: int) -> Callable[[int], None]:
 
 
 def train(note: Callable[[int], None], script: str, *arguments: str) -> None:
-    """Run a script's `main`."""
+    """Run the `main` of a script."""
     from stipple.training.trainer import Trainer
 
     steps = Trainer.steps
 
-    def watched(self, *given, **named):
-        for batch in steps(self, *given, **named):
+    def watched(self, *arguments, **options):
+        for batch in steps(self, *arguments, **options):
             yield batch
             note(self.step)
 
@@ -62,7 +62,7 @@ def train(note: Callable[[int], None], script: str, *arguments: str) -> None:
 
 
 def sample(note: Callable[[int], None], model: str, pictures: str) -> None:
-    """Draw pictures, one after the other."""
+    """Generate images one after the other."""
     from ldm.pipeline import TextToImage
 
     draw = TextToImage.load(model)
@@ -73,4 +73,4 @@ def sample(note: Callable[[int], None], model: str, pictures: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    {"train": train, "sample": sample}[sys.argv[3]](noting(sys.argv[1], int(sys.argv[2])), *sys.argv[4:])
+    {"train": train, "sample": sample}[sys.argv[3]](logger(sys.argv[1], int(sys.argv[2])), *sys.argv[4:])

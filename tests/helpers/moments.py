@@ -1,4 +1,4 @@
-"""What samplers that draw noise make of distributions known exactly: moments without chance, and 100,000 samples."""
+"""Stochastic samplers on known distributions: exact moments of their results, and tests with 100,000 samples."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ldm.samplers.steps import initial_noise
 from tests.helpers.oracles import TWO
 
 COUNT = 100_000
-DRAWS_PER_STEP = 4  # room for them in `moments`
-DRAWING = (langevin, onestep, stochastic, walk)  # modules that name noise_like
+DRAWS_PER_STEP = 4  # the highest number that `moments` supports
+DRAWING = (langevin, onestep, stochastic, walk)  # modules that import noise_like
 
 
 def last(steps):
@@ -24,14 +24,14 @@ def last(steps):
 
 
 def by_ratio(schedule, highest: float, lowest: float, steps: int, clean: bool = True) -> Tensor:
-    """Times whose sigma / alpha fall like Karras et al. 2022, so that every schedule walks alike; then to t = 0."""
+    """Times at which sigma / alpha decrease as in Karras et al. 2022, for any schedule; with `clean`, also t = 0."""
     ratios = torch.linspace(highest ** (1 / 7), lowest ** (1 / 7), steps + (not clean), dtype=torch.float64) ** 7
     return torch.cat([schedule.time(ratios), torch.zeros(1 if clean else 0, dtype=torch.float64)])
 
 
 @contextmanager
 def noise_of(draw, patch):
-    """Samplers draw noise by draw(like) instead."""
+    """Within the block, samplers draw noise by draw(like)."""
     with patch.context() as inside:
         for module in DRAWING:
             inside.setattr(module, "noise_like", lambda z, generators: draw(z))
@@ -39,10 +39,11 @@ def noise_of(draw, patch):
 
 
 def moments(run, denoise, schedule, times: Tensor, begun: float, spread: float, patch, **options):
-    """Mean and variance of z at the end, exactly, from a mean `begun` and a variance `spread`; the denoiser is affine.
+    """Exact mean and variance of the last z, from a mean `begun` and variance `spread` of the first, for an affine
+    denoiser.
 
-    Then the end is affine in the beginning and in every draw. Row 0 begins at the mean without noise, row 1 one
-    standard deviation off, and row 2 + k draws 1 in the k-th draw: their differences from row 0 are the coefficients.
+    The last z is affine in the first z and in all draws. Row 0 starts at the mean without noise, row 1 one standard
+    deviation higher, and row 2 + k draws 1 in the k-th draw. Their differences from row 0 are the coefficients.
     """
     drawn = 0
 
@@ -62,7 +63,7 @@ def moments(run, denoise, schedule, times: Tensor, begun: float, spread: float, 
 
 
 def two(schedule):
-    """`TWO.denoise` in half as many operations as its mixture of any number needs, for many float32 samples."""
+    """`TWO.denoise` with half as many operations, for many float32 samples."""
 
     def denoise(z: Tensor, t: float) -> Tensor:
         alpha, sigma = (level.item() for level in schedule(t))
@@ -80,7 +81,7 @@ def two(schedule):
 
 
 def assert_draws_two(run, schedule, times: Tensor, denoise=None, **options) -> None:
-    """100,000 samples have the mean, the variance and the weights of TWO, within five standard errors."""
+    """Assert that 100,000 samples have mean, variance and weights of TWO, within five standard errors."""
     generators = [torch.Generator().manual_seed(1)]
     z = initial_noise((1, COUNT), generators, schedule, times[0].item())
     sampled = last(run(denoise or two(schedule), z, times, schedule, generators, **options)).z[0].double()
@@ -102,7 +103,7 @@ MEAN, COVARIANCE = (0.5, -0.8), ((0.5, 0.35), (0.35, 0.4))
 
 
 def correlated(schedule):
-    """E[z_0 | z_t] [1, 2, N] of a Gaussian in two dimensions with the mean and covariance above."""
+    """E[z_0 | z_t] [1, 2, N] for a two-dimensional Gaussian with MEAN and COVARIANCE."""
     mean, covariance = (torch.tensor(v, dtype=torch.float64) for v in (MEAN, COVARIANCE))
 
     def denoise(z: Tensor, t: float) -> Tensor:
@@ -115,7 +116,7 @@ def correlated(schedule):
 
 
 def assert_draws_correlated(run, schedule, times: Tensor, **options) -> None:
-    """100,000 samples have the mean and the covariance of `correlated`, within five standard errors."""
+    """Assert that 100,000 samples have MEAN and COVARIANCE, within five standard errors."""
     generators = [torch.Generator().manual_seed(2)]
     z = initial_noise((1, 2, COUNT), generators, schedule, times[0].item())
     sampled = last(run(correlated(schedule), z, times, schedule, generators, **options)).z[0].double()

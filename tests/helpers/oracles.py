@@ -1,4 +1,4 @@
-"""Data distributions whose denoiser and probability flow are known exactly: what the tests of ldm/ measure against."""
+"""Data distributions with an exact denoiser and probability flow, as references for tests of ldm/."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Mixture:
     stds: tuple[float, ...]
 
     def _noised(self, z: Tensor, alpha: float, sigma: float) -> tuple[Tensor, Tensor, Tensor]:
-        """log responsibilities up to a constant, centers and variances of z_t's components, along a last axis K."""
+        """Log responsibilities up to a constant, centers and variances of z_t's components, in a last dimension K."""
         weights, means, stds = (torch.tensor(v, dtype=torch.float64) for v in (self.weights, self.means, self.stds))
         center, variance = alpha * means, alpha**2 * stds**2 + sigma**2
         logs = weights.log() - variance.log() / 2 - (z.double()[..., None] - center) ** 2 / (2 * variance)
@@ -57,7 +57,7 @@ class Mixture:
         return (weights * torch.special.ndtr((z[..., None] - center) / variance.sqrt())).sum(-1)
 
     def flow(self, z: Tensor, start: tuple[float, float], stop: tuple[float, float]) -> Tensor:
-        """Where the probability-flow ODE takes z (float64), exactly: in one dimension it keeps quantiles."""
+        """The exact solution of the probability-flow ODE for z (float64), which keeps quantiles in one dimension."""
         quantile = self.cdf(z, *start)
         low, high = torch.full_like(z, -1e4), torch.full_like(z, 1e4)
         for _ in range(100):
@@ -78,7 +78,7 @@ TWO = Mixture((0.3, 0.7), (-1.0, 0.8), (0.35, 0.5))
 
 
 def denoiser_of(data: Mixture, schedule: Schedule):
-    """denoise(z, t) for one t."""
+    """The denoiser denoise(z, t) of data, for a single t."""
 
     def denoise(z: Tensor, t: float) -> Tensor:
         alpha, sigma = (level.item() for level in schedule(t))
@@ -88,7 +88,7 @@ def denoiser_of(data: Mixture, schedule: Schedule):
 
 
 def perfect_network(data: Mixture, schedule: Schedule, prediction: str, t: float):
-    """The network with the same meaning as `data.denoise` for any prediction, at a time it need not be told."""
+    """A network that predicts exactly what `data.denoise` implies, at a fixed time t."""
     alpha, sigma = (level.item() for level in schedule(t))
     scale = math.hypot(alpha, sigma) if schedule.unit_input else 1.0
 

@@ -1,7 +1,7 @@
-"""Ten classes of photographs as a folder of 32 x 32 pictures, and a classifier that reads the class back from pixels.
+"""Ten classes of photographs at 32 x 32 pixels, and a classifier of them.
 
-The photographs are those of the folder that STIPPLE_PHOTOS names: metadata.jsonl with `file_name`, `label` and
-`coarse_label` (docs/tasks/class.md says whose they are).
+The photographs are in the folder STIPPLE_PHOTOS, with `file_name`, `label` and `coarse_label` in metadata.jsonl.
+docs/tasks/class.md names their source.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 SIDE = 32  # pixels
-MOST = 400  # pictures of one class, the first by a hash of their names
-HELD_OUT = 6  # one picture in so many is kept from every training
-CLASSES = {  # class -> the column and the value that tell it
+MOST = 400  # images per class, selected by a hash of their names
+HELD_OUT = 6  # one image in 6 is held out
+CLASSES = {  # by class: the column and value that define it
     "t-shirt": ("label", "T-Shirt"),
     "pants": ("label", "Pants"),
     "shoes": ("label", "Shoes"),
@@ -35,12 +35,12 @@ CLASSES = {  # class -> the column and the value that tell it
 
 
 def photos() -> Path | None:
-    """The folder of photographs, if the environment names one."""
+    """The folder STIPPLE_PHOTOS, or None."""
     return Path(os.environ["STIPPLE_PHOTOS"]) if os.environ.get("STIPPLE_PHOTOS") else None
 
 
 def make_set(source: Path, folder: Path) -> None:
-    """Writes folder/train and folder/held_out: the pictures at 32 x 32, and metadata.jsonl with their `class`."""
+    """Write folder/train and folder/held_out, with images of 32 x 32 pixels and `class` in metadata.jsonl."""
     rows = [json.loads(line) for line in (source / "metadata.jsonl").read_text().splitlines()]
     for name, (column, value) in CLASSES.items():
         files = sorted((row["file_name"] for row in rows if row[column] == value), key=_hash)
@@ -55,7 +55,7 @@ def make_set(source: Path, folder: Path) -> None:
 
 
 def read_part(folder: Path) -> tuple[Tensor, Tensor]:
-    """Pictures [N, 3, 32, 32] in [-1, 1] and the numbers of their classes [N], of one part of the set."""
+    """Read images [N, 3, 32, 32] in [-1, 1] and class numbers [N] of one part of the set."""
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     pixels = np.stack([np.asarray(Image.open(folder / row["file_name"]).convert("RGB")) for row in rows])
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -63,7 +63,7 @@ def read_part(folder: Path) -> tuple[Tensor, Tensor]:
 
 
 class Classifier(nn.Module):
-    """Pictures [B, 3, 32, 32] in [-1, 1] -> logits [B, 10]: three levels of two convolutions."""
+    """Maps images [B, 3, 32, 32] in [-1, 1] to logits [B, 10] by three levels of two convolutions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class Classifier(nn.Module):
 
 
 def train_classifier(folder: Path, epochs: int = 16, seed: int = 0) -> Classifier:
-    """A classifier of the real pictures of folder/train; half of them are mirrored, half are blurred a little."""
+    """Train a classifier on folder/train, with random mirroring and slight blur."""
     images, labels = read_part(folder / "train")
     weight = 1 / torch.bincount(labels, minlength=len(CLASSES)).float()
     torch.manual_seed(seed)
@@ -105,7 +105,7 @@ def train_classifier(folder: Path, epochs: int = 16, seed: int = 0) -> Classifie
 
 @torch.no_grad()
 def accuracy(model: Classifier, images: Tensor, labels: Tensor) -> float:
-    """The share of pictures in which the model reads their class."""
+    """The fraction of images that are classified correctly."""
     return (torch.cat([model(part) for part in images.split(64)]).argmax(1) == labels).float().mean().item()
 
 

@@ -1,7 +1,4 @@
-"""Crops of photographs at full resolution to train super-resolution on, and whole photographs that are held out.
-
-The photographs are those of the folder that STIPPLE_PHOTOS names, see `photo_classes`.
-"""
+"""Crops of the photographs in STIPPLE_PHOTOS for training super-resolution, and held-out whole photographs."""
 
 from __future__ import annotations
 
@@ -16,20 +13,20 @@ from torch import Tensor
 from stipple_core.images.images import image_to_tensor
 
 SIDE = 128  # pixels of a photograph
-CROP = 32  # of a crop
-TRAIN, HELD_OUT = 2000, 48  # photographs of each kind, by a hash of their names
-PER_PHOTO = 3  # crops
+CROP = 32  # pixels of a crop
+TRAIN, HELD_OUT = 2000, 48  # numbers of photographs, selected by a hash of their names
+PER_PHOTO = 3  # crops per photograph
 
 
 def photo_files(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Files to train on, and others to measure on."""
+    """Files for training, and held-out files."""
     files = [path for path in folder.rglob("*.webp")]
     files.sort(key=lambda path: hashlib.sha256(path.name.encode()).hexdigest())
     return files[HELD_OUT : HELD_OUT + TRAIN], files[:HELD_OUT]
 
 
 def make_crops(files: list[Path], folder: Path, seed: int) -> None:
-    """Crops at random places as PNG files in a folder."""
+    """Write random crops as PNG files to a folder."""
     draws = random.Random(seed)
     folder.mkdir(parents=True)
     for number, path in enumerate(files):
@@ -41,7 +38,7 @@ def make_crops(files: list[Path], folder: Path, seed: int) -> None:
 
 
 def make_small(files: list[Path], folder: Path) -> None:
-    """Whole photographs at the size of a crop, as PNG files in a folder."""
+    """Write whole photographs at the size of a crop, as PNG files, to a folder."""
     folder.mkdir(parents=True)
     for number, path in enumerate(files):
         with Image.open(path) as image:
@@ -49,7 +46,7 @@ def make_small(files: list[Path], folder: Path) -> None:
 
 
 def whole(files: list[Path]) -> Tensor:
-    """Photographs [B, 3, 128, 128] in [-1, 1]."""
+    """Read photographs as [B, 3, 128, 128] in [-1, 1]."""
     images = []
     for path in files:
         with Image.open(path) as image:

@@ -1,4 +1,4 @@
-"""How near pictures are to photographs by the features of a small network that is trained on crops of photographs."""
+"""Distances of images by features of a small network that is trained on crops of photographs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONFIG = FeatureConfig(steps=250, batch_size=24)
 
 
 def crops(folder: Path, generator: torch.Generator) -> Iterator[Tensor]:
-    """Endless batches [B, 3, 32, 32] of the pictures in a folder."""
+    """Yield endless batches [B, 3, 32, 32] of the images in a folder."""
     paths = sorted(folder.glob("*.png"))
     while True:
         chosen = torch.randint(len(paths), (CONFIG.batch_size,), generator=generator).tolist()
@@ -26,7 +26,7 @@ def crops(folder: Path, generator: torch.Generator) -> Iterator[Tensor]:
 
 
 def train_distance(folder: Path) -> FeatureDistance:
-    """The distance [B] of two batches of pictures, by features trained on the pictures in a folder."""
+    """Train a perceptual distance on the images in a folder."""
     generator = torch.Generator().manual_seed(0)
     network = FeatureNetwork(CONFIG)
     train_features(network, crops(folder, generator), CONFIG, generator)
@@ -35,10 +35,10 @@ def train_distance(folder: Path) -> FeatureDistance:
 
 @torch.no_grad()
 def frechet(distance: FeatureDistance, images: Tensor, others: Tensor) -> float:
-    """Frechet's distance of two sets of pictures: of Gaussians fitted to features at all places of stages 2 and 3.
+    """The Frechet distance of two sets of images, of Gaussians fitted to features at all positions of stages 2 and 3.
 
-    As FID (Heusel et al. 2017), but of what lies around a place, a quarter of the picture's resolution: the sets are
-    small, and textures are what tells photographs from enlargements.
+    Like FID (Heusel et al. 2017), but with local features: the sets are small, and photographs differ from upscaled
+    images in texture.
     """
     total = 0.0
     for stage in (1, 2):

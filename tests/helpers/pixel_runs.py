@@ -1,4 +1,4 @@
-"""Small models of pixels, measured at several steps of one training run."""
+"""Small pixel-space models, measured at several steps of one training run."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from tests.helpers.tiny_runs import run_here
 
 
 def photos() -> str:
-    """The folder of pictures that STIPPLE_PHOTOS names; without it the test is skipped."""
+    """The folder STIPPLE_PHOTOS; the test is skipped without it."""
     if not os.environ.get("STIPPLE_PHOTOS"):
-        pytest.skip("STIPPLE_PHOTOS names no folder of photographs")
+        pytest.skip("needs a folder of photographs in STIPPLE_PHOTOS")
     return os.environ["STIPPLE_PHOTOS"]
 
 
 def measured(name: str, folder: Path, steps: list[int], images: int, levels: int) -> dict[str, dict]:
-    """What `benchmarks.quality.bits` says of a model of pixels after each number of steps; NAME.json, .md, .png stay."""
+    """Measure a pixel-space model by `benchmarks.quality.bits` after each number of steps; write NAME.json etc."""
     data, results = photos(), {}
-    for count in steps:  # each goes on where the one before stopped
+    for count in steps:  # each continues the one before
         overrides = [f"data.folder={data}", f"run={folder / name}", f"trainer.steps={count}"]
         run_here("train_ldm.py", "--config", f"configs/ldm/{name}.yaml", *overrides)
         shutil.copytree(folder / name / "model", folder / f"{name}-{count}")

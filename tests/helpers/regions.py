@@ -1,4 +1,4 @@
-"""Pictures of colored regions with their semantic maps, and an analysis that reads the regions back from pixels."""
+"""Images of colored regions with semantic maps, and an analysis that reads the regions from pixels."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from PIL import Image
 
 SIDE = 32  # pixels
 COLORS = np.array([(215, 40, 40), (40, 160, 50), (50, 70, 225), (240, 205, 40)])  # of classes 0 to 3
-SITES = (3, 7)  # a picture has so many regions, at least and fewer than
-SHADE = 0.18  # a region is darker or lighter than its color by up to this share
-STRIPES = 12.0  # gray levels, the height of waves that go over a region
-GRAIN = 6.0  # gray levels, the standard deviation of noise
+SITES = (3, 7)  # minimum and exclusive maximum number of regions
+SHADE = 0.18  # largest relative change of a region's brightness
+STRIPES = 12.0  # gray levels, amplitude of waves over the image
+GRAIN = 6.0  # gray levels, standard deviation of noise
 
 
 def draw_map(draws: np.random.Generator) -> np.ndarray:
@@ -25,7 +25,7 @@ def draw_map(draws: np.random.Generator) -> np.ndarray:
 
 
 def draw_picture(classes: np.ndarray, draws: np.random.Generator) -> Image.Image:
-    """A picture of a map: each class in its color, of a shade that is drawn, with stripes and grain."""
+    """Draw an image of a map: each class in its color with random brightness, with stripes and noise."""
     shades = 1 + draws.uniform(-SHADE, SHADE, len(COLORS))
     angle, phase = draws.uniform(0, np.pi), draws.uniform(0, 2 * np.pi)
     y, x = np.mgrid[:SIDE, :SIDE]
@@ -35,18 +35,18 @@ def draw_picture(classes: np.ndarray, draws: np.random.Generator) -> Image.Image
 
 
 def read_map(image: Image.Image) -> np.ndarray:
-    """Class numbers [32, 32] as the picture's pixels show them: the color that is nearest."""
+    """Read class numbers [32, 32] from an image, by the nearest color."""
     pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
     return np.abs(pixels[:, :, None] - COLORS).sum(-1).argmin(-1)
 
 
 def agreement(image: Image.Image, classes: np.ndarray) -> float:
-    """The share of a picture's pixels that show the class they were asked for."""
+    """The fraction of pixels that have the color of their class."""
     return float((read_map(image) == classes).mean())
 
 
 def make_set(folder: Path, count: int, seed: int) -> None:
-    """Writes folder/pictures, with metadata.jsonl, and folder/maps."""
+    """Write folder/pictures with metadata.jsonl, and folder/maps."""
     draws = np.random.default_rng(seed)
     for name in ("pictures", "maps"):
         (folder / name).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Colored shapes with captions: a generator of pictures, and an analysis that reads the objects back from pixels.
+"""Colored shapes with captions: a generator of images, and an analysis that reads the objects from pixels.
 
 A scene is one object, or two, the first above the second: "a large green circle above a small red square".
 """
@@ -15,27 +15,27 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 SIDE = 32  # pixels
-FINE = 8  # drawn this many times larger, then averaged: edges are antialiased
-DARKEST = 30  # the least of R, G, B of every color: it tells how much of a pixel is covered, the rest being white
+FINE = 8  # drawn larger by this factor and then averaged, for antialiased edges
+DARKEST = 30  # the smallest of R, G, B in every color, which shows how much of a white pixel is covered
 COLORS = {
     "red": (220, 30, 30),
     "green": (30, 160, 30),
     "blue": (30, 60, 230),
     "yellow": (245, 210, 30),
 }
-FORMS = {  # shape -> covered share of its bounding box, and skewness of the covered pixels' heights
-    "triangle": (0.58, -0.57),  # more than a half: pixels at the tip are covered in part, and the box looks lower
+FORMS = {  # by shape: covered fraction of the bounding box, and skewness of the heights of covered pixels
+    "triangle": (0.58, -0.57),  # over 0.5, because partly covered pixels at the tip make the box smaller
     "circle": (np.pi / 4, 0.0),
     "square": (1.0, 0.0),
 }
 SIZES = {"small": (9.0, 10.0), "large": (13.0, 14.0)}  # width = height, in pixels, drawn uniformly
-JITTER = 3.0  # pixels from the middle of its place, at most, across and along
-LEAST_AREA = 8.0  # pixels; smaller specks are no objects. The smallest object, a small triangle, has 40
+JITTER = 3.0  # largest offset from the center in pixels, in both directions
+LEAST_AREA = 8.0  # pixels; smaller regions are ignored. The smallest object has 40
 
 
 @dataclass(frozen=True)
 class Object:
-    """One of the 24 things there are."""
+    """One of 24 objects."""
 
     size: str
     color: str
@@ -53,14 +53,14 @@ PAIRS: list[Scene] = list(itertools.permutations(OBJECTS, 2))
 
 
 def caption(scene: Scene) -> str:
-    """The scene in words."""
+    """The caption of a scene."""
     return " above ".join(map(str, scene))
 
 
 def draw(scene: Scene, draws: random.Random) -> Image.Image:
-    """A picture [32, 32] of one or two objects, at places and of exact sizes that are drawn."""
+    """Draw an image [32, 32] of one or two objects, with random positions and exact sizes."""
     canvas = Image.new("RGB", (SIDE * FINE, SIDE * FINE), "white")
-    height = SIDE / len(scene)  # of the band that an object lies in
+    height = SIDE / len(scene)  # of the band of an object
     for row, each in enumerate(scene):
         size = draws.uniform(*SIZES[each.size])
         across, along = min(JITTER, SIDE / 2 - 1 - size / 2), min(JITTER, height / 2 - 1 - size / 2)
@@ -81,21 +81,21 @@ def _draw_object(pen: ImageDraw.ImageDraw, each: Object, left: float, top: float
 
 
 def read(image: Image.Image) -> Scene:
-    """The objects in a picture, from top to bottom, by color, and by how each fills its bounding box."""
+    """Read the objects of an image from top to bottom, by color and by coverage of the bounding box."""
     pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
     coverage = ((255 - pixels.min(axis=2)) / (255 - DARKEST)).clip(0, 1)  # [H, W]
-    found = []
+    objects = []
     for region in regions(coverage > 0.35):
         around = _grown(region)
         inside = np.where(around, coverage, 0.0)
         if inside.sum() >= LEAST_AREA:
             center = (np.arange(SIDE)[:, None] * inside).sum() / inside.sum()
-            found.append((center, _classify(pixels, inside)))
-    return tuple(each for _, each in sorted(found, key=lambda pair: pair[0]))
+            objects.append((center, _classify(pixels, inside)))
+    return tuple(each for _, each in sorted(objects, key=lambda pair: pair[0]))
 
 
 def _classify(pixels: np.ndarray, inside: np.ndarray) -> Object:
-    width, height = inside.max(axis=0).sum(), inside.max(axis=1).sum()  # in pixels, to fractions of one
+    width, height = inside.max(axis=0).sum(), inside.max(axis=1).sum()  # in fractions of pixels
     rows = inside.sum(axis=1) / inside.sum()
     from_center = np.arange(SIDE) - (np.arange(SIDE) * rows).sum()
     skewness = (from_center**3 * rows).sum() / (from_center**2 * rows).sum() ** 1.5
@@ -109,15 +109,15 @@ def _classify(pixels: np.ndarray, inside: np.ndarray) -> Object:
 
 
 def regions(mask: np.ndarray) -> list[np.ndarray]:
-    """The connected parts of a mask (neighbors share a side)."""
-    left, regions = mask.copy(), []
-    while left.any():
+    """The connected components of a mask, with 4 neighbors."""
+    remaining, regions = mask.copy(), []
+    while remaining.any():
         region = np.zeros_like(mask)
-        region.flat[left.argmax()] = True
+        region.flat[remaining.argmax()] = True
         while (larger := _grown(region) & mask).sum() > region.sum():
             region = larger
         regions.append(region)
-        left &= ~region
+        remaining &= ~region
     return regions
 
 
@@ -128,13 +128,13 @@ def _grown(mask: np.ndarray) -> np.ndarray:
     return mask | around
 
 
-def same(seen: Scene, told: Scene) -> bool:
-    """Whether there are the same colors and shapes in the same order, and nothing else; sizes apart."""
-    return [(each.color, each.shape) for each in seen] == [(each.color, each.shape) for each in told]
+def same(seen: Scene, expected: Scene) -> bool:
+    """Whether two scenes have the same colors and shapes in the same order; sizes may differ."""
+    return [(each.color, each.shape) for each in seen] == [(each.color, each.shape) for each in expected]
 
 
 def make_set(folder: Path, count: int, unseen: set[Scene], seed: int) -> None:
-    """A captioned image folder: a third of single objects, the rest pairs, none of them in `unseen`."""
+    """Write a captioned image folder: a third single objects, the rest pairs, none of them in `unseen`."""
     draws = random.Random(seed)
     singles, pairs = ([scene for scene in scenes if scene not in unseen] for scenes in (SINGLES, PAIRS))
     folder.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Small random models of every kind that CompVis trained, whole; and the YAML that says their heads."""
+"""Small random models of every kind that CompVis published, and their YAML."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ PLAIN = ("unconditional", "churches", "semantic", "holes", "enlarging")  # no pr
 KINDS = ("sd1", "sd2", "inpainting", "depth", "bert", "class", *PLAIN, "layout")
 TEXT = ("sd1", "sd2", "inpainting", "depth", "bert")
 EXTRA = {"inpainting": 5, "depth": 1, "semantic": 4, "holes": 5, "enlarging": 3}  # channels beside those of z_t
-# of the kinds that read no text
+# of kinds without text
 PROMPTS = {"class": "7", "layout": "3 0.1 0.1 0.5 0.5"} | dict.fromkeys(PLAIN, "")
 VAE = dict(block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=32, sample_size=16)
 UNET = dict(sample_size=8, block_out_channels=(64, 128), layers_per_block=1, attention_levels=(True, False))
@@ -42,7 +42,7 @@ model:
 
 
 def save_words(folder: Path) -> Path:
-    """A folder with the pieces of a small BERT."""
+    """Write the vocabulary of a small BERT to a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "photo", "of", "cat", "red", "heart"]
     (folder / "vocab.txt").write_text("\n".join(pieces))
@@ -65,7 +65,7 @@ def bert_encoder(words: int) -> LdmBert:
 
 
 def conditioner(kind: str, folder: Path) -> Conditioner:
-    """What prompts are read by."""
+    """The conditioner of a kind."""
     if kind == "bert":
         return TextConditioner(bert_tokenizer(save_words(folder), 20), bert_encoder(30522), False)
     if kind == "class":
@@ -78,25 +78,25 @@ def conditioner(kind: str, folder: Path) -> Conditioner:
 
 
 def randomize(module: torch.nn.Module) -> None:
-    """Weights that pass signals on, the zero layers too."""
+    """Set random weights, also in layers that are initialized to zero."""
     for value in module.state_dict().values():
         scale = 0.1 if value.ndim < 2 else value[0].numel() ** -0.5
         value.copy_(torch.randn(value.shape) * scale + (0.5 if value.ndim < 2 else 0.0))
 
 
 def build_parts(kind: str, folder: Path, seed: int = 0) -> ModelParts:
-    """A model of one of KINDS; `folder` is for its tokenizer."""
+    """Build a model of one of KINDS. `folder` is for its tokenizer."""
     torch.manual_seed(seed)
     kl = kind in (*TEXT, "churches")
     codes = {"regularizer": "kl"} if kl else {"regularizer": "vq", "codebook_size": 64}
     autoencoder = Autoencoder(AutoencoderConfig(**codes, **VAE))
-    told = conditioner(kind, folder)
+    prompts = conditioner(kind, folder)
     plain, extra = kind in PLAIN, EXTRA.get(kind, 0)
     options = {"attention": "plain"} if plain else {"use_linear_projection": kind == "sd2"}
     dim = None if plain else WIDTH
     config = UNetConfig(in_channels=4 + extra, cross_attention_dim=dim, attention_heads=(4,), **UNET, **options)
     unet = UNet(config)
-    for module in (autoencoder, unet, told):
+    for module in (autoencoder, unet, prompts):
         randomize(module)
         module.requires_grad_(False).eval()
     autoencoder.scaling_factor = 0.25 if kind == "churches" else 0.18215 if kl else 1.0
@@ -105,8 +105,8 @@ def build_parts(kind: str, folder: Path, seed: int = 0) -> ModelParts:
         schedule=schedule, prediction="velocity" if kind == "sd2" else "noise", spacing="leading", ends_clean=False
     )
     mapper = torch.randn(4, 182, 1, 1) if kind == "semantic" else None
-    told = with_hints(told, extra, autoencoder.latent_channels, autoencoder.downsampling, mapper).eval()
-    return ModelParts(autoencoder, unet, told, scheduling)
+    prompts = with_hints(prompts, extra, autoencoder.latent_channels, autoencoder.downsampling, mapper).eval()
+    return ModelParts(autoencoder, unet, prompts, scheduling)
 
 
 def write_yaml(folder: Path, text: str = YAML) -> Path:

@@ -1,7 +1,4 @@
-"""A small CLIP (Radford et al. 2021) of open_clip's own classes, trained on captioned shapes, saved as open_clip does.
-
-`embedding_runs` trains it: 7 minutes of a core.
-"""
+"""A small CLIP (Radford et al. 2021) of open_clip, trained on captioned shapes in 7 minutes on one core."""
 
 from __future__ import annotations
 
@@ -25,22 +22,22 @@ CONFIG = {
     "text_cfg": {"context_length": LENGTH, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 3},
 }
 PREPROCESS = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "interpolation": "bicubic", "resize_mode": "shortest"}
-HELD_OUT = set(random.Random(1).sample(PAIRS, 60))  # scenes whose captions no training of these proofs sees
+HELD_OUT = set(random.Random(1).sample(PAIRS, 60))  # scenes that are not used for training
 
 
 def pictures(scenes: list[Scene], draws: random.Random) -> Tensor:
-    """Each scene drawn once, [B, 3, 32, 32] in [-1, 1]."""
+    """Draw one image of each scene, [B, 3, 32, 32] in [-1, 1]."""
     return torch.stack([image_to_tensor(draw(scene, draws)) for scene in scenes])
 
 
 def contrast(images: Tensor, texts: Tensor, scale: Tensor, same: Tensor) -> Tensor:
-    """CLIP's loss of unit vectors [B, d]; `same` [B, B] says whose captions are equal, which share the target."""
+    """CLIP's loss for unit vectors [B, d]. `same` [B, B] marks equal captions, which share the target probability."""
     logits, target = scale * images @ texts.T, same.float() / same.sum(1, keepdim=True)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target.T)) / 2
 
 
 def train(steps: int, batch: int = 64, seed: int = 0) -> nn.Module:
-    """An open_clip.CLIP that has seen steps x batch pictures of scenes that are not held out."""
+    """Train an open_clip.CLIP on steps x batch images of scenes that are not held out."""
     import open_clip
     from open_clip.tokenizer import SimpleTokenizer
 
@@ -68,7 +65,7 @@ def train(steps: int, batch: int = 64, seed: int = 0) -> nn.Module:
 
 
 def save(model: nn.Module, folder: Path) -> None:
-    """open_clip_config.json and open_clip_model.safetensors: what `local-dir:FOLDER` reads."""
+    """Write open_clip_config.json and open_clip_model.safetensors, which `local-dir:FOLDER` reads."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {"model_cfg": CONFIG, "preprocess_cfg": {**PREPROCESS, "size": CONFIG["vision_cfg"]["image_size"]}}
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2))

@@ -1,4 +1,4 @@
-"""Small random text encoders of each kind, saved as their libraries save them; no download."""
+"""Small random text encoders of each kind, saved in the formats of their libraries."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ SCRATCH = TransformerConfig(vocab_size=600, width=32, layers=2, heads=2, max_len
 
 
 def save_bert(folder: Path, **changes) -> Path:
-    """A small random BERT with a WordPiece vocabulary, as transformers saves it."""
+    """Save a small random BERT with a WordPiece vocabulary in the format of transformers."""
     from transformers import BertConfig, BertModel, BertTokenizer
 
     words = sorted({word.lower() for caption in CAPTIONS for word in caption.replace(",", " ,").split()})
@@ -27,7 +27,7 @@ def save_bert(folder: Path, **changes) -> Path:
 
 
 def save_t5(folder: Path) -> Path:
-    """A whole small T5 (encoder and decoder) with a Unigram tokenizer of the tokenizers library."""
+    """Save a small T5, encoder and decoder, with a Unigram tokenizer."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
@@ -47,7 +47,7 @@ def save_t5(folder: Path) -> Path:
 
 
 def save_open_clip(folder: Path) -> Path:
-    """A small open_clip model with random weights and open_clip's own tokenizer."""
+    """Save a small random open_clip model with open_clip's tokenizer."""
     import open_clip
 
     text = {"context_length": 20, "vocab_size": 49408, "width": 32, "heads": 4, "layers": 3}
@@ -61,23 +61,23 @@ def save_open_clip(folder: Path) -> Path:
 
 
 def build_scratch() -> TextConditioner:
-    """A transformer from scratch with the tokenizer learnt from CAPTIONS."""
+    """A transformer trained from scratch, with a tokenizer learned from CAPTIONS."""
     return build_conditioner(ConditionerConfig(kind="scratch", scratch=SCRATCH), CAPTIONS, seed=3)
 
 
 def ldm_bert_shapes(layers: int, width: int, vocab_size: int, length: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of CompVis' TransformerWrapper, as cond_stage_model has them."""
+    """Names and shapes of the weights of CompVis' TransformerWrapper, the cond_stage_model."""
     inner, hidden = 8 * 64, 4 * width
-    found = {"token_emb.weight": (vocab_size, width), "pos_emb.emb.weight": (length, width)}
+    shapes = {"token_emb.weight": (vocab_size, width), "pos_emb.emb.weight": (length, width)}
     for layer in range(2 * layers):
         block = f"attn_layers.layers.{layer}"
-        found |= {f"{block}.0.weight": (width,), f"{block}.0.bias": (width,)}
+        shapes |= {f"{block}.0.weight": (width,), f"{block}.0.bias": (width,)}
         if layer % 2 == 0:
-            found |= {f"{block}.1.to_{part}.weight": (inner, width) for part in "qkv"}
-            found |= {f"{block}.1.to_out.weight": (width, inner), f"{block}.1.to_out.bias": (width,)}
+            shapes |= {f"{block}.1.to_{part}.weight": (inner, width) for part in "qkv"}
+            shapes |= {f"{block}.1.to_out.weight": (width, inner), f"{block}.1.to_out.bias": (width,)}
         else:
-            found |= {f"{block}.1.net.0.0.weight": (hidden, width), f"{block}.1.net.0.0.bias": (hidden,)}
-            found |= {f"{block}.1.net.2.weight": (width, hidden), f"{block}.1.net.2.bias": (width,)}
-    found |= {"norm.weight": (width,), "norm.bias": (width,)}
-    found |= {"to_logits.weight": (vocab_size, width), "to_logits.bias": (vocab_size,)}
-    return {f"transformer.{name}": shape for name, shape in found.items()}
+            shapes |= {f"{block}.1.net.0.0.weight": (hidden, width), f"{block}.1.net.0.0.bias": (hidden,)}
+            shapes |= {f"{block}.1.net.2.weight": (width, hidden), f"{block}.1.net.2.bias": (width,)}
+    shapes |= {"norm.weight": (width,), "norm.bias": (width,)}
+    shapes |= {"to_logits.weight": (vocab_size, width), "to_logits.bias": (vocab_size,)}
+    return {f"transformer.{name}": shape for name, shape in shapes.items()}

@@ -1,4 +1,4 @@
-"""Small random text-to-image models of each kind, whole: autoencoder, UNet, text encoder, schedule; no download."""
+"""Small random text-to-image models of each kind, with autoencoder, UNet, text encoder and schedule."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from ldm.sampling.settings import Settings
 from ldm.schedules.base import ScheduleConfig
 from tests.helpers.small_encoders import build_scratch, save_bert
 
-SIDE = 32  # pixels that the models claim to be trained on
+SIDE = 32  # pixels, the default image size
 VAE = dict(block_out_channels=(16, 32, 32), layers_per_block=1, norm_num_groups=8, sample_size=SIDE)
 UNET = dict(
     sample_size=SIDE // 4,
@@ -32,7 +32,7 @@ DEFAULTS = Settings(guidance_scale=3.0, steps=4, sampler="dpmpp_2m")
 def build_model(
     folder: Path, regularizer: str = "kl", encoder: str = "clip", prediction: str = "noise", **schedule
 ) -> TextToImage:
-    """A model in evaluation mode; `folder` is for what its text encoder is made from."""
+    """Build a model in evaluation mode. `folder` is for its text encoder."""
     clip = encoder == "clip"
     conditioner = build_scratch() if clip else build_conditioner(ConditionerConfig(name=str(save_bert(folder))))
     return build_model_of(conditioner, regularizer, prediction, **schedule)
@@ -41,12 +41,12 @@ def build_model(
 def build_model_of(
     conditioner: Conditioner, regularizer: str = "kl", prediction: str = "noise", **schedule
 ) -> TextToImage:
-    """A model in evaluation mode that is told what a conditioner says."""
+    """Build a model with a conditioner in evaluation mode."""
     torch.manual_seed(1)
     autoencoder = Autoencoder(AutoencoderConfig(regularizer=regularizer, codebook_size=64, **VAE))
-    told = dict(cross_attention_dim=conditioner.context_dim, vector_dim=conditioner.vector_dim)
-    unet = UNet(UNetConfig(in_channels=4 + conditioner.latent_channels, **told, **UNET))
-    for name, parameter in unet.named_parameters():  # the zero layers too, and what reads the prompt strongly
+    dims = dict(cross_attention_dim=conditioner.context_dim, vector_dim=conditioner.vector_dim)
+    unet = UNet(UNetConfig(in_channels=4 + conditioner.latent_channels, **dims, **UNET))
+    for name, parameter in unet.named_parameters():  # also zero-initialized layers; larger values for cross-attention
         gain = 3.0 if "attn2" in name else 1.0
         std = 0.1 if parameter.ndim == 1 else gain * parameter[0].numel() ** -0.5
         torch.nn.init.normal_(parameter, std=std)

@@ -1,4 +1,4 @@
-"""Textures with captions, which go on at every side, so that pictures of any size can be asked for.
+"""Textures with captions, which continue at every side, so that images of any size make sense.
 
 A texture is pebbles, waves or clouds, in one of four colors: "blue pebbles".
 """
@@ -20,9 +20,9 @@ COLORS = {  # dark, light
     "blue": ((12, 25, 90), (140, 205, 250)),
     "gray": ((35, 35, 40), (235, 230, 220)),
 }
-PEBBLE = 26  # pixels between the middles of two pebbles, on average
+PEBBLE = 26  # average distance of the centers of pebbles in pixels
 WAVE = 15  # pixels from crest to crest
-CLOUDS = (3.0, 7.0, 15.0)  # standard deviations of the smooth noises that clouds are the sum of, in pixels
+CLOUDS = (3.0, 7.0, 15.0)  # standard deviations of smoothing in pixels; clouds are a sum of smooth noise
 
 
 def smooth(side: int, scale: float, draws: np.random.Generator) -> np.ndarray:
@@ -32,7 +32,7 @@ def smooth(side: int, scale: float, draws: np.random.Generator) -> np.ndarray:
 
 
 def pebbles(side: int, draws: np.random.Generator) -> np.ndarray:
-    """Round stones side by side: heights [side, side] in [0, 1] from the distances to the two nearest middles."""
+    """Heights [side, side] in [0, 1] of round stones, from the distances to the two nearest centers."""
     places = np.mgrid[-1 : side // PEBBLE + 3, -1 : side // PEBBLE + 3].reshape(2, -1).T * PEBBLE
     middles = places + draws.uniform(-0.4, 0.4, places.shape) * PEBBLE + draws.uniform(-PEBBLE, 0, 2)
     pixels = np.mgrid[:side, :side].reshape(2, -1).T
@@ -44,14 +44,14 @@ def pebbles(side: int, draws: np.random.Generator) -> np.ndarray:
 
 
 def waves(side: int, draws: np.random.Generator) -> np.ndarray:
-    """Crests that run roughly from side to side, bent: heights [side, side] in [0, 1]."""
+    """Heights [side, side] in [0, 1] of waves with irregular horizontal crests."""
     rows = np.arange(side)[:, None]
     phase = 2 * np.pi * rows / WAVE + 1.6 * smooth(side, 14.0, draws) + draws.uniform(0, 2 * np.pi)
     return 0.5 + 0.5 * np.sin(phase)
 
 
 def clouds(side: int, draws: np.random.Generator) -> np.ndarray:
-    """Soft patches of several sizes: heights [side, side] in [0, 1]."""
+    """Heights [side, side] in [0, 1] of soft patches of several sizes."""
     total = sum((i + 1) * smooth(side, scale, draws) for i, scale in enumerate(CLOUDS))
     return 1 / (1 + np.exp(-0.6 * total))
 
@@ -61,7 +61,7 @@ CAPTIONS = [f"{color} {kind}" for kind in KINDS for color in COLORS]
 
 
 def draw(caption: str, side: int, draws: np.random.Generator) -> Image.Image:
-    """A picture of side x side pixels; raises KeyError for what is no caption of ours."""
+    """Draw an image of side x side pixels. Raises KeyError for an unknown caption."""
     color, kind = caption.split()
     dark, light = (np.array(end, dtype=float) for end in COLORS[color])
     heights = KINDS[kind](side, draws)[..., None]
@@ -69,7 +69,7 @@ def draw(caption: str, side: int, draws: np.random.Generator) -> Image.Image:
 
 
 def make_set(folder: Path, count: int, seed: int) -> None:
-    """Write `count` pictures and metadata.jsonl."""
+    """Write `count` images and metadata.jsonl."""
     folder.mkdir(parents=True)
     draws, lines = np.random.default_rng(seed), []
     for i in range(count):

@@ -1,4 +1,4 @@
-"""Bad files among good ones: the run is, bit for bit, the run over the good ones alone, and every bad one is named."""
+"""Bad files among good ones: training equals training on the good ones, bit for bit, and each bad one is reported."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ pytestmark = pytest.mark.usefixtures("settings_of_runs")
 
 
 def drawing(side: int = 32) -> Image.Image:
-    """A small picture unlike the others."""
+    """A small random image."""
     colors = RNG.integers(0, 256, (4, 4, 3)).astype(np.uint8)
     return Image.fromarray(colors).resize((side, side), Image.Resampling.BICUBIC)
 
 
-def cut(form: str, **options) -> Callable[[], bytes]:
-    """The first two thirds of a file."""
+def truncated(form: str, **options) -> Callable[[], bytes]:
+    """Returns the first two thirds of a file."""
 
     def make() -> bytes:
         data = encoded(drawing(64), form, **options).getvalue()
@@ -39,7 +39,7 @@ def cut(form: str, **options) -> Callable[[], bytes]:
 
 
 def broken_pixels(form: str, **options) -> Callable[[], bytes]:
-    """A file with noise a third of the way in."""
+    """Returns a file whose middle third is noise."""
 
     def make() -> bytes:
         data = encoded(drawing(64), form, **options).getvalue()
@@ -50,10 +50,10 @@ def broken_pixels(form: str, **options) -> Callable[[], bytes]:
 
 
 def directory() -> None:
-    """What a folder with the name of a picture is made of."""
+    """Stands for a folder with the name of an image."""
 
 
-# kind -> what makes the contents of such a file, and how its reason begins
+# by kind: makes the contents of a file; the beginning of the reason
 BAD: dict[str, tuple[Callable[[], bytes | None], str]] = {
     "zero-byte": (lambda: b"", "empty file"),
     "directory": (directory, "a directory, not a file"),
@@ -70,12 +70,12 @@ BAD: dict[str, tuple[Callable[[], bytes | None], str]] = {
     "video": (lambda: b"\0\0\0\x18ftypmp42\0\0\0\0mp42isom" + RNG.bytes(500), "not an image of a known format"),
     "noise": (lambda: RNG.bytes(700), "not an image of a known format"),
     "zeros": (lambda: b"\0" * 700, "not an image of a known format"),
-    "truncated png": (cut("PNG"), "can't be decoded"),
-    "truncated jpeg": (cut("JPEG", quality=95), "can't be decoded"),
-    "truncated webp": (cut("WEBP"), "can't be decoded"),
-    "truncated gif": (cut("GIF"), "can't be decoded"),
-    "truncated bmp": (cut("BMP"), "can't be decoded"),
-    "truncated tiff": (cut("TIFF"), "can't be decoded"),
+    "truncated png": (truncated("PNG"), "can't be decoded"),
+    "truncated jpeg": (truncated("JPEG", quality=95), "can't be decoded"),
+    "truncated webp": (truncated("WEBP"), "can't be decoded"),
+    "truncated gif": (truncated("GIF"), "can't be decoded"),
+    "truncated bmp": (truncated("BMP"), "can't be decoded"),
+    "truncated tiff": (truncated("TIFF"), "can't be decoded"),
     "broken png": (broken_pixels("PNG"), "can't be decoded"),
     "header only": (lambda: encoded(drawing()).getvalue()[:33], "not an image of a known format"),
     "bomb": (lambda: png_file(60_000, 60_000, 8, 0, b"").getvalue(), "too many pixels"),
@@ -84,18 +84,18 @@ BAD: dict[str, tuple[Callable[[], bytes | None], str]] = {
     "no pixels": (lambda: png_file(0, 9, 8, 2, b"").getvalue(), "not an image of a known format"),
     "too small": (lambda: encoded(drawing(7)).getvalue(), "too small"),
     "too narrow": (lambda: encoded(drawing().resize((16, 90))).getvalue(), "too narrow"),
-    "wrong sum": (lambda: wrong_sum(encoded(drawing()).getvalue()), "not an image of a known format"),
+    "wrong checksum": (lambda: wrong_checksum(encoded(drawing()).getvalue()), "not an image of a known format"),
 }
 OPTIONS = ["data.min_size=8", "data.max_aspect=4", "data.image_size=32", "data.validation=0.05", "validation.every=0"]
 
 
-def wrong_sum(data: bytes) -> bytes:
-    """A PNG whose header has another width than its checksum says."""
+def wrong_checksum(data: bytes) -> bytes:
+    """A PNG whose header does not have the right checksum."""
     return data[:16] + struct.pack(">I", 33) + data[20:]
 
 
 def make_good(folder: Path, count: int) -> None:
-    """Captioned pictures, in two formats and a subfolder."""
+    """Write captioned images in two formats and a subfolder."""
     (folder / "sub").mkdir(parents=True)
     with open(folder / "metadata.jsonl", "w") as file:
         for number in range(count):
@@ -106,7 +106,7 @@ def make_good(folder: Path, count: int) -> None:
 
 
 def add_bad(folder: Path, count: int) -> dict[str, str]:
-    """Files of every bad kind between the others, captioned; returns how the reason of each begins."""
+    """Write captioned files of every bad kind; return the beginnings of their reasons by name."""
     expected, kinds = {}, list(BAD)
     with open(folder / "metadata.jsonl", "a") as file:
         for number in range(count):
@@ -127,7 +127,7 @@ def skips(run: Path) -> dict[str, str]:
 
 
 def prove(tmp_path: Path, good: int, bad: int, steps: int, capsys) -> None:
-    """Both stages, over good files and over good and bad ones, end with the same bits."""
+    """Assert that both stages end with the same bits with and without bad files."""
     clean, mixed = tmp_path / "clean", tmp_path / "mixed"
     make_good(clean, good)
     for name, data in files(clean).items():
@@ -142,28 +142,28 @@ def prove(tmp_path: Path, good: int, bad: int, steps: int, capsys) -> None:
         for folder, run in runs.items():
             capsys.readouterr()
             run_here(*stage, f"data.folder={folder}", f"run={run}", *OPTIONS, *more)
-        said = capsys.readouterr().out
+        output = capsys.readouterr().out
         assert final_state(runs[clean]) == final_state(runs[mixed])
         assert files(runs[clean] / "model") == files(runs[mixed] / "model")
         reported = skips(runs[mixed])
         assert set(reported) == set(expected) and not skips(runs[clean])
         for file, reason in expected.items():
             assert reported[file].startswith(reason), (file, reported[file])
-        assert f"{bad} skipped in total" in said
-        assert all(f"{count} {reason}" in said for reason, count in kinds.items())
+        assert f"{bad} skipped in total" in output
+        assert all(f"{count} {reason}" in output for reason, count in kinds.items())
 
 
-def test_training_among_bad_files_is_training_on_the_good_ones(tmp_path, capsys):
+def test_training_with_bad_files_equals_training_on_the_good_ones(tmp_path, capsys):
     assert len(BAD) >= 20
     prove(tmp_path, 90, 2 * len(BAD), 3, capsys)
 
 
 @pytest.mark.slow
-def test_200_bad_files_of_2000_change_no_bit(tmp_path, capsys):
+def test_200_bad_files_of_2000_do_not_change_a_bit(tmp_path, capsys):
     prove(tmp_path, 1_800, 200, 40, capsys)
 
 
-def test_more_bad_files_than_allowed_end_the_run_in_one_line(tmp_path, capsys):
+def test_too_many_bad_files_are_an_error_of_one_line(tmp_path, capsys):
     make_good(tmp_path / "data", 20)
     add_bad(tmp_path / "data", 14)
     with pytest.raises(SystemExit) as stopped:
@@ -173,7 +173,7 @@ def test_more_bad_files_than_allowed_end_the_run_in_one_line(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_unverified_bad_files_are_replaced_when_they_are_met(tmp_path, capsys):
+def test_bad_files_are_replaced_during_training_without_a_data_check(tmp_path, capsys):
     make_good(tmp_path / "data", 20)
     expected = add_bad(tmp_path / "data", len(BAD))
     run = tmp_path / "run"
@@ -185,7 +185,7 @@ def test_unverified_bad_files_are_replaced_when_they_are_met(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_too_many_unverified_bad_files_end_the_run_in_one_line_when_they_are_met(tmp_path, capfd, workers):
+def test_too_many_bad_files_during_training_are_an_error_of_one_line(tmp_path, capfd, workers):
     make_good(tmp_path / "data", 20)
     add_bad(tmp_path / "data", 14)
     options = ["data.max_bad_fraction=0.2", "data.verify=false", f"trainer.workers={workers}", "trainer.steps=20"]
@@ -196,7 +196,7 @@ def test_too_many_unverified_bad_files_end_the_run_in_one_line_when_they_are_met
     assert lines[0].startswith("error: ") and "images can't be used, more than data.max_bad_fraction 0.2" in lines[0]
 
 
-def test_a_picture_that_goes_bad_later_is_replaced_alike_on_any_number_of_workers(tmp_path):
+def test_an_image_damaged_later_is_replaced_by_the_same_with_any_number_of_workers(tmp_path):
     make_good(tmp_path / "data", 12)
     states = []
     for workers in (0, 1):
@@ -204,7 +204,7 @@ def test_a_picture_that_goes_bad_later_is_replaced_alike_on_any_number_of_worker
         run_here(*STAGE_1, f"data.folder={tmp_path}/data", f"run={run}", "trainer.steps=2", *OPTIONS)
         victim = sorted((tmp_path / "data").glob("*.png"))[0]
         good = victim.read_bytes()
-        victim.write_bytes(b"x" * len(good))  # same size, so that the fingerprint is the same
+        victim.write_bytes(b"x" * len(good))  # the same size, so that the fingerprint does not change
         options = ["trainer.steps=6", f"trainer.workers={workers}", "data.verify=false"]
         run_here(*STAGE_1, f"data.folder={tmp_path}/data", f"run={run}", *OPTIONS, *options)
         assert list(skips(run)) == [victim.name]
@@ -214,7 +214,7 @@ def test_a_picture_that_goes_bad_later_is_replaced_alike_on_any_number_of_worker
 
 
 @pytest.mark.slow
-def test_processes_share_the_verification_and_find_the_same(tmp_path):
+def test_processes_share_the_data_check(tmp_path):
     make_good(tmp_path / "data", 60)
     expected = add_bad(tmp_path / "data", len(BAD))
     run = tmp_path / "run"
@@ -225,32 +225,32 @@ def test_processes_share_the_verification_and_find_the_same(tmp_path):
     assert not names[0] & names[1] and abs(len(names[0]) - len(names[1])) <= 2
 
 
-def test_what_went_bad_on_the_way_is_told_of_by_a_run_that_goes_on_and_not_by_one_that_begins_anew(tmp_path, capsys):
+def test_a_resumed_run_reports_earlier_skips_and_a_new_run_does_not(tmp_path, capsys):
     make_good(tmp_path / "data", 20)
     add_bad(tmp_path / "data", len(BAD))
     run = tmp_path / "run"
     options = [f"data.folder={tmp_path}/data", f"run={run}", "data.verify=false", "data.max_bad_fraction=0.9", *OPTIONS]
     run_here(*STAGE_1, *options, "trainer.steps=12")
-    known = skips(run)
+    earlier = skips(run)
     capsys.readouterr()
-    run_here(*STAGE_1, *options, "trainer.steps=12")  # nothing is left to do
-    assert skips(run) == known and f"{len(known)} skipped in total" in capsys.readouterr().out
+    run_here(*STAGE_1, *options, "trainer.steps=12")  # all steps are done
+    assert skips(run) == earlier and f"{len(earlier)} skipped in total" in capsys.readouterr().out
     run_here(*STAGE_1, *options, "trainer.steps=1", "trainer.resume=false")
-    assert len(skips(run)) < len(known)
+    assert len(skips(run)) < len(earlier)
 
 
-def test_a_run_that_is_stopped_says_what_it_skipped(tmp_path, capsys):
+def test_a_stopped_run_reports_what_it_skipped(tmp_path, capsys):
     make_good(tmp_path / "data", 12)
     (tmp_path / "data" / "bad.png").write_bytes(b"no image")
     with pytest.raises(SystemExit):
         run_here(
             *STAGE_1, f"data.folder={tmp_path}/data", f"run={tmp_path}/run", "trainer.max_minutes=0.00001", *OPTIONS
         )
-    said = capsys.readouterr().out
-    assert "stopped at step 1" in said and "1 skipped in total" in said
+    output = capsys.readouterr().out
+    assert "stopped at step 1" in output and "1 skipped in total" in output
 
 
-def test_a_disk_that_fails_at_one_picture_ends_the_run_in_one_line_and_leaves_no_trace(tmp_path, capsys, monkeypatch):
+def test_a_disk_error_at_one_image_is_an_error_of_one_line(tmp_path, capsys, monkeypatch):
     make_good(tmp_path / "data", 12)
     victim = sorted((tmp_path / "data").glob("*.png"))[0]
 

@@ -1,4 +1,4 @@
-"""Checkpoints that time or people have changed are found out and named, and the one before them is used."""
+"""Damaged and manipulated checkpoints are detected and reported, and the previous one is used."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def draws() -> random.Random:
 
 @pytest.fixture
 def saved(tmp_path) -> Path:
-    """A folder of two checkpoints, with files of all kinds in them."""
+    """A folder with two checkpoints that contain all kinds of files."""
 
     def fill(path: Path) -> None:
         checkpoint.save_state(path, {"step": 1, "weights": {"a": torch.randn(9), "b": torch.zeros(2, 3)}, "rate": 0.5})
@@ -40,16 +40,16 @@ def saved(tmp_path) -> Path:
     return tmp_path
 
 
-def assert_refused(folder: Path, reason: str, capsys) -> None:
-    """The newest checkpoint is named, with the reason, in one line, and the one before it taken."""
+def assert_rejected(folder: Path, reason: str, capsys) -> None:
+    """Assert that the newest checkpoint is reported with a reason in one line, and the previous one used."""
     assert checkpoint.newest_valid(folder) == folder / OLD
-    said = capsys.readouterr().err
-    assert said.startswith(f"checkpoint {folder / NEW} is not used: ") and said.count("\n") == 1
-    assert reason in said, said
+    output = capsys.readouterr().err
+    assert output.startswith(f"checkpoint {folder / NEW} is not used: ") and output.count("\n") == 1
+    assert reason in output, output
 
 
-def harm(data: bytes, draws: random.Random) -> tuple[bytes, str]:
-    """A file with one bit another, or cut short."""
+def damage(data: bytes, draws: random.Random) -> tuple[bytes, str]:
+    """Flip a bit or truncate a file; return the contents and a description."""
     if draws.random() < 0.25:
         size = draws.randrange(len(data))
         return data[:size], f"cut to {size} of {len(data)} bytes"
@@ -59,36 +59,36 @@ def harm(data: bytes, draws: random.Random) -> tuple[bytes, str]:
     return bytes(changed), f"bit {place} changed"
 
 
-def spoil(folder: Path, times: int, draws: random.Random, capsys) -> None:
-    """Harm the newest checkpoint so often, once in one file each time."""
+def damage_repeatedly(folder: Path, times: int, draws: random.Random, capsys) -> None:
+    """Damage one file of the newest checkpoint, check that this is detected, and restore it; many times."""
     files = sorted(path for path in (folder / NEW).rglob("*") if path.is_file())
     assert len(files) == 4
     for _ in range(times):
         path = draws.choice(files)
         whole = path.read_bytes()
-        harmed, how = harm(whole, draws)
-        path.write_bytes(harmed)
+        damaged, how = damage(whole, draws)
+        path.write_bytes(damaged)
         try:
-            assert_refused(folder, "", capsys)
+            assert_rejected(folder, "", capsys)
             if path.name != "manifest.json":
                 assert path.name in checkpoint.problem(folder / NEW)
         except AssertionError:
-            raise AssertionError(f"{path.name}, {how}, went unnoticed: {harmed[:2000]!r}") from None
+            raise AssertionError(f"{path.name}, {how}, went unnoticed: {damaged[:2000]!r}") from None
         path.write_bytes(whole)
     assert checkpoint.newest_valid(folder) == folder / NEW
 
 
-def test_300_flipped_bits_and_cut_files_are_all_noticed(saved, draws, capsys):
-    spoil(saved, 300, draws, capsys)
+def test_300_flipped_bits_and_truncated_files_are_detected(saved, draws, capsys):
+    damage_repeatedly(saved, 300, draws, capsys)
 
 
 @pytest.mark.slow
-def test_10000_flipped_bits_and_cut_files_are_all_noticed(saved, draws, capsys):
-    spoil(saved, 10_000, draws, capsys)
+def test_10000_flipped_bits_and_truncated_files_are_detected(saved, draws, capsys):
+    damage_repeatedly(saved, 10_000, draws, capsys)
 
 
-def test_every_byte_of_the_manifest_counts(saved, draws):
-    """Also those of its spaces and names."""
+def test_a_change_of_any_byte_of_the_manifest_is_detected(saved, draws):
+    """Including spaces and names."""
     path = saved / NEW / "manifest.json"
     whole = path.read_bytes()
     for place in range(len(whole)):
@@ -99,13 +99,13 @@ def test_every_byte_of_the_manifest_counts(saved, draws):
 
 
 def point(path: Path, target: Path) -> None:
-    """Make a path a symbolic link."""
+    """Replace a path by a symbolic link."""
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     path.symlink_to(target)
 
 
 def rewritten(change: Callable[[dict], None]) -> Callable[[Path], None]:
-    """A manifest that is written as ours are, of other contents."""
+    """Changes the contents of a manifest, in its usual format."""
 
     def write(folder: Path) -> None:
         manifest = json.loads((folder / "manifest.json").read_text())
@@ -122,7 +122,7 @@ def outside(name: str) -> Callable[[dict], None]:
     return change
 
 
-HOSTILE = {  # what is done to the newest checkpoint, and what is said of it
+MANIPULATIONS = {  # a change of the newest checkpoint, and the reason that is reported
     "a link to a file": (
         lambda f: point(f / "state.json", f.parent / OLD / "state.json"),
         "state.json is a symbolic link",
@@ -132,28 +132,28 @@ HOSTILE = {  # what is done to the newest checkpoint, and what is said of it
     "a linked manifest": (lambda f: point(f / "manifest.json", f.parent / OLD / "manifest.json"), "no manifest.json"),
     "a linked checkpoint": (lambda f: point(f, f.parent / OLD), "it is a symbolic link"),
     "a pipe": (lambda f: os.mkfifo(f / "state-1.safetensors"), "or not a regular file"),
-    "a file more": (lambda f: (f / "state-1.safetensors").write_bytes(b""), "is not in its manifest"),
-    "a file of the folder above": (rewritten(outside("../secret")), "../secret is missing"),
+    "an additional file": (lambda f: (f / "state-1.safetensors").write_bytes(b""), "is not in its manifest"),
+    "a file of the parent folder": (rewritten(outside("../secret")), "../secret is missing"),
     "a file of the system": (rewritten(outside("/etc/passwd")), "/etc/passwd is missing"),
     "a list": (lambda f: (f / "manifest.json").write_text("[]"), "manifest.json is damaged"),
     "numbers for sums": (rewritten(lambda m: m.update(sha256=3, bytes=4)), "manifest.json is damaged"),
     "lists of names": (rewritten(lambda m: m.update(sha256=["a"], bytes=["a"])), "manifest.json is damaged"),
     "depth": (lambda f: (f / "manifest.json").write_text("[" * 100_000), "manifest.json is damaged"),
     "spaces": (lambda f: (f / "manifest.json").write_text((f / "manifest.json").read_text() + "\n"), "is damaged"),
-    "no text": (lambda f: (f / "manifest.json").write_bytes(b"\xff\xfe"), "manifest.json is damaged"),
+    "binary data": (lambda f: (f / "manifest.json").write_bytes(b"\xff\xfe"), "manifest.json is damaged"),
 }
 
 
-@pytest.mark.parametrize("name", HOSTILE)
-def test_a_checkpoint_that_leads_elsewhere_or_is_none_of_ours_is_not_used(name, saved, capsys):
-    change, reason = HOSTILE[name]
+@pytest.mark.parametrize("name", MANIPULATIONS)
+def test_a_manipulated_checkpoint_is_not_used(name, saved, capsys):
+    change, reason = MANIPULATIONS[name]
     change(saved / NEW)
-    assert_refused(saved, reason, capsys)
-    checkpoint.prune(saved, 2)  # which passes it over, too, and follows no link
+    assert_rejected(saved, reason, capsys)
+    checkpoint.prune(saved, 2)  # ignores it too, and follows no link
     assert checkpoint.problem(saved / OLD) is None
 
 
-def test_files_that_a_system_hides_in_every_folder_do_no_harm(saved):
+def test_hidden_files_are_ignored(saved):
     (saved / NEW / ".DS_Store").write_bytes(b"x")
     assert checkpoint.newest_valid(saved) == saved / NEW
 
@@ -163,7 +163,7 @@ def header(tensors: str) -> bytes:
 
 
 EMPTY = '"t%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
-STATES = {  # of a stranger who writes sound manifests: state.safetensors, state.json, and what is said
+STATES = {  # with a valid manifest: contents of state.safetensors and state.json
     "a header that never ends": (struct.pack("<Q", 10**12) + b"{}", None),
     "500,000 empty tensors": (header("{" + ",".join(EMPTY % i for i in range(500_000)) + "}"), None),
     "a name twice": (header("{" + ",".join([EMPTY % 1] * 2) + "}"), None),
@@ -171,16 +171,16 @@ STATES = {  # of a stranger who writes sound manifests: state.safetensors, state
     "other text": (None, "{"),
     "a list": (None, "[]"),
     "depth": (None, "[" * 100_000),
-    "a tensor that is not there": (None, '{"$dict": [["step", {"$tensor": "/gone"}]]}'),
+    "a missing tensor": (None, '{"$dict": [["step", {"$tensor": "/gone"}]]}'),
     "no dictionary": (None, '{"$dict": 3}'),
     "odd pairs": (None, '{"$dict": [["step"]]}'),
     "another key": (None, '{"step": 3}'),
-    "a name that is none": (None, '{"$dict": [[[], 3]]}'),
+    "a name that is a list": (None, '{"$dict": [[[], 3]]}'),
 }
 
 
 @pytest.mark.parametrize("name", STATES)
-def test_a_state_that_a_stranger_made_up_is_one_line_and_quick(name, saved):
+def test_an_invalid_state_with_a_valid_manifest_is_an_error_of_one_line_within_seconds(name, saved):
     tensors, skeleton = STATES[name]
 
     def fill(path: Path) -> None:

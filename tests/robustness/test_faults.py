@@ -1,4 +1,4 @@
-"""Whatever fails while a run writes, a whole checkpoint remains and the run goes on from it: at every event."""
+"""After a failure at any write, a complete checkpoint remains, and the run resumes from it."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ from tests.helpers.injection import FAULTS, End, forked
 from tests.helpers.tiny_runs import differing, metrics
 
 pytestmark = pytest.mark.usefixtures("settings_of_runs")
-BEGUN, STEPS = 2, 3  # steps of the run that is there before the fault, and of the whole one; each is saved, two kept
+BEGUN, STEPS = 2, 3  # steps before the fault, and of the whole run; each step is saved, two are kept
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What config.yaml holds of a run."""
+    """The contents of config.yaml."""
 
     steps: int = STEPS
 
 
-def live(folder: Path, **limits) -> None:
-    """A life of a run that fits a line: the files of a real one, in the time of a hundredth."""
+def train(folder: Path, **limits) -> None:
+    """A run that fits a line and writes the same files as a real run, in a hundredth of the time."""
     trainer = Trainer(TrainerConfig(steps=STEPS, batch_size=4, save_every=1, log_every=1, **limits), folder, {})
     torch.manual_seed(0)
     model = nn.Linear(2, 1)
@@ -68,29 +68,29 @@ def live(folder: Path, **limits) -> None:
 
 @pytest.fixture
 def draws() -> random.Random:
-    """Which half of the events is struck, and how."""
+    """Draws the events that fail, and how they fail."""
     seed = int(os.environ.get("STIPPLE_SEED") or time.time_ns() % 2**32)
     print(f"STIPPLE_SEED={seed}")
     return random.Random(seed)
 
 
-def last_named(end: End) -> int:
-    """The newest checkpoint that was given its name before a life ended."""
-    named = [event for i, event in enumerate(end.events) if event.startswith("rename ") and i != end.at]
-    return max([int(event[-7:]) for event in named if "/state/step-" in event], default=BEGUN)
+def last_renamed(end: End) -> int:
+    """The step of the newest checkpoint that was renamed to its final name before the process ended."""
+    renamed = [event for i, event in enumerate(end.events) if event.startswith("rename ") and i != end.at]
+    return max([int(event[-7:]) for event in renamed if "/state/step-" in event], default=BEGUN)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def loaded(tmp_path_factory):
-    """All modules that a run loads while it runs, so that its forks need not; this process computes nothing."""
+    """Import all modules that a run imports, so that forked processes need not; this process computes nothing."""
     folder = tmp_path_factory.mktemp("loaded")
 
-    def tell() -> None:
+    def write_modules() -> None:
         with contextlib.suppress(SystemExit):
-            live(folder / "run", max_minutes=0)
+            train(folder / "run", max_minutes=0)
         (folder / "modules").write_text(json.dumps([n for n, m in sys.modules.items() if getattr(m, "__spec__", None)]))
 
-    assert forked(tell, folder / "run").code == 0
+    assert forked(write_modules, folder / "run").code == 0
     for name in json.loads((folder / "modules").read_text()):
         importlib.import_module(name)
 
@@ -100,7 +100,7 @@ def begun(tmp_path_factory) -> Path:
     """A run that was stopped before its last step."""
     folder = tmp_path_factory.mktemp("begun") / "run"
     for _ in range(BEGUN):
-        assert forked(lambda: live(folder, max_minutes=0), folder).code == 0
+        assert forked(lambda: train(folder, max_minutes=0), folder).code == 0
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 3, "loss": 1}\n{"step": 3, "lo')  # killed while it wrote, before it saved
     return folder
@@ -108,11 +108,11 @@ def begun(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(begun, tmp_path_factory) -> tuple[Path, list[str]]:
-    """The run to its end without a fault, and the events of its second life."""
+    """The completed run without a fault, and the events of the process that resumed it."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     shutil.copytree(begun, folder)
-    end = forked(lambda: live(folder), folder)
-    assert end.code == 0, end.said
+    end = forked(lambda: train(folder), folder)
+    assert end.code == 0, end.output
     return folder, end.events
 
 
@@ -121,70 +121,73 @@ def leftovers(folder: Path) -> list[str]:
 
 
 def same(run: Path, whole: Path) -> bool:
-    """Checkpoints, model and metrics; and nothing else is there."""
+    """Whether checkpoints, model and metrics are equal, and there are no leftovers."""
     parts = [differing(run / part, whole / part) for part in ("state", "model")]
     return metrics(run) == metrics(whole) and not any(parts) and not leftovers(run)
 
 
 def assert_one_line(end: End, newest: Path) -> None:
-    """A life that failed said so in one line, which names the checkpoint to go on from."""
-    said = [line for line in end.said.splitlines() if line.startswith("error: ")]
-    assert end.code == 1 and "Traceback" not in end.said and len(said) == 1, end.said
-    assert f"; the last good checkpoint is {newest}; " in said[0]
+    """Assert that a failed process printed one line, which names the checkpoint to resume from."""
+    errors = [line for line in end.output.splitlines() if line.startswith("error: ")]
+    assert end.code == 1 and "Traceback" not in end.output and len(errors) == 1, end.output
+    assert f"; the last good checkpoint is {newest}; " in errors[0]
 
 
 def check(run: Path, end: End, fault: str, whole: Path) -> None:
-    """What remains after a fault: the newest checkpoint that was named, and a run that goes on to the same end."""
+    """Assert that after a fault the newest checkpoint remains, and that the run resumes to the same end."""
     what = f"{fault} at event {end.at}, {end.events[end.at]}"
     newest = checkpoint.checkpoints(run / "state")[-1]
     assert checkpoint.newest_valid(run / "state") is not None, what
     if fault == "kill":
         assert end.code == -9, what
-    elif end.code:  # a fault in removing what is of no more use may be passed over
+    elif end.code:  # a fault while removing old files may be ignored
         assert_one_line(end, newest)
         kind, path = end.events[end.at].split(" ", 1)
-        unsure = kind == "fsync" and path == str(run)  # whether a crash now would leave the old name or the new one
+        unsure = kind == "fsync" and path == str(run)  # it is not known which name is on the disk
         assert leftovers(run) in ([], [".tmp-old-model"] if unsure else []) or kind in ("unlink", "rmdir"), what
         assert checkpoint.problem(run / "model") is None, what
-    again = forked(lambda: live(run), run)
-    assert again.code == 0, (what, again.said)
-    assert "is not used" not in again.said, what
-    assert newest.name == f"step-{last_named(end):07d}" and f"resumed from {newest}" in again.said, (what, again.said)
+    again = forked(lambda: train(run), run)
+    assert again.code == 0, (what, again.output)
+    assert "is not used" not in again.output, what
+    assert newest.name == f"step-{last_renamed(end):07d}" and f"resumed from {newest}" in again.output, (
+        what,
+        again.output,
+    )
     assert same(run, whole), what
 
 
-def strike(faults: Iterator[tuple[str, int]], begun: Path, whole: Path, folder: Path) -> None:
-    """Each fault at its event, in a copy of the run that has begun; and what is left of it."""
+def inject(faults: Iterator[tuple[str, int]], begun: Path, whole: Path, folder: Path) -> None:
+    """Inject each fault at its event into a copy of the run, and check the result."""
     for fault, at in faults:
         run = folder / f"{list(FAULTS).index(fault)}-{at}"
         shutil.copytree(begun, run)
-        check(run, forked(lambda run=run: live(run), run, fault, at), fault, whole)
+        check(run, forked(lambda run=run: train(run), run, fault, at), fault, whole)
         shutil.rmtree(run)
 
 
-def test_a_run_killed_at_any_event_goes_on_from_the_newest_checkpoint(begun, whole, tmp_path, draws):
+def test_a_run_killed_at_any_event_resumes_from_the_newest_checkpoint(begun, whole, tmp_path, draws):
     whole, events = whole
     kinds = {event.split()[0] for event in events}
     assert kinds >= {"write", "fsync", "rename", "safetensors", "mkdir", "unlink", "rmdir"}
-    strike((("kill", at) for at in range(draws.randrange(2), len(events), 2)), begun, whole, tmp_path)
+    inject((("kill", at) for at in range(draws.randrange(2), len(events), 2)), begun, whole, tmp_path)
 
 
-def test_a_disk_that_fails_at_any_event_is_one_line_and_leaves_the_newest_checkpoint(begun, whole, tmp_path, draws):
+def test_a_disk_error_at_any_event_is_one_line_and_keeps_the_newest_checkpoint(begun, whole, tmp_path, draws):
     whole, events = whole
     faults = [(draws.choice(["full disk", "input/output error"]), at) for at in range(len(events))]
-    strike(iter(faults[draws.randrange(2) :: 2]), begun, whole, tmp_path)
+    inject(iter(faults[draws.randrange(2) :: 2]), begun, whole, tmp_path)
 
 
 @pytest.mark.slow
-def test_every_fault_at_every_event_leaves_the_newest_checkpoint(begun, whole, tmp_path):
+def test_every_fault_at_every_event_keeps_the_newest_checkpoint(begun, whole, tmp_path):
     whole, events = whole
-    strike(((fault, at) for fault in FAULTS for at in range(len(events))), begun, whole, tmp_path)
+    inject(((fault, at) for fault in FAULTS for at in range(len(events))), begun, whole, tmp_path)
     print(f"{len(FAULTS)} faults at each of {len(events)} events")
 
 
 @pytest.fixture
 def disk(tmp_path) -> Iterator[Callable[[int], Path]]:
-    """A file system of its own, which is given so many pages."""
+    """A separate file system, whose size in pages can be set."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder], capture_output=True, text=True)
@@ -201,22 +204,22 @@ def disk(tmp_path) -> Iterator[Callable[[int], Path]]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs tmpfs")
-def test_a_disk_with_any_too_few_pages_leaves_the_newest_checkpoint_and_the_run_goes_on(begun, whole, disk):
-    """The disk is really full, at whichever write that is."""
+def test_a_disk_that_becomes_full_at_any_write_keeps_the_newest_checkpoint(begun, whole, disk):
+    """The disk is really full: each size below the required one is tried."""
     full, run = 0, disk(1 << 16) / "run"
     for pages in range(100):
         shutil.copytree(begun, run)
         used = os.statvfs(run)
         disk(used.f_blocks - used.f_bfree + pages)
-        end = forked(lambda: live(run), run)
+        end = forked(lambda: train(run), run)
         disk(1 << 16)
         newest = checkpoint.checkpoints(run / "state")[-1]
         if end.code:
             full += 1
-            assert "No space left on device" in end.said and not leftovers(run)
+            assert "No space left on device" in end.output and not leftovers(run)
             assert_one_line(end, newest)
-            assert forked(lambda: live(run), run).code == 0
-        assert newest.name == f"step-{last_named(end):07d}" and same(run, whole[0])
+            assert forked(lambda: train(run), run).code == 0
+        assert newest.name == f"step-{last_renamed(end):07d}" and same(run, whole[0])
         shutil.rmtree(run)
         if not end.code:
             break
@@ -228,7 +231,7 @@ RECORDS = [Record(f"/pictures/{i}.png", f"{i}.png", ((f"picture {i}",),), 100 + 
 
 
 def fill(folder: Path) -> None:
-    """A latent cache, in parts of two."""
+    """Write a latent cache with parts of two records."""
     writer = LatentCacheWriter(str(folder), 0, {"image_size": 32}, RECORDS, part_size=2)
     for part in writer.missing("moments"):
         writer.add_moments(part, [torch.full((1, 8, 2, 2), float(i)) for i in part])
@@ -238,7 +241,7 @@ def fill(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_latent_cache_is_finished_after_a_fault_at_any_event(every, draws, tmp_path):
+def test_a_latent_cache_is_completed_after_a_fault_at_any_event(every, draws, tmp_path):
     whole = tmp_path / "whole"
     events = forked(lambda: fill(whole), whole).events
     assert len(events) > 20
@@ -247,5 +250,5 @@ def test_a_latent_cache_is_finished_after_a_fault_at_any_event(every, draws, tmp
         end = forked(lambda cache=cache: fill(cache), cache, fault, at)
         assert end.code != 0 or fault != "kill", end.events[at]
         again = forked(lambda cache=cache: fill(cache), cache)
-        assert again.code == 0 and not differing(cache, whole), (end.events[at], again.said)
+        assert again.code == 0 and not differing(cache, whole), (end.events[at], again.output)
         shutil.rmtree(cache)

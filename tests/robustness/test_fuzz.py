@@ -1,7 +1,7 @@
-"""Whatever configs, headers and manifests hold, what comes out is a value, or an error in one line: a long fuzzing run.
+"""Fuzzing: any config, weight file or checkpoint is read, or is an error of one line.
 
-Each is made from a sound example by the changes that find most: bits, bytes, pieces doubled, removed, moved, and words
-that mean something to the reader. STIPPLE_SEED repeats a run, STIPPLE_FUZZ sets how many executions there are of each.
+Inputs are valid examples with random changes: bits, bytes, repeated or removed pieces, and words with a meaning.
+STIPPLE_SEED repeats a run, STIPPLE_FUZZ sets the number of executions.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def draws() -> random.Random:
 
 
 def mutated(data: bytes, words: Sequence[bytes], draws: random.Random) -> bytes:
-    """An example with some changes."""
+    """Make some random changes to an example."""
     changed = bytearray(data)
     for _ in range(draws.randint(1, 4)):
         at, size = draws.randrange(len(changed) + 1), draws.choice([1, 2, 8, 40])
@@ -79,7 +79,7 @@ def mutated(data: bytes, words: Sequence[bytes], draws: random.Random) -> bytes:
 
 
 def fuzz(act: Callable[[bytes], object], example: bytes, words: Sequence[bytes], draws: random.Random) -> None:
-    """Act on so many changed examples; only ValueError and OSError may come out, in a line each."""
+    """Call `act` with changed examples; only ValueError and OSError of one line may be raised."""
     count, values, started = int(os.environ.get("STIPPLE_FUZZ") or 20_000), 0, time.monotonic()
     for _ in range(count):
         data = mutated(example, words, draws)
@@ -94,7 +94,7 @@ def fuzz(act: Callable[[bytes], object], example: bytes, words: Sequence[bytes],
 
 
 @pytest.mark.slow
-def test_configs_are_values_or_one_line(tmp_path, draws):
+def test_configs_are_read_or_an_error_of_one_line(tmp_path, draws):
     path = tmp_path / "c.yaml"
 
     def act(data: bytes) -> None:
@@ -105,7 +105,7 @@ def test_configs_are_values_or_one_line(tmp_path, draws):
 
 
 @pytest.mark.slow
-def test_weight_files_are_tensors_or_one_line(tmp_path, draws):
+def test_weight_files_are_read_or_an_error_of_one_line(tmp_path, draws):
     path = tmp_path / "x.safetensors"
     write_weights({"a": torch.ones(3), "b.weight": torch.zeros(2, 2, dtype=torch.float16)}, path, {"title": "x"})
 
@@ -119,8 +119,8 @@ def test_weight_files_are_tensors_or_one_line(tmp_path, draws):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["manifest.json", "state.json", "state.safetensors"])
-def test_checkpoints_are_states_or_one_line(name, tmp_path, draws):
-    """A changed manifest is always noticed; the others are also read as by somebody who has not asked it."""
+def test_checkpoints_are_read_or_an_error_of_one_line(name, tmp_path, draws):
+    """A changed file is always detected by the manifest, and reading it nevertheless is safe."""
     state = {"step": 3, "parts": {"a": torch.ones(3), "b": [1.5, None, torch.zeros(2)]}}
     checkpoint.write_folder(tmp_path / "step-1", lambda path: checkpoint.save_state(path, state))
     path = tmp_path / "step-1" / name

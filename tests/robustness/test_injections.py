@@ -1,4 +1,4 @@
-"""NaN and infinity in pictures, latents, losses and gradients of both trainings: nothing that is saved changes."""
+"""NaN and infinity in images, latents, losses and gradients of both trainings do not change the saved state."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ SCRIPTS = {
     "ldm": [*STAGE_2, *MANY, "samples.every=0", "diffusion.density.name=importance", "diffusion.weighting=p2",
             "trainer.micro_batch_size=2"],
 }  # fmt: skip
-EVERYTHING = ("images", "latents")  # that these spoil; a loss or a gradient is of one optimizer
+AFFECTS_ALL = ("images", "latents")  # a loss or a gradient affects one optimizer only
 
 
 class Injections:
-    """Values that are not finite, put where a script computes; a step that gets one is at `steps[step]`."""
+    """Injects values that are not finite into a script. `steps` maps the steps to the kind of injection."""
 
     def __init__(self, patch: pytest.MonkeyPatch, kinds: list[str], count: int, draws: random.Random):
         self.steps = {step: draws.choice(kinds) for step in draws.sample(range(24), count)}
@@ -50,7 +50,7 @@ class Injections:
         return self.steps.get(self.trainer.step, "") if self.trainer else ""
 
     def state(self) -> dict[str, Tensor]:
-        """All that is saved, as flat tensors, but the counts of bad steps and of steps."""
+        """The saved state as flat tensors, without the counts of steps and of bad steps."""
         return flat(self.trainer._parts.state_dict())
 
     def begin(self, steps, trainer, *arguments):
@@ -98,9 +98,7 @@ def flat(node: object, name: str = "") -> dict[str, Tensor]:
         ("ldm", ["images", "latents", "loss of optimizer", "gradient of optimizer"]),
     ],
 )
-def test_seventeen_injections_into_each_training_leave_all_that_is_saved_as_it_was(
-    script, kinds, tmp_path, monkeypatch
-):
+def test_17_injections_into_each_training_do_not_change_the_saved_state(script, kinds, tmp_path, monkeypatch):
     torch.manual_seed(0)
     shape = AutoencoderConfig(block_out_channels=(16, 32, 32), layers_per_block=1, norm_num_groups=8, sample_size=32)
     Autoencoder(shape).save(tmp_path / "autoencoder")
@@ -108,14 +106,15 @@ def test_seventeen_injections_into_each_training_leave_all_that_is_saved_as_it_w
     injected = Injections(monkeypatch, kinds, 17, random.Random(script))
     run_here(*SCRIPTS[script], *more, f"run={tmp_path / 'run'}")
     for step, (kind, changed) in injected.changed.items():
-        own = {name.split("/")[1] for name in changed}
-        if kind in EVERYTHING or (kind and script == "ldm"):
+        parts = {name.split("/")[1] for name in changed}
+        if kind in AFFECTS_ALL or (kind and script == "ldm"):
             assert not changed, (step, kind)
         elif kind:
-            of_judge = {"discriminator", "discriminator_optimizer"}
-            assert own <= ({"autoencoder", "optimizer", "optimizer_ema0"} if "discriminator" in kind else of_judge)
-            assert own and not any("running" in name for name in changed), (step, kind)
+            of_discriminator = {"discriminator", "discriminator_optimizer"}
+            others = {"autoencoder", "optimizer", "optimizer_ema0"} if "discriminator" in kind else of_discriminator
+            assert parts <= others
+            assert parts and not any("running" in name for name in changed), (step, kind)
         else:
-            assert {"optimizer", "optimizer_ema0"} <= own, step
+            assert {"optimizer", "optimizer_ema0"} <= parts, step
     assert {line["step"] - 1 for line in bad_steps(tmp_path / "run")} == set(injected.steps)
     assert_finite_on_disk(tmp_path / "run")

@@ -1,7 +1,7 @@
-"""Training can't be killed: whatever SIGKILL hits, a run started again ends as one that was never touched, bit for bit.
+"""After SIGKILL at any moment, a restarted run ends with the same bits as an uninterrupted one.
 
-The moments are drawn from a seed that is printed, and so shown where a test fails; STIPPLE_SEED sets it. The slow
-test kills STIPPLE_KILLS times, or 200.
+The moments are drawn from a seed that is printed; STIPPLE_SEED sets it. The slow test kills STIPPLE_KILLS times,
+200 by default.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pytest
 
 from tests.helpers.tiny_runs import ROOT, SETTINGS, STAGE_1, STAGE_2, differing, metrics
 
-# 36 pictures in batches of 10: one step goes over the end of an epoch; a life takes a second, a fifth of it for saves
+# 36 images in batches of 10: one step spans two epochs. A run takes a second, a fifth of it for saving
 SCHEDULE = ["trainer.batch_size=10", "trainer.micro_batch_size=5", "trainer.log_every=2", "trainer.save_every=2"]
 SCHEDULE += ["trainer.steps=6", "validation.images=2"]
 CASES = {
@@ -28,12 +28,12 @@ CASES = {
 
 
 def kill(folder: Path, autoencoder: str, kills: int) -> list[dict]:
-    """Kill runs of all cases, check what each leaves, and say when they were killed."""
+    """Kill runs of all cases; return one line for each kill."""
     seed = int(os.environ.get("STIPPLE_SEED") or time.time_ns() % 2**32)
     print(f"STIPPLE_SEED={seed}")
     cases = {name: command + [f"autoencoder={autoencoder}"] * (name == "ldm") for name, command in CASES.items()}
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "kill_harness.py"), str(folder), str(kills), str(seed)],
+        [sys.executable, str(ROOT / "tests" / "helpers" / "kill_harness.py"), str(folder), str(kills), str(seed)],
         input=json.dumps(cases), text=True, cwd=ROOT, env=os.environ | SETTINGS, capture_output=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -41,7 +41,7 @@ def kill(folder: Path, autoencoder: str, kills: int) -> list[dict]:
 
 
 def assert_same(run: Path, whole: Path) -> None:
-    """Weights, averages, moments, model folder, pictures and metrics; and nothing else is left."""
+    """Assert that weights, EMA, optimizer state, model folder, images and metrics are equal, without leftovers."""
     assert metrics(run) == metrics(whole)
     for part in ("state", "model", "samples"):
         assert differing(run / part, whole / part) == []
@@ -49,7 +49,7 @@ def assert_same(run: Path, whole: Path) -> None:
 
 
 def check(folder: Path, killed: list[dict], kills: int) -> None:
-    """All kills were spent, and every run that they hit ended as the whole one of its case."""
+    """Assert the number of kills, and that every killed run ended like the uninterrupted one of its case."""
     assert len(killed) == kills
     for case, run in sorted({(line["case"], line["run"]) for line in killed}):
         assert_same(folder / case / str(run), folder / case / "whole")
@@ -57,11 +57,11 @@ def check(folder: Path, killed: list[dict], kills: int) -> None:
     print(f"{kills} kills in {len({(line['case'], line['run']) for line in killed})} runs, {len(half)} in a write")
 
 
-def test_runs_killed_30_times_at_random_moments_end_as_if_they_had_not_been(tmp_path, autoencoder):
+def test_runs_killed_30_times_at_random_moments_equal_uninterrupted_runs(tmp_path, autoencoder):
     check(tmp_path, kill(tmp_path, autoencoder, 30), 30)
 
 
 @pytest.mark.slow
-def test_runs_killed_200_times_at_random_moments_end_as_if_they_had_not_been(tmp_path, autoencoder):
+def test_runs_killed_200_times_at_random_moments_equal_uninterrupted_runs(tmp_path, autoencoder):
     kills = int(os.environ.get("STIPPLE_KILLS") or 200)
     check(tmp_path, kill(tmp_path, autoencoder, kills), kills)

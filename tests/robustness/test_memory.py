@@ -1,4 +1,4 @@
-"""Memory stays flat: less than 1 MiB per 1,000 steps after the warm-up, and no file is left open."""
+"""Memory is constant: it grows by less than 1 MiB per 1,000 steps after the warm-up, and no file stays open."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STEPS, WARM_UP, PICTURES = 4000, 1000, 320
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Path:
-    """A run of each stage, of one step."""
+    """A run of one step for each stage."""
     folder = tmp_path_factory.mktemp("models")
     launch(*STAGE_1, f"run={folder / 'autoencoder'}", "trainer.steps=1")
     vae = f"autoencoder={folder / 'autoencoder' / 'model'}"
@@ -34,33 +34,33 @@ def models(tmp_path_factory) -> Path:
 
 
 def watch(out: Path, every: int, *command: str) -> np.ndarray:
-    """Rows of number, resident MiB, open files."""
-    program = [sys.executable, str(ROOT / "tests" / "memory_runs.py"), str(out), str(every), *command]
+    """Rows of step or image number, resident MiB, and open files."""
+    program = [sys.executable, str(ROOT / "tests" / "helpers" / "memory_runs.py"), str(out), str(every), *command]
     done = subprocess.run(program, cwd=ROOT, env=os.environ | SETTINGS, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return np.array([json.loads(line) for line in out.read_text().splitlines()]) / [1, 2**20, 1]
 
 
 def slope(rows: np.ndarray, after: int) -> float:
-    """MiB per 1,000 of what was counted, by least squares over what comes after the warm-up; files are constant."""
+    """MiB per 1,000 steps after the warm-up, by least squares. Asserts that the number of open files is constant."""
     rows = rows[rows[:, 0] >= after]
     assert len(rows) > 10 and len(set(rows[:, 2])) == 1
-    found = np.polyfit(rows[:, 0] / 1000, rows[:, 1], 1)[0]
-    print(f"{found:.2f} MiB per 1,000, from {rows[0, 1]:.1f} to {rows[-1, 1]:.1f} MiB; {rows[0, 2]:.0f} files")
-    return found
+    growth = np.polyfit(rows[:, 0] / 1000, rows[:, 1], 1)[0]
+    print(f"{growth:.2f} MiB per 1,000, from {rows[0, 1]:.1f} to {rows[-1, 1]:.1f} MiB; {rows[0, 2]:.0f} files")
+    return growth
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("name", TRAININGS)
-def test_memory_stays_flat_while_training(name, workers, models, tmp_path):
+def test_memory_is_constant_during_training(name, workers, models, tmp_path):
     command = [*TRAININGS[name], *SELDOM, f"run={tmp_path / 'run'}", f"trainer.steps={STEPS}"]
     command += [f"trainer.workers={workers}"]
     command += [f"autoencoder={models / 'autoencoder' / 'model'}"] * (name == "ldm")
     assert slope(watch(tmp_path / "out", 100, "train", *command), WARM_UP) < 1
 
 
-def test_memory_stays_flat_while_sampling(models, tmp_path):
+def test_memory_is_constant_during_sampling(models, tmp_path):
     rows = watch(tmp_path / "out", 10, "sample", str(models / "ldm" / "model"), str(PICTURES))
     warm = rows[rows[:, 0] >= 20]
     slope(rows, 20)
-    assert warm[-1, 1] - warm[0, 1] < 1  # MiB over 300 pictures
+    assert warm[-1, 1] - warm[0, 1] < 1  # MiB over 300 images

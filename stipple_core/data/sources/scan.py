@@ -5,7 +5,7 @@
     'data.shards=shards/{00000..00099}.tar'              webdataset tars (`tar`); paths, * and {}, in quotes
     'data.shards=https://host/{00000..00099}.tar'        read by ranges; s3://, gs://, hf:// and all protocols of fsspec
     'data.shards=pipe:curl -s https://host/{00..99}.tar' the output of a command
-    'data.shards=rows/*.parquet'                         tables with a column of images (`tables`)
+    'data.shards=rows/*.parquet'                         tables with a column of images (`image_tables`)
     data.dataset=NAME data.split=train                   a Hugging Face dataset: a name, or a folder of save_to_disk
 
 Names, caption templates, `data.where`, the validation split and the fingerprint do not depend on the source
@@ -25,8 +25,8 @@ from stipple_core.data.records.data_config import DataConfig
 from stipple_core.data.records.records import Records, Skip
 from stipple_core.data.records.rows import SourceImage, gather
 from stipple_core.data.sources.folder import images_in_folder, is_image_name, walk
+from stipple_core.data.sources.image_tables import images_in_dataset, images_in_parquet
 from stipple_core.data.sources.shards import Shard, find_shards
-from stipple_core.data.sources.tables import images_in_dataset, images_in_parquet
 from stipple_core.data.sources.tar_index import images_in_tar, index_of
 
 PARQUET = ".parquet"
