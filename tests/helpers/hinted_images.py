@@ -10,9 +10,9 @@ from ldm.pipeline import TextToImage
 
 
 @torch.no_grad()
-<def draw_with_hints(model: TextToImage, hints: Tensor, together: int = 16, prompt: str = "", **settings) -> Tensor:
+def draw_with_hints(model: TextToImage, hints: Tensor, together: int = 16, prompt: str = "", **settings) -> Tensor:
     """Sample images [B, 3, H, W] in [-1, 1] for hints [B, k, H, W] and a prompt, with seeds 0, 1, ..."""
->    prompts, images = [prompt] * len(hints), []
+    prompts, images = [prompt] * len(hints), []
     inputs = ConditionInputs(prompts=prompts, hint=hints)
     sides = {"height": hints.shape[2], "width": hints.shape[3]}
     first = 0

@@ -11,7 +11,6 @@ from conditioning.hints.hint_files import Files
 from ldm import TextToImage
 from ldm.networks.unet import UNet
 from stipple_core.images.images import image_to_tensor, tensor_to_image
-from tests.helpers.hint_pictures import draw_with_hints
 from tests.helpers.hinted_images import draw_with_hints
 from tests.helpers.small_models import build_model
 from tests.helpers.tiny_runs import run_here

@@ -19,7 +19,6 @@ from conditioning.hints.masks import MaskConfig, draw_mask
 from ldm.pipeline import TextToImage
 from stipple_core.images.images import grid, image_to_tensor, tensor_to_image
 from stipple_core.randomness import generator
-from tests.helpers.hint_pictures import draw_with_hints
 from tests.helpers.hinted_images import draw_with_hints
 from tests.helpers.shapes import PAIRS, SIDE, SINGLES, draw, make_set
 from tests.helpers.tiny_runs import run_here

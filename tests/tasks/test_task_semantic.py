@@ -15,7 +15,6 @@ from PIL import Image
 from conditioning.hints.hint_files import Files
 from ldm.pipeline import TextToImage
 from stipple_core.images.images import grid, tensor_to_image
-from tests.helpers.hint_pictures import draw_with_hints
 from tests.helpers.hinted_images import draw_with_hints
 from tests.helpers.regions import COLORS, SIDE, agreement, draw_map, draw_picture, make_set
 from tests.helpers.tiny_runs import run_here

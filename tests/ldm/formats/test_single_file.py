@@ -23,7 +23,6 @@ from ldm.networks.unet import UNet
 from ldm.pipeline import TextToImage
 from ldm.schedules.base import ScheduleConfig
 from stipple_core.files.weights import read_metadata, read_weights, write_weights
-from tests.helpers.hint_pictures import draw_with_hints
 from tests.helpers.hinted_images import draw_with_hints
 from tests.helpers.single_files import KINDS, PROMPTS, YAML, build_parts, save_words, write_yaml
 
