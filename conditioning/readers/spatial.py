@@ -1,4 +1,4 @@
-"""Conditioning by concatenation (Rombach et al. 2022, section 3.3): a hint aligned with z, as channels beside z_t.
+"""Conditioning by concatenation (Rombach et al. 2022, section 3.3): a hint, aligned with z, is concatenated to z_t.
 
 `conditioning.hints.hints` lists the hints: semantic maps, masked images, small images, depths and edges.
 """
