@@ -1,23 +1,10 @@
-"""Make pictures from prompts.
+"""Draw pictures from prompts; `stipple draw` is the same command, in stipple/commands/draw.py.
 
 python txt2img.py "a red heart" "a blue fish"
-python txt2img.py --from-file prompts.txt --guidance-scale 4 --num-images 4 --grid
 python txt2img.py --like outputs/00007.png --steps 100
 """
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-
-from stipple.commands.draw import Command, draw
-
-COMMAND = Command(about=__doc__, example='txt2img.py "a red heart"')
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
-    draw(COMMAND, argv)
-
+from stipple.commands.draw import main
 
 if __name__ == "__main__":
     main()

@@ -17,17 +17,16 @@ from autoencoder.networks import tiling
 from autoencoder.networks.autoencoder_config import AutoencoderConfig
 from autoencoder.networks.encoder_decoder import Decoder, Encoder
 from autoencoder.networks.regularizer import Posterior, VectorQuantizer
+from stipple_core.files.json_file import read_json, write_json
 from stipple_core.files.weights import (
     find_weights,
     misfits,
     outline,
     place,
     read_folder,
-    read_json,
     read_weights,
     rename_old_attention,
     require_fit,
-    write_json,
     write_weights,
 )
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from autoencoder.networks.regularizer import Posterior
 from stipple_core.embedders import Embedder, EmbedderConfig, build_embedder
-from stipple_core.files.weights import place, read_folder, read_json, write_json, write_weights
+from stipple_core.files.json_file import read_json, write_json
+from stipple_core.files.weights import place, read_folder, write_weights
 
 CLASS = "ImageEmbeddings"  # _class_name in vae/config.json
 STEM = "diffusion_pytorch_model"
@@ -60,7 +61,7 @@ class ImageEmbeddings(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Raises ValueError: embeddings are no pictures."""
-        raise ValueError("this model makes embeddings, not pictures; it serves a decoder: txt2img.py --prior")
+        raise ValueError("this model makes embeddings, not pictures; it serves a decoder: stipple draw --prior")
 
     def points(self, latents: Tensor) -> Tensor:
         """Latents [B, d, 1, 1] as embeddings [B, d], on the sphere where those of pictures are."""
@@ -90,7 +91,7 @@ class ImageEmbeddings(nn.Module):
     def load(cls, folder: Path, dtype: torch.dtype = torch.float32) -> ImageEmbeddings:
         """Read the folder that has config.json and the weights in it. Raises FileNotFoundError or ValueError."""
         config = read_json(folder / "config.json")
-        embedder = build_embedder(EmbedderConfig(kind=config["kind"], network=config["network"]), reads=False)
+        embedder = build_embedder(EmbedderConfig(kind=config["kind"], network=config["network"]), texts=False)
         embeddings = cls(embedder, torch.zeros(embedder.dim), torch.ones(embedder.dim))
         weights = read_folder(folder, STEM)
         place(embeddings, {k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()}, folder)

@@ -14,7 +14,7 @@ from autoencoder.autoencoder import FOLDERS, Autoencoder
 from autoencoder.image_embeddings import CLASS as EMBEDDINGS
 from autoencoder.image_embeddings import ImageEmbeddings
 from autoencoder.networks.regularizer import Posterior
-from stipple_core.files.weights import read_json, write_json
+from stipple_core.files.json_file import read_json, write_json
 
 NAME = "pixels"  # instead of a path; a folder of this name is ./pixels
 CLASS = "Pixels"  # _class_name in vae/config.json

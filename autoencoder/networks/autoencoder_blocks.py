@@ -34,7 +34,7 @@ class ResnetBlock(nn.Module):
         return self.conv_shortcut(x) + h
 
 
-class Attention(nn.Module):
+class SingleHeadAttention(nn.Module):
     """Self-attention over all positions with a single head, and a residual around it."""
 
     def __init__(self, channels: int, groups: int):
@@ -75,14 +75,16 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # [B, C, H, W] -> [B, C, 2H, 2W]
 
 
-class Level(nn.Module):
+class AutoencoderLevel(nn.Module):
     """Residual blocks of one resolution, each followed by attention if asked for; a subclass adds the resampling."""
 
     def __init__(self, in_channels: int, out_channels: int, depth: int, attention: bool, groups: int):
         super().__init__()
         inputs = [in_channels] + [out_channels] * (depth - 1)
         self.resnets = nn.ModuleList([ResnetBlock(channels, out_channels, groups) for channels in inputs])
-        self.attentions = nn.ModuleList([Attention(out_channels, groups) for _ in inputs] if attention else [])
+        self.attentions = nn.ModuleList(
+            [SingleHeadAttention(out_channels, groups) for _ in inputs] if attention else []
+        )
 
     def layers(self) -> Iterator[nn.Module]:
         """The modules in the order in which they run."""
@@ -92,7 +94,7 @@ class Level(nn.Module):
                 yield self.attentions[i]
 
 
-class DownLevel(Level):
+class EncoderLevel(AutoencoderLevel):
     """A level of the encoder: `downsamplers` is empty in the last."""
 
     def __init__(self, in_channels: int, out_channels: int, depth: int, attention: bool, groups: int, resample: bool):
@@ -104,7 +106,7 @@ class DownLevel(Level):
         yield from self.downsamplers
 
 
-class UpLevel(Level):
+class DecoderLevel(AutoencoderLevel):
     """A level of the decoder: `upsamplers` is empty in the last."""
 
     def __init__(self, in_channels: int, out_channels: int, depth: int, attention: bool, groups: int, resample: bool):
@@ -116,12 +118,12 @@ class UpLevel(Level):
         yield from self.upsamplers
 
 
-class MidLevel(nn.Module):
+class MiddleLevel(nn.Module):
     """Two residual blocks at the lowest resolution, with attention between them."""
 
     def __init__(self, channels: int, attention: bool, groups: int):
         super().__init__()
-        self.attentions = nn.ModuleList([Attention(channels, groups)] if attention else [])
+        self.attentions = nn.ModuleList([SingleHeadAttention(channels, groups)] if attention else [])
         self.resnets = nn.ModuleList([ResnetBlock(channels, channels, groups) for _ in range(2)])
 
     def layers(self) -> Iterator[nn.Module]:

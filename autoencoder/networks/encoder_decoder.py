@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from autoencoder.networks.autoencoder_blocks import EPS, DownLevel, MidLevel, UpLevel
+from autoencoder.networks.autoencoder_blocks import EPS, DecoderLevel, EncoderLevel, MiddleLevel
 from autoencoder.networks.autoencoder_config import AutoencoderConfig
 from stipple_core.operators.normalization import norm_silu
 
@@ -32,10 +32,10 @@ class Encoder(nn.Module):
         self.checkpointing = False
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
-            DownLevel(channels[max(i - 1, 0)], channels[i], config.layers_per_block, attention, groups, i < last)
+            EncoderLevel(channels[max(i - 1, 0)], channels[i], config.layers_per_block, attention, groups, i < last)
             for i, attention in enumerate(config.attention_levels)
         )
-        self.mid_block = MidLevel(channels[-1], config.mid_attention, groups)
+        self.mid_block = MiddleLevel(channels[-1], config.mid_attention, groups)
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=EPS)
         moments = 2 if config.regularizer == "kl" else 1
         self.conv_out = nn.Conv2d(channels[-1], moments * config.latent_channels, 3, padding=1)
@@ -60,9 +60,9 @@ class Decoder(nn.Module):
         last = len(channels) - 1
         self.checkpointing = False
         self.conv_in = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
-        self.mid_block = MidLevel(channels[0], config.mid_attention, groups)
+        self.mid_block = MiddleLevel(channels[0], config.mid_attention, groups)
         self.up_blocks = nn.ModuleList(
-            UpLevel(channels[max(i - 1, 0)], channels[i], config.layers_per_block + 1, attention, groups, i < last)
+            DecoderLevel(channels[max(i - 1, 0)], channels[i], config.layers_per_block + 1, attention, groups, i < last)
             for i, attention in enumerate(config.attention_levels[::-1])
         )
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=EPS)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoencoder.networks.autoencoder_blocks import Attention, Downsample, ResnetBlock, Upsample
+from autoencoder.networks.autoencoder_blocks import Downsample, ResnetBlock, SingleHeadAttention, Upsample
 from autoencoder.networks.encoder_decoder import Decoder, Encoder
 
 LIVE = 4  # a layer that runs whole holds so many feature maps of the size of its largest
@@ -141,7 +141,10 @@ class _Tiling:
         network = self.network
         x = Features(self.x).then(Local(run=network.conv_in, channels=network.conv_in.out_channels))
         for layer in _layers(network):
-            if isinstance(layer, Attention) or LIVE * self._bytes(x.shape, _shape_after(layer, x.shape)) <= self.memory:
+            if (
+                isinstance(layer, SingleHeadAttention)
+                or LIVE * self._bytes(x.shape, _shape_after(layer, x.shape)) <= self.memory
+            ):
                 x = x.keep(self.side)  # first, so that what it was computed from is gone
                 x = Features(layer(x.kept))
             elif isinstance(layer, ResnetBlock):

@@ -25,9 +25,10 @@ from benchmarks.quality.prompt_recall import Judge, read_pictures, stack
 from benchmarks.quality.recall import small_rgb
 from benchmarks.quality.recall_prompts import KINDS, Case, choose_cases, read_metadata
 from ldm import TextToImage
-from stipple.stages.ldm.ldm_run import RunConfig
+from stipple.stages.ldm.ldm_run import LdmRunConfig
 from stipple_core.config import load_config, one_line_errors
-from stipple_core.data.dataset import ImageDataset, scan
+from stipple_core.data.dataset import ImageDataset
+from stipple_core.data.sources.scan import scan
 from stipple_core.images.images import grid
 
 REFERENCES, SHOWN = 200, 8  # training pictures that are asked for; pictures of each way on the sheet
@@ -78,7 +79,7 @@ def measure(
     teacher: TextToImage, student: TextToImage, data: str, config_path: str, limit: int, kind: str, batch: int
 ) -> tuple[dict[str, Any], Image.Image]:
     """What is measured of each way, and a sheet of the first cases: a row for each way, prompts below."""
-    config = load_config(RunConfig, config_path, [f"data.folder={data}"])
+    config = load_config(LdmRunConfig, config_path, [f"data.folder={data}"])
     records = scan(config.data)
     cases = choose_cases(records.train, read_metadata(data), REFERENCES, seed=0)
     references = read_pictures(ImageDataset(records.train, config.data), [case.index for case in cases])

@@ -29,9 +29,11 @@ from benchmarks.quality.recall_pictures import Gallery, guidance_sheet, pairs_sh
 from benchmarks.quality.recall_prompts import KINDS, Case, choose_cases, read_metadata
 from benchmarks.quality.recall_report import write_report
 from ldm import TextToImage
-from stipple.stages.ldm.ldm_run import RunConfig
+from stipple.stages.ldm.ldm_run import LdmRunConfig
 from stipple_core.config import load_config, one_line_errors
-from stipple_core.data.dataset import ImageDataset, Records, scan
+from stipple_core.data.dataset import ImageDataset
+from stipple_core.data.records.records import Records
+from stipple_core.data.sources.scan import scan
 from stipple_core.images.drawn_pictures import check_writable, model_hash
 from stipple_core.images.images import image_to_tensor, tensor_to_image
 
@@ -103,7 +105,7 @@ def stack(images: Sequence[Image.Image]) -> Tensor:
 
 
 def measure(
-    gallery: Gallery, records: Records, config: RunConfig, kinds: Sequence[str], limit: int, output: Path
+    gallery: Gallery, records: Records, config: LdmRunConfig, kinds: Sequence[str], limit: int, output: Path
 ) -> dict[str, Any]:
     """All that is measured; draws the sheets on the way. The pictures of the first `limit` cases are generated."""
     autoencoder = gallery.model.autoencoder
@@ -159,12 +161,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def prepare(options: argparse.Namespace) -> tuple[Gallery, Records, RunConfig]:
+def prepare(options: argparse.Namespace) -> tuple[Gallery, Records, LdmRunConfig]:
     """Everything that can be wrong, before anything is made."""
     if options.limit < 2:
         raise ValueError(f"--limit {options.limit} must be at least 2; {REFERENCES} is all")
     check_writable(Path(options.output))
-    config = load_config(RunConfig, options.config, [f"data.folder={options.data}"])
+    config = load_config(LdmRunConfig, options.config, [f"data.folder={options.data}"])
     records = scan(config.data)
     if not records.validation:
         raise ValueError(f"data.validation {config.data.validation} holds no picture out; raise it in {options.config}")

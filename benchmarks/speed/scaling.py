@@ -18,9 +18,11 @@ import torch
 
 from benchmarks.shared import contest, models
 from ldm.networks.unet import UNet
+from stipple.stages.ldm.ldm_run import LdmRunConfig
 from stipple_core.config import load_config
-from stipple_core.files.checkpoint_folder import load_state, problem, save_state, write_folder
-from train_ldm import RunConfig
+from stipple_core.files.checkpoint_folder import write_folder
+from stipple_core.files.manifest import problem
+from stipple_core.files.training_state import load_state, save_state
 
 CONFIGS = ("txt2img-mini", "txt2img-small", "text2img-256", "txt2img-1p4b")
 STATE_BYTES = 4 * 4  # per parameter: weight, two moments, moving average, each float32
@@ -55,7 +57,7 @@ class Job:
 def count(name: str) -> Job:
     """A config's parameters and operations, on the meta device."""
     given = [f"data.folder={tempfile.gettempdir()}", "autoencoder=none"]
-    config = load_config(RunConfig, str(contest.ROOT / f"configs/ldm/{name}.yaml"), given)
+    config = load_config(LdmRunConfig, str(contest.ROOT / f"configs/ldm/{name}.yaml"), given)
     unet, size = models.empty(UNet, config.unet), config.unet.sample_size
     z_t = torch.empty(1, config.unet.in_channels, size, size, device="meta")
     tokens = torch.empty(1, 77, config.unet.cross_attention_dim, device="meta")

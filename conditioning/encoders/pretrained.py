@@ -20,7 +20,8 @@ from conditioning.encoders.clip import clip_config, clip_weights, empty_clip, is
 from conditioning.encoders.ldm_bert import MODEL_TYPE as LDM_BERT
 from conditioning.encoders.ldm_bert import empty_ldm_bert, ldm_bert_config, ldm_bert_weights
 from stipple_core.files.hub_download import download
-from stipple_core.files.weights import place, read_folder, read_json, require_fit
+from stipple_core.files.json_file import read_json
+from stipple_core.files.weights import place, read_folder, require_fit
 
 # Classes of text encoders, for checkpoints of which AutoModel would load more than the text encoder.
 TEXT_MODELS = {

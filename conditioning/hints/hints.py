@@ -81,7 +81,7 @@ class SemanticHint:
     config: SpatialConfig
     channels, has_noise_level, needs_map = 1, False, True
     reads, factor = frozenset({"map"}), 1
-    command = ("stipple sample", "--map", "MAP.png")
+    command = ("stipple", "sample", "--map", "MAP.png")
     called, mode = "a semantic map", "nearest-exact"  # name in messages, and interpolation mode
 
     def __call__(self, image: Tensor, map: Tensor | None, generator: torch.Generator) -> Tensor:
@@ -113,7 +113,7 @@ class InpaintingHint:
     config: SpatialConfig
     channels, has_noise_level, needs_map = 4, False, False
     reads, factor = frozenset({"image", "mask"}), 1
-    command = ("stipple inpaint", "IMAGE.png", "MASK.png")
+    command = ("stipple", "inpaint", "IMAGE.png", "MASK.png")
 
     def __call__(self, image: Tensor, map: Tensor | None, generator: torch.Generator) -> Tensor:
         """Return the image with a random mask."""
@@ -141,7 +141,7 @@ class LowResolutionHint:
     config: SpatialConfig
     needs_map = False
     reads = frozenset({"image", "noise_level"})
-    command = ("stipple upscale", "IMAGE.png")
+    command = ("stipple", "upscale", "IMAGE.png")
 
     @property
     def factor(self) -> int:
@@ -206,7 +206,7 @@ class EdgesHint:
     config: SpatialConfig
     channels, has_noise_level, needs_map = 1, False, False
     reads, factor = frozenset({"map", "image"}), 1
-    command = ("stipple sample", "--image", "IMAGE.png")
+    command = ("stipple", "sample", "--image", "IMAGE.png")
 
     def __call__(self, image: Tensor, map: Tensor | None, generator: torch.Generator) -> Tensor:
         """Return the map, or the edges of the image if there is no map."""

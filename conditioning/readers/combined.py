@@ -20,7 +20,8 @@ from conditioning.interface.context import Context
 from conditioning.interface.inputs import ConditionInputs
 from conditioning.interface.reader import Reader
 from conditioning.interface.tokens import Tokens
-from stipple_core.files.weights import write_json, write_weights
+from stipple_core.files.json_file import write_json
+from stipple_core.files.weights import write_weights
 
 FOLDER, WEIGHTS = "conditioner", "model.safetensors"  # see `conditioning.readers.registry`
 

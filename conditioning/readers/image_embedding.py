@@ -49,7 +49,7 @@ class ImageEmbeddingReader(InputReader):
 
     def __init__(self, config: ImageEmbeddingConfig) -> None:
         super().__init__()
-        self.embedder = build_embedder(config.encoder, reads=False)
+        self.embedder = build_embedder(config.encoder, texts=False)
         self.config = replace(config, encoder=self.embedder.config)
         dim, width = self.embedder.dim, config.token_dim or self.embedder.dim
         self.trainable = config.tokens > 0

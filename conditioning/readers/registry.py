@@ -27,7 +27,8 @@ from conditioning.readers.image_embedding import ImageEmbeddingReader
 from conditioning.readers.retrieval import RetrievalReader
 from conditioning.readers.spatial import SpatialReader
 from conditioning.readers.text_embedding import TextEmbeddingReader
-from stipple_core.files.weights import place, read_json, read_weights
+from stipple_core.files.json_file import read_json
+from stipple_core.files.weights import place, read_weights
 
 READERS: dict[str, type[InputReader]] = {  # by section of ConditionerConfig; the order is that of vectors and latents
     "spatial": SpatialReader,

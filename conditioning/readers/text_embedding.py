@@ -28,7 +28,7 @@ class TextEmbeddingReader(InputReader):
 
     def __init__(self, config: TextEmbeddingConfig) -> None:
         super().__init__()
-        self.embedder = build_embedder(config.encoder, sees=False)
+        self.embedder = build_embedder(config.encoder, images=False)
         self.config = replace(config, encoder=self.embedder.config)
         self.widths = Widths(vector=self.embedder.dim)
 

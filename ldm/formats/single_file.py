@@ -31,9 +31,9 @@ from ldm.formats.compvis.compvis_unet import NETWORK, unet_config, unet_from_com
 from ldm.formats.compvis.schedule_buffers import BUFFERS, schedule_buffers
 from ldm.formats.diffusers.networks_folder import empty_unet
 from ldm.formats.diffusers.scheduler import PREDICTION_TYPES, Scheduling
-from ldm.formats.model_folder import Parts
-from ldm.networks.unet import UNetConfig
-from ldm.schedules.registry import ScheduleConfig
+from ldm.formats.model_parts import ModelParts
+from ldm.networks.unet_config import UNetConfig
+from ldm.schedules.base import ScheduleConfig
 from stipple_core.config import read_yaml
 from stipple_core.files.weights import AVERAGE, outline, place, read_metadata, read_weights, write_weights
 
@@ -52,7 +52,7 @@ def open_single_file(
     tokenizer: str | os.PathLike | None = None,
     prediction: str | None = None,
     dtype: torch.dtype = torch.float32,
-) -> Parts:
+) -> ModelParts:
     """Open a whole model on the CPU, in evaluation mode; weights averaged over training are preferred.
 
     Args:
@@ -102,7 +102,7 @@ def open_single_file(
         schedule = replace(schedule, zero_terminal_snr=True)
     habits = _habits(schedule, conditioner)
     scheduling = Scheduling(schedule=schedule, prediction=prediction, ends_clean=False, **habits)
-    return Parts(autoencoder.opened_in(dtype).eval(), unet.to(dtype).eval(), conditioner, scheduling)
+    return ModelParts(autoencoder.opened_in(dtype).eval(), unet.to(dtype).eval(), conditioner, scheduling)
 
 
 def _habits(schedule: ScheduleConfig, conditioner: Conditioner) -> dict[str, str | None]:
@@ -114,7 +114,7 @@ def _habits(schedule: ScheduleConfig, conditioner: Conditioner) -> dict[str, str
     return {"spacing": "leading", "sampler": "ddim"}
 
 
-def save_single_file(parts: Parts, path: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
+def save_single_file(parts: ModelParts, path: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
     """Write a whole model as programs for Stable Diffusion read it where the shapes are its, else as CompVis' do.
 
     Their fixed scale of latents is made right by moving ours into the 1x1 convolutions around them.
@@ -161,7 +161,7 @@ def save_first_stage(autoencoder: Autoencoder, path: str | os.PathLike, dtype: t
     write_weights({name: value.to(dtype) for name, value in state.items()}, path)
 
 
-def modelspec(parts: Parts, title: str) -> dict[str, str]:
+def modelspec(parts: ModelParts, title: str) -> dict[str, str]:
     """The header's metadata after Stability's model specification, version 1.0.0."""
     family, home = _family(parts)
     side = parts.unet.config.sample_size * parts.autoencoder.downsampling
@@ -223,7 +223,7 @@ def _conditioner(
     return conditioner, None if mapper is None else mapper.to(dtype)
 
 
-def _cond_stage(parts: Parts) -> dict[str, Tensor]:
+def _cond_stage(parts: ModelParts) -> dict[str, Tensor]:
     """The weights that follow `cond_stage_model.`; ValueError where a program would not know their tokenizer."""
     prompts = parts.conditioner.prompts
     if isinstance(prompts, TextConditioner) and isinstance(prompts.encoder, Clip):
@@ -259,7 +259,7 @@ def _sample_size(config: UNetConfig, downsampling: int, prediction: str, metadat
     return 96 if sd2 and prediction == "velocity" else config.sample_size
 
 
-def _family(parts: Parts) -> tuple[str, str]:
+def _family(parts: ModelParts) -> tuple[str, str]:
     """The specification's name of the architecture, and the repository of the program whose names the keys are."""
     config = parts.unet.config
     shape = config.block_out_channels, config.cross_attention_dim, parts.autoencoder.config.regularizer

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ldm.guidance.base import Combine, Denoise
-from ldm.schedules.registry import Schedule
+from ldm.schedules.base import Schedule
 
 
 def apg(momentum: float = -0.5, norm: float | None = None, parallel: float = 0.0) -> Combine:

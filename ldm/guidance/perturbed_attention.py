@@ -8,21 +8,12 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from ldm.denoising.perturbed_context import PerturbedContext
 from ldm.guidance.base import Combine, Denoise, Scale, classifier_free, copies, extrapolate, for_all, scale_of
-
-
-@dataclass(frozen=True, eq=False)
-class Perturbed:
-    """A context for a batch whose last pictures are denoised with perturbed self-attention; `CachedUNet` understands it."""
-
-    context: Any  # for all of the batch; None: the network is told nothing
-    pictures: int  # how many at the end of the batch
-    blocks: tuple[str, ...]  # where in the network
 
 
 def perturbed_attention(
@@ -41,7 +32,7 @@ def perturbed_attention(
     from the mean of u and p, weighed by guidance_scale - 1 and perturbed_scale; so any `combine` serves.
 
     Args:
-        denoiser: (z_t, t, context) -> z_0, whose network understands `Perturbed`.
+        denoiser: (z_t, t, context) -> z_0, whose network understands `PerturbedContext`.
         context, null, guidance_scale: as `classifier_free`; at guidance_scale 1 `null` is never computed.
         perturbed_scale: the paper's s; 0 is `classifier_free`.
         blocks: names of the network's parts in which self-attention becomes the identity.
@@ -59,10 +50,10 @@ def perturbed_attention(
         _share(guidance_scale, perturbed_scale)
 
     @functools.cache
-    def told(batch: int, with_null: bool) -> Perturbed:
+    def told(batch: int, with_null: bool) -> PerturbedContext:
         positive = for_all(context, batch)
         whole = positive.cat(for_all(null, batch)).cat(positive) if with_null else _twice(positive)
-        return Perturbed(whole, batch, blocks)
+        return PerturbedContext(whole, batch, blocks)
 
     def denoise(z_t: Tensor, t: Any) -> Tensor:
         scale = scale_at(t)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ldm.denoising.denoiser import Denoiser
 from ldm.denoising.prediction import mix, per_image
 from ldm.guidance.base import copies, extrapolate, for_all
-from ldm.schedules.registry import Schedule
+from ldm.schedules.base import Schedule
 
 SIGMA_DATA = 0.5  # of the boundary condition, as in Karras et al. 2022
 TIMESTEP_SCALING = 10.0  # of the authors' code; what the timestep is multiplied by before it meets sigma_data

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.guidance.perturbed_attention import Perturbed
+from ldm.denoising.perturbed_context import PerturbedContext
 from ldm.networks.attention import Attention, PlainAttention, TransformerBlock
 from ldm.networks.unet import InnerFeatures, ReadContext, UNet
 
@@ -34,7 +34,7 @@ class CachedUNet:
     def __call__(self, z_t: Tensor, timestep: Tensor, context: Any) -> Tensor:
         """The UNet's output [B, c, h, w] for z_t [B, c, h, w] at timesteps [B], told a context of B or none at all.
 
-        The context may be `Perturbed`.
+        The context may be `PerturbedContext`.
         """
         if context is not self.context:
             self.context, self.read, self.calls = context, _read(self.unet, context), 0
@@ -49,7 +49,7 @@ class CachedUNet:
             and self.read.latents is None
             and self.read.guidance is None
         ):
-            alike = context.pictures if isinstance(context, Perturbed) else (len(z_t) + 1) // 2
+            alike = context.count if isinstance(context, PerturbedContext) else (len(z_t) + 1) // 2
             if _repeats(z_t, alike) and _repeats(timestep, alike):
                 z_t, timestep = z_t[:alike], timestep[:alike]
         return self.unet(z_t.to(self.dtype), timestep, self.read, self.inner)
@@ -75,8 +75,8 @@ def _read(unet: UNet, context: Any) -> ReadContext | None:
     if context is None:  # an unconditional model
         return None
     perturbed = None
-    if isinstance(context, Perturbed):
-        perturbed = dict.fromkeys(self_attentions(unet, context.blocks), context.pictures)
+    if isinstance(context, PerturbedContext):
+        perturbed = dict.fromkeys(self_attentions(unet, context.blocks), context.count)
         context = context.context
     if context is None:
         return ReadContext(None, None, None, None, {}, perturbed)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ldm.samplers.spacing import LARGEST_RATIO
-from ldm.schedules.registry import Schedule
+from ldm.schedules.base import Schedule
 
 Denoise = Callable[[Tensor, float], Tensor]
 Generators = Sequence[torch.Generator]
@@ -49,7 +49,7 @@ def signal_remains(schedule: Schedule) -> bool:
     return schedule(1.0)[0].item() > NO_SIGNAL
 
 
-def walk(times: Tensor, schedule: Schedule) -> list[tuple[Point, Point]]:
+def step_points(times: Tensor, schedule: Schedule) -> list[tuple[Point, Point]]:
     """Where each step begins and ends. The last may end where it begins: that is how some models end.
 
     Raises:
@@ -68,7 +68,7 @@ def walk(times: Tensor, schedule: Schedule) -> list[tuple[Point, Point]]:
 def middle(t: Point, s: Point, schedule: Schedule) -> Point:
     """The point halfway from t to s in log(alpha / sigma), which must be finite at both."""
     time = schedule.time(math.exp(-(t.log_snr_half + s.log_snr_half) / 2)).clamp(s.time, t.time).item()
-    return walk(torch.tensor([time, s.time], dtype=torch.float64), schedule)[0][0]
+    return step_points(torch.tensor([time, s.time], dtype=torch.float64), schedule)[0][0]
 
 
 def _log_snr_halves(ratios: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import sys
 from collections.abc import Sequence
 from datetime import timedelta
 
@@ -19,15 +18,18 @@ from tqdm import tqdm
 
 from autoencoder import Autoencoder, open_autoencoder
 from conditioning.interface.conditioner import Conditioner
+from stipple.cli.training_arguments import read_arguments
 from stipple.stages.data.data_check import bucketed
 from stipple.stages.ldm.ldm_parts import MOMENTS_DTYPES, cache_key, caches_contexts, make_conditioner
-from stipple.stages.ldm.ldm_run import RunConfig, inherited, opened
+from stipple.stages.ldm.ldm_run import LdmRunConfig, config_from_init, opened
 from stipple.stages.ldm.shapes import check_shapes
 from stipple.training.run.run_folder import RunFolder
 from stipple_core.config import load_config, one_line_errors
-from stipple_core.data.dataset import ImageDataset, scan
+from stipple_core.data.dataset import ImageDataset
 from stipple_core.data.records.records import Records, merge_skipped
-from stipple_core.latent_cache.reader import CachedLatents, ShardWriter
+from stipple_core.data.sources.scan import scan
+from stipple_core.latent_cache.reader import CachedLatents
+from stipple_core.latent_cache.writer import LatentCacheWriter
 from stipple_core.operators.winograd import lay_out
 
 BATCH = 16  # images, or captions, encoded at a time
@@ -46,7 +48,7 @@ class Views(Dataset):
 
 @torch.no_grad()
 def cache_moments(
-    writer: ShardWriter, pictures: ImageDataset, autoencoder: Autoencoder, state: Accelerator, workers: int
+    writer: LatentCacheWriter, pictures: ImageDataset, autoencoder: Autoencoder, state: Accelerator, workers: int
 ) -> None:
     """Encode this process's parts of the images; `workers` processes decode."""
     missing = writer.missing("moments")
@@ -73,7 +75,7 @@ def encode_views(
     return moments
 
 
-def cache_contexts(writer: ShardWriter, conditioner: Conditioner, state: Accelerator) -> None:
+def cache_contexts(writer: LatentCacheWriter, conditioner: Conditioner, state: Accelerator) -> None:
     """Encode this process's parts of the captions."""
     for part in tqdm(writer.missing("contexts"), desc="captions", disable=not state.is_main_process):
         contexts: list[torch.Tensor] = []
@@ -94,13 +96,13 @@ def encode_captions(conditioner: Conditioner, captions: list[str], device: torch
 
 
 def open_writer(
-    config: RunConfig, records: Records, autoencoder: Autoencoder, conditioner: Conditioner, state: Accelerator
-) -> ShardWriter:
+    config: LdmRunConfig, records: Records, autoencoder: Autoencoder, conditioner: Conditioner, state: Accelerator
+) -> LatentCacheWriter:
     """Say what goes to the cache, or make sure that it is what goes there already; the first process does so first."""
     check_shapes(config, autoencoder, conditioner)
     key = cache_key(config, records.train, autoencoder, conditioner)
     with state.main_process_first():
-        writer = ShardWriter(
+        writer = LatentCacheWriter(
             config.cache, state.process_index, key, records.train, state.num_processes,
             MOMENTS_DTYPES[config.cache_precision], contexts=caches_contexts(config, conditioner),
         )  # fmt: skip
@@ -109,12 +111,16 @@ def open_writer(
     return writer
 
 
-def cache(config: RunConfig, arguments: Sequence[str]) -> None:
-    """Fill `config.cache`; what is already there is not made again. `arguments` are shown for the next command."""
+def check(config: LdmRunConfig) -> None:
+    """Raise ValueError for a config that names no cache, or whose data cannot be cached."""
     if config.cache is None:
         raise ValueError("there is no folder to write to; give cache=FOLDER")
     if config.data.crop == "random":
         raise ValueError("data.crop random cannot be cached; use data.crop=center, or train without a cache")
+
+
+def cache(config: LdmRunConfig, arguments: Sequence[str]) -> None:
+    """Fill `config.cache` with what is not in it yet; `arguments` are part of the next command, which is printed."""
     # a process may have to make all that another run left undone, so the others wait long for it
     patience = InitProcessGroupKwargs(timeout=timedelta(days=7))
     state = Accelerator(kwargs_handlers=[patience])  # unlike PartialState it reads ACCELERATE_USE_CPU
@@ -141,18 +147,27 @@ def cache(config: RunConfig, arguments: Sequence[str]) -> None:
         print(f"{cached} images and {len(writer.captions)} captions are in {config.cache}")
         told = f"{len(records.skipped)} skipped, {len(records.train) - cached} not decoded"
         print(f"{told} (see {skipped}); next:")
-        print("  " + shlex.join(["accelerate", "launch", "train_ldm.py", *arguments]))
+        print("  " + shlex.join(["stipple", "train", *arguments]))
+
+
+def read_config(arguments: argparse.Namespace) -> LdmRunConfig:
+    """Return the config of a command line; exits with one line and code 2 after a mistake."""
+    with one_line_errors():
+        config = load_config(LdmRunConfig, arguments.config, arguments.overrides, config_from_init)
+        check(config)
+    return config
+
+
+def run(config: LdmRunConfig, arguments: argparse.Namespace) -> None:
+    """Fill the cache with a config that `read_config` returned."""
+    with one_line_errors():
+        cache(config, arguments.argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", help="the config of the stage-2 run, such as configs/ldm/emoji.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.folder=PATH cache=cache/emoji")
-    argv = sys.argv[1:] if argv is None else argv
-    arguments = parser.parse_intermixed_args(argv)
-    with one_line_errors():
-        cache(load_config(RunConfig, arguments.config, arguments.overrides, inherited), argv)
+    """Run the command line in this process, which accelerate may have started as one of several."""
+    arguments = read_arguments("cache", argv)
+    run(read_config(arguments), arguments)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,9 @@ from tqdm import tqdm
 from autoencoder import ImageEmbeddings
 from conditioning.readers.retrieval import NAMES
 from stipple_core.config import one_line_errors
-from stipple_core.data.dataset import DataConfig, ImageDataset, scan
+from stipple_core.data.dataset import ImageDataset
+from stipple_core.data.records.data_config import DataConfig
+from stipple_core.data.sources.scan import scan
 from stipple_core.embedders import EmbedderConfig, build_embedder
 from stipple_core.files.weights import write_weights
 
@@ -31,7 +33,7 @@ BATCH = 32  # pictures at a time
 def embed(arguments: argparse.Namespace) -> None:
     """Write the embeddings of all training pictures, in the order of their names, and the encoder with their scale."""
     config = EmbedderConfig(kind=arguments.kind, name=arguments.name, pretrained=arguments.pretrained)
-    embedder = build_embedder(config, reads=False).to(arguments.device)
+    embedder = build_embedder(config, texts=False).to(arguments.device)
     size = embedder.config.network["size"]
     data = DataConfig(folder=arguments.folder, image_size=size, validation=arguments.validation, captions=[])
     pictures = ImageDataset(scan(data, captioned=False).train, data)

@@ -1,24 +1,32 @@
-"""Change a picture: begin at its noised latents, not at noise (SDEdit, Meng et al. 2021, arXiv:2108.01073).
+"""Change a picture as a prompt describes (SDEdit, Meng et al. 2021, arXiv:2108.01073).
 
 stipple img2img photo.png "an oil painting" --strength 0.6
 stipple img2img sketch.png "a red heart" --strength 0.8 --num-images 4 --grid
 stipple img2img --like outputs/00007.png "a watercolor" --strength 0.4
 
-Of --steps, the last steps * strength are taken: at 0.6, 30 of 50; at 1 all of them, from noise alone. The default is
-0.75. A model of the image's embedding imitates it at any strength. With --like, which has an image, words are prompts.
+Sampling starts from the noised picture instead of noise, and takes the last steps * strength of the steps: with
+--strength 0.6, 30 of 50 steps; with 1, all of them, and nothing of the picture is left. The default is 0.75. A model
+that is conditioned on image embeddings imitates the picture at any strength. With --like, all words are prompts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from stipple.commands.draw import Command, draw
+from stipple.commands.drawing.drawing_command import DrawingCommand, draw
 
-COMMAND = Command(about=__doc__, example='stipple img2img photo.png "an oil painting"', files=("image",), prompt="")
+COMMAND = DrawingCommand(
+    name="img2img",
+    about=__doc__,
+    example='stipple img2img photo.png "an oil painting"',
+    files=("image",),
+    first=("strength",),
+    prompt="",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     draw(COMMAND, argv)
 
 

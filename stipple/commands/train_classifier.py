@@ -12,32 +12,33 @@ from pathlib import Path
 
 import torch
 
-from stipple.stages.classifier.classifier_run import ClassifierLearner, RunConfig, build_classifier, validate
+from ldm.formats.classifier_folder import save_classifier
+from stipple.cli.training_arguments import read_arguments
+from stipple.stages.classifier.classifier_run import ClassifierRunConfig, ClassifierTraining, build_classifier, validate
 from stipple.stages.data.data_check import DataCheck
-from stipple.stages.data.run_pictures import Pictures
-from stipple.training.command_line import parse
+from stipple.stages.data.run_data import RunData
 from stipple.training.run.run_folder import disk_errors
 from stipple.training.trainer import Trainer
 from stipple_core.config import load_config, one_line_errors, to_dict
-from stipple_core.data.dataset import scan
+from stipple_core.data.sources.scan import scan
 from stipple_core.randomness import generator, normal, uniform
 
 
-def train(config: RunConfig) -> None:
+def train(config: ClassifierRunConfig) -> None:
     """Train, and leave the classifier in `run/model/classifier`."""
     with one_line_errors():
         trainer = Trainer(config.trainer, config.run, to_dict(config))  # first: from here on time and signals count
         data_check = DataCheck.of(scan(config.data), config.data, trainer)
         classifier, autoencoder = build_classifier(config, data_check.records, trainer.device)
-        pictures = Pictures.open(config.data, data_check, config.seed, config.run)
-        learner = ClassifierLearner.register(trainer, classifier, config)
+        pictures = RunData.open(config.data, data_check, config.seed, config.run)
+        learner = ClassifierTraining.register(trainer, classifier, config)
     device, seed = trainer.device, config.seed
     with one_line_errors():
         pictures.begin(trainer, config)
 
     def save_model(folder: Path) -> None:
         with learner.averaged() as averaged:
-            averaged.save(folder)
+            save_classifier(averaged, folder)
 
     with pictures.reported(trainer):
         for batch in trainer.steps(pictures.loader(trainer, seed), save_model, pictures.names):
@@ -60,14 +61,22 @@ def train(config: RunConfig) -> None:
     trainer.print(f"the classifier is in {config.run}/model; drawing commands take it with --classifier")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments = parse(parser, "configs/classifier/pixels-small.yaml", argv)
+def read_config(arguments: argparse.Namespace) -> ClassifierRunConfig:
+    """Return the config of a command line; exits with one line and code 2 after a mistake."""
     with one_line_errors():
-        config = load_config(RunConfig, arguments.config, arguments.overrides)
+        return load_config(ClassifierRunConfig, arguments.config, arguments.overrides)
+
+
+def run(config: ClassifierRunConfig, arguments: argparse.Namespace) -> None:
+    """Train with a config that `read_config` returned."""
     with disk_errors(config.run):
         train(config)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line in this process, which accelerate may have started as one of several."""
+    arguments = read_arguments("train-classifier", argv)
+    run(read_config(arguments), arguments)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Optimizer steps that are left out because a loss or a gradient is not finite: agreed on, undone, told and counted.
 
 Nothing learns from such a step: not weights, moments and averages, which wait for the answer of `passes`; not the
-buffers of networks, which are put back; and not what a script keeps beside them, which asks `left_out`. Where a step
+buffers of networks, which are put back; and not what a script keeps beside them, which asks `step_skipped`. Where a step
 has two optimizers, as in an adversarial game, each is judged alone: one may be updated while the other is not.
 """
 
@@ -40,14 +40,14 @@ class BadSteps:
 
     def __init__(self, path: Path | None, device: torch.device, world: int, limit: int, precision: str = "no"):
         self.path, self.device, self.world, self.limit, self.precision = path, device, world, limit, precision
-        self.left_out = False  # whether an update of the step under way was left out
+        self.step_skipped = False  # whether an update of the step under way was left out
         self._samples: list[list[str]] = []  # of each micro-batch of this process
         self._losses: dict[str, list[torch.Tensor]] = {}  # of each optimizer, micro-batch by micro-batch
         self._buffers: list[tuple[torch.Tensor, torch.Tensor]] = []  # and what was in them before the step
 
     def begin(self, buffers: Iterable[torch.Tensor]) -> None:
         """A new step, before which the networks' buffers are as they are."""
-        self.left_out, self._samples, self._losses = False, [], {}
+        self.step_skipped, self._samples, self._losses = False, [], {}
         self._buffers = [(buffer, buffer.clone()) for buffer in buffers]
 
     def add_samples(self, names: Sequence[str]) -> None:
@@ -68,10 +68,10 @@ class BadSteps:
             finite = finite.to(torch.int32)
             torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
         passed = bool(finite)  # the one wait for the device
-        self.left_out |= not passed
+        self.step_skipped |= not passed
         return passed
 
-    def leave_out(self, step: int, optimizer: Optimizer, norm: torch.Tensor) -> None:
+    def skip(self, step: int, optimizer: Optimizer, norm: torch.Tensor) -> None:
         """Instead of an update; tells and counts the step if it was a bad one. Every process calls it.
 
         Buffers forget the step now, for what is measured before its end, and again at its end.
@@ -81,14 +81,14 @@ class BadSteps:
         """
         self._restore()
         losses = gather_object([float(loss) for loss in self._losses[optimizer.name]])
-        if optimizer.leave_out(losses_finite=all(map(math.isfinite, losses))):
+        if optimizer.skip(losses_finite=all(map(math.isfinite, losses))):
             self._tell(step, optimizer.name, float(norm), losses)
             if optimizer.bad_steps >= self.limit:
                 self._end(optimizer.bad_steps)
 
     def end(self) -> None:
         """The step is over: buffers forget one that was left out."""
-        if self.left_out:
+        if self.step_skipped:
             self._restore()
 
     def _restore(self) -> None:

@@ -10,7 +10,7 @@ from stipple_core.data.order import Order
 
 
 @dataclass(frozen=True)
-class Share:
+class BatchShare:
     """What of each global batch is this process's. Raises ValueError where it can't be split evenly."""
 
     config: TrainerConfig

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from stipple.training.distributed import sharding
+from stipple.training.distributed import fsdp
 from stipple.training.distributed.collective import on_main, save_rows, write_together
-from stipple.training.distributed.wrapped_networks import Networks
+from stipple.training.distributed.wrapped_networks import WrappedNetworks
 from stipple.training.run.metrics import Metrics
 from stipple.training.run.run_folder import RunFolder
-from stipple.training.run_state import Parts
+from stipple.training.run_state import RunState
 from stipple_core.files import checkpoint_folder as checkpoint
 
 SaveModel = Callable[[Path | None], None]  # into a folder; None: see `Trainer.steps`
@@ -28,7 +28,7 @@ class Checkpoints:
         is_main: whether this is the process that writes.
     """
 
-    def __init__(self, folder: RunFolder, parts: Parts, networks: Networks, metrics: Metrics, is_main: bool):
+    def __init__(self, folder: RunFolder, parts: RunState, networks: WrappedNetworks, metrics: Metrics, is_main: bool):
         self.folder, self.is_main = folder, is_main
         self._parts, self._networks, self._metrics = parts, networks, metrics
 
@@ -58,7 +58,7 @@ class Checkpoints:
 
         on_main(self._metrics.sync, self.is_main)
         if self._networks.sharded:
-            own = sharding.rows_of_all(state())
+            own = fsdp.rows_of_all(state())
             write_together(self.folder.checkpoint(step), lambda path: save_rows(path, own))
         else:
             on_main(lambda: self.folder.save(step, state()), self.is_main)

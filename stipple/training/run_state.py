@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from stipple.training.distributed.sharding import ShardedWeights
+from stipple.training.distributed.fsdp import FsdpWeights
 from stipple.training.optimization.ema import Ema
 from stipple.training.optimization.optimizer import Optimizer
-from stipple_core.files.training_state import MissingRows, whole_state
+from stipple_core.files.training_state import IncompleteTensor, whole_state
 
-READERS_OF_ROWS = (Optimizer, Ema, ShardedWeights)  # parts that read, of a tensor on disk, only what they hold
+READERS_OF_ROWS = (Optimizer, Ema, FsdpWeights)  # parts that read, of a tensor on disk, only what they hold
 SHOWN = 5  # weights named where a network is of another shape
 MEND = "choose another `run`, or begin this one anew with --no-resume, which removes what is there"
 
 
-class Parts(dict[str, Any]):
+class RunState(dict[str, Any]):
     """Name -> anything with state_dict() and load_state_dict(): models, optimizers, averages, tokenizers."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -41,7 +41,7 @@ class Parts(dict[str, Any]):
                 part.load_state_dict(states[name] if isinstance(part, READERS_OF_ROWS) else whole_state(states[name]))
             except torch.OutOfMemoryError:
                 raise
-            except MissingRows as error:
+            except IncompleteTensor as error:
                 raise ValueError(f"{source} is not whole ({error}); remove it, and the one before it is used") from None
             except (RuntimeError, ValueError, KeyError) as error:
                 told = _differences(part, states[name]) or " ".join(str(error).split()) or type(error).__name__
@@ -50,7 +50,7 @@ class Parts(dict[str, Any]):
 
 def _differences(part: Any, state: dict[str, Any]) -> str:
     """The first five weights that a network and a state of one do not have alike; "" where it is no network."""
-    if not isinstance(part, nn.Module | ShardedWeights) or not isinstance(state, dict):
+    if not isinstance(part, nn.Module | FsdpWeights) or not isinstance(state, dict):
         return ""
     shapes = ({name: list(getattr(x, "shape", ())) for name, x in each.items()} for each in (part.state_dict(), state))
     own, other = shapes

@@ -24,17 +24,17 @@ from torch import nn
 from tqdm import tqdm
 
 from stipple.training.bad_steps import BadSteps
-from stipple.training.batch_share import Share
+from stipple.training.batch_share import BatchShare
 from stipple.training.checkpoints import Checkpoints, SaveModel
-from stipple.training.distributed import sharding
+from stipple.training.distributed import fsdp
 from stipple.training.distributed.collective import on_main
-from stipple.training.distributed.wrapped_networks import Networks
+from stipple.training.distributed.wrapped_networks import WrappedNetworks
 from stipple.training.optimization.ema import Ema
 from stipple.training.optimization.optimizer import Optimizer, OptimizerConfig
 from stipple.training.run.metrics import Metrics, drop_lines_after, flat
 from stipple.training.run.run_folder import RunFolder
 from stipple.training.run.signals import Signals
-from stipple.training.run_state import Parts, Watched
+from stipple.training.run_state import RunState, Watched
 from stipple.training.trainer_config import TrainerConfig, make_accelerator
 from stipple_core.data.order import Order
 
@@ -64,32 +64,32 @@ class Trainer:
         self._began, self._signals = time.monotonic(), Signals()
         weakref.finalize(self, self._signals.close).atexit = False  # of a run that never came to its loop
         self.config, self.folder, self.step = config, RunFolder(folder, config.keep, product), 0
-        shards = sharding.requested()  # before accelerate looks
+        shards = fsdp.requested()  # before accelerate looks
         self.accelerator = make_accelerator(config, folder)
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
-        self.share = Share(config, self.rank, self.world)
+        self.share = BatchShare(config, self.rank, self.world)
         self.accumulation = self.share.accumulation
         self.micro = 0  # micro-batches done of the optimizer step under way
         path = self.folder.path / "metrics.jsonl" if self.is_main else None
         self.metrics = Metrics(path, self.accelerator, config.log_every)
         path = self.folder.path / "bad_steps.jsonl" if self.is_main else None
         self._bad_steps = BadSteps(path, self.device, self.world, config.max_bad_steps, config.precision)
-        self._parts = Parts()
-        self._networks = Networks(self.accelerator, config.compile, shards)
+        self._parts = RunState()
+        self._networks = WrappedNetworks(self.accelerator, config.compile, shards)
         self._checkpoints = Checkpoints(self.folder, self._parts, self._networks, self.metrics, self.is_main)
         self._averages: list[tuple[Optimizer, Ema]] = []
         self._settings = settings
 
     # -- what a run consists of ---------------------------------------------------------------------------------------
 
-    def network(self, name: str, model: nn.Module, may_shard: bool = False) -> nn.Module:
+    def network(self, name: str, model: nn.Module, may_partition: bool = False) -> nn.Module:
         """Register a trained model, move it to the device; returns it wrapped for several processes.
 
-        Where `accelerate launch` required_to_sample for FSDP and `may_shard` allows it, the model itself is sharded: the script then
+        Where `accelerate launch` required_to_sample for FSDP and `may_partition` allows it, the model itself is sharded: the script then
         calls nothing of it but its forward, and takes a `whole` copy for all else. Others are synchronised (DDP).
         """
-        network, self._parts[name] = self._networks.add(model, may_shard)
+        network, self._parts[name] = self._networks.add(model, may_partition)
         return network
 
     def whole(self, model: nn.Module, saved: bool = False) -> nn.Module | None:
@@ -190,7 +190,7 @@ class Trainer:
     def update(self, loss: torch.Tensor, optimizer: Optimizer) -> None:
         """Backward through a scalar loss; at the last micro-batch of a step: clip, step, moving average.
 
-        Where a loss or the gradient is not finite, on any process, nothing is changed (`left_out`).
+        Where a loss or the gradient is not finite, on any process, nothing is changed (`step_skipped`).
 
         Raises:
             Diverged: that happened `max_bad_steps` times in a row.
@@ -201,7 +201,7 @@ class Trainer:
             return
         norm = optimizer.gradient_norm()
         if not self._bad_steps.passes(optimizer.name, norm):
-            return self._bad_steps.leave_out(self.step + 1, optimizer, norm)
+            return self._bad_steps.skip(self.step + 1, optimizer, norm)
         optimizer.step(self.step, self.config.steps, norm)
         self.log(**{f"{optimizer.name.removesuffix('optimizer')}grad_norm": norm})
         for owner, ema in self._averages:
@@ -236,9 +236,9 @@ class Trainer:
         return self._networks.shards
 
     @property
-    def left_out(self) -> bool:
+    def step_skipped(self) -> bool:
         """Whether an update of this step was left out: then nothing else is to learn from the step, either."""
-        return self._bad_steps.left_out
+        return self._bad_steps.step_skipped
 
     @property
     def last_micro(self) -> bool:

@@ -12,14 +12,16 @@ from conditioning.classes.class_conditioner import Unconditional
 from ldm import TextToImage
 from ldm.denoising.denoiser import Denoiser
 from ldm.formats.diffusers.scheduler import Scheduling
-from ldm.formats.model_folder import open_model
+from ldm.formats.opening import open_model
 from ldm.guidance.base import thresholded
 from ldm.likelihood.flow_likelihood import ode_bound
 from ldm.likelihood.variational_bound import variational_bound
 from ldm.losses.diffusion_loss import loss_weight
-from ldm.networks.unet import UNet, UNetConfig
+from ldm.networks.unet import UNet
+from ldm.networks.unet_config import UNetConfig
 from ldm.sampling.settings import Settings
-from ldm.schedules.registry import ScheduleConfig, make_schedule
+from ldm.schedules.base import ScheduleConfig
+from ldm.schedules.registry import make_schedule
 from stipple_core.images.images import image_to_tensor, tensor_to_image
 
 SHAPE = UNetConfig(

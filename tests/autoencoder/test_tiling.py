@@ -8,7 +8,7 @@ import torch
 from autoencoder import Autoencoder, AutoencoderConfig
 from autoencoder.networks import tiling
 from autoencoder.networks.tiling import Features, Local, Region, largest
-from stipple.commands import open_model as opening
+from stipple.commands.drawing import open_model as opening
 from stipple_core.operators.winograd import lay_out
 
 KINDS = {

@@ -15,7 +15,7 @@ from conditioning.interface.inputs import ConditionInputs
 from conditioning.interface.reader import InputReader, Widths
 from conditioning.readers.combined import CombinedConditioner, joined
 from conditioning.readers.frame import FrameConfig
-from stipple.stages.ldm.batch_inputs import Inputs
+from stipple.stages.ldm.batch_encoder import BatchEncoder
 from stipple_core.data.dataset import Batch
 
 CAPTIONS = ["a red heart", "a green heart", "a blue square"]
@@ -195,7 +195,7 @@ def test_no_null_context_is_computed_without_caption_dropout():
         return conditioner(ids, mask, inputs)
 
     for nulls in (False, True):
-        inputs = Inputs(None, conditioner, network, None, nulls)
+        inputs = BatchEncoder(None, conditioner, network, None, nulls)
         with torch.no_grad():
             contexts[nulls] = inputs.contexts(batch, torch.device("cpu"))
     assert seen == [3, 6] and contexts[False][1] is None and contexts[True][1].tokens.shape == (3, 8, 16)

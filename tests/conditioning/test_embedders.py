@@ -89,7 +89,7 @@ def test_config_and_weights_are_enough_to_rebuild_an_embedder(embedder):
 
 
 def test_an_unused_tower_is_removed(config, embedder):
-    sees, reads = build_embedder(config, reads=False), build_embedder(config, sees=False)
+    sees, reads = build_embedder(config, texts=False), build_embedder(config, images=False)
     torch.testing.assert_close(sees.images(images()), embedder.images(images()))
     torch.testing.assert_close(reads.texts(PROMPTS), embedder.texts(PROMPTS))
     count = [sum(weight.numel() for weight in each.parameters()) for each in (sees, reads, embedder)]
@@ -97,7 +97,7 @@ def test_an_unused_tower_is_removed(config, embedder):
 
 
 def test_embeddings_are_converted_to_latents_and_back(config, tmp_path):
-    embedder = build_embedder(config, reads=False)
+    embedder = build_embedder(config, texts=False)
     points = embedder.images(images())
     space = ImageEmbeddings(embedder, mean=torch.full((16,), 0.2), std=torch.full((16,), 0.5))
     space.save(tmp_path)

@@ -13,11 +13,12 @@ from conditioning.interface.inputs import ConditionInputs
 from conditioning.readers.frame import FrameConfig
 from conditioning.text.two_encoders import SecondEncoderConfig
 from ldm.formats.diffusers.scheduler import Scheduling
-from ldm.networks.unet import UNet, UNetConfig
+from ldm.networks.unet import UNet
+from ldm.networks.unet_config import UNetConfig
 from ldm.pipeline import TextToImage
 from ldm.sampling.settings import Settings
-from ldm.schedules.registry import ScheduleConfig
-from stipple.stages.ldm.trainable import InversionConfig, LoraConfig, what_learns
+from ldm.schedules.base import ScheduleConfig
+from stipple.stages.ldm.trainable import InversionConfig, LoraConfig, make_trainable
 from stipple_core.data.records.records import Record
 from tests.helpers.tiny_runs import launch, run_here
 
@@ -186,7 +187,7 @@ def test_two_processes_train_both_encoders(autoencoder, tmp_path):
     ids=["lora", "inversion"],
 )
 def test_fine_tuning_of_one_text_encoder_raises_for_two(model, options, message):
-    fine_tuning = what_learns(**{"lora": None, "inversion": None, **options}, source="FOLDER")
+    fine_tuning = make_trainable(**{"lora": None, "inversion": None, **options}, source="FOLDER")
     records = [Record("a.png", "a.png", (("a <toy>",),), 1)]
     with pytest.raises(ValueError, match=message):
         fine_tuning.prepare(copy.deepcopy(model), records, 0)

@@ -17,7 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # what `accelerate launch` sets for fsdp.yaml
-LOADED = ("torch.distributed.fsdp", "transformers", "accelerate", "train_ldm", "train_autoencoder")
+LOADED = (  # modules
+    *("torch.distributed.fsdp", "transformers", "accelerate"),
+    *("stipple.commands.train", "stipple.commands.train_autoencoder"),
+)
 
 Run = tuple[int, dict[str, str], Sequence[str]]
 

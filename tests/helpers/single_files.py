@@ -14,9 +14,11 @@ from conditioning.layouts.layout_tokenizer import LayoutTokenizer
 from conditioning.text.text_conditioner import TextConditioner
 from conditioning.tokenizers.known_tokenizers import bert_tokenizer, clip_tokenizer
 from ldm.formats.diffusers.scheduler import Scheduling
-from ldm.formats.model_folder import Parts
-from ldm.networks.unet import UNet, UNetConfig
-from ldm.schedules.registry import ScheduleConfig, make_schedule
+from ldm.formats.model_parts import ModelParts
+from ldm.networks.unet import UNet
+from ldm.networks.unet_config import UNetConfig
+from ldm.schedules.base import ScheduleConfig
+from ldm.schedules.registry import make_schedule
 
 PLAIN = ("unconditional", "churches", "semantic", "holes", "enlarging")  # no prompts, no cross-attention
 KINDS = ("sd1", "sd2", "inpainting", "depth", "bert", "class", *PLAIN, "layout")
@@ -82,7 +84,7 @@ def randomize(module: torch.nn.Module) -> None:
         value.copy_(torch.randn(value.shape) * scale + (0.5 if value.ndim < 2 else 0.0))
 
 
-def build_parts(kind: str, folder: Path, seed: int = 0) -> Parts:
+def build_parts(kind: str, folder: Path, seed: int = 0) -> ModelParts:
     """A model of one of KINDS; `folder` is for its tokenizer."""
     torch.manual_seed(seed)
     kl = kind in (*TEXT, "churches")
@@ -104,7 +106,7 @@ def build_parts(kind: str, folder: Path, seed: int = 0) -> Parts:
     )
     mapper = torch.randn(4, 182, 1, 1) if kind == "semantic" else None
     told = with_hints(told, extra, autoencoder.latent_channels, autoencoder.downsampling, mapper).eval()
-    return Parts(autoencoder, unet, told, scheduling)
+    return ModelParts(autoencoder, unet, told, scheduling)
 
 
 def write_yaml(folder: Path, text: str = YAML) -> Path:

@@ -16,9 +16,9 @@ def draw_told(model: TextToImage, hints: Tensor, together: int = 16, prompt: str
     given = ConditionInputs(prompts=prompts, hint=hints)
     sides = {"height": hints.shape[2], "width": hints.shape[3]}
     first = 0
-    for batch in model.batches(model.plan(prompts, given=given, seed=0, **sides, **settings), together):
+    for batch in model.batches(model.plan(prompts, inputs=given, seed=0, **sides, **settings), together):
         part = given.select(slice(first, first + len(batch)))
-        for step in model.sample(batch, given=part):
+        for step in model.sample(batch, inputs=part):
             latents = step.z
         images.append(model.autoencoder.decode(latents).clamp(-1, 1))
         first += len(batch)

@@ -12,8 +12,6 @@ import yaml
 from omegaconf import OmegaConf
 from torch import nn
 
-import train_autoencoder
-import train_ldm
 from autoencoder import Autoencoder, PatchDiscriminator
 from autoencoder.losses.perceptual import PERCEPTUAL, make_perceptual
 from conditioning.build import ConditionerConfig
@@ -26,6 +24,8 @@ from ldm.formats.diffusers.network_kinds import KINDS, folder_of
 from ldm.networks.unet import UNet
 from ldm.sampling.settings import Settings
 from ldm.schedules.registry import make_schedule
+from stipple.stages.autoencoder.autoencoder_run import AutoencoderRunConfig
+from stipple.stages.ldm.ldm_run import LdmRunConfig, config_from_init
 from stipple.training.optimization.optimizer import SCHEDULES, learning_rate
 from stipple_core.config import load_config, save_config
 
@@ -57,20 +57,20 @@ WIDTHS = {  # hidden_size of the frozen encoders that recipes name, on the hub o
 
 
 @cache
-def read_autoencoder(name: str, *overrides: str) -> train_autoencoder.RunConfig:
+def read_autoencoder(name: str, *overrides: str) -> AutoencoderRunConfig:
     path = str(CONFIGS / "autoencoder" / f"{name}.yaml")
-    return load_config(train_autoencoder.RunConfig, path, ["data.folder=FOLDER", *overrides])
+    return load_config(AutoencoderRunConfig, path, ["data.folder=FOLDER", *overrides])
 
 
 @cache
-def read_ldm(name: str, *overrides: str) -> train_ldm.RunConfig:
+def read_ldm(name: str, *overrides: str) -> LdmRunConfig:
     path = str(CONFIGS / "ldm" / f"{name}.yaml")
-    return load_config(train_ldm.RunConfig, path, [*PLACES, *overrides], of_shipped_model)
+    return load_config(LdmRunConfig, path, [*PLACES, *overrides], of_shipped_model)
 
 
 def of_shipped_model(values: dict) -> dict:
     """What a recipe takes from the model that it goes on from, where that is here."""
-    return train_ldm.inherited(values) if (ROOT / str(values.get("init_from"))).is_dir() else {}
+    return config_from_init(values) if (ROOT / str(values.get("init_from"))).is_dir() else {}
 
 
 def count(network: nn.Module) -> int:
@@ -157,9 +157,9 @@ def test_a_recipe_is_read_back_equal_from_the_run_folder(script, tmp_path):
 
 
 def test_a_large_recipe_asks_for_the_data_folder_by_name():
-    for script, cls, name in [("autoencoder", train_autoencoder, "kl-f8"), ("ldm", train_ldm, "txt2img-small")]:
+    for script, cls, name in [("autoencoder", AutoencoderRunConfig, "kl-f8"), ("ldm", LdmRunConfig, "txt2img-small")]:
         with pytest.raises(ValueError, match=r"data\.folder has no value; set it .* data\.folder="):
-            load_config(cls.RunConfig, str(CONFIGS / script / f"{name}.yaml"), [])
+            load_config(cls, str(CONFIGS / script / f"{name}.yaml"), [])
 
 
 # -- stage 1 -----------------------------------------------------------------------------------------------------------
@@ -279,7 +279,7 @@ def test_unets_have_the_parameters_of_the_published_models(name, overrides, para
 )
 def test_unets_of_recipes_that_go_on_from_a_model_have_the_parameters_of_the_published_ones(name, parameters):
     path = str(CONFIGS / "ldm" / f"{name}.yaml")
-    config = load_config(train_ldm.RunConfig, path, ["data.folder=FOLDER", "data.maps=null"])
+    config = load_config(LdmRunConfig, path, ["data.folder=FOLDER", "data.maps=null"])
     with torch.device("meta"):
         assert count(UNet(config.unet)) == parameters
 
@@ -340,8 +340,8 @@ def test_every_config_that_a_document_a_script_or_a_recipe_mentions_exists():
 
 
 def test_every_command_and_override_that_a_recipes_comment_suggests_is_read():
-    scripts = {"autoencoder": train_autoencoder.RunConfig, "ldm": train_ldm.RunConfig}
-    commands = r"\w+\.py\s+--config (configs/(\w+)/\S+\.yaml)((?:\s+[a-z_.]+=\S+)*)"
+    scripts = {"autoencoder": AutoencoderRunConfig, "ldm": LdmRunConfig}
+    commands = r"(?:\w+\.py|stipple [\w-]+)\s+--config (configs/(\w+)/\S+\.yaml)((?:\s+[a-z_.]+=\S+)*)"
     for path in [path for path in ALL if path.parent.name in scripts]:
         comments = " ".join(re.findall(r"#(.*)", path.read_text("utf-8"))).replace("\\", " ")
         for config, folder, overrides in re.findall(commands, comments):

@@ -30,7 +30,7 @@ TASKS = {  # the words by which code would tell tasks apart
     "cascade": r"cascade",
 }
 CORE = [  # whatever is trained, and however it is sampled, goes through these
-    *("train_ldm.py", "stipple/commands/cache.py", "stipple_core/data/dataset.py"),
+    *("stipple/commands/train.py", "stipple/commands/cache.py", "stipple_core/data/dataset.py"),
     *(f"stages/{name}.py" for name in ("inputs", "denoising", "objectives", "pictures", "gallery", "requests")),
     *(f"ldm/{name}.py" for name in ("unet", "unet_config", "attention", "blocks", "denoiser", "loss", "densities")),
     *(f"ldm/{name}.py" for name in ("walk", "times", "samplers", "onestep", "singlestep", "multistep", "stochastic")),
@@ -107,6 +107,6 @@ PLACES = {  # conditioning/ and configs; single files and folders of others; com
     "stipple/stages/data/run_settings.py": {"retrieval"},
     "stipple_core/data/records/captions.py": {"layout"},
     "stipple_core/files/weights.py": {"layout"},
-    "train_autoencoder.py": {"text to image"},
+    "stipple/commands/train_autoencoder.py": {"text to image"},
     "stipple/commands/upscale.py": {"super-resolution"},
 }

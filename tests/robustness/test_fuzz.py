@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from stipple.stages.ldm.ldm_run import LdmRunConfig
 from stipple_core.config import load_config
 from stipple_core.files import checkpoint_folder as checkpoint
 from stipple_core.files.weights import outline, read_metadata, read_weights, write_weights
-from train_ldm import RunConfig
 
 ROOT = Path(__file__).parents[2]
 MANIFEST_WORDS = [b'"sha256"', b'"bytes"', b"../", b"/etc/passwd", b"null", b"[", b"{", b"}", b"-1", b"1e9", b'""']
@@ -99,7 +99,7 @@ def test_configs_are_values_or_one_line(tmp_path, draws):
 
     def act(data: bytes) -> None:
         path.write_bytes(data)
-        load_config(RunConfig, str(path))
+        load_config(LdmRunConfig, str(path))
 
     fuzz(act, (ROOT / "configs/ldm/tiny.yaml").read_bytes(), CONFIG_WORDS, draws)
 

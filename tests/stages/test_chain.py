@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from stipple_core.files.checkpoint_folder import problem
+from stipple_core.files.manifest import problem
 from tests.helpers.small_encoders import save_bert
 from tests.helpers.tiny_runs import (
     CACHE,

@@ -15,13 +15,15 @@ import torch
 from conditioning import Unconditional
 from conditioning.build import ConditionerConfig
 from ldm import TextToImage
-from ldm.formats.model_folder import open_model
-from ldm.networks.unet import UNetConfig
-from stipple.stages.ldm.denoiser_validation import ValidationConfig
+from ldm.formats.opening import open_model
+from ldm.networks.unet_config import UNetConfig
+from ldm.sampling.defaults import default_settings
+from stipple.stages.ldm.denoiser_validation import LdmValidationConfig
 from stipple.stages.ldm.distillation import DistillationConfig, scheduling_of
 from stipple.stages.ldm.ldm_parts import make_unet
-from stipple.stages.ldm.ldm_run import DataConfig, DiffusionConfig, RunConfig, inherited
+from stipple.stages.ldm.ldm_run import DiffusionConfig, LdmRunConfig, config_from_init
 from stipple_core.config import load_config
+from stipple_core.data.records.data_config import DataConfig
 from stipple_core.images.drawn_pictures import read_record
 from tests.helpers.small_models import build_model, build_model_of
 from tests.helpers.tiny_runs import differing, launch, metrics, run_here
@@ -137,10 +139,10 @@ def student(teacher) -> TextToImage:
     """A copy of the teacher that reads the guidance scale, before it has learned anything."""
     values = {"init_from": str(teacher), "distillation": {"kind": "guidance"}}
     options = [f"init_from={teacher}", *SHORT[1:3], *CASES["guidance, told the scale"]]
-    config = load_config(RunConfig, None, options, lambda _: inherited(values))
+    config = load_config(LdmRunConfig, None, options, lambda _: config_from_init(values))
     init = open_model(teacher)
     return TextToImage(
-        init.autoencoder, make_unet(config, init).eval(), init.conditioner, init.scheduling, init.settings
+        init.autoencoder, make_unet(config, init).eval(), init.conditioner, init.scheduling, default_settings(init)
     )
 
 
@@ -187,15 +189,15 @@ def test_a_distillation_that_means_nothing_is_refused(wrong, mend):
     [
         ({"init_from": None}, "give init_from"),
         ({"conditioner": ConditionerConfig(kind="scratch")}, "leave yours out"),
-        ({"validation": ValidationConfig(every=5)}, "use 0"),
+        ({"validation": LdmValidationConfig(every=5)}, "use 0"),
         ({"distillation": None, "unet": UNetConfig(guidance_dim=16)}, "or use null"),
         ({"diffusion": DiffusionConfig(weighting="min_snr")}, "diffusion.weighting min_snr is of denoising"),
     ],
 )
 def test_a_run_that_does_not_go_with_distillation_is_refused(given, mend):
-    whole = {"init_from": "MODEL", "distillation": DistillationConfig(), "validation": ValidationConfig(every=0)}
+    whole = {"init_from": "MODEL", "distillation": DistillationConfig(), "validation": LdmValidationConfig(every=0)}
     with pytest.raises(ValueError, match=mend):
-        RunConfig(data=DataConfig(folder=""), autoencoder="MODEL", **whole | given)
+        LdmRunConfig(data=DataConfig(folder=""), autoencoder="MODEL", **whole | given)
 
 
 @pytest.mark.parametrize(

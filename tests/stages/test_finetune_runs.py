@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 
 from ldm import TextToImage
 from ldm.formats.lora import DIFFUSERS_FILE, KOHYA_FILE, merge, read_lora
-from ldm.formats.model_folder import open_model, save_model
-from stipple_core.files.checkpoint_folder import open_state
+from ldm.formats.model_folder import save_model
+from ldm.formats.opening import open_model
+from stipple_core.files.training_state import open_state
 from stipple_core.images.drawn_pictures import read_record
 from tests.helpers.single_files import build_parts
 from tests.helpers.tiny_runs import differing, files, launch, losses, metrics, run_here
@@ -151,10 +152,10 @@ def test_class_pictures_are_drawn_first_and_learned_beside_the_others_by_weight(
 
 
 def test_class_pictures_weigh_what_is_said_and_are_half_of_all(base, tmp_path):
-    from stipple.stages.ldm.ldm_run import RunConfig, inherited
+    from stipple.stages.ldm.ldm_run import LdmRunConfig, config_from_init
     from stipple.stages.ldm.preservation import with_class
     from stipple_core.config import load_config
-    from stipple_core.data.dataset import scan
+    from stipple_core.data.sources.scan import scan
 
     class Main:
         is_main = True
@@ -166,7 +167,7 @@ def test_class_pictures_weigh_what_is_said_and_are_half_of_all(base, tmp_path):
             Image.new("RGB", (16, 16), (50 * i, 40, 30)).save(where / f"{i}.png")
     given = [f"init_from={base}", f"data.folder={own}", "data.captions=[a sks heart]", "data.validation=0"]
     given += [f"preservation={{folder: {folder}, prompt: 'a {{heart}}', images: 5, weight: 0.25}}"]
-    config = load_config(RunConfig, None, given, inherited)
+    config = load_config(LdmRunConfig, None, given, config_from_init)
     found = with_class(scan(config.data), config, Main(), lambda records: None)
     assert len(found.train) == 10
     told = [(record.captions, record.weight) for record in found.train]

@@ -10,9 +10,11 @@ import torch
 import yaml
 
 from autoencoder import Autoencoder
-from ldm.formats.model_folder import open_model, save_model
+from ldm.formats.model_folder import save_model
+from ldm.formats.opening import open_model
 from ldm.formats.single_file import save_first_stage, save_single_file
-from stipple_core.files.checkpoint_folder import problem
+from ldm.sampling.defaults import default_settings
+from stipple_core.files.manifest import problem
 from stipple_core.files.weights import read_weights
 from tests.helpers.single_files import build_parts, write_yaml
 from tests.helpers.tiny_runs import losses, run_here
@@ -59,7 +61,10 @@ def test_train_ldm_goes_on_from_a_model_with_nothing_but_a_folder_of_pictures(gi
     assert problem(tmp_path / "run" / "model") is None and len(losses(tmp_path / "run")) == 2
     assert after.unet.config == before.unet.config and after.autoencoder.config == before.autoencoder.config
     assert after.scheduling == before.scheduling and after.scheduling.prediction == "velocity"
-    assert after.settings == replace(before.settings, steps=2) and after.settings.guidance_scale == 7.5
+    assert (
+        default_settings(after) == replace(default_settings(before), steps=2)
+        and default_settings(after).guidance_scale == 7.5
+    )
     assert 0 < change(after.unet, before.unet) < 1e-3  # two steps from there, not from anywhere
     assert change(after.autoencoder, before.autoencoder) == change(after.conditioner, before.conditioner) == 0
 
@@ -78,13 +83,13 @@ def test_the_config_that_is_left_behind_resumes_the_run(given, tmp_path):
 
 
 def test_yaml_and_overrides_lie_over_what_the_model_says(given, tmp_path):
-    from stipple.stages.ldm.ldm_run import RunConfig, inherited
+    from stipple.stages.ldm.ldm_run import LdmRunConfig, config_from_init
     from stipple_core.config import load_config
 
     path = tmp_path / "c.yaml"
     path.write_text("diffusion: {prediction: noise, caption_dropout: 0.2}\nunet: {dropout: 0.1}\n")
     overrides = [f"init_from={given}/sd2", PICTURES, "data.image_size=32", "unet.sample_size=16"]
-    config = load_config(RunConfig, str(path), overrides, inherited)
+    config = load_config(LdmRunConfig, str(path), overrides, config_from_init)
     assert (config.diffusion.prediction, config.diffusion.caption_dropout) == ("noise", 0.2)
     assert config.diffusion.schedule.beta_end == 0.012 and config.unet.use_linear_projection
     assert (config.unet.dropout, config.unet.sample_size, config.data.image_size) == (0.1, 16, 32)
@@ -153,13 +158,14 @@ def test_an_autoencoder_of_another_shape_is_one_line(given, tmp_path, capsys):
 
 def test_overwriting_the_checkpoint_that_a_run_came_from_does_not_change_its_weights(tmp_path):
     from stipple.stages.ldm.ldm_parts import make_unet
-    from stipple.stages.ldm.ldm_run import DataConfig, RunConfig
+    from stipple.stages.ldm.ldm_run import LdmRunConfig
+    from stipple_core.data.records.data_config import DataConfig
 
     parts, path, yaml = build_parts("sd1", tmp_path), tmp_path / "model.ckpt", write_yaml(tmp_path)
     save_single_file(parts, tmp_path / "model.safetensors")
     torch.save({"state_dict": read_weights(tmp_path / "model.safetensors")}, path)  # which is mapped into memory
     init = open_model(path, config_yaml=yaml)
-    config = RunConfig(init_from=str(path), data=DataConfig(folder=""), autoencoder="", unet=init.unet.config)
+    config = LdmRunConfig(init_from=str(path), data=DataConfig(folder=""), autoencoder="", unet=init.unet.config)
     unet = make_unet(config, init)
     with open(path, "r+b") as file:
         file.write(b"\0" * path.stat().st_size)  # in place
@@ -170,7 +176,8 @@ def test_what_an_inpainting_model_is_shown_begins_with_no_effect_whatever_its_st
     from conditioning.build import ConditionerConfig
     from conditioning.hints.hints import SpatialConfig
     from stipple.stages.ldm.ldm_parts import make_unet
-    from stipple.stages.ldm.ldm_run import DataConfig, RunConfig
+    from stipple.stages.ldm.ldm_run import LdmRunConfig
+    from stipple_core.data.records.data_config import DataConfig
 
     init = build_parts("depth", tmp_path)
     torch.nn.init.normal_(init.unet.conv_in.weight)
@@ -178,7 +185,7 @@ def test_what_an_inpainting_model_is_shown_begins_with_no_effect_whatever_its_st
     def begun(kind: str, channels: int) -> torch.Tensor:
         shape = replace(init.unet.config, in_channels=channels)
         shown = ConditionerConfig(spatial=SpatialConfig(kind=kind))
-        config = RunConfig(init_from="x", data=DataConfig(folder=""), autoencoder="", unet=shape, conditioner=shown)
+        config = LdmRunConfig(init_from="x", data=DataConfig(folder=""), autoencoder="", unet=shape, conditioner=shown)
         return make_unet(config, init).conv_in.weight
 
     before = init.unet.conv_in.weight

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.networks.classifier import Classifier as NoisyClassifier
+from ldm.formats.classifier_folder import load_classifier
 from ldm.pipeline import TextToImage
 from ldm.sampling.gradient_guides import ClassifierGuide
 from stipple_core.images.images import grid, image_to_tensor
@@ -101,7 +101,7 @@ def prove(run: Path, judge: Classifier) -> dict[str, dict]:
         config = ["--config", "configs/classifier/photos-class.yaml"]
         run_here("stipple.commands.train_classifier", *config, *data, f"run={run / 'classifier'}")
     model, pictures = TextToImage.load(run / "ldm" / "model"), {}
-    model.gradient_guides["classifier_scale"] = ClassifierGuide(NoisyClassifier.load(run / "classifier" / "model"))
+    model.gradient_guides["classifier_scale"] = ClassifierGuide(load_classifier(run / "classifier" / "model"))
     rows = compare(model, judge, read_part(run / "set" / "held_out"), pictures)
     (run / "classifier.md").write_text(table(rows) + "\n")
     shown = ["no guidance", "classifier-free, w = 3", "classifier, s = 5", "classifier alone, s = 5"]

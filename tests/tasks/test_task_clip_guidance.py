@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 import tests.helpers.embedding_runs as runs
 from ldm.pipeline import TextToImage
-from stipple.commands.gradient_guides_of_flags import guide
+from stipple.commands.drawing.open_guides import open_guides
 from stipple_core.images.images import grid, image_to_tensor
 from tests.helpers.shapes import OBJECTS, caption, read
 
@@ -26,7 +26,7 @@ def measured(tmp_path_factory) -> dict[float, dict[str, float]]:
     """By scale: how often the caption that led is the nearest of all to what was drawn, and its color is there."""
     folder = runs.data(runs.folder_of(tmp_path_factory.mktemp("clip-guidance")))
     model, embedder = TextToImage.load(runs.unconditional(folder)), runs.clip(folder)
-    guide(model, {"clip_guidance": f"local-dir:{folder / 'clip'}"})
+    open_guides(model, {"clip_guidance": f"local-dir:{folder / 'clip'}"})
     captions, found, shown = [caption(scene) for scene in SCENES], {}, []
     texts = F.normalize(embedder.texts(captions), dim=-1)
     for scale in SCALES:

@@ -95,9 +95,9 @@ def told(numbers: dict[str, float], path: Path) -> dict[str, float]:
 def decoded(model: TextToImage, points: Tensor) -> list[Image.Image]:
     """A picture of each embedding [B, d]."""
     made = []
-    for place, settings in enumerate(model.plan([""] * len(points), seed=5, given=ConditionInputs(prompts=[""]))):
+    for place, settings in enumerate(model.plan([""] * len(points), seed=5, inputs=ConditionInputs(prompts=[""]))):
         (batch,) = model.batches([settings], 1)
-        *_, last = model.sample(batch, given=ConditionInputs(prompts=[""], embedding=points[place : place + 1]))
+        *_, last = model.sample(batch, inputs=ConditionInputs(prompts=[""], embedding=points[place : place + 1]))
         made += model.decode(last.z)
     return made
 

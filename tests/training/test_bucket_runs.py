@@ -14,11 +14,12 @@ from conditioning import Unconditional
 from conditioning.readers.combined import CombinedConditioner
 from conditioning.readers.frame import FrameConfig, FrameReader
 from stipple.stages.data.data_check import DataCheck
-from stipple.stages.data.run_pictures import Pictures
-from stipple.stages.ldm.batch_inputs import Inputs
-from stipple.stages.ldm.denoiser_validation import Shown
-from stipple_core.data.dataset import DataConfig, scan
+from stipple.stages.data.run_data import RunData
+from stipple.stages.ldm.batch_encoder import BatchEncoder
+from stipple.stages.ldm.denoiser_validation import SamplePrompts
 from stipple_core.data.records.buckets import BucketConfig, assign, bucket_shapes
+from stipple_core.data.records.data_config import DataConfig
+from stipple_core.data.sources.scan import scan
 from tests.helpers.tiny_runs import CACHE, STAGE_1, STAGE_2, final_state, launch, losses, run_here
 
 pytestmark = pytest.mark.usefixtures("settings_of_runs")
@@ -101,8 +102,8 @@ def test_examples_are_of_one_shape_whatever_the_buckets(tmp_path):
     records, shapes = scan(config), bucket_shapes(32, config.buckets)
     sizes = [Image.open(record.path).size for record in records.validation]
     data_check = DataCheck(records=records, held_out=assign(sizes, shapes))
-    pictures = Pictures.open(config, data_check, 0, str(tmp_path / "run"))
+    pictures = RunData.open(config, data_check, 0, str(tmp_path / "run"))
     assert len({pictures.held_out.held_out(i).image.shape for i in range(8)}) > 1
     conditioner = CombinedConditioner(Unconditional(), {"frame": FrameReader(FrameConfig(width=2))})
-    shown = Shown.of([], pictures.examples, Inputs(None, conditioner, conditioner, None))
+    shown = SamplePrompts.of([], pictures.examples, BatchEncoder(None, conditioner, conditioner, None))
     assert shown.given.frame.shape == (8, 6) and pictures.examples.records is records.validation

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from stipple.training.optimization.ema import Ema, EmaConfig
-from stipple_core.files.checkpoint_folder import load_state, save_state
+from stipple_core.files.training_state import load_state, save_state
 
 
 def model(seed: int = 0) -> nn.Module:

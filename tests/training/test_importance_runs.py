@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from autoencoder import Autoencoder, AutoencoderConfig
-from stipple_core.files.checkpoint_folder import load_state
+from stipple_core.files.training_state import load_state
 from tests.helpers.tiny_runs import STAGE_2, differing, launch, metrics, run_here
 
 pytestmark = pytest.mark.usefixtures("settings_of_runs")

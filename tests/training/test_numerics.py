@@ -263,7 +263,7 @@ def test_whether_a_step_is_finite_is_read_from_the_device_once():
         guard.add_loss("optimizer", torch.tensor(loss))
         with Reads() as reads:
             assert guard.passes("optimizer", torch.tensor(1.0)) == passes
-        assert reads.count == 1 and guard.left_out != passes
+        assert reads.count == 1 and guard.step_skipped != passes
 
 
 def test_what_processes_were_asked_for_is_read_from_the_device_at_once(monkeypatch):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from stipple.training.optimization.optimizer import Optimizer, OptimizerConfig, learning_rate
-from stipple_core.files.checkpoint_folder import load_state, save_state
+from stipple_core.files.training_state import load_state, save_state
 
 
 def config(**changes) -> OptimizerConfig:
@@ -92,7 +92,7 @@ def test_a_step_left_out_changes_neither_weights_nor_moments(bad):
     before = weights(model)
     moments = [value.clone() for state in optimizer.rules[0].state.values() for value in state.values()]
     optimizer.backward(model(torch.ones(1, 4, 8, 8)).mean() * bad)
-    assert not torch.isfinite(optimizer.gradient_norm()) and optimizer.leave_out(losses_finite=True)
+    assert not torch.isfinite(optimizer.gradient_norm()) and optimizer.skip(losses_finite=True)
     assert equal(weights(model), before)
     assert equal([value for state in optimizer.rules[0].state.values() for value in state.values()], moments)
     assert all(p.grad is None for p in model.parameters())
@@ -109,7 +109,7 @@ def test_the_fp16_loss_scale_is_undone_before_clipping_and_halved_after_an_overf
         assert torch.allclose(a, b, atol=1e-6)
     scale, before = fp16.scaler.get_scale(), weights(scaled)
     fp16.backward(scaled(torch.ones(1, 4, 8, 8)).mean() * math.inf)
-    assert not torch.isfinite(fp16.gradient_norm()) and not fp16.leave_out(losses_finite=True)
+    assert not torch.isfinite(fp16.gradient_norm()) and not fp16.skip(losses_finite=True)
     assert fp16.scaler.get_scale() == scale / 2 and equal(weights(scaled), before)
 
 

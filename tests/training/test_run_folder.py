@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stipple.training.distributed.collective import ToldByMain
+from stipple.training.distributed.collective import ReportedByMain
 from stipple.training.run.run_folder import RunFolder, disk_errors
 
 
@@ -53,7 +53,9 @@ def holder(tmp_path) -> int:
 
 
 def test_a_folder_that_is_held_is_refused_and_free_again_when_its_holder_is_killed(holder, tmp_path):
-    with pytest.raises(ValueError, match="run is in use by another run; wait for it or choose another folder$"):
+    with pytest.raises(
+        ValueError, match="run is in use by another run, process \\d+ on \\S+; wait for it or choose another folder$"
+    ):
         RunFolder(tmp_path / "run", 2).take()
     os.kill(holder, signal.SIGKILL)
     os.waitpid(holder, 0)
@@ -130,7 +132,7 @@ def test_a_failing_disk_is_told_without_reading_checkpoints_and_by_the_main_proc
     monkeypatch.setattr("stipple_core.files.manifest._sha256", lambda path: pytest.fail(f"{path} was read"))
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "model")
     assert f"the last good checkpoint is {tmp_path}/state/step-0000003" in ended_by(full, tmp_path, capsys)
-    assert ended_by(ToldByMain(errno.ENOSPC, "x"), tmp_path, capsys) == ""
+    assert ended_by(ReportedByMain(errno.ENOSPC, "x"), tmp_path, capsys) == ""
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
     assert ended_by(full, tmp_path, capsys) == "error: process 1: model: No space left on device\n"

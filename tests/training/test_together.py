@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from stipple_core.files.checkpoint_folder import problem, write_folder
+from stipple_core.files.checkpoint_folder import write_folder
+from stipple_core.files.manifest import problem
 from tests.helpers.many_processes import run_all
 
 FAULTS = {  # a call that fails for the process of this rank, with a full disk

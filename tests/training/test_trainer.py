@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from stipple.training.optimization.optimizer import learning_rate
-from stipple.training.run_state import Parts
-from stipple.training.trainer import Trainer, TrainerConfig
-from stipple_core.files.checkpoint_folder import checkpoints, open_state, save_state, write_folder
-from stipple_core.files.training_state import Rows
+from stipple.training.run_state import RunState
+from stipple.training.trainer import Trainer
+from stipple.training.trainer_config import TrainerConfig
+from stipple_core.files.checkpoint_folder import checkpoints, write_folder
+from stipple_core.files.training_state import Rows, open_state, save_state
 from tests.helpers.line_runs import OPTIMIZER, Run, at
 from tests.helpers.tiny_runs import metrics
 
@@ -209,7 +210,9 @@ def test_a_run_killed_between_its_last_state_and_its_model_is_finished_on_restar
 
 def test_a_folder_in_use_is_refused_to_a_second_run(tmp_path):
     first = Run(tmp_path)
-    with pytest.raises(ValueError, match="is in use by another run; wait for it or choose another folder"):
+    with pytest.raises(
+        ValueError, match="is in use by another run, process \\d+ on \\S+; wait for it or choose another folder"
+    ):
         Run(tmp_path)
     assert first.train().trainer.step == 8
 
@@ -263,7 +266,7 @@ def test_a_checkpoint_that_misses_rows_is_not_called_one_of_another_configuratio
     with pytest.raises(
         ValueError, match=r"is not whole \(rows 2 to 3 of /model/weights are in no file\); remove it"
     ) as told:
-        Parts(model=nn.Linear(3, 4)).load_state_dict(open_state(tmp_path), tmp_path)
+        RunState(model=nn.Linear(3, 4)).load_state_dict(open_state(tmp_path), tmp_path)
     assert "--no-resume" not in str(told.value)
 
 

@@ -11,21 +11,22 @@ from torch import Tensor, nn
 from autoencoder import Autoencoder, PatchDiscriminator
 from autoencoder.losses.perceptual import make_perceptual
 from autoencoder.losses.trained_features import FeatureDistance, train_features
-from stipple.stages.autoencoder.autoencoder_run import RunConfig
+from stipple.stages.autoencoder.autoencoder_run import AutoencoderRunConfig
 from stipple.stages.autoencoder.codebook import Codebook
-from stipple.stages.data.run_pictures import Pictures
+from stipple.stages.data.run_data import RunData
 from stipple.training.optimization.ema import Ema
 from stipple.training.optimization.optimizer import Optimizer
 from stipple.training.trainer import Trainer
 from stipple_core.config import require_same
-from stipple_core.data.dataset import Order, make_loader
+from stipple_core.data.loader import make_loader
+from stipple_core.data.order import Order
 from stipple_core.data.records.buckets import check_step
 from stipple_core.operators.winograd import lay_out
 from stipple_core.randomness import generator
 
 
 @dataclass(frozen=True, kw_only=True)
-class Networks:
+class AutoencoderNetworks:
     """The networks of a stage-1 run, on their device."""
 
     autoencoder: Autoencoder
@@ -33,7 +34,7 @@ class Networks:
     perceptual: nn.Module | None  # a distance [B] of two batches of images
 
 
-def make_autoencoder(config: RunConfig) -> Autoencoder:
+def make_autoencoder(config: AutoencoderRunConfig) -> Autoencoder:
     """A new autoencoder, or that of init_from in memory of its own; its scale is measured anew at each save."""
     autoencoder = Autoencoder(config.autoencoder)
     if config.init_from is not None:
@@ -44,7 +45,7 @@ def make_autoencoder(config: RunConfig) -> Autoencoder:
     return autoencoder
 
 
-def build_networks(config: RunConfig, device: torch.device) -> Networks:
+def build_networks(config: AutoencoderRunConfig, device: torch.device) -> AutoencoderNetworks:
     """The networks that the config names. Raises ValueError where they can't be made, or don't fit the images."""
     torch.manual_seed(config.seed)
     autoencoder, discriminator = make_autoencoder(config), PatchDiscriminator(config.discriminator)
@@ -55,7 +56,7 @@ def build_networks(config: RunConfig, device: torch.device) -> Networks:
     lay_out(autoencoder.to(device))
     autoencoder.checkpointing = config.checkpointing
     perceptual = make_perceptual(config.perceptual)
-    return Networks(
+    return AutoencoderNetworks(
         autoencoder=autoencoder,
         discriminator=discriminator.to(memory_format=torch.channels_last),
         perceptual=None if perceptual is None else perceptual.to(device),
@@ -63,7 +64,7 @@ def build_networks(config: RunConfig, device: torch.device) -> Networks:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AutoencoderLearner:
+class AutoencoderTraining:
     """What learns in a stage-1 run."""
 
     network: nn.Module  # the autoencoder, wrapped for several processes
@@ -74,7 +75,9 @@ class AutoencoderLearner:
     codebook: Codebook | None  # of vq
 
     @classmethod
-    def register(cls, trainer: Trainer, networks: Networks, config: RunConfig) -> AutoencoderLearner:
+    def register(
+        cls, trainer: Trainer, networks: AutoencoderNetworks, config: AutoencoderRunConfig
+    ) -> AutoencoderTraining:
         """Give the trainer all that it is to save and restore."""
         autoencoder, discriminator = networks.autoencoder, networks.discriminator
         network = trainer.network("autoencoder", autoencoder)
@@ -93,7 +96,9 @@ class AutoencoderLearner:
         )  # fmt: skip
 
 
-def train_perceptual(trainer: Trainer, perceptual: nn.Module | None, pictures: Pictures, config: RunConfig) -> None:
+def train_perceptual(
+    trainer: Trainer, perceptual: nn.Module | None, pictures: RunData, config: AutoencoderRunConfig
+) -> None:
     """At the beginning of a run train the features that a perceptual distance compares, where they are our own."""
     if not isinstance(perceptual, FeatureDistance) or trainer.step > 0:
         return
@@ -104,7 +109,7 @@ def train_perceptual(trainer: Trainer, perceptual: nn.Module | None, pictures: P
         parameter.data.copy_(trainer.from_main(parameter.data))
 
 
-def feature_batches(pictures: Pictures, config: RunConfig) -> Iterator[Tensor]:
+def feature_batches(pictures: RunData, config: AutoencoderRunConfig) -> Iterator[Tensor]:
     """Batches of training images, the same on every process, for the perceptual features to be trained on."""
     size = config.perceptual.features.batch_size
     order = Order(len(pictures.squares), size, size, seed=config.seed)

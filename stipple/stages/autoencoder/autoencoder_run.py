@@ -8,17 +8,17 @@ from typing import Any
 from autoencoder import Autoencoder, AutoencoderConfig, DiscriminatorConfig
 from autoencoder.losses.first_stage_loss import LossConfig
 from autoencoder.losses.perceptual import PerceptualConfig
-from stipple.stages.autoencoder.reconstruction import ValidationConfig
+from stipple.stages.autoencoder.reconstruction import AutoencoderValidationConfig
 from stipple.stages.data.run_settings import check_run
 from stipple.training.optimization.ema import EmaConfig
 from stipple.training.optimization.optimizer import OptimizerConfig
-from stipple.training.trainer import TrainerConfig
+from stipple.training.trainer_config import TrainerConfig
 from stipple_core.config import to_dict
-from stipple_core.data.dataset import DataConfig
+from stipple_core.data.records.data_config import DataConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class AutoencoderRunConfig:
     """A stage-1 run."""
 
     run: str = "runs/autoencoder"  # folder of everything this run writes
@@ -36,14 +36,14 @@ class RunConfig:
     )
     ema: EmaConfig = field(default_factory=lambda: EmaConfig(decay=0.999))
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    validation: AutoencoderValidationConfig = field(default_factory=AutoencoderValidationConfig)
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, about 30 % more time
 
     def __post_init__(self):
         check_run(self.run, self.seed)
 
 
-def inherited(values: dict[str, Any]) -> dict[str, Any]:
+def config_from_init(values: dict[str, Any]) -> dict[str, Any]:
     """What a run takes from the autoencoder that it goes on from, as the lowest layer of its config."""
     path = values.get("init_from")
     if not isinstance(path, str):

@@ -28,7 +28,7 @@ class Codebook:
         if self.trainer.micro == 0:
             self.candidates = flatten(latents.detach())
         if self.trainer.last_micro:
-            if not self.trainer.left_out:
+            if not self.trainer.step_skipped:
                 self.counts += self.trainer.sum(self.step_counts)
             self.step_counts.zero_()
 
@@ -38,7 +38,7 @@ class Codebook:
         Unlike `Trainer.due` not at the last step: codes may be unused because nobody had the time to use them.
         """
         trainer = self.trainer
-        return trainer.last_micro and not trainer.left_out and every > 0 and (trainer.step + 1) % every == 0
+        return trainer.last_micro and not trainer.step_skipped and every > 0 and (trainer.step + 1) % every == 0
 
     def revive(self, seed: int, average: Ema, optimizer: Optimizer) -> dict[str, float]:
         """Move unused codes onto outputs of the encoder, in the average too; returns usage and perplexity until now."""

@@ -16,7 +16,7 @@ from stipple_core.images.images import grid, tensor_to_image
 
 
 @dataclass(frozen=True, kw_only=True)
-class ValidationConfig:
+class AutoencoderValidationConfig:
     """What is measured on the held-out images, and how often."""
 
     every: int = 1000  # optimizer steps; 0: never
@@ -53,7 +53,9 @@ def measure_scale(autoencoder: Autoencoder, dataset: ImageDataset, count: int, d
 
 
 @torch.no_grad()
-def validate(trainer: Trainer, autoencoder: Autoencoder, dataset: ImageDataset, config: ValidationConfig) -> None:
+def validate(
+    trainer: Trainer, autoencoder: Autoencoder, dataset: ImageDataset, config: AutoencoderValidationConfig
+) -> None:
     """PSNR, SSIM and KL or codebook usage on the held-out images, shared over processes; a grid of reconstructions."""
     count = min(config.images, len(dataset))
     counts = torch.zeros(autoencoder.config.codebook_size, dtype=torch.int64, device=trainer.device)

@@ -12,21 +12,24 @@ from torch import Tensor, nn
 
 from autoencoder import Autoencoder, Pixels, open_autoencoder
 from ldm.networks.classifier import Classifier, ClassifierConfig, classify, with_names
-from ldm.networks.unet import UNetConfig
-from ldm.schedules.registry import Schedule, ScheduleConfig, make_schedule
+from ldm.networks.unet_config import UNetConfig
+from ldm.schedules.base import Schedule, ScheduleConfig
+from ldm.schedules.registry import make_schedule
 from stipple.stages.data.run_settings import check_run
-from stipple.stages.ldm.denoiser_validation import ValidationConfig
+from stipple.stages.ldm.denoiser_validation import LdmValidationConfig
 from stipple.training.optimization.ema import Ema, EmaConfig
 from stipple.training.optimization.optimizer import Optimizer, OptimizerConfig
-from stipple.training.trainer import Trainer, TrainerConfig
-from stipple_core.data.dataset import DataConfig, ImageDataset
+from stipple.training.trainer import Trainer
+from stipple.training.trainer_config import TrainerConfig
+from stipple_core.data.dataset import ImageDataset
+from stipple_core.data.records.data_config import DataConfig
 from stipple_core.data.records.records import Records
 from stipple_core.operators.winograd import lay_out
 from stipple_core.randomness import normal
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class ClassifierRunConfig:
     """A run that trains a classifier."""
 
     run: str = "runs/classifier"  # folder of everything this run writes
@@ -40,14 +43,14 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    validation: LdmValidationConfig = field(default_factory=LdmValidationConfig)
 
     def __post_init__(self):
         check_run(self.run, self.seed)
 
 
 def build_classifier(
-    config: RunConfig, records: Records, device: torch.device
+    config: ClassifierRunConfig, records: Records, device: torch.device
 ) -> tuple[Classifier, Autoencoder | Pixels]:
     """A new classifier, and the autoencoder whose latents it reads. Raises ValueError where they don't fit."""
     autoencoder = open_autoencoder(config.autoencoder).eval().requires_grad_(False)
@@ -71,7 +74,7 @@ def build_classifier(
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassifierLearner:
+class ClassifierTraining:
     """What learns in such a run."""
 
     classifier: Classifier
@@ -81,7 +84,7 @@ class ClassifierLearner:
     schedule: Schedule
 
     @classmethod
-    def register(cls, trainer: Trainer, classifier: Classifier, config: RunConfig) -> ClassifierLearner:
+    def register(cls, trainer: Trainer, classifier: Classifier, config: ClassifierRunConfig) -> ClassifierTraining:
         """Give the trainer all that it is to save and restore."""
         network = trainer.network("classifier", classifier)
         average = Ema(classifier, config.ema)
@@ -114,10 +117,10 @@ class ClassifierLearner:
 @torch.no_grad()
 def validate(
     trainer: Trainer,
-    learner: ClassifierLearner,
+    learner: ClassifierTraining,
     held_out: ImageDataset,
     autoencoder: Autoencoder | Pixels,
-    config: ValidationConfig,
+    config: LdmValidationConfig,
     seed: int,
 ) -> None:
     """The share of held-out images whose class is read, at evenly spaced noise levels; shared by processes."""

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from accelerate.utils import gather_object
 
-from stipple.training.distributed.collective import Problem
+from stipple.training.distributed.collective import ErrorSummary
 from stipple.training.trainer import Trainer
 from stipple_core.data.records.buckets import Buckets, assign, bucket_shapes
 from stipple_core.data.records.data_config import DataConfig
 from stipple_core.data.records.records import Record, Records
-from stipple_core.data.verify import Inspection, Memory, inspect, read_sizes, without_bad
+from stipple_core.data.verify import Inspection, InspectionCache, drop_unusable, inspect, read_sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class DataCheck:
     records: Records  # those that can be used
     train: Buckets | None = None  # of records.train; None: all are square
     held_out: Buckets | None = None  # of records.validation
-    memory: Memory | None = None  # to be written when the run begins; None: nothing was verified
+    memory: InspectionCache | None = None  # to be written when the run begins; None: nothing was verified
 
     @classmethod
     def of(cls, records: Records, config: DataConfig, trainer: Trainer, cached: bool = False) -> DataCheck:
@@ -38,10 +38,10 @@ class DataCheck:
             train, held_out = (bucketed(part, config, share) for part in (records.train, records.validation))
             return cls(records=records, train=train, held_out=held_out)
         with trainer.holding_folder():  # to which a verification that takes long writes
-            memory = Memory(str(trainer.folder.path), trainer.rank)
+            memory = InspectionCache(str(trainer.folder.path), trainer.rank)
             train = together(lambda part: inspect(part, memory, share), records.train, share)
             held_out = together(lambda part: inspect(part, memory, share), records.validation, share)
-        records = without_bad(records, train, held_out, config)
+        records = drop_unusable(records, train, held_out, config)
         buckets = [in_buckets([look for look in looks if not look.reason], config) for looks in (train, held_out)]
         return cls(records=records, train=buckets[0], held_out=buckets[1], memory=memory)
 
@@ -69,7 +69,7 @@ def together(
     try:
         answer = (rank, look(records), None)
     except OSError as error:
-        answer = (rank, [], Problem.of(error))
+        answer = (rank, [], ErrorSummary.of(error))
     looks: list[Inspection] = [Inspection()] * len(records)
     for each, own, problem in gather_object([answer]):
         if problem is not None:

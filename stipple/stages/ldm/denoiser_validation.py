@@ -14,7 +14,7 @@ from ldm.losses.diffusion_loss import diffusion_loss
 from ldm.losses.time_density import Importance
 from ldm.pipeline import TextToImage
 from ldm.sampling.settings import Settings
-from stipple.stages.ldm.batch_inputs import Inputs
+from stipple.stages.ldm.batch_encoder import BatchEncoder
 from stipple.training.trainer import Trainer
 from stipple_core.data.dataset import ImageDataset, collate
 from stipple_core.images.images import grid
@@ -46,7 +46,7 @@ class SamplesConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ValidationConfig:
+class LdmValidationConfig:
     """The loss on held-out images, level by level."""
 
     every: int = 1000  # optimizer steps; 0: never
@@ -64,7 +64,12 @@ class ValidationConfig:
 
 @torch.no_grad()
 def validate(
-    trainer: Trainer, denoiser: Denoiser, held_out: ImageDataset, inputs: Inputs, config: ValidationConfig, seed: int
+    trainer: Trainer,
+    denoiser: Denoiser,
+    held_out: ImageDataset,
+    inputs: BatchEncoder,
+    config: LdmValidationConfig,
+    seed: int,
 ) -> None:
     """The loss on held-out images at evenly spaced noise levels, with the same noise each time; shared by processes."""
     levels, count = config.levels, min(config.images, len(held_out))
@@ -91,20 +96,20 @@ def learn(trainer: Trainer, importance: Importance, losses: torch.Tensor, seen: 
     """Note a micro-batch's losses [B] among those of the global batch, and show them when the step is complete."""
     seen[trainer.positions()] = losses.detach().to(seen.dtype)
     if trainer.last_micro:
-        if not trainer.left_out:
+        if not trainer.step_skipped:
             importance.learn(uniform(seed, "t", trainer.step, range(len(seen))), trainer.sum(seen))
         seen.zero_()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shown:
+class SamplePrompts:
     """What is drawn again and again while training: prompts, and what the model reads besides, of held-out pictures."""
 
     prompts: Sequence[str]
     given: ConditionInputs | None = None  # None: the model reads prompts only
 
     @classmethod
-    def of(cls, prompts: Sequence[str], examples: ImageDataset, inputs: Inputs) -> Shown:
+    def of(cls, prompts: Sequence[str], examples: ImageDataset, inputs: BatchEncoder) -> SamplePrompts:
         """The config's prompts, or the captions of examples; and what goes with them of as many examples.
 
         Raises:
@@ -121,22 +126,22 @@ class Shown:
         return cls(prompts=(prompts or given.prompts)[: len(samples)], given=given)
 
 
-def draw_samples(trainer: Trainer, model: TextToImage, shown: Shown, seed: int) -> None:
+def draw_samples(trainer: Trainer, model: TextToImage, shown: SamplePrompts, seed: int) -> None:
     """A captioned grid, on the main process."""
     if shown.given is None:
         pictures = model(shown.prompts, seed=seed)
     else:
         pictures = []
-        for place, picture in enumerate(model.plan(shown.prompts, given=shown.given, seed=seed)):
-            *_, last = model.sample([picture], given=shown.given.select(slice(place, place + 1)))
+        for place, picture in enumerate(model.plan(shown.prompts, inputs=shown.given, seed=seed)):
+            *_, last = model.sample([picture], inputs=shown.given.select(slice(place, place + 1)))
             pictures += model.decode(last.z)
     grid(pictures, min(8, len(pictures)), shown.prompts).save(trainer.sample_path())
 
 
 def drawing_command(model: TextToImage, prompt: str, opening: Sequence[str]) -> list[str]:
-    """The words that draw with a model, such as ["txt2img.py", "a red heart"], and those that say how it is opened."""
+    """Return the command that draws with a model, such as `stipple draw "a red heart"` and the flags in `opening`."""
     if not model.autoencoder.decodes:
-        return ["txt2img.py", prompt, *("--checkpoint", "DECODER", "--prior"), opening[-1]]
+        return ["stipple", "draw", prompt, *("--checkpoint", "DECODER", "--prior"), opening[-1]]
     return [*_drawing(model, prompt), *opening]
 
 
@@ -149,7 +154,7 @@ def sampling_flags(defaults: Settings) -> list[str]:
 
 def _drawing(model: TextToImage, prompt: str) -> list[str]:
     if model.conditioner.hint is None and model.conditioner.reads_text:
-        return ["txt2img.py", prompt]
+        return ["stipple", "draw", prompt]
     if model.conditioner.hint is None:
-        return ["stipple sample", *(["--prompt", prompt] if prompt else [])]
+        return ["stipple", "sample", *(["--prompt", prompt] if prompt else [])]
     return [*model.conditioner.hint.command, *([prompt] if prompt else [])]

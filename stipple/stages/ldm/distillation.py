@@ -14,7 +14,7 @@ from conditioning.interface.context import Context
 from ldm.denoising.denoiser import Denoiser
 from ldm.losses.consistency import ConsistencyFunction, Teacher, consistency_loss, guidance_loss, guided_teacher, rung
 from ldm.samplers.spacing import RUNGS
-from stipple.stages.ldm.examples import Examples
+from stipple.stages.ldm.diffusion_batch import DiffusionBatch
 from stipple.training.optimization.ema import Ema, EmaConfig
 
 CONSISTENCY_ONLY = ("levels", "target_decay", "huber")  # settings
@@ -72,7 +72,7 @@ class ConsistencyDistillation:
     unet: nn.Module  # the student, not wrapped
     averages: Sequence[Ema]  # one, of the student's weights; none: it is compared with itself
 
-    def __call__(self, denoiser: Denoiser, examples: Examples) -> Tensor:
+    def __call__(self, denoiser: Denoiser, examples: DiffusionBatch) -> Tensor:
         """Losses [B], see `stipple.stages.ldm.objectives.Objective`."""
         scale = self.config.scales(examples.draw("guidance scale"))
         t, s = rung(denoiser.schedule, examples.t, self.config.levels)
@@ -83,7 +83,7 @@ class ConsistencyDistillation:
             denoiser.add_noise(examples.z_0, examples.noise, t),
             t,
             s,
-            _told(self.unet, examples.context, scale),
+            _with_scale(self.unet, examples.context, scale),
             denoiser.schedule,
             self.config.huber,
         )
@@ -102,22 +102,22 @@ class GuidanceDistillation:
     unet: nn.Module  # the student, not wrapped
     averages: Sequence[Ema] = ()
 
-    def __call__(self, denoiser: Denoiser, examples: Examples) -> Tensor:
+    def __call__(self, denoiser: Denoiser, examples: DiffusionBatch) -> Tensor:
         """Losses [B], see `stipple.stages.ldm.objectives.Objective`."""
         scale, t = self.config.scales(examples.draw("guidance scale")), examples.t
         teacher = _guided(self.config, self.teacher, examples, scale)
-        told = _told(self.unet, examples.context, scale)
+        told = _with_scale(self.unet, examples.context, scale)
         return guidance_loss(denoiser, teacher, denoiser.add_noise(examples.z_0, examples.noise, t), t, told)
 
 
-def _guided(config: DistillationConfig, teacher: Denoiser, examples: Examples, scale: Tensor) -> Teacher:
+def _guided(config: DistillationConfig, teacher: Denoiser, examples: DiffusionBatch, scale: Tensor) -> Teacher:
     """The teacher at guidance scales [B]; alone where these are always 1, and nobody is told nothing."""
     if not config.guides:
         return partial(teacher, context=examples.context)
     return guided_teacher(teacher, examples.context, examples.null, scale)
 
 
-def _told(unet: nn.Module, context: Context, scale: Tensor) -> Context:
+def _with_scale(unet: nn.Module, context: Context, scale: Tensor) -> Context:
     """What the student is told: of the scale only where its network reads one; else it learns the mean over scales."""
     return context if unet.config.guidance_dim is None else replace(context, guidance=scale.to(unet.conv_in.weight))
 
@@ -155,7 +155,7 @@ DISTILLATIONS = {
 }
 
 
-def habits(values: Mapping[str, Any]) -> dict[str, Any]:
+def student_samples(values: Mapping[str, Any]) -> dict[str, Any]:
     """How students make pictures, of a run's config as it is written; nothing where none is distilled.
 
     One that reads the guidance scale is told the middle of those that it has learned.

@@ -23,13 +23,14 @@ from conditioning.tokenizers.tokenizer import Tokenizer
 from ldm.formats.diffusers.network_kinds import KINDS, Network, folder_of
 from ldm.formats.diffusers.networks_folder import empty_unet
 from ldm.formats.diffusers.scheduler import Scheduling
-from ldm.formats.model_folder import Parts
+from ldm.formats.model_parts import ModelParts
 from ldm.pipeline import TextToImage
+from ldm.sampling.defaults import default_settings
 from ldm.sampling.settings import Settings
 from stipple.stages.ldm.distillation import scheduling_of
-from stipple.stages.ldm.ldm_run import DEFAULT_SAMPLES, RunConfig, opened
+from stipple.stages.ldm.ldm_run import DEFAULT_SAMPLES, LdmRunConfig, opened
 from stipple.stages.ldm.shapes import check_shapes
-from stipple.stages.ldm.trainable import Learning
+from stipple.stages.ldm.trainable import Trainable
 from stipple.training.optimization.ema import Ema
 from stipple.training.optimization.optimizer import Optimizer
 from stipple.training.trainer import Trainer
@@ -45,7 +46,7 @@ READS_SCALE = "time_embedding.cond_proj.weight"  # of UNets with a guidance_dim
 MOMENTS_DTYPES = {"fp32": "float32", "fp16": "float16"}  # of RunConfig.cache_precision
 
 
-def make_conditioner(config: RunConfig, init: Parts | None, records: Records) -> Conditioner:
+def make_conditioner(config: LdmRunConfig, init: ModelParts | None, records: Records) -> Conditioner:
     """What the config names; else that of init_from, which learns on if it learnt with the UNet, and new readers.
 
     Raises:
@@ -81,7 +82,7 @@ def _frozen(conditioner: Conditioner) -> Conditioner:
     return conditioner.requires_grad_(False).eval()
 
 
-def make_unet(config: RunConfig, init: Parts | None) -> Network:
+def make_unet(config: LdmRunConfig, init: ModelParts | None) -> Network:
     """A new UNet, or prior, with weights drawn by torch's generator, or one with those of init_from."""
     if init is None:
         return KINDS[folder_of(config.network)].build(config.network)
@@ -99,7 +100,7 @@ def make_unet(config: RunConfig, init: Parts | None) -> Network:
     return unet
 
 
-def _shown_anew(config: RunConfig, init: Parts) -> bool:
+def _shown_anew(config: LdmRunConfig, init: ModelParts) -> bool:
     """Whether the run's network is shown something besides z_t that that of init_from is not, or in another order."""
     wanted, readers = config.conditioner.spatial, init.conditioner.readers
     if wanted is None or "spatial" not in readers:
@@ -108,7 +109,7 @@ def _shown_anew(config: RunConfig, init: Parts) -> bool:
     return (wanted.kind, wanted.convention) != (known.kind, known.convention)
 
 
-def make_scheduling(config: RunConfig, init: Parts | None) -> Scheduling:
+def make_scheduling(config: LdmRunConfig, init: ModelParts | None) -> Scheduling:
     """How the trained model is to be sampled: on the config's noise levels, else as init_from."""
     learned = {"schedule": config.diffusion.schedule, "prediction": config.diffusion.prediction}
     if config.distillation is not None:
@@ -116,22 +117,22 @@ def make_scheduling(config: RunConfig, init: Parts | None) -> Scheduling:
     return Scheduling(**learned) if init is None else replace(init.scheduling, **learned)
 
 
-def make_defaults(config: RunConfig, init: Parts | None) -> Settings:
+def make_defaults(config: LdmRunConfig, init: ModelParts | None) -> Settings:
     """How the trained model makes pictures: by the config's samples, in all else as init_from."""
-    given = Settings() if init is None else init.settings
+    given = Settings() if init is None else default_settings(init)
     chosen = {name: getattr(config.samples, name) for name in DEFAULT_SAMPLES}
     eta = given.eta if config.samples.sampler == given.sampler else 0.0  # which another sampler may not take
     return replace(given, eta=eta, **chosen)
 
 
-def caches_contexts(config: RunConfig, conditioner: Conditioner) -> bool:
+def caches_contexts(config: LdmRunConfig, conditioner: Conditioner) -> bool:
     """Whether the cache holds contexts: tokens and nothing else, of an encoder that training does not change."""
     tokens_alone = conditioner.context_dim is not None and conditioner.vector_dim is None
     return config.cache_contexts and not conditioner.trainable and tokens_alone
 
 
 def cache_key(
-    config: RunConfig, records: Sequence[Record], autoencoder: Autoencoder, conditioner: Conditioner
+    config: LdmRunConfig, records: Sequence[Record], autoencoder: Autoencoder, conditioner: Conditioner
 ) -> dict[str, Any]:
     """What cached latents and contexts depend on."""
     data = config.data
@@ -148,7 +149,7 @@ def cache_key(
     }
 
 
-def build_model(config: RunConfig, records: Records, device: torch.device) -> TextToImage:
+def build_model(config: LdmRunConfig, records: Records, device: torch.device) -> TextToImage:
     """Autoencoder, text encoder and UNet on their device, nothing of them trained or registered yet.
 
     Raises:
@@ -167,7 +168,7 @@ def build_model(config: RunConfig, records: Records, device: torch.device) -> Te
     return TextToImage(autoencoder, unet, conditioner.to(device), scheduling, defaults)
 
 
-def open_cache(config: RunConfig, records: Sequence[Record], model: TextToImage) -> CachedLatents | None:
+def open_cache(config: LdmRunConfig, records: Sequence[Record], model: TextToImage) -> CachedLatents | None:
     """The latent cache that the config names, if any. Raises as CachedLatents, also where it is of other pictures."""
     if config.cache is None:
         return None
@@ -176,7 +177,7 @@ def open_cache(config: RunConfig, records: Sequence[Record], model: TextToImage)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Learner:
+class LdmTraining:
     """What learns in a stage-2 run."""
 
     trainer: Trainer
@@ -192,10 +193,10 @@ class Learner:
         cls,
         trainer: Trainer,
         model: TextToImage,
-        config: RunConfig,
-        learning: Learning,
+        config: LdmRunConfig,
+        learning: Trainable,
         followers: Sequence[Ema] = (),
-    ) -> Learner:
+    ) -> LdmTraining:
         """Give the trainer all that it is to save and restore; `followers` are the objective's own averages."""
         modules, network, text_network = [], model.unet, model.conditioner
         if learning.base is not None:
@@ -204,14 +205,14 @@ class Learner:
             trainer.watch("database", model_hash(path))
         if any(p.requires_grad for p in model.unet.parameters()):
             modules.append(model.unet)
-            network = trainer.network("unet", model.unet, may_shard=learning.base is None)
+            network = trainer.network("unet", model.unet, may_partition=learning.base is None)
         else:  # in the run's precision, too
             network = trainer.accelerator.prepare_model(model.unet, evaluation_mode=True)
         if model.conditioner.trainable:
             modules.append(model.conditioner)
             if model.conditioner.tokenizer is not None:
                 trainer.keep("tokenizer", model.conditioner.tokenizer)  # learnt from captions, which may change
-            text_network = trainer.network("conditioner", model.conditioner, may_shard=learning.base is None)
+            text_network = trainer.network("conditioner", model.conditioner, may_partition=learning.base is None)
         averages = [Ema(module, config.ema) for module in modules]
         optimizer = trainer.optimizer("optimizer", modules, config.optimizer, [*averages, *followers])
         return cls(

@@ -7,22 +7,25 @@ from typing import Any, Literal
 
 from conditioning.build import ConditionerConfig
 from ldm.formats.diffusers.network_kinds import NetworkConfig, folder_of
-from ldm.formats.model_folder import Parts, open_model
+from ldm.formats.model_parts import ModelParts
+from ldm.formats.opening import open_model
 from ldm.losses.diffusion_loss import check_weighting
 from ldm.losses.time_density import DensityConfig
 from ldm.networks.prior_config import PriorConfig
-from ldm.networks.unet import UNetConfig
-from ldm.schedules.registry import ScheduleConfig, make_schedule
+from ldm.networks.unet_config import UNetConfig
+from ldm.sampling.defaults import default_settings
+from ldm.schedules.base import ScheduleConfig
+from ldm.schedules.registry import make_schedule
 from stipple.stages.data.run_settings import check_run
-from stipple.stages.ldm.denoiser_validation import SamplesConfig, ValidationConfig
-from stipple.stages.ldm.distillation import DistillationConfig, habits
+from stipple.stages.ldm.denoiser_validation import LdmValidationConfig, SamplesConfig
+from stipple.stages.ldm.distillation import DistillationConfig, student_samples
 from stipple.stages.ldm.preservation import PreservationConfig
 from stipple.stages.ldm.trainable import InversionConfig, LoraConfig
 from stipple.training.optimization.ema import EmaConfig
 from stipple.training.optimization.optimizer import OptimizerConfig
-from stipple.training.trainer import TrainerConfig
+from stipple.training.trainer_config import TrainerConfig
 from stipple_core.config import to_dict
-from stipple_core.data.dataset import DataConfig
+from stipple_core.data.records.data_config import DataConfig
 
 DEFAULT_SAMPLES = (  # fields of SamplesConfig that a model has defaults for
     *("sampler", "steps", "corrections", "guidance_scale", "guidance_bound", "guidance_percentile"),
@@ -47,7 +50,7 @@ class DiffusionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class LdmRunConfig:
     """A stage-2 run; stipple cache reads the same file."""
 
     run: str = "runs/ldm"  # folder of everything this run writes
@@ -70,7 +73,7 @@ class RunConfig:
     ema: EmaConfig = field(default_factory=EmaConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
-    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    validation: LdmValidationConfig = field(default_factory=LdmValidationConfig)
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, about 30 % more time
     save_precision: Literal["fp32", "fp16"] = "fp32"  # of the model folder
 
@@ -89,7 +92,7 @@ class RunConfig:
         return self.prior or self.unet
 
 
-def check_distillation(config: RunConfig) -> None:
+def check_distillation(config: LdmRunConfig) -> None:
     """Raise ValueError where a network and what it is to learn do not go together."""
     distillation = config.distillation
     if distillation is None and config.unet.guidance_dim is not None:
@@ -109,7 +112,7 @@ def check_distillation(config: RunConfig) -> None:
         raise ValueError(f"validation.every {every} measures denoising, which distillation does not lower; use 0")
 
 
-def open_source(path: str) -> Parts:
+def open_source(path: str) -> ModelParts:
     """The model that init_from names. Raises as `open_model`, saying who takes what a single file may need besides."""
     try:
         return open_model(path)
@@ -120,7 +123,7 @@ def open_source(path: str) -> Parts:
         raise ValueError(f"{error} ({mend})") from None
 
 
-def inherited(values: dict[str, Any]) -> dict[str, Any]:
+def config_from_init(values: dict[str, Any]) -> dict[str, Any]:
     """What a run takes from the model that it goes on from, as the lowest layer of its config."""
     path = values.get("init_from")
     if not isinstance(path, str):
@@ -134,11 +137,11 @@ def inherited(values: dict[str, Any]) -> dict[str, Any]:
             "prediction": parts.scheduling.prediction,
             "schedule": to_dict(make_schedule(parts.scheduling.schedule).config),
         },
-        "samples": {name: getattr(parts.settings, name) for name in DEFAULT_SAMPLES} | habits(values),
+        "samples": {name: getattr(default_settings(parts), name) for name in DEFAULT_SAMPLES} | student_samples(values),
         **({} if values.get("distillation") is None else {"validation": {"every": 0}}),
     }
 
 
-def opened(config: RunConfig) -> Parts | None:
+def opened(config: LdmRunConfig) -> ModelParts | None:
     """The model that a run goes on from, if there is one."""
     return None if config.init_from is None else open_source(config.init_from)

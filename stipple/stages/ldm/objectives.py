@@ -15,9 +15,9 @@ from ldm.losses.consistency import rung
 from ldm.losses.diffusion_loss import diffusion_loss
 from ldm.pipeline import TextToImage
 from ldm.schedules.registry import make_schedule
+from stipple.stages.ldm.diffusion_batch import DiffusionBatch
 from stipple.stages.ldm.distillation import DISTILLATIONS
-from stipple.stages.ldm.examples import Examples
-from stipple.stages.ldm.ldm_run import RunConfig, opened
+from stipple.stages.ldm.ldm_run import LdmRunConfig, opened
 from stipple.training.optimization.ema import Ema
 from stipple.training.trainer import Trainer
 from stipple_core.config import require_same
@@ -29,7 +29,7 @@ class Objective(Protocol):
 
     averages: Sequence[Ema]  # of the learning network's weights, made after each update, saved and restored
 
-    def __call__(self, denoiser: Denoiser, examples: Examples) -> Tensor:
+    def __call__(self, denoiser: Denoiser, examples: DiffusionBatch) -> Tensor:
         """Losses [B], of which the mean is to fall; `denoiser` is what learns."""
         ...
 
@@ -42,13 +42,13 @@ class Diffusion:
     gamma: float | None
     averages: Sequence[Ema] = ()
 
-    def __call__(self, denoiser: Denoiser, examples: Examples) -> Tensor:
+    def __call__(self, denoiser: Denoiser, examples: DiffusionBatch) -> Tensor:
         """Losses [B], see `Objective`."""
         given = examples.z_0, examples.context, examples.t, examples.noise
         return diffusion_loss(denoiser, *given, self.weighting, self.gamma)
 
 
-def make_objective(config: RunConfig, model: TextToImage, trainer: Trainer) -> Objective:
+def make_objective(config: LdmRunConfig, model: TextToImage, trainer: Trainer) -> Objective:
     """What the config asks to be learned by the model's UNet, which nothing has wrapped yet.
 
     Raises:

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING
 from ldm.pipeline import TextToImage
 from stipple.training.distributed.collective import on_main
 from stipple.training.trainer import Trainer
-from stipple_core.data.dataset import DataConfig, Records, scan
-from stipple_core.data.records.records import Record, RecordList
-from stipple_core.data.sources.folder import is_picture
+from stipple_core.data.records.data_config import DataConfig
+from stipple_core.data.records.records import Record, RecordList, Records
+from stipple_core.data.sources.folder import is_image_name
+from stipple_core.data.sources.scan import scan
 from stipple_core.images.drawn_pictures import encode_png, replace_file
 
 if TYPE_CHECKING:
-    from stipple.stages.ldm.ldm_run import RunConfig
+    from stipple.stages.ldm.ldm_run import LdmRunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,7 @@ class PreservationConfig:
             raise ValueError(f"preservation: {told}; 100 and 1 are usual")
 
 
-def with_class(found: Records, config: RunConfig, trainer: Trainer, check: Callable[[Records], None]) -> Records:
+def with_class(found: Records, config: LdmRunConfig, trainer: Trainer, check: Callable[[Records], None]) -> Records:
     """The pictures of a run, and as many of the class where its config asks for them; missing ones are drawn.
 
     The shorter list is repeated, so that an epoch holds both equally often.
@@ -64,10 +65,10 @@ def with_class(found: Records, config: RunConfig, trainer: Trainer, check: Calla
     return Records(RecordList(both), found.validation, found.skipped)
 
 
-def draw_missing(config: RunConfig, kept: PreservationConfig, trainer: Trainer, check: Callable[[], None]) -> None:
+def draw_missing(config: LdmRunConfig, kept: PreservationConfig, trainer: Trainer, check: Callable[[], None]) -> None:
     """Draw the class until there are enough pictures; picture i has seed i, whenever it is drawn."""
     folder = Path(kept.folder)
-    there = {path.name for path in folder.rglob("*") if is_picture(path.name)} if folder.is_dir() else set()
+    there = {path.name for path in folder.rglob("*") if is_image_name(path.name)} if folder.is_dir() else set()
     given = sum(not name.startswith("prior-") for name in there)
     places = [(seed, folder / f"prior-{seed:05d}.png") for seed in range(kept.images - given)]
     places = [(seed, path) for seed, path in places if path.name not in there]

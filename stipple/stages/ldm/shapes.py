@@ -5,11 +5,11 @@ from __future__ import annotations
 from autoencoder import Autoencoder, ImageEmbeddings
 from conditioning.interface.conditioner import Conditioner
 from ldm.formats.diffusers.network_kinds import folder_of
-from stipple.stages.ldm.ldm_run import RunConfig
+from stipple.stages.ldm.ldm_run import LdmRunConfig
 from stipple_core.data.records.buckets import check_step
 
 
-def _unet_shape(config: RunConfig, autoencoder: Autoencoder, conditioner: Conditioner) -> dict[str, int | None]:
+def _unet_shape(config: LdmRunConfig, autoencoder: Autoencoder, conditioner: Conditioner) -> dict[str, int | None]:
     return {
         "in_channels": autoencoder.latent_channels + conditioner.latent_channels,
         "out_channels": autoencoder.latent_channels,
@@ -19,7 +19,7 @@ def _unet_shape(config: RunConfig, autoencoder: Autoencoder, conditioner: Condit
     }
 
 
-def _prior_shape(config: RunConfig, autoencoder: Autoencoder, conditioner: Conditioner) -> dict[str, int | None]:
+def _prior_shape(config: LdmRunConfig, autoencoder: Autoencoder, conditioner: Conditioner) -> dict[str, int | None]:
     if not isinstance(autoencoder, ImageEmbeddings):
         raise ValueError(f"autoencoder {config.autoencoder} makes no embeddings, as a prior needs; see stipple embed")
     if config.data.image_size != autoencoder.downsampling:
@@ -42,7 +42,7 @@ def _prior_shape(config: RunConfig, autoencoder: Autoencoder, conditioner: Condi
 FITTING = {"unet": _unet_shape, "prior": _prior_shape}  # kind of network -> fields of its config, as they have to be
 
 
-def check_shapes(config: RunConfig, autoencoder: Autoencoder, conditioner: Conditioner) -> None:
+def check_shapes(config: LdmRunConfig, autoencoder: Autoencoder, conditioner: Conditioner) -> None:
     """Raise ValueError where the UNet does not fit between autoencoder and text encoder."""
     f, size, network = autoencoder.downsampling, config.data.image_size, config.network
     if size % f:

@@ -61,7 +61,7 @@ class InversionConfig:
             raise ValueError(f"inversion.vectors {self.vectors} must be at least 1, which is usual")
 
 
-class Learning(Protocol):
+class Trainable(Protocol):
     """What of a model learns, and what is saved of it."""
 
     product: str  # folder in the run folder that it is saved to
@@ -74,7 +74,7 @@ class Learning(Protocol):
         """Write it to a folder."""
 
     def flags(self, run: str) -> list[str]:
-        """What to tell txt2img.py."""
+        """Return the flags with which `stipple draw` opens what was trained."""
 
 
 class WholeModel:
@@ -95,7 +95,7 @@ class WholeModel:
 
 
 @dataclass(frozen=True)
-class Additions:
+class LoraLayers:
     """Low-rank additions; saved are they alone, for diffusers and for programs that read Kohya's files."""
 
     config: LoraConfig
@@ -154,7 +154,7 @@ class Additions:
 
 
 @dataclass(frozen=True)
-class NewWord:
+class TextualInversion:
     """A word of the text encoder; saved are its embeddings alone."""
 
     config: InversionConfig
@@ -189,7 +189,7 @@ class NewWord:
         return ["--checkpoint", self.source, "--embedding", f"{run}/{self.product}/{FILE}"]
 
 
-def what_learns(lora: LoraConfig | None, inversion: InversionConfig | None, source: str | None) -> Learning:
+def make_trainable(lora: LoraConfig | None, inversion: InversionConfig | None, source: str | None) -> Trainable:
     """What a run's config names. Raises ValueError where that does not go together, or there is no model to adapt."""
     if lora is None and inversion is None:
         return WholeModel()
@@ -198,7 +198,7 @@ def what_learns(lora: LoraConfig | None, inversion: InversionConfig | None, sour
     if source is None:
         name = "lora" if lora is not None else "inversion"
         raise ValueError(f"{name} adapts a model, and init_from names none; give init_from=PATH")
-    return Additions(lora, source) if lora is not None else NewWord(inversion, source)
+    return LoraLayers(lora, source) if lora is not None else TextualInversion(inversion, source)
 
 
 def _check_draws(model: TextToImage, how: str) -> None:

@@ -11,18 +11,18 @@ from accelerate.utils import broadcast_object_list
 from torch.distributed import all_gather_object, get_rank, get_world_size
 
 from stipple_core.files import checkpoint_folder as checkpoint
-from stipple_core.files.manifest import durable_sum
+from stipple_core.files.manifest import durable_sha256
 
 T = TypeVar("T")
 Sums = dict[str, str]  # of files, by name, that a process made durable
 
 
-class ToldByMain(OSError):
+class ReportedByMain(OSError):
     """A failure that the main process tells of; the others need not."""
 
 
 @dataclass(frozen=True)
-class Problem:
+class ErrorSummary:
     """An error as one process tells it to the others."""
 
     told: str
@@ -31,14 +31,14 @@ class Problem:
     mistake: bool  # a ValueError: the user's
 
     @classmethod
-    def of(cls, error: Exception) -> Problem:
+    def of(cls, error: Exception) -> ErrorSummary:
         """The outline of an error."""
         if isinstance(error, OSError) and error.errno is not None:
             place = None if error.filename is None else str(error.filename)
             return cls(error.strerror or type(error).__name__, error.errno, place, False)
         return cls(str(error) or type(error).__name__, None, None, isinstance(error, ValueError))
 
-    def error(self, kind: type[OSError] = ToldByMain) -> Exception:
+    def error(self, kind: type[OSError] = ReportedByMain) -> Exception:
         """What to raise for it: an OSError of a `kind`, with its errno, where a disk failed."""
         if self.number is not None:
             return kind(self.number, self.told, *([] if self.place is None else [self.place]))
@@ -57,7 +57,7 @@ def on_main(act: Callable[[], T], is_main: bool) -> T | None:
         try:
             answer[0] = act()
         except Exception as error:  # whatever it is, the others are waiting to hear of it
-            failed, answer[1] = error, Problem.of(error)
+            failed, answer[1] = error, ErrorSummary.of(error)
     value, problem = broadcast_object_list(answer)
     if failed is not None:
         raise failed
@@ -102,7 +102,7 @@ def write_together(folder: Path, write: Callable[[Path], Sums | None]) -> None:
 def save_rows(folder: Path, state: dict) -> Sums:
     """What a process writes of a state: see `save_state`; its file is durable, and its sum returned by its name."""
     path = checkpoint.save_state(folder, state, get_rank())
-    return {path.name: durable_sum(path)}
+    return {path.name: durable_sha256(path)}
 
 
 def _written(folder: Path, write: Callable[[Path], Sums | None]) -> Sums:
@@ -111,13 +111,13 @@ def _written(folder: Path, write: Callable[[Path], Sums | None]) -> Sums:
     try:
         sums = write(folder) or {}
     except Exception as error:
-        problem = Problem.of(error)
+        problem = ErrorSummary.of(error)
     answers: list = [None] * get_world_size()
     all_gather_object(answers, (sums, problem))
     for other, (_, found) in enumerate(answers):
         if found is not None:
             told = f"process {other}: {found.told}; what was there before is intact"
-            raise Problem(told, found.number, found.place, False).error(ToldByMain if rank else OSError)
+            raise ErrorSummary(told, found.number, found.place, False).error(ReportedByMain if rank else OSError)
     return {name: found for sums, _ in answers for name, found in sums.items()}
 
 

@@ -11,11 +11,11 @@ from accelerate import Accelerator
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from stipple.training.distributed import sharding
+from stipple.training.distributed import fsdp
 from stipple.training.distributed.partial import saved_part
 
 
-class Networks:
+class WrappedNetworks:
     """Wraps models as they are registered.
 
     Args:
@@ -35,15 +35,15 @@ class Networks:
         """Whether any is: then every process has rows to save, and a whole copy is a matter for all."""
         return bool(self._blanks)
 
-    def add(self, model: nn.Module, may_shard: bool) -> tuple[nn.Module, Any]:
+    def add(self, model: nn.Module, may_partition: bool) -> tuple[nn.Module, Any]:
         """Move a model to the device; returns it wrapped, and what is saved and restored of it."""
-        network, part = self._sharded(model) if self.shards and may_shard else self._synchronised(model)
+        network, part = self._sharded(model) if self.shards and may_partition else self._synchronised(model)
         self._wrapped.append(network)
         return network, part
 
     def whole(self, model: nn.Module, place: torch.device | str, wanted: bool) -> nn.Module | None:
         """The model itself, or where it is sharded a copy at `place`, for processes that want it; all call it."""
-        return sharding.gathered(model, self._blanks[model], place, wanted) if model in self._blanks else model
+        return fsdp.gathered(model, self._blanks[model], place, wanted) if model in self._blanks else model
 
     def synchronise(self, on: bool) -> None:
         """Whether the next backward passes average gradients over the processes."""
@@ -67,11 +67,11 @@ class Networks:
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view")  # channels_last
         return wrapped, saved_part(model)
 
-    def _sharded(self, model: nn.Module) -> tuple[nn.Module, sharding.ShardedWeights]:
-        self._blanks[model] = sharding.blank(model)
+    def _sharded(self, model: nn.Module) -> tuple[nn.Module, fsdp.FsdpWeights]:
+        self._blanks[model] = fsdp.blank(model)
         if self.compiled:
             model.compile()
         network = self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)  # for autocast
         precision = self.accelerator.mixed_precision if self.accelerator.native_amp else "no"  # no autocast: no halves
-        sharding.shard(network, self.accelerator.device, precision)
-        return network, sharding.ShardedWeights(network)
+        fsdp.shard(network, self.accelerator.device, precision)
+        return network, fsdp.FsdpWeights(network)

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from stipple.training.distributed.sharding import fill, local, rows
+from stipple.training.distributed.fsdp import fill, local, rows
 
 
 @dataclass(frozen=True, kw_only=True)

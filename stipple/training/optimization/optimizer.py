@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stipple.training.distributed.sharding import fill, whole
+from stipple.training.distributed.fsdp import fill, whole
 from stipple.training.optimization.update_rules import RULES, as_matrix, check_rule, from_matrix, trained
 
 
@@ -90,7 +90,7 @@ class Optimizer:
         self.scaler.update()
         self._gradients.zero_grad(set_to_none=True)
 
-    def leave_out(self, losses_finite: bool) -> bool:
+    def skip(self, losses_finite: bool) -> bool:
         """Clear the gradients instead, with weights and moments as they were; returns whether the step was a bad one.
 
         Under fp16 the loss scale begins too high and is halved until gradients no longer overflow, and is doubled again

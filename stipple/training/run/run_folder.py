@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import shutil
+import socket
 import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
-from stipple.training.distributed.collective import ToldByMain
+from stipple.training.distributed.collective import ReportedByMain
 from stipple_core.files import checkpoint_folder as checkpoint
 from stipple_core.files.manifest import MANIFEST, make_directory
 
+LOCK = ".lock"  # file in a run folder that is locked while a run uses it, and names the process
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -39,18 +43,23 @@ class RunFolder:
         """
         if self._lock is not None:
             return
-        lock_path = self.path / ".lock"
+        lock_path = self.path / LOCK
         new = [lock_path] * (not lock_path.exists())
         self._made = new + make_directory(self.path)
-        lock = open(lock_path, "w")  # noqa: SIM115  (held open, and so locked, until it is collected)
+        lock = open(lock_path, "a+")  # noqa: SIM115  (held open, and so locked, until it is collected)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.close()
-            raise ValueError(f"{self.path} is in use by another run; wait for it or choose another folder") from None
+            raise ValueError(
+                f"{self.path} is in use by another run, {holder(self.path)}; wait for it or choose another folder"
+            ) from None
         except OSError as error:
             told = f"{self.path} can't be locked ({error.strerror})"
             print(f"warning: {told}; see to it that no other run uses it", file=sys.stderr)
+        lock.truncate(0)
+        lock.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+        lock.flush()
         os.register_at_fork(after_in_child=_closing(weakref.ref(lock)))  # workers would hold it after this process
         self._lock = lock
 
@@ -112,6 +121,36 @@ class RunFolder:
         checkpoint.prune(self.path / "state", self.keep)
 
 
+@dataclass(frozen=True)
+class Holder:
+    """The process that last held the lock of a run folder."""
+
+    pid: int | None
+    host: str | None
+
+    def __str__(self) -> str:
+        return "of an older version of Stipple" if self.pid is None else f"process {self.pid} on {self.host}"
+
+
+def holder(folder: str | Path) -> Holder:
+    """Return the process that the lock file of a run folder names."""
+    try:
+        values = json.loads((Path(folder) / LOCK).read_text(encoding="utf-8"))
+        return Holder(int(values["pid"]), str(values["host"]))
+    except (OSError, ValueError, TypeError, KeyError):
+        return Holder(None, None)
+
+
+def in_use(folder: str | Path) -> bool:
+    """Return whether a run holds the lock of a folder. Raises OSError where the file system has no locks."""
+    try:
+        with open(Path(folder) / LOCK, "a+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    return False
+
+
 def _empty(folder: Path) -> None:
     """Remove all that is in a folder, if there is one; itself may be a symbolic link, to one on another disk."""
     for path in folder.iterdir() if folder.is_dir() else ():
@@ -139,7 +178,7 @@ def disk_errors(run: str | Path) -> Iterator[None]:
     """
     try:
         yield
-    except ToldByMain:
+    except ReportedByMain:
         raise SystemExit(1) from None
     except OSError as error:
         told = error.strerror or (str(error).strip().splitlines() or [type(error).__name__])[-1]

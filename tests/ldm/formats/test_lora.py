@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from ldm import TextToImage
 from ldm.formats.lora import DIFFUSERS_FILE, KOHYA_FILE, Lora, LowRank, merge, read_lora, save_lora
-from stipple.commands.add_ons import parse_lora
-from stipple.stages.ldm.trainable import Additions, LoraConfig
+from stipple.commands.drawing.add_ons import parse_lora
+from stipple.stages.ldm.trainable import LoraConfig, LoraLayers
 from stipple_core.files.weights import read_metadata
 from tests.helpers.small_models import build_model
 
@@ -31,7 +31,7 @@ DRAWN = dict(height=32, width=32, guidance_scale=5.0)
 def adapted(folder) -> TextToImage:
     """A small model with layers of peft in it that have learned something."""
     model = build_model(folder)
-    Additions(CONFIG, "").prepare(model, [], 0)
+    LoraLayers(CONFIG, "").prepare(model, [], 0)
     torch.manual_seed(3)
     for network in (model.unet, model.conditioner):
         for p in network.parameters():
@@ -50,7 +50,7 @@ def folder(tmp_path_factory):
     del index["_stipple"]
     index |= {"_class_name": "StableDiffusionPipeline", "scheduler": ["diffusers", "DDIMScheduler"]}
     (folder / "model_index.json").write_text(json.dumps(index))
-    Additions(CONFIG, "").save(adapted(tmp_path_factory.mktemp("encoder")), folder / "lora", None)
+    LoraLayers(CONFIG, "").save(adapted(tmp_path_factory.mktemp("encoder")), folder / "lora", None)
     return folder
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import ldm.formats.opening
 import ldm.formats.single_file
 from autoencoder import Autoencoder
 from autoencoder.formats.compvis_first_stage import compvis_config
@@ -15,11 +16,12 @@ from conditioning.readers.combined import CombinedConditioner
 from conditioning.readers.spatial import SpatialReader
 from ldm.formats.compvis.schedule_buffers import BUFFERS, schedule_buffers
 from ldm.formats.diffusers.scheduler import Scheduling
-from ldm.formats.model_folder import open_model, save_model
+from ldm.formats.model_folder import save_model
+from ldm.formats.opening import open_model
 from ldm.formats.single_file import modelspec, open_single_file, save_first_stage, save_single_file
 from ldm.networks.unet import UNet
 from ldm.pipeline import TextToImage
-from ldm.schedules.registry import ScheduleConfig
+from ldm.schedules.base import ScheduleConfig
 from stipple_core.files.weights import read_metadata, read_weights, write_weights
 from tests.helpers.single_files import KINDS, PROMPTS, YAML, build_parts, save_words, write_yaml
 from tests.helpers.told_pictures import draw_told
@@ -296,7 +298,7 @@ STABLE = [
 
 @pytest.mark.parametrize("kind, dim, prediction, extra, family", STABLE)
 def test_stable_diffusions_shapes_get_its_name(kind, dim, prediction, extra, family, words):
-    from ldm.networks.unet import UNetConfig
+    from ldm.networks.unet_config import UNetConfig
 
     parts = build_parts(kind, words)
     with torch.device("meta"):
@@ -470,9 +472,7 @@ def test_txt2img_draws_from_a_single_file_and_records_its_hash(files, tmp_path, 
     path, _ = files("sd1")
     opened = open_single_file  # the heads of so small a model are in no table: its YAML is not a flag of txt2img.py
     yaml = write_yaml(tmp_path)
-    monkeypatch.setattr(
-        ldm.formats.single_file, "open_single_file", lambda path, _, *others: opened(path, yaml, *others)
-    )
+    monkeypatch.setattr(ldm.formats.opening, "open_single_file", lambda path, _, *others: opened(path, yaml, *others))
     txt2img.main(["a red heart", "--checkpoint", str(path), "--steps", "2", "--outdir", str(tmp_path / "out")])
     with Image.open(tmp_path / "out" / "00000.png") as image:
         record = json.loads(image.text["stipple"])

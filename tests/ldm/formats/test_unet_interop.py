@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from ldm.formats.diffusers.networks_folder import load_unet, save_unet
 from ldm.formats.diffusers.unet_options import unet_to_diffusers
-from ldm.networks.unet import UNet, UNetConfig
+from ldm.networks.unet import UNet
+from ldm.networks.unet_config import UNetConfig
 from tests.ldm.networks.test_unet import PLAIN, SMALL, close, context, random_unet
 
 SHAPES = {

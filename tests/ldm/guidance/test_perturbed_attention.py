@@ -12,9 +12,10 @@ from diffusers.pipelines.pag.pag_utils import PAGMixin
 
 from conditioning.interface.context import Context
 from ldm.denoising.denoiser import Denoiser
+from ldm.denoising.perturbed_context import PerturbedContext
 from ldm.guidance.base import classifier_free, rescaled
 from ldm.guidance.combines import apg
-from ldm.guidance.perturbed_attention import Perturbed, perturbed_attention
+from ldm.guidance.perturbed_attention import perturbed_attention
 from ldm.networks.cached_unet import CachedUNet, self_attentions
 from ldm.networks.unet import UNet
 from tests.helpers.oracles import SCHEDULES
@@ -160,7 +161,7 @@ def test_at_perturbed_scale_0_it_is_classifier_free_guidance_to_the_last_bit(z_t
 def test_pictures_that_are_not_perturbed_are_as_they_would_be_alone(z_t, config):
     unet = random_unet(config).double()
     told, null = contexts()
-    whole = Perturbed(told.cat(null).cat(told), 2, ("mid_block",))
+    whole = PerturbedContext(told.cat(null).cat(told), 2, ("mid_block",))
     reader, timestep = CachedUNet(unet), torch.full((6,), 300.0)
     output = reader(torch.cat([z_t] * 3), timestep, whole)
     torch.testing.assert_close(output[:2], unet(z_t, timestep[:2], told))
@@ -172,7 +173,7 @@ def test_pictures_that_are_not_perturbed_are_as_they_would_be_alone(z_t, config)
 def test_the_estimates_are_the_same_where_latents_are_not_alike(z_t):
     """On a CPU a reader computes alike latents once, up to the first cross-attention."""
     unet, (told, null) = random_unet(FIRST).double(), contexts()
-    whole = Perturbed(told.cat(null).cat(told), 2, ("mid_block",))
+    whole = PerturbedContext(told.cat(null).cat(told), 2, ("mid_block",))
     many = torch.cat([z_t, z_t, z_t])
     many[0] += 1
     alike, other = (CachedUNet(unet)(z, torch.full((6,), 300.0), whole) for z in (torch.cat([z_t] * 3), many))

@@ -14,8 +14,9 @@ from ldm.networks.cached_unet import CachedUNet
 from ldm.networks.prior import PriorTransformer
 from ldm.networks.prior_config import PriorConfig
 from stipple.stages.ldm.denoiser_validation import SamplesConfig
-from stipple.stages.ldm.ldm_run import DataConfig, RunConfig
+from stipple.stages.ldm.ldm_run import LdmRunConfig
 from stipple.stages.ldm.shapes import check_shapes
+from stipple_core.data.records.data_config import DataConfig
 
 CONFIG = PriorConfig(embedding_dim=8, token_dim=8, vector_dim=8, text_tokens=5, layers=2, heads=2, head_dim=6)
 
@@ -128,8 +129,8 @@ def test_a_prior_that_does_not_fit_is_told_its_own_keys(prior, changes, message)
     conditioner = SimpleNamespace(**told, hint=None, reads=frozenset(), has_positions=False)
     given = {"data": DataConfig(folder="", image_size=32), "samples": SamplesConfig(every=0)}
 
-    def run(**options) -> RunConfig:
-        return RunConfig(autoencoder="", **given | options)
+    def run(**options) -> LdmRunConfig:
+        return LdmRunConfig(autoencoder="", **given | options)
 
     check_shapes(run(prior=CONFIG), autoencoder, conditioner)
     with pytest.raises(ValueError, match=message):

@@ -5,7 +5,8 @@ import torch
 
 from conditioning import Context
 from ldm.networks.cached_unet import CachedUNet
-from ldm.networks.unet import UNet, UNetConfig
+from ldm.networks.unet import UNet
+from ldm.networks.unet_config import UNetConfig
 from tests.helpers.small_models import UNET, build_model
 
 WIDTH = 24

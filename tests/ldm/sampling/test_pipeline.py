@@ -342,7 +342,7 @@ def test_a_model_that_learned_variances_draws_by_them(tmp_path):
 def test_kept_transforms_change_no_picture_but_in_the_last_bits(models):
     model, folder = models["KL, CLIP"]
     kept = TextToImage.load(folder, keep_transforms=True)
-    assert all(module.keeps for module in kept.unet.modules() if isinstance(module, Convolution))
+    assert all(module.keeps_transform for module in kept.unet.modules() if isinstance(module, Convolution))
     assert abs(pixels(kept(PROMPTS)) - pixels(model(PROMPTS))).max() <= 1
 
 

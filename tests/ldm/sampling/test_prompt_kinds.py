@@ -11,8 +11,9 @@ from conditioning.classes.class_names import ClassConfig
 from conditioning.layouts.layout_tokenizer import LayoutConfig
 from ldm.pipeline import TextToImage
 from stipple.stages.ldm.ldm_parts import make_conditioner
-from stipple.stages.ldm.ldm_run import DataConfig, RunConfig
+from stipple.stages.ldm.ldm_run import LdmRunConfig
 from stipple_core.data.records.captions import columns_of, expand
+from stipple_core.data.records.data_config import DataConfig
 from stipple_core.data.records.records import Record, Records
 from tests.helpers.layout_shapes import draw, draw_layout, find, make_set, overlaps, write_layout
 from tests.helpers.tiny_runs import final_state, run_here
@@ -168,7 +169,7 @@ def test_classes_that_only_held_out_pictures_have_are_known():
 
     for kind, one, other in (("class", "cat", "dog"), ("layout", "cat 0 0 1 1", "dog 0 0 1 1")):
         layout = LayoutConfig(vocab_size=26, width=8, layers=1, heads=2)
-        config = RunConfig(
+        config = LdmRunConfig(
             data=DataConfig(folder=""), autoencoder="", conditioner=ConditionerConfig(kind=kind, layout=layout)
         )
         conditioner = make_conditioner(config, None, Records([record(one)], [record(other)], []))

@@ -1,0 +1,1 @@
+"""What the drawing commands share: flags, the opened model, and the pictures that are written."""

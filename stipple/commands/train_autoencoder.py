@@ -1,0 +1,124 @@
+"""Stage 1: train an autoencoder on a folder of images (Rombach et al. 2022, section 3.1).
+
+stipple train-autoencoder --config configs/autoencoder/emoji.yaml data.folder=PATH
+stipple train-autoencoder init_from=vae-ft-mse.safetensors data.folder=PATH
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+
+from autoencoder.losses.first_stage_loss import discriminator_loss, generator_loss
+from stipple.cli.training_arguments import read_arguments
+from stipple.stages.autoencoder.adversary import discriminate
+from stipple.stages.autoencoder.autoencoder_parts import AutoencoderTraining, build_networks, train_perceptual
+from stipple.stages.autoencoder.autoencoder_run import AutoencoderRunConfig, config_from_init
+from stipple.stages.autoencoder.reconstruction import measure_scale, validate
+from stipple.stages.data.data_check import DataCheck
+from stipple.stages.data.run_data import RunData
+from stipple.training.run.run_folder import disk_errors
+from stipple.training.trainer import Trainer
+from stipple_core.config import load_config, one_line_errors, to_dict
+from stipple_core.data.sources.scan import scan
+from stipple_core.randomness import normal
+from stipple_core.resources import resource
+
+
+def train(config: AutoencoderRunConfig) -> None:
+    """Train, measure, and leave the model in `run/model`."""
+    with one_line_errors():
+        trainer = Trainer(config.trainer, config.run, to_dict(config))  # first: from here on time and signals count
+        found = scan(config.data, captioned=False)
+        networks = build_networks(config, trainer.device)
+        data_check = DataCheck.of(found, config.data, trainer)
+        pictures = RunData.open(config.data, data_check, config.seed, config.run)
+        learner = AutoencoderTraining.register(trainer, networks, config)
+    with one_line_errors():
+        pictures.begin(trainer, config)
+    train_perceptual(trainer, networks.perceptual, pictures, config)
+    autoencoder, device, seed = networks.autoencoder, trainer.device, config.seed
+
+    def save_model(folder: Path) -> None:
+        last = trainer.step == config.trainer.steps
+        count = config.validation.scale_images if last else 256
+        with learner.average.applied():
+            measured = measure_scale(autoencoder, pictures.squares, count, device)
+        measured.save(folder)
+
+    channels, f = config.autoencoder.code_channels, autoencoder.downsampling
+    with pictures.reported(trainer):
+        for batch in trainer.steps(pictures.loader(trainer, seed), save_model, pictures.names):
+            images = batch.images.to(device, memory_format=torch.channels_last, non_blocking=True)
+            latent_shape = (channels, images.shape[2] // f, images.shape[3] // f)
+            noise = normal(seed, "posterior", trainer.step, trainer.positions(), latent_shape).to(device)
+            reconstruction = learner.network(images, noise)
+            # accelerate makes float32 of tensors that leave a network under autocast, but not of those in a dataclass
+            reconstruction = dataclasses.replace(reconstruction, images=reconstruction.images.float())
+            adversarial = config.discriminator_start is not None and trainer.step + 1 >= config.discriminator_start
+            adversary = (
+                discriminate(networks.discriminator, images, reconstruction.images, config.loss)
+                if adversarial
+                else None
+            )
+            loss = generator_loss(
+                images, reconstruction, config.loss, networks.perceptual, adversary, autoencoder.last_layer
+            )
+            trainer.update(loss.total, learner.optimizer)
+            trainer.log(loss=loss.total, **{k: v for k, v in loss.scalars().items() if k != "total"})
+            if adversarial:
+                logits, _ = learner.discriminator_network(torch.cat([images, reconstruction.images.detach()]))
+                critic_loss = discriminator_loss(*logits.chunk(2))
+                trainer.update(critic_loss, learner.discriminator_optimizer)
+                trainer.log(discriminator_loss=critic_loss)
+            if learner.codebook is not None:
+                learner.codebook.add(reconstruction.indices, reconstruction.posterior.mean)
+                if learner.codebook.due(config.revive_every):
+                    trainer.record(**learner.codebook.revive(seed, learner.average, learner.optimizer))
+            if trainer.due(config.validation.every) and len(pictures.held_out):
+                with learner.average.applied():
+                    validate(trainer, autoencoder, pictures.held_out, config.validation)
+
+
+def next_command(config: AutoencoderRunConfig, path: str | None) -> str:
+    """Return the command that caches latents of the trained autoencoder.
+
+    Args:
+        config: of this run.
+        path: of its YAML file; a recipe of stage 2 with the same name is the next one.
+    """
+    recipe = f"configs/ldm/{Path(path or '').name}"
+    if not Path(recipe).is_file() and not resource(recipe).is_file():
+        recipe = "configs/ldm/txt2img-small.yaml"
+    overrides = [*config.data.overrides, f"autoencoder={config.run}/model", f"cache=cache/{Path(config.run).name}"]
+    return shlex.join(["stipple", "cache", "--config", recipe, *overrides])
+
+
+def read_config(arguments: argparse.Namespace) -> AutoencoderRunConfig:
+    """Return the config of a command line; exits with one line and code 2 after a mistake."""
+    with one_line_errors():
+        return load_config(AutoencoderRunConfig, arguments.config, arguments.overrides, config_from_init)
+
+
+def run(config: AutoencoderRunConfig, arguments: argparse.Namespace) -> None:
+    """Train with a config that `read_config` returned."""
+    with disk_errors(config.run):
+        train(config)
+    if PartialState().is_main_process:
+        print(f"the autoencoder is in {config.run}/model; next:\n  {next_command(config, arguments.config)}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line in this process, which accelerate may have started as one of several."""
+    arguments = read_arguments("train-autoencoder", argv)
+    run(read_config(arguments), arguments)
+
+
+if __name__ == "__main__":
+    main()
