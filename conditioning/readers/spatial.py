@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from conditioning.hints.hints import HINTS, SpatialConfig
 from conditioning.hints.masks import CONVENTIONS
 from conditioning.interface.context import Context
+from conditioning.interface.input_reader import InputReader, Widths
 from conditioning.interface.inputs import ConditionInputs
-from conditioning.interface.reader import InputReader, Widths
 from stipple_core.operators.sinusoids import sinusoids
 
 LEVEL_WIDTH = 128  # of the embedding of the noise level of a low-resolution image

@@ -14,7 +14,7 @@ from torch import nn
 
 from autoencoder import Autoencoder, PatchDiscriminator
 from autoencoder.losses.perceptual import PERCEPTUAL, make_perceptual
-from conditioning.build import ConditionerConfig
+from conditioning.conditioners import ConditionerConfig
 from conditioning.encoders.scratch import random_transformer, train_tokenizer
 from conditioning.readers.frame import FrameReader
 from conditioning.readers.spatial import SpatialReader

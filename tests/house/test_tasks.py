@@ -82,7 +82,7 @@ PLACES = {  # conditioning/ and configs; single files and folders of others; com
     "autoencoder/image_embeddings.py": {"a prior"},
     "autoencoder/pixels.py": {"a prior", "pixels"},
     "conditioning/__init__.py": {"unconditional"},
-    "conditioning/build.py": {"layout", "retrieval", "two text encoders", "unconditional"},
+    "conditioning/conditioners.py": {"layout", "retrieval", "two text encoders", "unconditional"},
     "conditioning/classes/class_conditioner.py": {"class", "unconditional"},
     "conditioning/text/text_conditioner.py": {"layout"},
     "conditioning/hints/hints.py": {"depth", "inpainting", "semantic synthesis", "super-resolution"},

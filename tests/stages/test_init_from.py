@@ -173,7 +173,7 @@ def test_overwriting_the_checkpoint_that_a_run_came_from_does_not_change_its_wei
 
 
 def test_what_an_inpainting_model_is_shown_begins_with_no_effect_whatever_its_start_was_shown(tmp_path):
-    from conditioning.build import ConditionerConfig
+    from conditioning.conditioners import ConditionerConfig
     from conditioning.hints.hints import SpatialConfig
     from stipple.stages.ldm.ldm_parts import make_unet
     from stipple.stages.ldm.ldm_run import LdmRunConfig
