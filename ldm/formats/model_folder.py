@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from autoencoder import Pixels, open_autoencoder
-from conditioning.build import load_conditioner
+from conditioning.conditioners import load_conditioner
 from conditioning.formats.unet_inputs import FRAME, with_frame, with_hints
 from conditioning.interface.conditioner import Conditioner
 from conditioning.readers.spatial import SpatialReader

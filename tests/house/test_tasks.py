@@ -87,7 +87,7 @@ PLACES = {  # conditioning, formats of other programs, commands of tasks, and wh
     "autoencoder/image_embeddings.py": {"a prior"},
     "autoencoder/pixels.py": {"a prior", "pixels"},
     "conditioning/__init__.py": {"unconditional"},
-    "conditioning/build.py": {"layout", "retrieval", "two text encoders", "unconditional"},
+    "conditioning/conditioners.py": {"layout", "retrieval", "two text encoders", "unconditional"},
     "conditioning/classes/class_conditioner.py": {"class", "unconditional"},
     "conditioning/formats/compvis_conditioner.py": {"layout", "unconditional"},
     "conditioning/formats/unet_inputs.py": {"inpainting", "semantic synthesis", "super-resolution", "unconditional"},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from conditioning.build import ConditionerConfig
+from conditioning.conditioners import ConditionerConfig
 from ldm.formats.diffusers.network_kinds import NetworkConfig, folder_of
 from ldm.formats.model_parts import ModelParts
 from ldm.formats.opening import open_model
