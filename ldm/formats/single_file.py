@@ -131,10 +131,10 @@ def save_single_file(parts: ModelParts, path: str | os.PathLike, dtype: torch.dt
         raise ValueError(f"{path} must end in .safetensors: other single files are pickles, which are not written")
     schedule, prediction = parts.scheduling.schedule, parts.scheduling.prediction
     if prediction not in PREDICTION_TYPES:
-        raise ValueError(f"prediction {prediction!r} can't be said in a CompVis file; only noise, clean, velocity can")
+        raise ValueError(f"prediction {prediction!r} can't be stored in a CompVis file; only noise, clean, velocity can")
     if not isinstance(parts.autoencoder, Autoencoder):
         kind = parts.autoencoder.class_name
-        raise ValueError(f"a model of {kind} can't be said in a CompVis file, which has a first stage; keep the folder")
+        raise ValueError(f"a model of {kind} can't be stored in a CompVis file, which requires a first stage; keep the folder")
     text = isinstance(parts.conditioner.prompts, Conditioner)
     kind, scale = parts.autoencoder.config.regularizer, parts.autoencoder.scaling_factor
     own_scale = kind == "kl" and not text  # programs read it from the file

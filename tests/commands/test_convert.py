@@ -125,7 +125,7 @@ def test_what_compvis_has_no_word_for_writes_nothing(given, tmp_path, capsys):
     build_model(tmp_path / "own").save(tmp_path / "model")
     before = sorted(tmp_path.iterdir())
     said = refused(capsys, tmp_path / "model", tmp_path / "new" / "x.safetensors")
-    assert "norm_num_groups 8 can't be said in a CompVis file" in said
+    assert "norm_num_groups 8 can't be stored in a CompVis file" in said
     assert sorted(tmp_path.iterdir()) == before
 
 

@@ -267,7 +267,7 @@ def test_the_tables_of_the_schedule_are_those_of_ddpm():
     theirs = tables["posterior_mean_coef1"][400] * z_0 + tables["posterior_mean_coef2"][400] * z_t
     assert theirs.item() == pytest.approx(mean.item(), rel=1e-5)
     assert tables["posterior_variance"][400].item() == pytest.approx(1 / precision.item(), rel=1e-5)
-    with pytest.raises(ValueError, match="schedule 'flow' can't be said in a CompVis file"):
+    with pytest.raises(ValueError, match="schedule 'flow' can't be stored in a CompVis file"):
         schedule_buffers(ScheduleConfig(name="flow"))
 
 
@@ -437,11 +437,11 @@ def test_what_compvis_has_no_word_for_is_refused_and_nothing_is_written(words, t
 
     flow = Scheduling(schedule=ScheduleConfig(name="flow"), prediction="flow")
     sigmas = Scheduling(schedule=ScheduleConfig(name="ve"), prediction="noise")
-    refused("prediction 'flow' can't be said", change(scheduling=flow))
-    refused("schedule 've' can't be said", change(scheduling=sigmas))
+    refused("prediction 'flow' can't be stored", change(scheduling=flow))
+    refused("schedule 've' can't be stored", change(scheduling=sigmas))
     refused("tokenizer of its own", change(conditioner=own.conditioner))
     refused("norm_num_groups 8 can't be said", change(autoencoder=own.autoencoder))
-    refused("norm_num_groups 8 can't be said", change(unet=own.unet))
+    refused("norm_num_groups 8 can't be stored", change(unet=own.unet))
     refused("must end in .safetensors", parts, tmp_path / "x.ckpt")
 
 

@@ -114,7 +114,7 @@ def test_what_is_retrieved_for_a_prompt_is_what_the_model_is_told(runs):
 
 def test_a_prior_has_no_single_file(runs, tmp_path):
     prior = TextToImage.load(runs / "unclip-prior" / "model")
-    with pytest.raises(ValueError, match="a model of ImageEmbeddings can't be said in a CompVis file"):
+    with pytest.raises(ValueError, match="a model of ImageEmbeddings can't be stored in a CompVis file"):
         save_single_file(prior.parts, tmp_path / "prior.safetensors")
 
 
