@@ -67,7 +67,7 @@ def require_finite(source: Path, **networks: torch.nn.Module | None) -> None:
 def convert_first_stage(arguments: argparse.Namespace, dtype: torch.dtype) -> None:
     """An autoencoder alone: a file of it to a folder with vae/, or such a folder to a file."""
     from autoencoder import Autoencoder
-    from ldm.formats.single_file import save_first_stage
+    from ldm.formats.single_file_writer import save_first_stage
     from stipple_core.files.checkpoint_folder import write_folder
 
     autoencoder = Autoencoder.load(arguments.source, variant=arguments.variant)
@@ -82,7 +82,7 @@ def convert_model(arguments: argparse.Namespace, stored: torch.dtype, dtype: tor
     """A whole model, held in memory in the precision that it is stored in, which is the least."""
     from ldm.formats.model_folder import save_model
     from ldm.formats.opening import open_model
-    from ldm.formats.single_file import save_single_file
+    from ldm.formats.single_file_writer import save_single_file
     from stipple_core.files.checkpoint_folder import write_folder
 
     said = {"config_yaml": arguments.yaml, "tokenizer": arguments.tokenizer, "prediction": arguments.prediction}

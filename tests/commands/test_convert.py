@@ -12,7 +12,7 @@ import torch
 from autoencoder import Autoencoder
 from ldm.formats.model_folder import save_model
 from ldm.formats.opening import open_model
-from ldm.formats.single_file import save_first_stage, save_single_file
+from ldm.formats.single_file_writer import save_first_stage, save_single_file
 from stipple.commands.convert import main
 from stipple_core.files.weights import read_weights, write_weights
 from tests.helpers.single_files import build_parts, save_words, write_yaml

@@ -17,7 +17,8 @@ from ldm.formats.compvis.schedule_buffers import BUFFERS, schedule_buffers
 from ldm.formats.diffusers.scheduler import Scheduling
 from ldm.formats.model_folder import save_model
 from ldm.formats.opening import open_model
-from ldm.formats.single_file import modelspec, open_single_file, save_first_stage, save_single_file
+from ldm.formats.single_file import open_single_file
+from ldm.formats.single_file_writer import modelspec, save_first_stage, save_single_file
 from ldm.networks.unet import UNet
 from ldm.pipeline import TextToImage
 from ldm.schedules.registry import ScheduleConfig
@@ -311,7 +312,7 @@ WRONG = [
     (lambda s: {n: v for n, v in s.items() if not n.startswith("model.")}, "holds a first stage only"),
     (lambda s: {"layers.0.weight": torch.zeros(2)}, "no key begins with model.diffusion_model.; the first keys are la"),
     (lambda s: {n: v for n, v in s.items() if not n.startswith("first_")}, "no key begins with first_stage_model."),
-    (lambda s: s | {f"control_model.{i}": torch.zeros(1) for i in range(7)}, "keys of no known part: .*; and 2 more"),
+    (lambda s: s | {f"control_model.{i}": torch.zeros(1) for i in range(7)}, "keys of unknown parts: .*; and 2 more"),
     (lambda s: s | {"model.diffusion_model.out.2.weight": torch.zeros(4, 9, 3, 3)}, r"out.2.weight is \[4, 9, 3, 3\]"),
     (lambda s: s | {"first_stage_model.encoder.extra": torch.zeros(1)}, "encoder.extra is not known"),
     (

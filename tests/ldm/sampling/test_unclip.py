@@ -12,7 +12,7 @@ import stipple.commands.img2img as img2img
 import txt2img
 from conditioning import ConditionInputs
 from conditioning.readers.retrieval import nearest
-from ldm.formats.single_file import save_single_file
+from ldm.formats.single_file_writer import save_single_file
 from ldm.pipeline import TextToImage
 from ldm.sampling import prior_sampling
 from ldm.sampling.prior_sampling import sample_embeddings
