@@ -68,7 +68,7 @@ def require_finite(source: Path, **networks: torch.nn.Module | None) -> None:
 def convert_first_stage(arguments: argparse.Namespace, dtype: torch.dtype) -> None:
     """Convert an autoencoder alone: a file to a folder with vae/, or such a folder to a file."""
     from autoencoder import Autoencoder
-    from ldm.formats.single_file import save_first_stage
+    from ldm.formats.single_file_writer import save_first_stage
     from stipple_core.files.checkpoint_folder import write_folder
 
     autoencoder = Autoencoder.load(arguments.source, variant=arguments.variant)
@@ -83,7 +83,7 @@ def convert_model(arguments: argparse.Namespace, stored: torch.dtype, dtype: tor
     """Convert a whole model, which is held in memory in its stored precision."""
     from ldm.formats.model_folder import save_model
     from ldm.formats.opening import open_model
-    from ldm.formats.single_file import save_single_file
+    from ldm.formats.single_file_writer import save_single_file
     from stipple_core.files.checkpoint_folder import write_folder
 
     options = {"config_yaml": arguments.yaml, "tokenizer": arguments.tokenizer, "prediction": arguments.prediction}

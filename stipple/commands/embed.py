@@ -31,7 +31,8 @@ def embed(arguments: argparse.Namespace) -> None:
 
     from autoencoder import ImageEmbeddings
     from conditioning.readers.retrieval import NAMES
-    from stipple_core.data.dataset import DataConfig, scan
+    from stipple_core.data.records.data_config import DataConfig
+    from stipple_core.data.sources.scan import scan
 
     config = EmbedderConfig(kind=arguments.kind, name=arguments.name, pretrained=arguments.pretrained)
     embedder = build_embedder(config, texts=False).to(arguments.device)

@@ -17,7 +17,7 @@ from PIL import Image
 
 import stipple.commands.draw as draw
 from ldm import TextToImage
-from ldm.formats.single_file import save_single_file
+from ldm.formats.single_file_writer import save_single_file
 from ldm.guidance.registry import GUIDANCES
 from ldm.samplers.registry import SAMPLERS
 from ldm.samplers.spacing import SPACINGS

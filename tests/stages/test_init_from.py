@@ -12,7 +12,7 @@ import yaml
 from autoencoder import Autoencoder
 from ldm.formats.model_folder import save_model
 from ldm.formats.opening import open_model
-from ldm.formats.single_file import save_first_stage, save_single_file
+from ldm.formats.single_file_writer import save_first_stage, save_single_file
 from ldm.sampling.defaults import default_settings
 from stipple_core.files.manifest import problem
 from stipple_core.files.weights import read_weights

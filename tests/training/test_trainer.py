@@ -208,9 +208,7 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_model_is_finished_when
 
 def test_a_folder_in_use_is_refused_to_a_second_run(tmp_path):
     first = Run(tmp_path)
-    with pytest.raises(
-        ValueError, match=r"is in use by another run, process \d+ on \S+; wait for it"
-    ):
+    with pytest.raises(ValueError, match=r"is in use by another run, process \d+ on \S+; wait for it"):
         Run(tmp_path)
     assert first.train().trainer.step == 8
 
