@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 import sys
@@ -68,8 +67,10 @@ def run(argv: Sequence[str]) -> None:
     elif argv[0] == "--version":
         print(f"stipple {version()}")
     elif argv[0] not in commands:
-        nearest = difflib.get_close_matches(argv[0], commands, n=1, cutoff=0.5)
-        hint = f"did you mean {nearest[0]}?" if nearest else f"the commands are {', '.join(commands)}"
+        from stipple_core.nearest import did_you_mean
+
+        nearest = did_you_mean(argv[0], commands, cutoff=0.5)
+        hint = f"did you mean {nearest}?" if nearest else f"the commands are {', '.join(commands)}"
         print(f"error: command {argv[0]!r} is unknown; {hint}", file=sys.stderr)
         raise SystemExit(USAGE_ERROR)
     elif argv[0] in TRAINING:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
+
+from stipple_core.nearest import did_you_mean
 
 PACKAGES = Path(__file__).resolve().parents[1]  # the folder that the packages are in: a checkout, or site-packages
 
@@ -35,6 +36,6 @@ def find_recipe(name: str, folders: Sequence[str]) -> str:
     recipes = {path.stem: path for folder in reversed(folders) for path in resource(f"configs/{folder}").glob("*.yaml")}
     if name.removesuffix(".yaml") in recipes:
         return str(recipes[name.removesuffix(".yaml")])
-    nearest = difflib.get_close_matches(Path(name).stem, recipes, n=1, cutoff=0.6)
-    hint = f"did you mean {nearest[0]}?" if nearest else f"give a YAML file or a recipe: {', '.join(sorted(recipes))}"
+    nearest = did_you_mean(Path(name).stem, recipes, cutoff=0.6)
+    hint = f"did you mean {nearest}?" if nearest else f"give a YAML file or a recipe: {', '.join(sorted(recipes))}"
     raise FileNotFoundError(f"config file {name} does not exist; {hint}")

@@ -32,7 +32,7 @@ class Posterior:
 
     @property
     def variance(self) -> Tensor:
-        """[B, c, h, w]."""
+        """The variance, [B, c, h, w]."""
         return self.logvar.exp()
 
     def mode(self) -> Tensor:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
 from typing import Any, NoReturn
+
+from stipple_core.nearest import did_you_mean
 
 FIRST = "most used"  # the group that --help shows first
 
@@ -43,8 +44,8 @@ class Parser(argparse.ArgumentParser):
         word, valid = unknown.split(" ")[0].split("=")[0], list(self._option_string_actions)
         if choice := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
             word, valid = choice[1], choice[2].replace("'", "").split(", ")
-        nearest = difflib.get_close_matches(word, valid, n=1, cutoff=0.75)
-        raise ValueError(f"{message}; did you mean {nearest[0]}?" if nearest else message)
+        nearest = did_you_mean(word, valid, cutoff=0.75)
+        raise ValueError(f"{message}; did you mean {nearest}?" if nearest else message)
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 import importlib
 import inspect
 import io
@@ -23,6 +22,7 @@ from typing import Any
 
 from stipple.cli.argument_parser import Parser
 from stipple_core.config import one_line_errors
+from stipple_core.nearest import did_you_mean
 
 CONFIGS = {  # training command -> module and name of its config dataclass
     "train": ("stipple.stages.ldm.ldm_run", "LdmRunConfig"),
@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         keys = command_keys(arguments.command)
         for name in arguments.keys:
             if all(row.key != name for row in keys):
-                nearest = difflib.get_close_matches(name, [row.key for row in keys], n=1, cutoff=0.0)[0]
+                nearest = did_you_mean(name, [row.key for row in keys])
                 raise ValueError(f"{arguments.command} has no config key {name}; did you mean {nearest}?")
     print_keys([row for row in keys if not arguments.keys or _is_below(row.key, arguments.keys)])
 
