@@ -1,17 +1,20 @@
-"""The first stage: images to latents and back, and what it is trained with."""
+"""The first stage: autoencoders from images to latents and back, and their training losses."""
 
-from autoencoder.autoencoder import Autoencoder, Reconstruction
+from autoencoder.autoencoder import Autoencoder
 from autoencoder.image_embeddings import ImageEmbeddings
+from autoencoder.interface import FirstStage
 from autoencoder.latent_statistics import LatentStatistics, latent_rgb, preview
 from autoencoder.losses.discriminator import DiscriminatorConfig, PatchDiscriminator
 from autoencoder.networks.autoencoder_config import AutoencoderConfig
-from autoencoder.networks.regularizer import Posterior
-from autoencoder.pixels import Pixels, open_autoencoder
+from autoencoder.networks.regularizer import Posterior, Reconstruction
+from autoencoder.opening import open_autoencoder
+from autoencoder.pixels import Pixels
 
 __all__ = [
     "Autoencoder",
     "AutoencoderConfig",
     "DiscriminatorConfig",
+    "FirstStage",
     "ImageEmbeddings",
     "LatentStatistics",
     "PatchDiscriminator",

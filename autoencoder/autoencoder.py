@@ -1,71 +1,49 @@
-"""The first stage: images to unit-scale latents and back, KL- or VQ-regularized (Rombach et al. 2022, section 3.1)."""
+"""The autoencoder: images to unit-scale latents and back, KL- or VQ-regularized (Rombach et al. 2022, section 3.1)."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from autoencoder.formats import autoencoder_folder
 from autoencoder.formats import compvis_first_stage as compvis
-from autoencoder.formats import diffusers_autoencoder as interop
-from autoencoder.networks import tiling
+from autoencoder.formats.diffusers_autoencoder import CLASSES
+from autoencoder.networks import latent_scale, tiling
 from autoencoder.networks.autoencoder_config import AutoencoderConfig
 from autoencoder.networks.encoder_decoder import Decoder, Encoder
-from autoencoder.networks.regularizer import Posterior, VectorQuantizer
-from stipple_core.files.weights import (
-    find_weights,
-    misfits,
-    outline,
-    place,
-    read_folder,
-    read_json,
-    read_weights,
-    rename_old_attention,
-    require_fit,
-    write_json,
-    write_weights,
-)
+from autoencoder.networks.regularizer import Posterior, Reconstruction, VectorQuantizer
+from stipple_core.files.hashing import hash_weights
+from stipple_core.files.weights import misfits, place, require_fit
 
-STEM = "diffusion_pytorch_model"
 MEMORY = 2 << 30  # bytes
-FOLDERS = ("vae", "vqvae")  # of the autoencoder in a model folder; the second is that of diffusers' LDM pipelines
-
-
-@dataclass(frozen=True)
-class Reconstruction:
-    """What training needs of a pass through the autoencoder. Latents are those of the networks, not unit-scale."""
-
-    images: Tensor  # [B, 3, H, W]
-    posterior: Posterior  # [B, c, h, w]; with a codebook a point: the encoder's output
-    codebook_loss: Tensor | None = None  # [], codebook + beta * commitment; None without a codebook
-    indices: Tensor | None = None  # [B, h, w], the codes used; None without a codebook
 
 
 class Autoencoder(nn.Module):
-    """E and D. Outside this class latents are unit-scale: (z - shift_factor) * scaling_factor of the networks' z.
+    """Encoder and decoder with a KL or VQ regularizer; implements `autoencoder.interface.FirstStage`.
 
+    Outside this class latents are unit-scale: (z - shift_factor) * scaling_factor, where z are the networks' latents.
     Parameter names are those of diffusers' AutoencoderKL (`regularizer="kl"`) or VQModel (`"vq"`).
 
     Attributes:
-        memory: bytes that the feature maps of a picture may take where there are no gradients; what would take more is
-            computed in tiles, which changes no more than last bits (see `tiling`). None: always whole.
+        memory: bytes that the feature maps of an image may take if gradients are disabled. Larger images are computed
+            in tiles, which changes only last bits (see `tiling`). None: never in tiles.
     """
 
-    decodes = True  # latents to images; embeddings, which have the same members, do not
+    decodes = True
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
         self.config = config
-        self.scaling_factor = 1.0  # 1 / std of the networks' latents, measured
-        self.shift_factor = 0.0  # their mean; zero here (see set_scale), other programs' autoencoders may have one
+        self.scaling_factor = 1.0  # 1 / std of the networks' latents, measured after training
+        self.shift_factor = 0.0  # their mean; 0 after `set_scale`, but other programs' autoencoders may have one
         self.memory: int | None = MEMORY
-        self.latent_rgb: Tensor | None = None  # [c + 1, 3], colors of latents for previews, measured
-        self.before: str | None = None  # fingerprint of the weights that were rounded to bfloat16; None: they were not
+        self.latent_rgb: Tensor | None = None  # [c + 1, 3], colors of latents for previews, measured after training
+        self.exact_fingerprint: str | None = None  # of the weights before they were rounded to bfloat16
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         c, d = config.latent_channels, config.code_channels
@@ -77,22 +55,22 @@ class Autoencoder(nn.Module):
 
     @property
     def downsampling(self) -> int:
-        """f: pixels per latent, along one side."""
+        """f, pixels per latent along each side."""
         return self.config.downsampling
 
     @property
     def latent_channels(self) -> int:
-        """c, channels of the latents that `encode` gives."""
+        """c, the number of channels of the latents that `encode` returns."""
         return self.config.code_channels
 
     @property
     def class_name(self) -> str:
-        """Its class in diffusers."""
-        return interop.CLASSES[self.config.regularizer]
+        """The name of the equivalent class in diffusers."""
+        return CLASSES[self.config.regularizer]
 
     @property
     def last_layer(self) -> Tensor:
-        """The weight at which the adaptive weight of the adversarial loss compares gradients."""
+        """The weight whose gradients determine the adaptive weight of the adversarial loss."""
         return self.decoder.conv_out.weight
 
     @property
@@ -105,9 +83,9 @@ class Autoencoder(nn.Module):
         self.encoder.checkpointing = self.decoder.checkpointing = value
 
     def encode(self, images: Tensor) -> Posterior:
-        """Images [B, 3, H, W] in [-1, 1] to the posterior of unit-scale latents [B, c, H/f, W/f].
+        """Encode images [B, 3, H, W] in [-1, 1] to the posterior of unit-scale latents [B, c, H/f, W/f].
 
-        With a codebook the posterior is a point; `decode` quantizes it (CompVis' VQModelInterface).
+        With a codebook the posterior is a point, and `decode` quantizes it (CompVis' VQModelInterface).
 
         Raises:
             ValueError: a side is not divisible by f.
@@ -115,16 +93,16 @@ class Autoencoder(nn.Module):
         return self.posterior(images).affine(self.shift_factor, self.scaling_factor)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Unit-scale latents [B, c, h, w] to images [B, 3, f * h, f * w], about [-1, 1] but not clamped."""
+        """Decode unit-scale latents [B, c, h, w] to images [B, 3, f * h, f * w], in about [-1, 1], not clamped."""
         latents = latents / self.scaling_factor + self.shift_factor
         if self.config.regularizer == "vq":
             latents = self.quantize(latents).latents
-        return self._draw(latents)
+        return self._decode(latents)
 
     def posterior(self, images: Tensor) -> Posterior:
-        """The posterior of the networks' own latents, before the scale, in float32; for `LatentStatistics`."""
-        self._check_size(images)
-        features = self.quant_conv(self._through(self.encoder, images))
+        """Return the posterior of the networks' latents, which are not unit-scale, in float32."""
+        self.config.check_size(*images.shape[-2:])
+        features = self.quant_conv(self._run(self.encoder, images))
         features = features.to(torch.promote_types(features.dtype, torch.float32))
         if self.config.regularizer == "kl":
             return Posterior.from_moments(features)
@@ -135,90 +113,70 @@ class Autoencoder(nn.Module):
 
         Args:
             images: [B, 3, H, W] in [-1, 1].
-            noise: [B, c, h, w], samples the posterior; None takes its mode. A codebook ignores it.
+            noise: [B, c, h, w], samples the posterior. None uses its mode. It is ignored with a codebook.
         """
         posterior = self.posterior(images)
         if self.config.regularizer == "vq":
             quantized = self.quantize(posterior.mean)
-            return Reconstruction(self._draw(quantized.latents), posterior, quantized.loss, quantized.indices)
+            return Reconstruction(self._decode(quantized.latents), posterior, quantized.loss, quantized.indices)
         latents = posterior.mode() if noise is None else posterior.sample(noise)
-        return Reconstruction(self._draw(latents), posterior)
+        return Reconstruction(self._decode(latents), posterior)
 
     @torch.no_grad()
     def set_scale(self, mean: Tensor | float, std: float) -> None:
-        """Make latents unit-scale, given the measured mean (one, or per channel [c]) and std of the networks' latents.
+        """Make latents unit-scale. Call it after training, on the weights that are saved.
 
-        The mean goes into the 1x1 convolutions around the latents (and into the codes), which changes no
-        reconstruction: diffusers' StableDiffusionPipeline and VQModel know a scaling_factor but no shift. To be called
-        when training is over, on the weights that are saved.
+        The mean is moved into the 1x1 convolutions around the latents (and into the codes), which changes no
+        reconstruction: diffusers' StableDiffusionPipeline and VQModel support a scaling_factor but no shift_factor.
+
+        Args:
+            mean: measured mean of the networks' latents: a number, or [c].
+            std: measured standard deviation.
 
         Raises:
             ValueError: std is not a positive number.
         """
         if not 0.0 < std < math.inf:
             raise ValueError(f"latent std {std} is not a positive number; measure it on images that differ")
-        bias, weight = self.quant_conv.bias, self.post_quant_conv.weight
-        mean = torch.as_tensor(mean, dtype=torch.float64).to(bias.device).expand(self.latent_channels)
-        bias[: self.latent_channels] -= mean.to(bias)
-        self.post_quant_conv.bias += (weight[:, :, 0, 0].double() @ mean).to(bias)
-        if self.config.regularizer == "vq":
-            self.quantize.embedding.weight -= mean.to(bias)
+        mean = torch.as_tensor(mean, dtype=torch.float64).to(self.quant_conv.bias.device).expand(self.latent_channels)
+        latent_scale.subtract_mean(self.quant_conv, self.post_quant_conv, self._codes, mean)
         self.scaling_factor, self.shift_factor = 1.0 / std, 0.0
 
     @torch.no_grad()
     def rescale(self, scaling_factor: float) -> None:
-        """Give the networks' latents another scale, so that `scaling_factor` is this one and shift_factor 0.
+        """Change the scale of the networks' latents so that `scaling_factor` has this value and `shift_factor` is 0.
 
-        The unit-scale latents and all reconstructions stay: a program that always multiplies by 0.18215 reads them
-        right. (A log-variance beyond [-30, 20], where it is clamped, moves with the bounds.)
+        Unit-scale latents and reconstructions stay the same. Programs that always multiply by 0.18215 can then use the
+        weights. (The bounds [-30, 20] of log-variances move with the scale.)
         """
-        gain, shift, c = self.scaling_factor / scaling_factor, self.shift_factor, self.latent_channels
-        if gain == 1 and shift == 0:
-            return
-        before, after = self.quant_conv, self.post_quant_conv
-        after.bias += after.weight[:, :, 0, 0].double().sum(1).mul(shift).to(after.bias)
-        after.weight /= gain
-        before.weight[:c] *= gain
-        before.bias[:c] = (before.bias[:c].double() - shift).mul(gain).to(before.bias)
-        if self.config.regularizer == "kl":
-            before.bias[c:] += 2 * math.log(gain)
-        else:
-            codes = self.quantize.embedding.weight
-            codes.copy_((codes.double() - shift) * gain)
-        self.scaling_factor, self.shift_factor = scaling_factor, 0.0
+        gain = self.scaling_factor / scaling_factor
+        if gain != 1 or self.shift_factor != 0:
+            latent_scale.rescale(self.quant_conv, self.post_quant_conv, self._codes, self.shift_factor, gain)
+            self.scaling_factor, self.shift_factor = scaling_factor, 0.0
 
     def fingerprint(self) -> str:
-        """SHA-256 over weights, options and scale: latents of another autoencoder are not to be mixed with ours.
+        """SHA-256 of weights, options and scale, to detect latents of another autoencoder.
 
-        Over weights rounded to half precision, so that it is the same in whatever precision they were saved or opened;
-        of bfloat16, which has fewer digits, it is that from before the weights were rounded to it, see `opened_in`.
+        Weights are rounded to float16, so that it does not depend on the precision in which they are saved or loaded.
+        After rounding to bfloat16, which has fewer digits, it is that of the weights before (see `opened_in`).
         """
-        if self.before is not None:
-            return self.before
+        if self.exact_fingerprint is not None:
+            return self.exact_fingerprint
         digest = hashlib.sha256(repr((self.config, self.scaling_factor, self.shift_factor)).encode())
-        for name, weight in sorted(self.state_dict().items()):
-            digest.update(f"{name} {tuple(weight.shape)}".encode())
-            digest.update(weight.detach().cpu().half().contiguous().view(-1).view(torch.uint8).numpy())
+        hash_weights(digest, self.state_dict(), half=True)
         return digest.hexdigest()
 
     def opened_in(self, dtype: torch.dtype, device: str | torch.device = "cpu") -> Autoencoder:
-        """The same with weights of another precision, on a device; it keeps its fingerprint."""
+        """Convert the weights to a dtype and device in place, keeping the fingerprint; return the autoencoder."""
         if dtype == torch.bfloat16:
-            self.before = self.fingerprint()
+            self.exact_fingerprint = self.fingerprint()
         return self.to(device, dtype)
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write `vae/` (config.json, diffusion_pytorch_model.safetensors) into a model folder, for diffusers too."""
-        target = Path(folder) / "vae"
-        target.mkdir(parents=True, exist_ok=True)
-        options = interop.to_diffusers(self.config) | {"scaling_factor": self.scaling_factor}
-        if self.shift_factor:
-            options["shift_factor"] = self.shift_factor
-        if self.latent_rgb is not None:
-            options["_latent_rgb"] = self.latent_rgb.tolist()
-        write_json(options, target / "config.json")
-        weights = {name: value.to("cpu", dtype) for name, value in self.state_dict().items()}
-        write_weights(weights, target / f"{STEM}.safetensors")
+        """Write vae/ (config.json, diffusion_pytorch_model.safetensors) into a model folder, readable by diffusers."""
+        scales = self.scaling_factor, self.shift_factor
+        stored = autoencoder_folder.StoredAutoencoder(self.config, self.state_dict(), *scales, self.latent_rgb)
+        autoencoder_folder.write(stored, Path(folder), dtype)
 
     @classmethod
     def load(
@@ -228,70 +186,64 @@ class Autoencoder(nn.Module):
         dtype: torch.dtype = torch.float32,
         variant: str | None = None,
     ) -> Autoencoder:
-        """Read a model folder, or the `vae` folder in it, as `save` or diffusers wrote it; or a file in CompVis' names.
+        """Load an autoencoder that `save`, diffusers or CompVis wrote.
 
         Args:
-            folder: with config.json and weights in it, or with a folder `vae` or `vqvae` that has them; or the single
-                file of a first stage or a whole model.
-            device: where to.
-            dtype: of the weights in memory, whatever the files hold.
-            variant: such as "fp16", of the files; see `stipple_core.files.weights.read_folder`.
+            folder: a folder with config.json and weights, or a model folder with such a folder `vae` or `vqvae`; or a
+                single file of a first stage or of a whole model, in CompVis' names.
+            device: the device of the weights.
+            dtype: the dtype of the weights in memory, regardless of the files.
+            variant: the variant of the files, such as "fp16"; see `stipple_core.files.weights.read_folder`.
 
         Raises:
-            FileNotFoundError: config.json or the weights are not there.
-            ValueError: an option is unknown here, or weights are missing, left over or of another shape.
+            FileNotFoundError: config.json or the weights do not exist.
+            ValueError: an option is not supported, or weights are missing, unexpected or of another shape.
         """
         if Path(folder).is_file():
             try:
-                keys = compvis.first_stage_keys(outline(folder))
-                state = read_weights(folder, {compvis.SCALE, *keys.values()}.__contains__)
-                weights = {name: state[key] for name, key in keys.items()}
-                return cls.from_compvis(weights, compvis.read_scale(state)).opened_in(dtype, device)
+                return cls.from_compvis(*autoencoder_folder.read_compvis_file(Path(folder))).opened_in(dtype, device)
             except ValueError as error:
                 raise ValueError(f"{folder} can't be opened: {error}") from None
-        inner = (Path(folder) / name for name in FOLDERS)
-        source = next((path for path in inner if path.is_dir()), Path(folder))
-        absent = f"no config.json in {source}; give a model folder with a vae folder in it"
-        options = read_json(source / "config.json", absent)
-        with torch.device("meta"):
-            autoencoder = cls(interop.from_diffusers(options))
-        file = find_weights(source, STEM, variant)
-        place(autoencoder, rename_old_attention(read_folder(source, STEM, variant)), file)
-        autoencoder.scaling_factor = options.get("scaling_factor", 0.18215)  # diffusers leaves its default out
-        autoencoder.shift_factor = options.get("shift_factor") or 0.0
-        if "_latent_rgb" in options:
-            autoencoder.latent_rgb = torch.tensor(options["_latent_rgb"])
+        stored, file = autoencoder_folder.read(Path(folder), variant)
+        autoencoder = cls._on_meta(stored.config)
+        place(autoencoder, stored.weights, file)
+        autoencoder.scaling_factor, autoencoder.shift_factor = stored.scaling_factor, stored.shift_factor
+        autoencoder.latent_rgb = stored.latent_rgb
         return autoencoder.requires_grad_(True).opened_in(dtype, device)
 
     @classmethod
     def from_compvis(cls, weights: Mapping[str, Tensor], scaling_factor: float | None = None) -> Autoencoder:
-        """The autoencoder of weights in CompVis' names (see `compvis.first_stage_keys`); None is their usual scale.
+        """Make an autoencoder from weights in CompVis' names (see `compvis_first_stage.first_stage_keys`).
+
+        Args:
+            weights: all weights of a first stage.
+            scaling_factor: the scale of latents. None: the one of CompVis' published models.
 
         Raises:
-            ValueError: they are not those of a KL or VQ autoencoder, or not all of them.
+            ValueError: they are not the weights of a KL or VQ autoencoder, or some are missing.
         """
         config = compvis.compvis_config(weights)
-        with torch.device("meta"):
-            autoencoder = cls(config)
+        autoencoder = cls._on_meta(config)
         expected = compvis.to_compvis(autoencoder.state_dict(), config)
         require_fit(misfits(expected, weights), "the first stage")
         place(autoencoder, compvis.from_compvis(weights), "the first stage")
-        usual = compvis.SCALES[config.regularizer]
-        autoencoder.scaling_factor = usual if scaling_factor is None else scaling_factor
+        default = compvis.SCALES[config.regularizer]
+        autoencoder.scaling_factor = default if scaling_factor is None else scaling_factor
         return autoencoder.requires_grad_(True)
 
-    def _draw(self, latents: Tensor) -> Tensor:
-        return self._through(self.decoder, self.post_quant_conv(latents.to(self.post_quant_conv.weight.dtype)))
+    @classmethod
+    def _on_meta(cls, config: AutoencoderConfig) -> Autoencoder:
+        with torch.device("meta"):
+            return cls(config)
 
-    def _through(self, network: Encoder | Decoder, x: Tensor) -> Tensor:
+    @property
+    def _codes(self) -> Tensor | None:
+        return self.quantize.embedding.weight if self.config.regularizer == "vq" else None
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        return self._run(self.decoder, self.post_quant_conv(latents.to(self.post_quant_conv.weight.dtype)))
+
+    def _run(self, network: Encoder | Decoder, x: Tensor) -> Tensor:
         if self.memory is None or torch.is_grad_enabled():
             return network(x)
         return tiling.run(network, x, self.memory)
-
-    def _check_size(self, images: Tensor) -> None:
-        f = self.downsampling
-        for side in images.shape[-2:]:
-            if side % f:
-                low = side // f * f
-                sizes = f"{low} or {low + f}" if low else f"{f}"
-                raise ValueError(f"image size {side} is not divisible by {f} (autoencoder downsampling); use {sizes}")

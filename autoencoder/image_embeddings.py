@@ -1,6 +1,6 @@
-"""Embeddings of pictures as latents: what unCLIP's prior is trained on (Ramesh et al. 2022, section 2.2).
+"""Image embeddings as latents, on which unCLIP's prior is trained (Ramesh et al. 2022, section 2.2).
 
-An encoder without a decoder, whose scale is measured, as an autoencoder's is. stipple embed makes it.
+An encoder without a decoder, whose scale is measured like that of an autoencoder. `stipple embed` makes it.
 """
 
 from __future__ import annotations
@@ -15,18 +15,20 @@ from torch import Tensor, nn
 
 from autoencoder.networks.regularizer import Posterior
 from stipple_core.embedders import Embedder, EmbedderConfig, build_embedder
-from stipple_core.files.weights import place, read_folder, read_json, write_json, write_weights
+from stipple_core.files.hashing import raw_bytes
+from stipple_core.files.json_file import read_json, write_json
+from stipple_core.files.weights import place, read_folder, write_weights
 
 CLASS = "ImageEmbeddings"  # _class_name in vae/config.json
 STEM = "diffusion_pytorch_model"
 
 
 class ImageEmbeddings(nn.Module):
-    """Pictures [B, 3, H, W] in [-1, 1] -> latents [B, d, 1, 1] of unit scale; has the public members of `Autoencoder`.
+    """Images [B, 3, H, W] in [-1, 1] to unit-scale latents [B, d, 1, 1]; implements `autoencoder.interface.FirstStage`.
 
     Args:
-        embedder: of pictures.
-        mean, std: [d], of the embeddings of what a model is trained on.
+        embedder: embeds images.
+        mean, std: [d], of the embeddings of the training images.
     """
 
     scaling_factor, shift_factor, latent_rgb, class_name = 1.0, 0.0, None, CLASS
@@ -40,38 +42,35 @@ class ImageEmbeddings(nn.Module):
 
     @property
     def downsampling(self) -> int:
-        """Pixels of the picture that becomes one latent, along a side: what the encoder looks at."""
+        """The side in pixels of the image that becomes one latent: the input size of the embedder."""
         return self.embedder.config.network["size"]
 
     @property
     def latent_channels(self) -> int:
-        """d."""
+        """d, the dimension of embeddings."""
         return self.embedder.dim
 
-    @property
-    def last_layer(self) -> Tensor:
-        """A weight, which tells the device."""
-        return next(self.embedder.parameters())
-
     def encode(self, images: Tensor) -> Posterior:
-        """The latents as a posterior that is a point."""
+        """Encode images [B, 3, H, W] to a posterior that is a point, [B, d, 1, 1]."""
         latents = ((self.embedder.images(images) - self.mean) / self.std)[..., None, None]  # [B, d, 1, 1]
         return Posterior(latents, torch.full_like(latents, -math.inf))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Raises ValueError: embeddings are no pictures."""
-        raise ValueError("this model makes embeddings, not pictures; it serves a decoder: stipple draw --prior")
+        """Raise a ValueError: embeddings can't be decoded to images."""
+        raise ValueError(
+            "this model generates embeddings, not images; use it with a decoder model: stipple draw --prior"
+        )
 
-    def points(self, latents: Tensor) -> Tensor:
-        """Latents [B, d, 1, 1] as embeddings [B, d], on the sphere where those of pictures are."""
-        points = latents.flatten(1).float() * self.std + self.mean
-        return F.normalize(points, dim=-1) * self.latent_channels**0.5
+    def embeddings(self, latents: Tensor) -> Tensor:
+        """Convert latents [B, d, 1, 1] to embeddings [B, d] of length sqrt(d)."""
+        embeddings = latents.flatten(1).float() * self.std + self.mean
+        return F.normalize(embeddings, dim=-1) * self.latent_channels**0.5
 
     def fingerprint(self) -> str:
-        """SHA-256 over encoder and scale."""
+        """SHA-256 of embedder, mean and std."""
         digest = hashlib.sha256(self.embedder.fingerprint().encode())
         for value in (self.mean, self.std):
-            digest.update(value.detach().cpu().half().contiguous().view(torch.uint8).numpy())
+            digest.update(raw_bytes(value.detach().cpu().half()))
         return digest.hexdigest()
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -88,9 +87,9 @@ class ImageEmbeddings(nn.Module):
 
     @classmethod
     def load(cls, folder: Path, dtype: torch.dtype = torch.float32) -> ImageEmbeddings:
-        """Read the folder that has config.json and the weights in it. Raises FileNotFoundError or ValueError."""
+        """Load from a folder with config.json and weights. Raises FileNotFoundError or ValueError."""
         config = read_json(folder / "config.json")
-        embedder = build_embedder(EmbedderConfig(kind=config["kind"], network=config["network"]), reads=False)
+        embedder = build_embedder(EmbedderConfig(kind=config["kind"], network=config["network"]), texts=False)
         embeddings = cls(embedder, torch.zeros(embedder.dim), torch.ones(embedder.dim))
         weights = read_folder(folder, STEM)
         place(embeddings, {k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()}, folder)

@@ -1,22 +1,24 @@
-"""From prompts to contexts: text encoders, frozen or trained from scratch."""
+"""Conditioning of a model on prompts and other inputs: text encoders, classes, layouts, and readers of images."""
 
-from conditioning.build import AnyConditioner, ConditionerConfig, build_conditioner, load_conditioner
+from conditioning.build import ConditionerConfig, build_conditioner, load_conditioner
 from conditioning.classes.class_conditioner import ClassConditioner, Unconditional
 from conditioning.encoders.scratch import TransformerConfig
 from conditioning.formats.compvis_conditioner import conditioner_from_compvis, conditioner_to_compvis
+from conditioning.interface.conditioner import Conditioner
 from conditioning.interface.context import Context, drop_context
 from conditioning.interface.inputs import ConditionInputs
-from conditioning.text.text_conditioner import Conditioner
+from conditioning.interface.tokens import Tokens
+from conditioning.text.text_conditioner import TextConditioner
 from conditioning.tokenizers.known_tokenizers import bert_tokenizer, clip_tokenizer
-from conditioning.tokenizers.tokenizer import Tokenizer, Tokens
+from conditioning.tokenizers.tokenizer import Tokenizer
 
 __all__ = [
-    "AnyConditioner",
     "ClassConditioner",
+    "ConditionInputs",
     "Conditioner",
     "ConditionerConfig",
     "Context",
-    "ConditionInputs",
+    "TextConditioner",
     "Tokenizer",
     "Tokens",
     "TransformerConfig",

@@ -1,30 +1,31 @@
-"""Files of prompts: one per line, or one JSON object per line with settings of its own."""
+"""Prompt files: one prompt per line, or one JSON object per line with a prompt and its own settings."""
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from stipple_core.nearest import did_you_mean
 
-def read_prompts(path: Path, known: Collection[str]) -> Iterator[dict[str, Any]]:
-    """The settings on each line that is not blank: {"prompt": line}, or the JSON object that it holds.
+
+def read_prompts(path: Path, valid: Collection[str]) -> Iterator[dict[str, Any]]:
+    """Yield the settings on each line that is not blank: {"prompt": line}, or the JSON object that the line contains.
 
     Args:
         path: a text file in UTF-8.
-        known: keys that a JSON object may have; "prompt" it must have.
+        valid: keys that a JSON object may have. The key "prompt" is required.
 
     Raises:
-        FileNotFoundError, ValueError: in one line, naming the file, the line, and what is wrong with it.
+        FileNotFoundError, ValueError: the message names the file, the line and the error.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"prompt file {path} does not exist; give a text file with one prompt per line")
+        raise FileNotFoundError(f"prompt file {path} does not exist; use a text file with one prompt per line")
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except ValueError:
-        raise ValueError(f"prompt file {path} is not UTF-8 text; save it as that") from None
+        raise ValueError(f"prompt file {path} is not UTF-8 text; save it as UTF-8") from None
     for number, line in enumerate(lines, 1):
         where = f"{path} line {number}"
         if not line.lstrip().startswith("{"):
@@ -34,16 +35,15 @@ def read_prompts(path: Path, known: Collection[str]) -> Iterator[dict[str, Any]]
         try:
             values = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where} begins with {{ but is not a JSON object ({error}); mend or remove it") from None
-        yield known_settings(values, known, where)
+            raise ValueError(f"{where} begins with {{ but is not a JSON object ({error}); fix or remove it") from None
+        yield check_settings(values, valid, where)
 
 
-def known_settings(values: Any, known: Collection[str], where: str) -> dict[str, Any]:
-    """The values, if they are a dict with a prompt, whose keys are all known; else a ValueError naming what is not."""
+def check_settings(values: Any, valid: Collection[str], where: str) -> dict[str, Any]:
+    """Return the values if they are a dict with a "prompt" and only valid keys; otherwise raise a ValueError."""
     if not isinstance(values, dict) or "prompt" not in values:
-        raise ValueError(f'{where} has no prompt; it must hold {{"prompt": "...", ...}}')
+        raise ValueError(f'{where} has no prompt; it must contain {{"prompt": "...", ...}}')
     for key in values:
-        if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-            raise ValueError(f"{where} has {key!r}, which is no setting; did you mean {nearest}?")
+        if key not in valid:
+            raise ValueError(f"{where} has {key!r}, which is not a setting; did you mean {did_you_mean(key, valid)}?")
     return values

@@ -1,4 +1,8 @@
-"""Randomness has an address: every draw comes from a generator named by what it is for, never from running state."""
+"""Addressed randomness: each draw has its own generator, seeded by what is drawn and for which step or sample.
+
+No generator carries state from one draw to the next, so results do not depend on the order of draws, on the number of
+processes, or on where a run was resumed.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,12 @@ import torch
 
 
 def generator(seed: int, purpose: str, *address: int) -> torch.Generator:
-    """A CPU generator that depends on nothing but its address.
+    """Return a CPU generator whose seed depends only on the arguments.
 
     Args:
         seed: the run's seed.
         purpose: what is drawn, such as "order", "crop", "noise".
-        address: integers that place the draw, such as (epoch, index) or (step, position in the global batch).
+        address: integers that identify the draw, such as (epoch, index) or (step, position in the global batch).
     """
     name = "/".join([str(int(seed)), purpose, *(str(int(a)) for a in address)])
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
@@ -22,10 +26,10 @@ def generator(seed: int, purpose: str, *address: int) -> torch.Generator:
 
 
 def normal(seed: int, purpose: str, step: int, positions: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
-    """Standard normal draws [len(positions), *shape], each sample from its own address (step, position)."""
+    """Standard normal draws [len(positions), *shape]; each sample is drawn at its own address (step, position)."""
     return torch.stack([torch.randn(*shape, generator=generator(seed, purpose, step, p)) for p in positions])
 
 
 def uniform(seed: int, purpose: str, step: int, positions: Sequence[int]) -> torch.Tensor:
-    """Draws from U[0, 1), shape [len(positions)], each sample from its own address (step, position in global batch)."""
+    """Draws from U[0, 1), shape [len(positions)]; each sample is drawn at its own address (step, position)."""
     return torch.cat([torch.rand(1, generator=generator(seed, purpose, step, p)) for p in positions])

@@ -7,6 +7,20 @@ import pytest
 # the tests' tensors are small: a second thread costs more than it brings, and two busy processes with two each crawl
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# files that take 10 CPU seconds or more, the longest first: begun last, one would keep a single process busy at the end
+LONG = (
+    "test_chain", "test_samplers", "test_kills", "test_resume", "test_finetune_runs", "test_pipeline",
+    "test_single_file", "test_txt2img", "test_benchmarks", "test_init_from", "test_stochastic", "test_likelihood",
+    "test_langevin", "test_unet_interop", "test_prompt_kinds", "test_processes", "test_unclip", "test_distillation",
+    "test_faults", "test_fsdp",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the long files; setup.cfg has xdist keep this order (it would take files of many tests first)."""
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
+
 
 @pytest.fixture(scope="module")
 def settings_of_runs():

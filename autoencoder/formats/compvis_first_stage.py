@@ -1,7 +1,8 @@
-"""The first stages of CompVis' latent diffusion: parameter names, and the architecture told from keys and shapes.
+"""First stages of CompVis' latent diffusion: parameter names, and the architecture inferred from keys and shapes.
 
-Its networks are ours but for names, for attention as 1x1 convolutions [C, C, 1, 1] where we have matrices [C, C], and
-for the order of the decoder's levels, which it counts from the finest. Every GroupNorm has 32 groups.
+CompVis' networks differ from those of `Autoencoder` in parameter names, in attention layers, which are 1x1 convolutions
+[C, C, 1, 1] instead of matrices [C, C], and in the order of the decoder's levels, which are numbered from the finest.
+Each GroupNorm has 32 groups.
 """
 
 from __future__ import annotations
@@ -16,59 +17,74 @@ from autoencoder.networks.autoencoder_config import AutoencoderConfig
 from stipple_core.files.weights import averaged_keys
 
 GROUPS = 32
-ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}  # CompVis -> ours
-OWN = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize.")  # CompVis' keys of the networks
-PREFIX = "first_stage_model."  # before them in the file of a whole model
-SCALE = "scale_factor"  # a buffer of whole models that were trained with scale_by_std
-SCALES = {"kl": 0.18215, "vq": 1.0}  # of published models, where nothing says another
+ATTENTION = {
+    "norm": "group_norm",
+    "q": "to_q",
+    "k": "to_k",
+    "v": "to_v",
+    "proj_out": "to_out.0",
+}  # CompVis -> diffusers
+NETWORKS = (
+    "encoder.",
+    "decoder.",
+    "quant_conv.",
+    "post_quant_conv.",
+    "quantize.",
+)  # prefixes of the networks in CompVis' keys
+PREFIX = "first_stage_model."  # of all these keys in the file of a whole model
+SCALE = "scale_factor"  # a buffer in whole models that were trained with scale_by_std
+SCALES = {"kl": 0.18215, "vq": 1.0}  # of published models, the defaults
 
 
 def first_stage_keys(names: Collection[str]) -> dict[str, str]:
-    """Where in a file of a first stage, or of a whole model, the networks' weights are: keys by name without prefix.
+    """Map names of the networks' weights, without prefix, to their keys in a file of a first stage or whole model.
 
-    They are those of averages over training, if there are any. Losses, discriminators, and what else lies in
-    training's files are left out.
+    If the file has averages over training, these are used. Losses and discriminators are ignored.
 
     Raises:
-        ValueError: half of the weights are averaged.
+        ValueError: only some weights have an average.
     """
     prefix = PREFIX if any(name.startswith(PREFIX) for name in names) else ""
     bare = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
-    own = [name.removeprefix(prefix) for name in names if name.startswith(tuple(prefix + part for part in OWN))]
-    return {name: prefix + key for name, key in averaged_keys(own, bare).items()}
+    weights = [
+        name.removeprefix(prefix) for name in names if name.startswith(tuple(prefix + part for part in NETWORKS))
+    ]
+    return {name: prefix + key for name, key in averaged_keys(weights, bare).items()}
 
 
-def read_scale(state: Mapping[str, Tensor], said: object = None) -> float | None:
-    """The scale of latents that a file says, else what its YAML said; None where neither does.
+def read_scale(state: Mapping[str, Tensor], default: object = None) -> float | None:
+    """Return the scale of latents in a file, or else `default`, the value of its YAML file, which may be None.
 
     Raises:
         ValueError: it is not one positive number.
     """
-    value = state.get(SCALE, said)
+    value = state.get(SCALE, default)
     if isinstance(value, Tensor):
         value = value.item() if value.numel() == 1 else tuple(value.shape)
     if value is None or isinstance(value, int | float) and 0 < value < math.inf:
         return value
-    found = f"of shape {list(value)}" if isinstance(value, tuple) else repr(value)
-    raise ValueError(f"{SCALE} is {found}; the scale of latents is one positive number")
+    actual = f"of shape {list(value)}" if isinstance(value, tuple) else repr(value)
+    raise ValueError(f"{SCALE} is {actual}; the scale of latents is one positive number")
 
 
 def compvis_config(weights: Mapping[str, Tensor], sample_size: int = 256) -> AutoencoderConfig:
-    """The architecture of a first stage, from CompVis' keys and shapes.
+    """Infer the architecture of a first stage from CompVis' keys and shapes.
 
     Args:
-        weights: as `first_stage_keys` finds them, all of them or those of a file that may be damaged.
-        sample_size: in pixels; informative, and not to be told from weights.
+        weights: the weights that `first_stage_keys` finds; some may be missing.
+        sample_size: in pixels; informative only, it can't be inferred.
 
     Raises:
-        ValueError: they are not those of a KL or VQ autoencoder; the message names what is missed.
+        ValueError: they are not the weights of a KL or VQ autoencoder; the message names what is missing.
     """
     levels = _count(weights, r"encoder\.down\.(\d+)\.")
     if not levels:
         raise ValueError("there is no encoder.down.0 in the weights; they are not those of a KL or VQ autoencoder")
     codes = weights.get("quantize.embedding.weight")
     if codes is None and any(name.startswith("quantize.") for name in weights):
-        raise ValueError("there is no quantize.embedding.weight in the weights; of codebooks only LDM's is implemented")
+        raise ValueError(
+            "there is no quantize.embedding.weight in the weights; only LDM's kind of codebook is supported"
+        )
     z_channels = _shape(weights, "decoder.conv_in.weight")[1]
     return AutoencoderConfig(
         regularizer="kl" if codes is None else "vq",
@@ -85,28 +101,28 @@ def compvis_config(weights: Mapping[str, Tensor], sample_size: int = 256) -> Aut
 
 
 def from_compvis(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """An autoencoder's weights in our names, from CompVis' (`encoder.down.0.block.0...`, see `first_stage_keys`).
+    """Convert weights from CompVis' names (`encoder.down.0.block.0...`, see `first_stage_keys`) to `Autoencoder`'s.
 
-    A name that is unknown stays as it is, for `stipple_core.files.weights.place` to complain of.
+    Unknown names are not changed; `stipple_core.files.weights.place` reports them.
     """
     levels = _count(weights, r"decoder\.up\.(\d+)\.")
     converted = {}
     for name, value in weights.items():
-        ours = _our_name(name, levels)
-        convolution = ".attentions." in ours and value.ndim == 4 and value.shape[2:] == (1, 1)
-        converted[ours] = value[:, :, 0, 0] if convolution else value  # [C, C, 1, 1] -> [C, C]
+        new_name = _diffusers_name(name, levels)
+        convolution = ".attentions." in new_name and value.ndim == 4 and value.shape[2:] == (1, 1)
+        converted[new_name] = value[:, :, 0, 0] if convolution else value  # [C, C, 1, 1] -> [C, C]
     return converted
 
 
 def to_compvis(weights: Mapping[str, Tensor], config: AutoencoderConfig) -> dict[str, Tensor]:
-    """An autoencoder's weights in CompVis' names, from ours; the inverse of `from_compvis`.
+    """Convert weights to CompVis' names; the inverse of `from_compvis`.
 
     Raises:
-        ValueError: CompVis has no such autoencoder.
+        ValueError: CompVis' format can't express the architecture.
     """
     if config.norm_num_groups != GROUPS:
         groups = config.norm_num_groups
-        raise ValueError(f"norm_num_groups {groups} can't be said in a CompVis file; only {GROUPS} can")
+        raise ValueError(f"norm_num_groups {groups} is not supported by CompVis' format; only {GROUPS} is")
     levels = _count(weights, r"decoder\.up_blocks\.(\d+)\.")
     converted = {}
     for name, value in weights.items():
@@ -115,8 +131,8 @@ def to_compvis(weights: Mapping[str, Tensor], config: AutoencoderConfig) -> dict
     return converted
 
 
-def _our_name(name: str, levels: int) -> str:
-    """Our name of a CompVis parameter, in an autoencoder of so many levels."""
+def _diffusers_name(name: str, levels: int) -> str:
+    """Convert a parameter name of CompVis to diffusers', for an autoencoder with this number of levels."""
     name = re.sub(r"^encoder\.down\.(\d+)\.", r"encoder.down_blocks.\1.", name)
     name = re.sub(r"^decoder\.up\.(\d+)\.", lambda m: f"decoder.up_blocks.{levels - 1 - int(m[1])}.", name)
     name = re.sub(r"\.block\.(\d+)\.", r".resnets.\1.", name)
@@ -130,10 +146,10 @@ def _our_name(name: str, levels: int) -> str:
 
 
 def _compvis_name(name: str, levels: int) -> str:
-    """CompVis' name of a parameter of ours, in an autoencoder of so many levels."""
-    theirs = {ours: layer for layer, ours in ATTENTION.items()}
-    layers = "|".join(map(re.escape, theirs))
-    name = re.sub(rf"(attentions\.\d+)\.({layers})\.", lambda m: f"{m[1]}.{theirs[m[2]]}.", name)
+    """Convert a parameter name of diffusers to CompVis', for an autoencoder with this number of levels."""
+    attention = {new: old for old, new in ATTENTION.items()}
+    layers = "|".join(map(re.escape, attention))
+    name = re.sub(rf"(attentions\.\d+)\.({layers})\.", lambda m: f"{m[1]}.{attention[m[2]]}.", name)
     name = name.replace(".conv_shortcut.", ".nin_shortcut.").replace(".conv_norm_out.", ".norm_out.")
     name = re.sub(r"\.(down|up)samplers\.0\.conv\.", r".\1sample.conv.", name)
     name = name.replace(".mid_block.attentions.0.", ".mid.attn_1.")
@@ -145,15 +161,15 @@ def _compvis_name(name: str, levels: int) -> str:
 
 
 def _count(weights: Mapping[str, Tensor], pattern: str) -> int:
-    """How many different numbers the keys have at the group of a pattern."""
+    """Count the different numbers that the keys have in the group of a pattern."""
     return len({match[1] for name in weights if (match := re.match(pattern, name))})
 
 
 def _shape(weights: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
-    """The shape of a convolution's weight; ValueError where it is not there or is none."""
+    """The shape of a convolution's weight. Raises ValueError if it is missing or has another number of dimensions."""
     if name not in weights or weights[name].ndim != 4:
-        found = f"is {list(weights[name].shape)}" if name in weights else "is missing"
-        raise ValueError(f"{name} {found}; the first stage is not that of a KL or VQ autoencoder")
+        problem = f"is {list(weights[name].shape)}" if name in weights else "is missing"
+        raise ValueError(f"{name} {problem}; this is not the first stage of a KL or VQ autoencoder")
     return tuple(weights[name].shape)
 
 

@@ -1,8 +1,8 @@
-"""The autoencoder's config.json and weights as diffusers writes them.
+"""The autoencoder's config.json in the format of diffusers.
 
-Parameter names are diffusers' own, so only options need translating. Attention at a level is `AttnDownEncoderBlock2D`
-and `AttnUpDecoderBlock2D` there. What diffusers has no word for (the preview matrix, the commitment weight) is written
-under keys that begin with an underscore, which diffusers drops in silence.
+Parameter names are those of diffusers, so only options are converted. A level with attention is called
+`AttnDownEncoderBlock2D` and `AttnUpDecoderBlock2D`. Values that diffusers does not have (the preview matrix, the
+commitment weight) are stored under keys that begin with an underscore, which diffusers ignores.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ CLASSES = {"kl": "AutoencoderKL", "vq": "VQModel"}
 DOWN_BLOCKS = {False: "DownEncoderBlock2D", True: "AttnDownEncoderBlock2D"}
 UP_BLOCKS = {False: "UpDecoderBlock2D", True: "AttnUpDecoderBlock2D"}
 
-# options of diffusers that we have in one form only: name -> values that mean this form
+# options of diffusers of which one value is supported: name -> values with that meaning
 FIXED = {
     "act_fn": ("silu",),
     "norm_type": ("group",),
@@ -25,7 +25,7 @@ FIXED = {
     "latents_mean": (None,),
     "latents_std": (None,),
 }
-# options that change neither weights nor results here
+# options that change neither weights nor results
 INFORMATIVE = {"_class_name", "_diffusers_version", "_name_or_path", "force_upcast", "up_block_types", "out_channels"}
 SHARED = ("in_channels", "latent_channels", "block_out_channels", "layers_per_block", "norm_num_groups", "sample_size")
 OPTIONAL = {"mid_block_add_attention": "mid_attention", "num_vq_embeddings": "codebook_size"}
@@ -34,7 +34,7 @@ STATE = {"scaling_factor", "shift_factor", "_latent_rgb"}
 
 
 def to_diffusers(config: AutoencoderConfig) -> dict[str, Any]:
-    """The options as diffusers' config.json has them, without the scale."""
+    """Convert a config to the options of diffusers' config.json, without the scale."""
     options: dict[str, Any] = {"_class_name": CLASSES[config.regularizer], "act_fn": "silu"}
     options |= {name: getattr(config, name) for name in SHARED}
     options["out_channels"] = config.in_channels
@@ -51,37 +51,38 @@ def to_diffusers(config: AutoencoderConfig) -> dict[str, Any]:
 
 
 def from_diffusers(options: dict[str, Any]) -> AutoencoderConfig:
-    """Our options out of diffusers' config.json.
+    """Convert the options of diffusers' config.json to a config.
 
     Raises:
-        ValueError: an option, or its value, has no counterpart here; the message names it.
+        ValueError: an option or its value is not supported; the message names it.
     """
-    regularizer = {name: ours for ours, name in CLASSES.items()}.get(options.get("_class_name", "AutoencoderKL"))
+    regularizer = {name: kind for kind, name in CLASSES.items()}.get(options.get("_class_name", "AutoencoderKL"))
     if regularizer is None:
         classes = " or ".join(CLASSES.values())
-        raise ValueError(f"_class_name {options['_class_name']!r} is not an autoencoder known here; use {classes}")
-    known = {*SHARED, *OPTIONAL, *STATE, *FIXED, *INFORMATIVE, "down_block_types"}
+        raise ValueError(f"_class_name {options['_class_name']!r} is not a supported autoencoder; use {classes}")
+    supported = {*SHARED, *OPTIONAL, *STATE, *FIXED, *INFORMATIVE, "down_block_types"}
     for name, value in options.items():
-        if name not in known:
-            choices = ", ".join(sorted(known))
-            raise ValueError(f"option {name!r} of the autoencoder's config.json is unknown; known are {choices}")
+        if name not in supported:
+            choices = ", ".join(sorted(supported))
+            raise ValueError(f"option {name!r} of the autoencoder's config.json is unknown; supported are {choices}")
         if name in FIXED and value not in FIXED[name]:
             rule = f"only {FIXED[name][0]!r} is supported"
             raise ValueError(f"option {name!r} of the autoencoder's config.json is {value!r}; {rule}")
     values = {name: options[name] for name in SHARED if name in options}
-    values |= {ours: options[name] for name, ours in OPTIONAL.items() if options.get(name) is not None}
+    values |= {field: options[name] for name, field in OPTIONAL.items() if options.get(name) is not None}
     if values.get("codebook_dim") == values.get("latent_channels"):
-        values.pop("codebook_dim", None)  # None here, as it is where nobody chose another
+        values.pop("codebook_dim", None)  # equal to None, which is the default
     down = options.get("down_block_types", ["DownEncoderBlock2D"])
     up = options.get("up_block_types", ["UpDecoderBlock2D"] * len(down))
     values["attention_levels"] = _attention(down, DOWN_BLOCKS)
     if _attention(up, UP_BLOCKS)[::-1] != values["attention_levels"]:
-        raise ValueError(f"up_block_types {up} do not mirror down_block_types {down}; put attention at the same levels")
+        raise ValueError(f"up_block_types {up} do not mirror down_block_types {down}; use attention at the same levels")
     return AutoencoderConfig(regularizer=regularizer, **values)
 
 
-def _attention(types: list[str], known: dict[bool, str]) -> tuple[bool, ...]:
-    unknown = [name for name in types if name not in known.values()]
+def _attention(types: list[str], names: dict[bool, str]) -> tuple[bool, ...]:
+    """Whether each block has attention."""
+    unknown = [name for name in types if name not in names.values()]
     if unknown:
-        raise ValueError(f"block type {unknown[0]!r} is unknown; use {' or '.join(known.values())}")
-    return tuple(name == known[True] for name in types)
+        raise ValueError(f"block type {unknown[0]!r} is unknown; use {' or '.join(names.values())}")
+    return tuple(name == names[True] for name in types)

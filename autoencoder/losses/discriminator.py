@@ -1,4 +1,4 @@
-"""The patch discriminator that judges reconstructions (Isola et al. 2017, section 3.2.2)."""
+"""The patch discriminator of reconstructions (Isola et al. 2017, section 3.2.2)."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ NORMS = {"group": _group_norm, "batch": nn.BatchNorm2d}
 
 @dataclass(frozen=True, kw_only=True)
 class DiscriminatorConfig:
-    """A `PatchDiscriminator`."""
+    """Options of `PatchDiscriminator`."""
 
-    channels: int = 64  # of the first layer; doubled by each further one, up to eightfold
-    layers: int = 3  # strided layers: a logit sees 16, 34, 70 or 142 pixels for 1, 2, 3 or 4
+    channels: int = 64  # of the first layer; each further layer doubles them, up to eightfold
+    layers: int = 3  # strided layers; the receptive field is 16, 34, 70 or 142 pixels for 1, 2, 3 or 4
     norm: str = "group"  # "group", or LDM's "batch", whose statistics depend on how a batch is split over processes
 
 
 class PatchDiscriminator(nn.Module):
-    """Images [B, 3, H, W] to (logits [B, 1, h, w] per patch, features: activations of the layers, finest first).
+    """Maps images [B, 3, H, W] to logits [B, 1, h, w] of patches, and the activations of all layers, finest first.
 
     Raises:
         ValueError: the norm is unknown.

@@ -1,7 +1,7 @@
-"""The two losses of the first stage, for the autoencoder and for its discriminator (Rombach et al. 2022, eq. 25).
+"""The losses of the autoencoder and of its discriminator (Rombach et al. 2022, eq. 25).
 
-LDM sums the reconstruction error over a sample's pixels; here it is a mean over them, and the KL term is divided by
-their number likewise: the same optimum and balance of terms, at values that do not depend on the image size.
+LDM sums the reconstruction error over the pixels of a sample. Here it is the mean, and the KL term is divided by the
+number of pixel values. This has the same optimum and balance of terms, but does not depend on the image size.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from autoencoder.autoencoder import Reconstruction
+from autoencoder.networks.regularizer import Reconstruction
 
 Perceptual = Callable[[Tensor, Tensor], Tensor]  # (images, reconstructions) -> [B]
 
@@ -22,17 +22,17 @@ Perceptual = Callable[[Tensor, Tensor], Tensor]  # (images, reconstructions) -> 
 class LossConfig:
     """Weights of the terms of `generator_loss`."""
 
-    pixel: float = 1.0  # of |images - reconstructions|, mean over pixels
+    pixel: float = 1.0  # of the mean of |images - reconstructions|
     perceptual: float = 0.03  # of the perceptual distance: 0.03 for "features", 0.2 for "ssim", 1 for "lpips"
-    kl: float = 1e-6  # of the KL divergence in nats per sample, relative to the pixel error summed over the sample
+    kl: float = 1e-6  # of the KL divergence in nats per sample, relative to the pixel error summed over a sample
     codebook: float = 1.0  # of the codebook and commitment loss
-    adversarial: float = 0.5  # of the discriminator's verdict, times the adaptive weight
-    feature_matching: float = 0.0  # of the distance of the discriminator's features
+    adversarial: float = 0.5  # of the adversarial loss, times the adaptive weight
+    feature_matching: float = 0.0  # of the feature-matching loss
 
 
 @dataclass(frozen=True)
 class Adversary:
-    """What the discriminator says of the reconstructions, and how it sees the originals."""
+    """Outputs of the discriminator for reconstructions, and its features of the images."""
 
     logits: Tensor  # [B, 1, h, w] of the reconstructions
     features: list[Tensor]  # of the reconstructions
@@ -41,7 +41,7 @@ class Adversary:
 
 @dataclass(frozen=True)
 class GeneratorLoss:
-    """The total, with gradient, and its unweighted parts, detached, for the log; None: there is no such part."""
+    """The total loss, with gradients, and its unweighted terms for the log, without. None: the term is not used."""
 
     total: Tensor
     pixel: Tensor
@@ -53,7 +53,7 @@ class GeneratorLoss:
     feature_matching: Tensor | None = None
 
     def scalars(self) -> dict[str, Tensor]:
-        """The parts that there are, by name, detached."""
+        """The total and the terms in use by name, without gradients."""
         return {name: value.detach() for name, value in vars(self).items() if value is not None}
 
 
@@ -65,15 +65,15 @@ def generator_loss(
     adversary: Adversary | None = None,
     last_layer: Tensor | None = None,
 ) -> GeneratorLoss:
-    """L1 + perceptual + regularizer (+ adversarial) of a batch of images [B, 3, H, W] in [-1, 1].
+    """L1 + perceptual + regularizer (+ adversarial) loss of a batch.
 
     Args:
-        images: the originals.
+        images: [B, 3, H, W] in [-1, 1].
         reconstruction: `autoencoder(images, noise)`.
-        config: the weights.
-        perceptual: (images, reconstructions) -> [B]; None for none.
-        judgement: of the reconstructions by the discriminator; None before it starts: then it need not run.
-        last_layer: `autoencoder.last_layer`, for the adaptive weight; needed with a judgement.
+        config: weights of the terms.
+        perceptual: (images, reconstructions) -> [B]. None: no perceptual loss.
+        adversary: the discriminator's outputs for the reconstructions. None: no adversarial loss, as before it starts.
+        last_layer: `autoencoder.last_layer`, for the adaptive weight. Required with `adversary`.
     """
     pixel = (images - reconstruction.images).abs().mean()
     nll = config.pixel * pixel
@@ -90,7 +90,7 @@ def generator_loss(
         total = total + config.kl / images[0].numel() * parts["kl"]
     if adversary is not None:
         parts["adversarial"] = -adversary.logits.mean()
-        # LDM's bound of 1e4 is on a reconstruction error that is summed over pixels, with a codebook averaged
+        # LDM's bound of 1e4 applies to an error summed over pixels, or with a codebook to its mean
         bound = 1e4 if reconstruction.codebook_loss is not None else 1e4 / images[0].numel()
         parts["adaptive_weight"] = adaptive_weight(nll, parts["adversarial"], last_layer, bound)
         total = total + config.adversarial * parts["adaptive_weight"] * parts["adversarial"]
@@ -101,7 +101,7 @@ def generator_loss(
 
 
 def adaptive_weight(nll: Tensor, adversarial: Tensor, last_layer: Tensor, bound: float = 1e4) -> Tensor:
-    """|grad nll| / (|grad adversarial| + 1e-4) at the decoder's last layer, at most `bound`, without gradient.
+    """|grad nll| / (|grad adversarial| + 1e-4) at the decoder's last layer, at most `bound`, without gradients.
 
     Source: Esser et al. 2021, eq. 7.
     """
@@ -111,14 +111,14 @@ def adaptive_weight(nll: Tensor, adversarial: Tensor, last_layer: Tensor, bound:
 
 
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """Hinge loss: logits of images above 1, of reconstructions (detached by the caller) below -1 (Lim & Ye 2017)."""
+    """Hinge loss for logits of images and of reconstructions, which the caller detaches (Lim & Ye 2017)."""
     return 0.5 * (F.relu(1.0 - real_logits).mean() + F.relu(1.0 + fake_logits).mean())
 
 
 def feature_matching(image_features: list[Tensor], features: list[Tensor]) -> Tensor:
     """Mean absolute difference of the discriminator's features, averaged over layers (Wang et al. 2018, eq. 4).
 
-    Gradients flow into the features of the reconstructions only.
+    Gradients flow only into the features of the reconstructions.
     """
-    distances = [F.l1_loss(ours, theirs.detach()) for ours, theirs in zip(features, image_features, strict=True)]
+    distances = [F.l1_loss(a, b.detach()) for a, b in zip(features, image_features, strict=True)]
     return torch.stack(distances).mean()

@@ -1,8 +1,8 @@
-"""A perceptual distance without a download: features of a small network trained on the images at hand.
+"""A perceptual distance without a download: features of a small network that is trained on the training images.
 
-It learns to tell how an image was turned (Gidaris et al. 2018) and how it was degraded (blurred, noised, ...): the
-first needs shapes, the second the fine texture whose loss makes a reconstruction look wrong. The distance is that of
-LPIPS, with equal weights.
+The network learns to predict how an image was rotated (Gidaris et al. 2018) and how it was degraded (blur, noise, ...).
+The first task requires features of shapes, the second those of fine texture, which blurry reconstructions lack. The
+distance is that of LPIPS with equal weights.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from autoencoder.losses.lpips import unit_difference
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureConfig:
-    """A `FeatureNetwork` and its training."""
+    """Options of `FeatureNetwork` and its training."""
 
-    channels: tuple[int, ...] = (16, 32, 64, 64)  # per stage; each but the first halves the size
+    channels: tuple[int, ...] = (16, 32, 64, 64)  # per stage; all stages but the first halve the size
     steps: int = 400  # of training
-    batch_size: int = 32  # images per step; whoever makes the iterator sees to it
-    learning_rate: float = 2e-3  # of Adam, falling to zero linearly
+    batch_size: int = 32  # images per step, in the iterator passed to train_features
+    learning_rate: float = 2e-3  # of Adam, decreases linearly to 0
 
 
 def _blur(images: Tensor, width: int) -> Tensor:
@@ -52,7 +52,11 @@ TURNS = 4
 
 
 class FeatureNetwork(nn.Module):
-    """A few convolutional stages, and two heads that are used in training only."""
+    """A few convolutional stages, and two classification heads that are used only in training.
+
+    Its weights lie in memory in the channels_last order from the beginning, and keep it when they are trained or
+    loaded: the order chooses the kernels, and other kernels may give other bits.
+    """
 
     def __init__(self, config: FeatureConfig):
         super().__init__()
@@ -67,9 +71,10 @@ class FeatureNetwork(nn.Module):
         )
         self.turn = nn.Linear(widths[-1], TURNS)
         self.degradation = nn.Linear(sum(config.channels), len(DEGRADATIONS))
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Images [B, 3, H, W] to the activations of the stages, [B, C, H / 2^i, W / 2^i]."""
+        """Return the activations of the stages, [B, C, H / 2^i, W / 2^i], for images [B, 3, H, W]."""
         x, activations = images, []
         for stage in self.stages:
             x = stage(x).relu()
@@ -77,38 +82,39 @@ class FeatureNetwork(nn.Module):
         return activations
 
     def classify(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of the turns [B, 4] and of the degradations [B, 6]."""
+        """Return logits of rotations [B, 4] and of degradations [B, 6]."""
         pooled = [activation.mean(dim=(2, 3)) for activation in self(images)]
         return self.turn(pooled[-1]), self.degradation(torch.cat(pooled, dim=1))
 
 
 class FeatureDistance(nn.Module):
-    """Distance [B] of images and reconstructions [B, 3, H, W] by the features of a frozen `FeatureNetwork`."""
+    """Distance [B] of images and reconstructions [B, 3, H, W] in features of a frozen `FeatureNetwork`."""
 
     def __init__(self, network: FeatureNetwork):
         super().__init__()
         self.network = network.requires_grad_(False)
 
     def forward(self, images: Tensor, reconstructions: Tensor) -> Tensor:
-        ours = self.network(reconstructions)
+        features = self.network(reconstructions)
         with torch.no_grad():
-            theirs = self.network(images)
-        distances = [unit_difference(a, b).sum(dim=1).mean(dim=(1, 2)) for a, b in zip(ours, theirs, strict=True)]
+            image_features = self.network(images)
+        pairs = zip(features, image_features, strict=True)
+        distances = [unit_difference(a, b).sum(dim=1).mean(dim=(1, 2)) for a, b in pairs]
         return torch.stack(distances).mean(dim=0)  # [B]
 
 
 def train_features(
     network: FeatureNetwork, images: Iterator[Tensor], config: FeatureConfig, generator: torch.Generator
 ) -> list[float]:
-    """Initialize and train the network in place for `config.steps` batches; returns the loss of each step.
+    """Initialize and train a network in place for `config.steps` batches; return the loss of each step.
 
-    Depends on nothing but its arguments, so that each process may train its own copy. Save the weights with the run.
+    The result depends only on the arguments, so each process can train its own copy. Save the weights with the run.
 
     Args:
-        network: is left frozen.
-        images: endless batches [B, 3, S, S] in [-1, 1], square.
+        network: the network. It is frozen afterwards.
+        images: an endless iterator of square batches [B, 3, S, S] in [-1, 1].
         config: steps and learning rate.
-        generator: CPU generator of the initial weights, the turns and the degradations.
+        generator: a CPU generator for initial weights, rotations and degradations.
     """
     device = next(network.parameters()).device
     for module in network.modules():
@@ -117,7 +123,7 @@ def train_features(
             weight = torch.randn(module.weight.shape, generator=generator) * (2.0 / fan_in) ** 0.5
             module.weight.data.copy_(weight)
             module.bias.data.zero_()
-    network.to(memory_format=torch.channels_last).requires_grad_(True)
+    network.requires_grad_(True)
     optimizer = torch.optim.Adam(network.parameters(), lr=config.learning_rate)
     losses = []
     for step in range(config.steps):
@@ -137,7 +143,7 @@ def train_features(
 
 @torch.no_grad()
 def disturb(images: Tensor, turns: Tensor, kinds: Tensor, generator: torch.Generator) -> Tensor:
-    """Turn images [B, 3, S, S] by 90 degrees `turns` [B] times each, then degrade each by its one of `kinds` [B]."""
+    """Rotate images [B, 3, S, S] by 90 degrees `turns` [B] times, then apply the degradations numbered `kinds` [B]."""
     result = torch.empty_like(images)
     for turn in range(TURNS):
         for kind, degrade in enumerate(DEGRADATIONS.values()):

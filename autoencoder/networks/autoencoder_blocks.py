@@ -1,7 +1,7 @@
 """The residual, attention and resampling blocks of the autoencoder (Esser et al. 2021, appendix A).
 
-A level holds its modules under the names that diffusers uses and tells by `layers()` in which order they run, so that
-the encoder and decoder can recompute each of them alone in the backward pass.
+The modules of a level have diffusers' names. `layers()` returns them in the order in which they run, so that encoder
+and decoder can recompute each of them separately in the backward pass, or run them in tiles.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class ResnetBlock(nn.Module):
         return self.conv_shortcut(x) + h
 
 
-class Attention(nn.Module):
-    """Self-attention over all positions with a single head, and a residual around it."""
+class SingleHeadAttention(nn.Module):
+    """Self-attention over all positions with a single head and a residual connection."""
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -54,7 +54,7 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves the sides by a strided convolution, padded at the right and the bottom only."""
+    """Halves the sides by a strided convolution with padding only at the right and the bottom."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -65,7 +65,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles the sides by repeating pixels, then convolves."""
+    """Doubles the sides by nearest-neighbor interpolation and a convolution."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -75,25 +75,27 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # [B, C, H, W] -> [B, C, 2H, 2W]
 
 
-class Level(nn.Module):
-    """Residual blocks of one resolution, each followed by attention if asked for; a subclass adds the resampling."""
+class AutoencoderLevel(nn.Module):
+    """Residual blocks of one resolution, each optionally followed by attention. Subclasses add the resampling."""
 
     def __init__(self, in_channels: int, out_channels: int, depth: int, attention: bool, groups: int):
         super().__init__()
         inputs = [in_channels] + [out_channels] * (depth - 1)
         self.resnets = nn.ModuleList([ResnetBlock(channels, out_channels, groups) for channels in inputs])
-        self.attentions = nn.ModuleList([Attention(out_channels, groups) for _ in inputs] if attention else [])
+        self.attentions = nn.ModuleList(
+            [SingleHeadAttention(out_channels, groups) for _ in inputs] if attention else []
+        )
 
     def layers(self) -> Iterator[nn.Module]:
-        """The modules in the order in which they run."""
+        """Yield the modules in the order in which they run."""
         for i, resnet in enumerate(self.resnets):
             yield resnet
             if self.attentions:
                 yield self.attentions[i]
 
 
-class DownLevel(Level):
-    """A level of the encoder: `downsamplers` is empty in the last."""
+class EncoderLevel(AutoencoderLevel):
+    """A level of the encoder. `downsamplers` is empty in the last level."""
 
     def __init__(self, in_channels: int, out_channels: int, depth: int, attention: bool, groups: int, resample: bool):
         super().__init__(in_channels, out_channels, depth, attention, groups)
@@ -104,8 +106,8 @@ class DownLevel(Level):
         yield from self.downsamplers
 
 
-class UpLevel(Level):
-    """A level of the decoder: `upsamplers` is empty in the last."""
+class DecoderLevel(AutoencoderLevel):
+    """A level of the decoder. `upsamplers` is empty in the last level."""
 
     def __init__(self, in_channels: int, out_channels: int, depth: int, attention: bool, groups: int, resample: bool):
         super().__init__(in_channels, out_channels, depth, attention, groups)
@@ -116,12 +118,12 @@ class UpLevel(Level):
         yield from self.upsamplers
 
 
-class MidLevel(nn.Module):
-    """Two residual blocks at the lowest resolution, with attention between them."""
+class MiddleLevel(nn.Module):
+    """Two residual blocks at the lowest resolution, optionally with attention between them."""
 
     def __init__(self, channels: int, attention: bool, groups: int):
         super().__init__()
-        self.attentions = nn.ModuleList([Attention(channels, groups)] if attention else [])
+        self.attentions = nn.ModuleList([SingleHeadAttention(channels, groups)] if attention else [])
         self.resnets = nn.ModuleList([ResnetBlock(channels, channels, groups) for _ in range(2)])
 
     def layers(self) -> Iterator[nn.Module]:

@@ -1,4 +1,4 @@
-"""What an autoencoder is made of (Rombach et al. 2022, table 8), under the names that diffusers gives its options."""
+"""The architecture of an autoencoder (Rombach et al. 2022, table 8), with the option names of diffusers."""
 
 from __future__ import annotations
 
@@ -10,26 +10,31 @@ class AutoencoderConfig:
     """The architecture of an `Autoencoder`; f = 2 ** (len(block_out_channels) - 1).
 
     Raises:
-        ValueError: a value breaks a rule; the message names value, rule and mend.
+        ValueError: a value is invalid; the message names the value, the rule and a fix.
     """
 
     regularizer: str = "kl"  # "kl" (diagonal Gaussian posterior) or "vq" (codebook)
-    in_channels: int = 3  # channels of the images, and of the reconstructions
+    in_channels: int = 3  # channels of images and reconstructions
     latent_channels: int = 4  # c, channels of the latents
-    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)  # channels per level; all but the last halve the size
+    block_out_channels: tuple[int, ...] = (
+        128,
+        256,
+        512,
+        512,
+    )  # channels per level; all but the last halve the size
     layers_per_block: int = 2  # residual blocks per level in the encoder; the decoder has one more
-    attention_levels: tuple[bool, ...] = ()  # self-attention after each residual block of a level; empty: nowhere
+    attention_levels: tuple[bool, ...] = ()  # per level: self-attention after each residual block; empty: none
     mid_attention: bool = True  # self-attention at the lowest resolution, between two residual blocks
     norm_num_groups: int = 32  # groups of every GroupNorm
-    sample_size: int = 256  # side in pixels of the images trained on; informative
+    sample_size: int = 256  # side of training images in pixels; informative only
     codebook_size: int = 8192  # vq: number of codes
     codebook_dim: int | None = None  # vq: channels of a code; None: latent_channels
-    commitment: float = 0.25  # vq: beta, weight of the term that pulls the encoder towards its codes
+    commitment: float = 0.25  # vq: beta, weight of the commitment loss
 
     def __post_init__(self):
         object.__setattr__(self, "block_out_channels", tuple(self.block_out_channels))
         levels = tuple(bool(level) for level in self.attention_levels)
-        if not any(levels):  # nowhere: whatever number of levels the default had
+        if not any(levels):  # none, for any number of levels
             levels = (False,) * len(self.block_out_channels)
         object.__setattr__(self, "attention_levels", levels)
         if self.regularizer not in ("kl", "vq"):
@@ -38,11 +43,11 @@ class AutoencoderConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"autoencoder.{name} {getattr(self, name)} must be at least 1")
         if not self.block_out_channels:
-            raise ValueError("block_out_channels () is empty; give channels for at least one level, such as (64, 128)")
+            raise ValueError("block_out_channels () is empty; specify at least one level, such as (64, 128)")
         if len(levels) != len(self.block_out_channels):
             raise ValueError(
                 f"attention_levels has {len(levels)} entries for {len(self.block_out_channels)} levels of "
-                "block_out_channels; give one true or false per level, or none at all"
+                "block_out_channels; specify one true or false per level, or an empty list"
             )
         for channels in self.block_out_channels:
             if channels % self.norm_num_groups:
@@ -53,10 +58,19 @@ class AutoencoderConfig:
 
     @property
     def downsampling(self) -> int:
-        """f: pixels per latent, along one side."""
+        """f, pixels per latent along each side."""
         return 2 ** (len(self.block_out_channels) - 1)
 
     @property
     def code_channels(self) -> int:
-        """Channels of the latents as other rooms see them: of a code where there is a codebook."""
+        """Channels of the latents that `Autoencoder.encode` returns: those of a code, if there is a codebook."""
         return self.codebook_dim or self.latent_channels if self.regularizer == "vq" else self.latent_channels
+
+    def check_size(self, *sides: int) -> None:
+        """Raise a ValueError if a side of an image is not divisible by f."""
+        f = self.downsampling
+        for side in sides:
+            if side % f:
+                low = side // f * f
+                sizes = f"{low} or {low + f}" if low else f"{f}"
+                raise ValueError(f"image size {side} is not divisible by {f} (autoencoder downsampling); use {sizes}")

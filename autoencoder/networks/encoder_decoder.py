@@ -1,4 +1,4 @@
-"""The encoder and the decoder (Rombach et al. 2022, section 3.1), before and after regularization."""
+"""The encoder and the decoder without regularization (Rombach et al. 2022, section 3.1)."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from autoencoder.networks.autoencoder_blocks import EPS, DownLevel, MidLevel, UpLevel
+from autoencoder.networks.autoencoder_blocks import EPS, DecoderLevel, EncoderLevel, MiddleLevel
 from autoencoder.networks.autoencoder_config import AutoencoderConfig
 from stipple_core.operators.normalization import norm_silu
 
 
 def run_layers(levels: Iterable[nn.Module], x: Tensor, checkpointing: bool) -> Tensor:
-    """Run the layers of the levels in order; with `checkpointing`, keep only their inputs for the backward pass."""
+    """Run the layers of levels in order. With `checkpointing`, only their inputs are kept for the backward pass."""
     recompute = checkpointing and torch.is_grad_enabled()
     for level in levels:
         for layer in level.layers():
@@ -23,7 +23,7 @@ def run_layers(levels: Iterable[nn.Module], x: Tensor, checkpointing: bool) -> T
 
 
 class Encoder(nn.Module):
-    """Images [B, in_channels, H, W] to features [B, c, H/f, W/f]; 2c channels (moments) for a Gaussian posterior."""
+    """Maps images [B, in_channels, H, W] to features [B, c, H/f, W/f], or to moments [B, 2c, H/f, W/f] for KL."""
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
@@ -32,10 +32,10 @@ class Encoder(nn.Module):
         self.checkpointing = False
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
-            DownLevel(channels[max(i - 1, 0)], channels[i], config.layers_per_block, attention, groups, i < last)
+            EncoderLevel(channels[max(i - 1, 0)], channels[i], config.layers_per_block, attention, groups, i < last)
             for i, attention in enumerate(config.attention_levels)
         )
-        self.mid_block = MidLevel(channels[-1], config.mid_attention, groups)
+        self.mid_block = MiddleLevel(channels[-1], config.mid_attention, groups)
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=EPS)
         moments = 2 if config.regularizer == "kl" else 1
         self.conv_out = nn.Conv2d(channels[-1], moments * config.latent_channels, 3, padding=1)
@@ -52,7 +52,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Features [B, c, H/f, W/f] to images [B, in_channels, H, W], unbounded."""
+    """Maps features [B, c, H/f, W/f] to images [B, in_channels, H, W], not clamped."""
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
@@ -60,9 +60,9 @@ class Decoder(nn.Module):
         last = len(channels) - 1
         self.checkpointing = False
         self.conv_in = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
-        self.mid_block = MidLevel(channels[0], config.mid_attention, groups)
+        self.mid_block = MiddleLevel(channels[0], config.mid_attention, groups)
         self.up_blocks = nn.ModuleList(
-            UpLevel(channels[max(i - 1, 0)], channels[i], config.layers_per_block + 1, attention, groups, i < last)
+            DecoderLevel(channels[max(i - 1, 0)], channels[i], config.layers_per_block + 1, attention, groups, i < last)
             for i, attention in enumerate(config.attention_levels[::-1])
         )
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=EPS)

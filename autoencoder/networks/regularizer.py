@@ -1,4 +1,4 @@
-"""What keeps latents in bounds: a Gaussian posterior (KL) or a codebook (VQ); Rombach et al. 2022, section 3.1."""
+"""Regularization of latents by a Gaussian posterior (KL) or a codebook (VQ); Rombach et al. 2022, section 3.1."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-CHUNK = 2**24  # distances held at once while looking for nearest codes: 64 MB
+CHUNK = 2**24  # distances computed at a time to find nearest codes, 64 MB
 
 
 @dataclass(frozen=True)
 class Posterior:
-    """A diagonal Gaussian over latents, q(z | x). A log-variance of -inf is a point, as a codebook needs."""
+    """A diagonal Gaussian over latents, q(z | x). With a log-variance of -inf it is a point, as with a codebook."""
 
     mean: Tensor  # [B, c, h, w]
     logvar: Tensor  # [B, c, h, w]
 
     @classmethod
     def from_moments(cls, moments: Tensor) -> Posterior:
-        """Split moments [B, 2c, h, w] in mean and log-variance, which is clamped to [-30, 20] unless it is -inf."""
+        """Split moments [B, 2c, h, w] into mean and log-variance, which is clamped to [-30, 20] unless it is -inf."""
         mean, logvar = moments.chunk(2, dim=1)
         return cls(mean, torch.where(logvar == -math.inf, logvar, logvar.clamp(-30.0, 20.0)))
 
@@ -32,6 +32,7 @@ class Posterior:
 
     @property
     def variance(self) -> Tensor:
+        """[B, c, h, w]."""
         return self.logvar.exp()
 
     def mode(self) -> Tensor:
@@ -54,17 +55,27 @@ class Posterior:
 
 @dataclass(frozen=True)
 class Quantized:
-    """Latents replaced by their codes."""
+    """Latents replaced by their nearest codes."""
 
-    latents: Tensor  # [B, d, h, w] codes; their gradient goes straight through to the input
-    indices: Tensor  # [B, h, w] which codes
+    latents: Tensor  # [B, d, h, w] codes, with straight-through gradients to the input
+    indices: Tensor  # [B, h, w], numbers of the codes
     loss: Tensor  # [] codebook loss + beta * commitment loss
 
 
-class VectorQuantizer(nn.Module):
-    """A codebook: latents become their nearest codes (van den Oord et al. 2017, eqs. 1-3).
+@dataclass(frozen=True)
+class Reconstruction:
+    """The result of a training pass through the autoencoder. Latents are those of the networks, not unit-scale."""
 
-    The commitment weight is on |z_e - sg(z_q)|^2, as in the paper; CompVis' default has it on the other term.
+    images: Tensor  # [B, 3, H, W]
+    posterior: Posterior  # [B, c, h, w]; with a codebook a point: the output of the encoder
+    codebook_loss: Tensor | None = None  # [], codebook + beta * commitment; None without a codebook
+    indices: Tensor | None = None  # [B, h, w], the codes used; None without a codebook
+
+
+class VectorQuantizer(nn.Module):
+    """A codebook, which replaces latents by their nearest codes (van den Oord et al. 2017, eqs. 1-3).
+
+    The commitment weight multiplies |z_e - sg(z_q)|^2, as in the paper. By default, CompVis multiplies the other term.
     """
 
     def __init__(self, size: int, channels: int, commitment: float):
@@ -74,7 +85,7 @@ class VectorQuantizer(nn.Module):
         nn.init.uniform_(self.embedding.weight, -1.0 / size, 1.0 / size)
 
     def forward(self, latents: Tensor) -> Quantized:
-        """Quantize latents [B, d, h, w], with the straight-through gradient and the two losses, in float32."""
+        """Quantize latents [B, d, h, w] with straight-through gradients, and compute the losses, in float32."""
         z_e = latents.float()
         indices = self.nearest(z_e)
         z_q = self.lookup(indices).float()  # [B, h, w] -> [B, d, h, w]
@@ -85,7 +96,7 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def nearest(self, latents: Tensor) -> Tensor:
-        """Indices [B, h, w] of the codes nearest to latents [B, d, h, w] in Euclidean distance."""
+        """Return the indices [B, h, w] of the codes nearest to latents [B, d, h, w] in Euclidean distance."""
         codes = self.embedding.weight.float()
         vectors = flatten(latents).float()
         offset = 0.5 * codes.square().sum(dim=1)  # argmin |z - e|^2 = argmin |e|^2 / 2 - z.e
@@ -96,31 +107,32 @@ class VectorQuantizer(nn.Module):
         return indices.reshape(b, height, width)
 
     def lookup(self, indices: Tensor) -> Tensor:
-        """Codes [B, d, h, w] of indices [B, h, w]."""
+        """Return the codes [B, d, h, w] of indices [B, h, w]."""
         return self.embedding(indices).permute(0, 3, 1, 2)  # [B, h, w, d] -> [B, d, h, w]
 
     def counts(self, indices: Tensor) -> Tensor:
-        """How often each code occurs in indices of any shape: [codebook size], int64."""
+        """Count how often each code occurs in indices of any shape: [codebook size], int64."""
         return torch.bincount(indices.flatten(), minlength=self.embedding.num_embeddings)
 
 
 def flatten(latents: Tensor) -> Tensor:
-    """Latents [B, d, h, w] as a list of vectors [B * h * w, d]."""
+    """Latents [B, d, h, w] as vectors [B * h * w, d]."""
     return latents.permute(0, 2, 3, 1).reshape(-1, latents.shape[1])
 
 
 @torch.no_grad()
 def revive(codebook: Tensor, counts: Tensor, candidates: Tensor, generator: torch.Generator) -> Tensor:
-    """Move the codes that were never used onto candidates, in place; returns the indices of those moved.
+    """Replace codes that were never used by candidates, in place; return the indices of the replaced codes.
 
-    Deterministic in its arguments: processes that pass the same counts, candidates and generator stay in step.
-    Candidates are drawn without replacement; if there are fewer than dead codes, the first dead codes are served.
+    The result depends only on the arguments: processes that pass the same counts, candidates and generator keep equal
+    codebooks. Candidates are drawn without replacement. If there are fewer candidates than unused codes, the first
+    unused codes are replaced.
 
     Args:
         codebook: [K, d], such as `quantize.embedding.weight`.
-        counts: [K] uses since the last revival, summed over processes.
-        candidates: [N, d] recent encoder outputs (`flatten(posterior.mean)`), the same on every process.
-        generator: CPU generator that chooses among them.
+        counts: [K], uses since the last revival, summed over processes.
+        candidates: [N, d], recent encoder outputs (`flatten(posterior.mean)`), the same on every process.
+        generator: a CPU generator that draws candidates.
 
     Source: Dhariwal et al. 2020 (Jukebox), section 3.1, "random restart".
     """
@@ -131,12 +143,12 @@ def revive(codebook: Tensor, counts: Tensor, candidates: Tensor, generator: torc
 
 
 def usage(counts: Tensor) -> float:
-    """The fraction of the codes that occur at all, from counts [K]."""
+    """The fraction of codes that are used, from counts [K]."""
     return (counts > 0).float().mean().item()
 
 
 def perplexity(counts: Tensor) -> float:
-    """exp(entropy) of the codes' frequencies, from counts [K]: K if all are used alike, 1 if only one; 0 for none."""
+    """exp(entropy) of code frequencies, from counts [K]: K if all are used equally, 1 for a single code, 0 for none."""
     total = counts.sum()
     if total == 0:
         return 0.0

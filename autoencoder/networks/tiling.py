@@ -1,11 +1,11 @@
-"""Encoding and decoding of pictures too large for memory: in tiles, and the same as whole, up to the last bits.
+"""Encoding and decoding of large images in tiles, with limited memory and equal results up to the last bits.
 
-A convolution needs what lies around a tile, and gets it: tiles are computed with a margin that is cut off. Group
-normalization needs the mean and variance of the whole picture (Wu & He 2018, eq. 2), so they are summed over all tiles
-before any tile is normalized: that is why these tiles have no seams, where overlapping tiles that are blended
-(each normalized by itself) have. What a layer makes is kept where it fits into the memory that is given, and otherwise
-computed again from what was kept last, whenever it is looked at. Attention sees the whole picture; where a layer fits
-into the memory, it runs whole as well.
+Convolutions need the neighborhood of a tile, so tiles are computed with a margin that is cropped. Group normalization
+needs mean and variance of the whole image (Wu & He 2018, eq. 2), so these are summed over all tiles before any tile is
+normalized. Therefore these tiles have no seams, unlike overlapping tiles that are normalized separately and blended.
+
+A layer's output is kept if it fits into the memory; otherwise its parts are computed when they are needed, from the
+last kept output. Attention, and each layer that fits into the memory, runs on the whole image.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoencoder.networks.autoencoder_blocks import Attention, Downsample, ResnetBlock, Upsample
+from autoencoder.networks.autoencoder_blocks import Downsample, ResnetBlock, SingleHeadAttention, Upsample
 from autoencoder.networks.encoder_decoder import Decoder, Encoder
 
-LIVE = 4  # a layer that runs whole holds so many feature maps of the size of its largest
-SHARE = 0.25  # of the memory is for the tile that is worked on
-LEAST_TILE = 32  # pixels along one side: below, margins cost more than tiles
+LIVE = 4  # feature maps of the largest size that a layer on a whole image needs at a time
+SHARE = 0.25  # of the memory, for the current tile
+LEAST_TILE = 32  # pixels along each side; in smaller tiles the margins take most of the time
 
 Layer = Callable[[Tensor], Tensor]
 
@@ -38,30 +38,30 @@ class Region(NamedTuple):
     right: int
 
     def of(self, x: Tensor) -> Tensor:
-        """This part of x [B, C, H, W]."""
+        """Return this rectangle of x [B, C, H, W]."""
         return x[:, :, self.top : self.bottom, self.left : self.right]
 
     def within(self, outer: Region) -> Region:
-        """The same rectangle, counted from a corner of another."""
+        """Return this rectangle in coordinates relative to another one."""
         top, left = outer.top, outer.left
         return Region(self.top - top, self.bottom - top, self.left - left, self.right - left)
 
     def times(self, zoom: float) -> Region:
-        """The same rectangle of a map that is `zoom` times as large."""
+        """Return this rectangle in a map that is `zoom` times as large."""
         return Region(*(round(side * zoom) for side in self))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Local:
-    """A layer each of whose outputs depends on inputs nearby alone."""
+    """A layer whose outputs depend only on nearby inputs."""
 
-    run: Layer  # [1, c, h, w] -> [1, channels, zoom h, zoom w]; leaves its input as it is
+    run: Layer  # [1, c, h, w] -> [1, channels, zoom h, zoom w]; does not change its input
     channels: int  # of the outputs
-    zoom: float = 1.0  # 2: doubles the sides, 0.5: halves them
-    margin: int = 1  # outputs next to a cut through the picture that are wrong
+    zoom: float = 1.0  # 2 doubles the sides, 0.5 halves them
+    margin: int = 1  # number of outputs next to a cut edge that are wrong
 
     def reads(self, region: Region, height: int, width: int) -> Region:
-        """The part of an input of height x width that a region of the output is computed from."""
+        """Return the region of an input of height x width that a region of the output depends on."""
         low = [max(0, math.floor((side - self.margin) / self.zoom)) for side in (region.top, region.left)]
         high = [math.ceil((side + self.margin) / self.zoom) for side in (region.bottom, region.right)]
         return Region(low[0], min(high[0], height), low[1], min(high[1], width))
@@ -69,7 +69,7 @@ class Local:
 
 @dataclass(frozen=True)
 class Features:
-    """A feature map of one picture, of which `kept` is in memory; the layers after it run where a part is asked for."""
+    """A feature map of one image: `kept` is in memory, and `pending` layers are run when a part is needed."""
 
     kept: Tensor  # [1, c, h, w]
     pending: tuple[Local, ...] = ()
@@ -82,11 +82,11 @@ class Features:
         return channels, round(self.kept.shape[2] * zoom), round(self.kept.shape[3] * zoom)
 
     def then(self, local: Local) -> Features:
-        """What a layer makes of this map."""
+        """Return the output of a layer on this map, with the layer pending."""
         return replace(self, pending=(*self.pending, local))
 
     def part(self, region: Region) -> Tensor:
-        """A part [1, C, ...] of the map; to be read only."""
+        """Compute a part [1, C, ...] of the map. Do not modify it: it may be a view."""
         if not self.pending:
             return region.of(self.kept)
         before, last = Features(self.kept, self.pending[:-1]), self.pending[-1]
@@ -94,14 +94,14 @@ class Features:
         return region.within(needed.times(last.zoom)).of(last.run(before.part(needed)))
 
     def tiles(self, side: int) -> Iterator[Region]:
-        """Regions of at most side x side that cover the map once, about equally large."""
+        """Split the map into regions of at most side x side and about equal size."""
         _, height, width = self.shape
         for top, bottom in _spans(height, side):
             for left, right in _spans(width, side):
                 yield Region(top, bottom, left, right)
 
     def keep(self, side: int) -> Features:
-        """The same map, in memory."""
+        """Run all pending layers, in tiles of at most side x side."""
         if not self.pending:
             return self
         kept = torch.empty(1, *self.shape, dtype=self.kept.dtype, device=self.kept.device)
@@ -112,7 +112,7 @@ class Features:
 
 
 def largest(network: Encoder | Decoder, x: Tensor) -> int:
-    """Bytes of the largest feature map that a network makes of one picture x [B, c, h, w]."""
+    """Return the bytes of the largest feature map of a network for one image of x [B, c, h, w]."""
     shape, sizes = (network.conv_in.out_channels, *x.shape[2:]), []
     for layer in _layers(network):
         sizes.append(math.prod(shape))
@@ -122,14 +122,14 @@ def largest(network: Encoder | Decoder, x: Tensor) -> int:
 
 @torch.no_grad()
 def run(network: Encoder | Decoder, x: Tensor, memory: int) -> Tensor:
-    """What a network makes of x [B, c, h, w], with about `memory` bytes for feature maps, its result not counted."""
+    """Run a network on x [B, c, h, w] with about `memory` bytes for feature maps, excluding the result."""
     if LIVE * largest(network, x) <= memory:
         return network(x)
-    return torch.cat([_Tiling(network, picture, memory).run() for picture in x.split(1)])
+    return torch.cat([_Tiling(network, image, memory).run() for image in x.split(1)])
 
 
 class _Tiling:
-    """One picture's way through a network."""
+    """Runs a network on one image in tiles."""
 
     def __init__(self, network: Encoder | Decoder, x: Tensor, memory: int):
         self.network, self.x, self.memory = network, x, memory
@@ -141,8 +141,11 @@ class _Tiling:
         network = self.network
         x = Features(self.x).then(Local(run=network.conv_in, channels=network.conv_in.out_channels))
         for layer in _layers(network):
-            if isinstance(layer, Attention) or LIVE * self._bytes(x.shape, _shape_after(layer, x.shape)) <= self.memory:
-                x = x.keep(self.side)  # first, so that what it was computed from is gone
+            if (
+                isinstance(layer, SingleHeadAttention)
+                or LIVE * self._bytes(x.shape, _shape_after(layer, x.shape)) <= self.memory
+            ):
+                x = x.keep(self.side)  # first, to release the map that it is computed from
                 x = Features(layer(x.kept))
             elif isinstance(layer, ResnetBlock):
                 x = self._residual(layer, x)
@@ -153,7 +156,7 @@ class _Tiling:
         return x.then(Local(run=lambda part: last(norm(part)), channels=last.out_channels)).keep(self.side).kept
 
     def _residual(self, block: ResnetBlock, x: Features) -> Features:
-        """What a residual block makes of x: kept, in the place of x where that can be, or to be computed."""
+        """Run a residual block on x: in the memory of x if possible, or pending if it does not fit into the memory."""
         first, channels = self._norm_silu(block.norm1, x), block.conv1.out_channels
         inner = x.then(Local(run=lambda part: block.conv1(first(part)), channels=channels))
         in_place = not x.pending and isinstance(block.conv_shortcut, nn.Identity)
@@ -174,7 +177,7 @@ class _Tiling:
         return Features(result)
 
     def _norm_silu(self, norm: nn.GroupNorm, x: Features) -> Layer:
-        """Group normalization and SiLU of any part of x, by the mean and variance of the whole."""
+        """Return group normalization and SiLU for any part of x, with mean and variance of the whole x."""
         (channels, height, width), each = x.shape, x.shape[0] // norm.num_groups
         wide = torch.promote_types(x.kept.dtype, torch.float32)
         sums = torch.zeros(2, channels, dtype=torch.float64, device=x.kept.device)
@@ -189,12 +192,12 @@ class _Tiling:
         return lambda part: F.silu(torch.addcmul(shift, part, scale), inplace=True).to(part.dtype)
 
     def _bytes(self, *shapes: tuple[int, int, int]) -> int:
-        """Of the largest map."""
+        """Bytes of the largest of several feature maps."""
         return max(map(math.prod, shapes)) * self.x.element_size()
 
 
 def _layers(network: Encoder | Decoder) -> Iterator[nn.Module]:
-    """What runs between the first convolution and the last norm."""
+    """The layers between the first convolution and the last normalization."""
     return (layer for level in network.levels for layer in level.layers())
 
 
@@ -208,7 +211,7 @@ def _shape_after(layer: nn.Module, shape: tuple[int, int, int]) -> tuple[int, in
 
 
 def _spans(length: int, most: int) -> list[tuple[int, int]]:
-    """[0, length) in as few spans of at most `most` as there can be, about equally long."""
+    """Split [0, length) into as few spans of at most `most` as possible, of about equal length."""
     count = -(-length // most)
     ends = [length * i // count for i in range(count + 1)]
     return list(zip(ends[:-1], ends[1:], strict=True))

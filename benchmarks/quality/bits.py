@@ -26,7 +26,9 @@ from ldm import TextToImage
 from ldm.guidance.base import Denoise, classifier_free, thresholded
 from ldm.likelihood.flow_likelihood import ode_bound
 from ldm.likelihood.variational_bound import EIGHT_BIT_UNIT, Bound, RateDistortion, rate_distortion, variational_bound
-from stipple_core.data.dataset import DataConfig, ImageDataset, scan
+from stipple_core.data.dataset import ImageDataset
+from stipple_core.data.records.data_config import DataConfig
+from stipple_core.data.sources.scan import scan
 from stipple_core.randomness import generator
 
 VARIANCE = "large"  # of the bound; the small one costs more (docs/likelihood.md)

@@ -27,7 +27,8 @@ from benchmarks.quality.recall_prompts import KINDS, Case, choose_cases, read_me
 from ldm import TextToImage
 from stipple.stages.ldm.ldm_run import LdmRunConfig
 from stipple_core.config import load_config, one_line_errors
-from stipple_core.data.dataset import ImageDataset, scan
+from stipple_core.data.dataset import ImageDataset
+from stipple_core.data.sources.scan import scan
 from stipple_core.images.images import grid
 
 REFERENCES, SHOWN = 200, 8  # training pictures that are asked for; pictures of each way on the sheet

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ldm.guidance.base import Denoise
-from ldm.schedules.registry import Schedule
+from ldm.schedules.base import Schedule
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,7 +21,9 @@ from autoencoder.losses.first_stage_loss import LossConfig, discriminator_loss, 
 from autoencoder.losses.perceptual import PerceptualConfig, make_perceptual
 from autoencoder.losses.similarity import psnr, ssim
 from autoencoder.losses.trained_features import FeatureConfig, train_features
-from stipple_core.data.dataset import DataConfig, ImageDataset, scan
+from stipple_core.data.dataset import ImageDataset
+from stipple_core.data.records.data_config import DataConfig
+from stipple_core.data.sources.scan import scan
 from stipple_core.images.images import grid, tensor_to_image
 from stipple_core.randomness import generator
 

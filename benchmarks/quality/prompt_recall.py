@@ -31,7 +31,9 @@ from benchmarks.quality.recall_report import write_report
 from ldm import TextToImage
 from stipple.stages.ldm.ldm_run import LdmRunConfig
 from stipple_core.config import load_config, one_line_errors
-from stipple_core.data.dataset import ImageDataset, Records, scan
+from stipple_core.data.dataset import ImageDataset
+from stipple_core.data.records.records import Records
+from stipple_core.data.sources.scan import scan
 from stipple_core.images.drawn_pictures import check_writable, model_hash
 from stipple_core.images.images import image_to_tensor, tensor_to_image
 

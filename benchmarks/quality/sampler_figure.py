@@ -27,7 +27,8 @@ from ldm.guidance.base import Denoise
 from ldm.samplers.registry import SAMPLERS, Sampler
 from ldm.samplers.spacing import times
 from ldm.samplers.steps import initial_noise
-from ldm.schedules.registry import ScheduleConfig, make_schedule
+from ldm.schedules.base import ScheduleConfig
+from ldm.schedules.registry import make_schedule
 
 SCHEDULE = make_schedule(ScheduleConfig())
 DATA = Gaussians(

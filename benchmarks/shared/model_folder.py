@@ -16,13 +16,13 @@ from benchmarks.peers.theirs import SCALE
 from benchmarks.shared import contest
 from benchmarks.shared.models import empty, randomize, shapes
 from conditioning.encoders.clip import Clip
-from conditioning.text.text_conditioner import Conditioner
+from conditioning.text.text_conditioner import TextConditioner
 from conditioning.tokenizers.known_tokenizers import clip_tokenizer
 from ldm.formats.diffusers.scheduler import Scheduling
 from ldm.networks.unet import UNet
 from ldm.pipeline import TextToImage
 from ldm.sampling.settings import Settings
-from ldm.schedules.registry import ScheduleConfig
+from ldm.schedules.base import ScheduleConfig
 
 
 def model_folder(workdir: str | Path, tiny: bool) -> Path:
@@ -33,7 +33,7 @@ def model_folder(workdir: str | Path, tiny: bool) -> Path:
         return folder
     autoencoder = randomize(empty(Autoencoder, wanted.vae), seed=1)
     autoencoder.scaling_factor = SCALE
-    conditioner = Conditioner(clip_tokenizer(), randomize(empty(Clip, wanted.text), seed=2), use_mask=False)
+    conditioner = TextConditioner(clip_tokenizer(), randomize(empty(Clip, wanted.text), seed=2), use_mask=False)
     schedule = ScheduleConfig(beta_start=0.00085, beta_end=0.012)
     scheduling = Scheduling(schedule=schedule, prediction="noise", spacing="leading", ends_clean=False)
     unet, defaults = randomize(empty(UNet, wanted.unet), seed=3), Settings(guidance_scale=7.5, spacing="leading")

@@ -14,7 +14,8 @@ from autoencoder.formats.diffusers_autoencoder import to_diffusers
 from benchmarks.peers.theirs import SCALE
 from conditioning.encoders.clip import clip_config
 from ldm.formats.diffusers.unet_options import unet_to_diffusers
-from ldm.networks.unet import UNet, UNetConfig
+from ldm.networks.unet import UNet
+from ldm.networks.unet_config import UNetConfig
 from stipple_core.operators.winograd import lay_out
 
 CLIP_L = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)

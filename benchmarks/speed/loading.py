@@ -24,9 +24,14 @@ from PIL import Image
 from benchmarks.shared import contest
 from benchmarks.speed.training_case import CASES, Batch
 from benchmarks.speed.training_step import our_step
-from stipple_core.data.dataset import DataConfig, ImageDataset, Order, collate, make_loader, scan
+from stipple_core.data.dataset import ImageDataset, collate
+from stipple_core.data.loader import make_loader
+from stipple_core.data.order import Order
+from stipple_core.data.records.data_config import DataConfig
 from stipple_core.data.records.records import Record
-from stipple_core.latent_cache.reader import CachedLatents, ShardWriter, cached_collate
+from stipple_core.data.sources.scan import scan
+from stipple_core.latent_cache.reader import CachedLatents, cached_collate
+from stipple_core.latent_cache.writer import LatentCacheWriter
 
 SEED, PER_SHARD = 0, 1000
 CACHE = "ours, cache"
@@ -74,7 +79,7 @@ def of_cache(folder: str, batch_size: int, images: int, workers: int) -> Iterato
 def write_cache(folder: Path, records: list[Record]) -> None:
     """A latent cache in the shapes of configs/ldm/emoji.yaml; what the numbers are takes no time."""
     unet = CASES["emoji"].unet
-    writer = ShardWriter(str(folder), 0, {"made for": "benchmarks.speed.loading"}, records)
+    writer = LatentCacheWriter(str(folder), 0, {"made for": "benchmarks.speed.loading"}, records)
     for part in writer.missing("moments"):
         writer.add_moments(part, torch.randn(len(part), 1, 2 * unet.in_channels, unet.sample_size, unet.sample_size))
     for part in writer.missing("contexts"):

@@ -21,7 +21,7 @@ from benchmarks.peers import theirs
 from benchmarks.shared import contest, models
 from benchmarks.shared.inputs import Pair
 from benchmarks.speed.unet_forward import networks, our_call
-from stipple_core.operators.winograd import Convolution, fits, is_laid_out
+from stipple_core.operators.winograd import Convolution, fits, has_fast_layout
 
 WINOGRAD, CONVOLUTION, ATTENTION, LINEAR = "convolution, Winograd", "convolution, others", "attention", "linear layers"
 NORMALIZATION, REST = "normalization, activation", "rest"
@@ -62,7 +62,7 @@ def flops_by_kind(network: nn.Module, call: Callable[[], Tensor]) -> dict[str, f
     found: Counter[str] = Counter()
 
     def count(module: nn.Module, _: Any, output: Tensor) -> None:
-        winograd = isinstance(module, Convolution) and fits(module.weight) and is_laid_out(module.weight)
+        winograd = isinstance(module, Convolution) and fits(module.weight) and has_fast_layout(module.weight)
         kind = WINOGRAD if winograd else CONVOLUTION if isinstance(module, nn.Conv2d) else LINEAR
         outputs = output.numel() / module.weight.shape[0]  # of one channel
         found[kind] += 2 * outputs * module.weight.numel()

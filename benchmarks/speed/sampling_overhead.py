@@ -21,11 +21,13 @@ from conditioning import Context
 from ldm.denoising.denoiser import Denoiser
 from ldm.guidance.registry import GuidanceConfig, Ingredients, guided
 from ldm.networks.cached_unet import CachedUNet
-from ldm.networks.unet import UNet, UNetConfig
+from ldm.networks.unet import UNet
+from ldm.networks.unet_config import UNetConfig
 from ldm.samplers.registry import SAMPLERS
 from ldm.samplers.spacing import times
 from ldm.samplers.steps import initial_noise
-from ldm.schedules.registry import ScheduleConfig, make_schedule
+from ldm.schedules.base import ScheduleConfig
+from ldm.schedules.registry import make_schedule
 from stipple_core.config import read_yaml
 from stipple_core.operators.winograd import lay_out
 

@@ -20,7 +20,9 @@ from benchmarks.shared import contest, models
 from ldm.networks.unet import UNet
 from stipple.stages.ldm.ldm_run import LdmRunConfig
 from stipple_core.config import load_config
-from stipple_core.files.checkpoint_folder import load_state, problem, save_state, write_folder
+from stipple_core.files.checkpoint_folder import write_folder
+from stipple_core.files.manifest import problem
+from stipple_core.files.training_state import load_state, save_state
 
 CONFIGS = ("txt2img-mini", "txt2img-small", "text2img-256", "txt2img-1p4b")
 STATE_BYTES = 4 * 4  # per parameter: weight, two moments, moving average, each float32

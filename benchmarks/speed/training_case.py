@@ -12,8 +12,8 @@ from torch import Tensor
 from benchmarks.shared import contest, models
 from benchmarks.shared.inputs import PROMPT
 from benchmarks.shared.model_folder import model_folder
-from ldm.networks.unet import UNetConfig
-from ldm.schedules.registry import ScheduleConfig
+from ldm.networks.unet_config import UNetConfig
+from ldm.schedules.base import ScheduleConfig
 from stipple_core.config import read_yaml
 from stipple_core.files.weights import read_weights, write_weights
 
@@ -63,9 +63,9 @@ class Batch:
 def write_batch(case: Case, model: Path, folder: Path) -> None:
     """Random images and some captions, encoded by the model folder's own networks."""
     from autoencoder import Autoencoder
-    from conditioning.text.text_conditioner import Conditioner
+    from conditioning.build import load_conditioner
 
-    autoencoder, conditioner = Autoencoder.load(model).eval(), Conditioner.load(model)
+    autoencoder, conditioner = Autoencoder.load(model).eval(), load_conditioner(model)
     draws = torch.Generator().manual_seed(0)
     side = case.size * autoencoder.downsampling
     images = torch.rand(case.batch_size, 3, side, side, generator=draws) * 2 - 1

@@ -38,7 +38,8 @@ def our_step(case: Case, batch: Batch) -> Callable[[], Tensor]:
     from ldm.networks.unet import UNet
     from ldm.schedules.registry import make_schedule
     from stipple.training.optimization.ema import Ema, EmaConfig
-    from stipple.training.optimization.optimizer import Optimizer, OptimizerConfig
+    from stipple.training.optimization.optimizer import Optimizer
+    from stipple.training.optimization.update_rules import OptimizerConfig
     from stipple_core.operators.winograd import lay_out
 
     unet = lay_out(models.randomize(models.empty(UNet, case.unet))).train()

@@ -1,4 +1,4 @@
-"""BERT's encoder (Devlin et al. 2018) with transformers' parameter names: importing theirs takes three seconds."""
+"""BERT's encoder (Devlin et al. 2018) with the parameter names of transformers, whose import takes three seconds."""
 
 from __future__ import annotations
 
@@ -8,25 +8,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from conditioning.encoders.transformer_layers import attend, empty_embedding
+
 
 def is_plain_bert(config: dict[str, Any]) -> bool:
-    """True for a config.json that this file computes exactly; other variants go through transformers."""
+    """Return whether this module implements a config.json exactly; transformers computes all other variants."""
     plain = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False}
     return config.get("model_type") == "bert" and all(config.get(key, value) == value for key, value in plain.items())
 
 
 class Bert(nn.Module):
-    """Bidirectional text encoder: ids and mask [B, L] -> the last layer's tokens [B, L, d]."""
+    """Bidirectional text encoder: ids and mask [B, L] -> tokens [B, L, d] of the last layer."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
         self.config = config
-        self.embeddings = Embeddings(config)
+        self.embeddings = BertEmbeddings(config)
         self.encoder = nn.Module()
-        self.encoder.layer = nn.ModuleList(Layer(config) for _ in range(config["num_hidden_layers"]))
+        self.encoder.layer = nn.ModuleList(BertLayer(config) for _ in range(config["num_hidden_layers"]))
 
     def forward(self, ids: Tensor, mask: Tensor | None) -> Tensor:
-        """Tokens [B, L, d]; mask True where a token counts, None where all do."""
+        """Return tokens [B, L, d]; the mask is True for tokens to attend to, None for all."""
         x = self.embeddings(ids)  # [B, L] -> [B, L, d]
         attended = None if mask is None else mask[:, None, None, :]  # [B, L] -> [B, 1, 1, L]
         for layer in self.encoder.layer:
@@ -34,12 +36,12 @@ class Bert(nn.Module):
         return x
 
     def weights(self) -> dict[str, Tensor]:
-        """Parameters by transformers' names."""
+        """Return the parameters under transformers' names."""
         return self.state_dict()
 
 
-class Embeddings(nn.Module):
-    """Word + position + segment (always 0), normalised."""
+class BertEmbeddings(nn.Module):
+    """Sum of word, position and segment (always 0) embeddings, followed by a norm."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
@@ -54,41 +56,38 @@ class Embeddings(nn.Module):
         return self.LayerNorm(x + self.position_embeddings.weight[: ids.shape[1]])
 
 
-class Layer(nn.Module):
-    """Self-attention and feed-forward, each followed by its residual and norm (post-norm)."""
+class BertLayer(nn.Module):
+    """Self-attention and feed-forward block, each followed by its residual and norm (post-norm)."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
         width, inner = config["hidden_size"], config["intermediate_size"]
         self.attention = nn.Module()
-        self.attention.self = SelfAttention(width, config["num_attention_heads"])
-        self.attention.output = Output(width, width, config)
+        self.attention.self = BertSelfAttention(width, config["num_attention_heads"])
+        self.attention.output = BertOutput(width, width, config)
         self.intermediate = nn.Module()
         self.intermediate.dense = nn.Linear(width, inner)
-        self.output = Output(inner, width, config)
+        self.output = BertOutput(inner, width, config)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         x = self.attention.output(self.attention.self(x, mask), x)
         return self.output(F.gelu(self.intermediate.dense(x)), x)
 
 
-class SelfAttention(nn.Module):
+class BertSelfAttention(nn.Module):
+    """Multi-head self-attention without an output projection, which is a part of `BertOutput`."""
+
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
         self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        q, k, v = (
-            linear(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, L, d] -> [B, heads, L, d / heads]
-            for linear in (self.query, self.key, self.value)
-        )
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return x.transpose(1, 2).flatten(2)  # [B, heads, L, d / heads] -> [B, L, d]
+        return attend(self.query(x), self.key(x), self.value(x), self.heads, mask)
 
 
-class Output(nn.Module):
-    """A projection, the residual, the norm."""
+class BertOutput(nn.Module):
+    """Projection, residual and norm."""
 
     def __init__(self, inner: int, width: int, config: dict[str, Any]) -> None:
         super().__init__()
@@ -100,27 +99,22 @@ class Output(nn.Module):
 
 
 def bert_config(config: dict[str, Any]) -> dict[str, Any]:
-    """config.json of the encoder alone."""
+    """Return the config.json of the encoder without its heads."""
     return {**{key: value for key, value in config.items() if key != "_name_or_path"}, "architectures": ["BertModel"]}
 
 
 def bert_weights(weights: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
-    """The encoder's own weights out of a checkpoint: no task heads, no pooler, no layer past the last one wanted."""
-    kept = {}
+    """Return the weights of the first `layers` layers of a checkpoint, without task heads and pooler."""
+    encoder = {}
     for name, weight in weights.items():
         name = name.removeprefix("bert.")
         surplus = name.startswith("encoder.layer.") and int(name.split(".")[2]) >= layers
         if name.startswith(("embeddings.", "encoder.")) and not surplus and not name.endswith("position_ids"):
-            kept[name] = weight
-    return kept
-
-
-def empty_embedding(size: int, width: int) -> nn.Embedding:
-    """A table without values: nn.Embedding's own draw of them imports torch._dynamo on the meta device, 2.5 s."""
-    return nn.Embedding.from_pretrained(torch.empty(size, width), freeze=False)
+            encoder[name] = weight
+    return encoder
 
 
 def empty_bert(config: dict[str, Any]) -> Bert:
-    """A Bert whose parameters are not yet allocated; load_state_dict(assign=True) gives it some."""
+    """Return a Bert on "meta", for load_state_dict(assign=True)."""
     with torch.device("meta"):
         return Bert(config)

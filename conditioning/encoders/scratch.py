@@ -1,6 +1,6 @@
-"""The text transformer trained from scratch with the UNet (Rombach et al. 2022, section 3.3): a small CLIPTextModel.
+"""Text transformer trained together with the UNet (Rombach et al. 2022, section 3.3): a small CLIPTextModel.
 
-Its weights are drawn as transformers draws them, and its folder opens in every program that opens Stable Diffusion.
+Its weights are initialized as in transformers. Every program that opens Stable Diffusion opens its folder.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from conditioning.tokenizers.clip_bpe import END, START
 from conditioning.tokenizers.tokenizer import Tokenizer, read_tokenizer
 from stipple_core.files.weights import place
 
-SMALLEST_VOCABULARY = 2 * 256 + 2  # every byte inside and at the end of a word, start, end
+SMALLEST_VOCABULARY = 2 * 256 + 2  # each byte inside and at the end of a word, start, end
 
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
     """Size of a text transformer that is trained from scratch."""
 
-    vocab_size: int = 4096  # at most; few captions give fewer merges
+    vocab_size: int = 4096  # maximum; few captions have fewer merges
     width: int = 384  # d of the tokens
     layers: int = 6  # residual blocks
     heads: int = 6  # attention heads per block
@@ -34,12 +34,12 @@ class TransformerConfig:
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) -> Tokenizer:
-    """Byte-level BPE in CLIP's manner (lower case, "</w>" at the end of a word) learnt from captions.
+    """Train a byte-level BPE tokenizer on captions, as CLIP's: lower case, "</w>" at the end of a word.
 
-    The same captions in any order give the same tokenizer. Every byte is in the vocabulary: no text is unknown.
+    The order of the captions does not matter. The vocabulary contains every byte, so no text is unknown.
 
     Raises:
-        ValueError: if vocab_size is below 514, or there is no text in the captions.
+        ValueError: vocab_size is below 514, or the captions contain no text.
     """
     from tokenizers import Tokenizer as Backend
     from tokenizers import models, pre_tokenizers, trainers
@@ -48,19 +48,19 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) -
     if vocab_size < SMALLEST_VOCABULARY:
         raise ValueError(f"vocab_size {vocab_size} can't hold all bytes; it must be at least {SMALLEST_VOCABULARY}")
     clip = CLIPTokenizer().backend_tokenizer
-    learner = Backend(models.BPE(end_of_word_suffix="</w>"))
-    learner.normalizer, learner.pre_tokenizer = clip.normalizer, clip.pre_tokenizer
+    trained = Backend(models.BPE(end_of_word_suffix="</w>"))
+    trained.normalizer, trained.pre_tokenizer = clip.normalizer, clip.pre_tokenizer
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     ends = [f"{letter}</w>" for letter in letters]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, end_of_word_suffix="</w>", initial_alphabet=letters, show_progress=False,
-        special_tokens=ends,  # else they are numbered in the order of a hash map, and ties between pairs broken by that
+        special_tokens=ends,  # otherwise the order of a hash map numbers them and breaks ties between pairs
     )  # fmt: skip
-    fit = (caption.encode("utf-8", "replace").decode().replace("\0", " ") for caption in captions)
-    learner.train_from_iterator(fit, trainer)
-    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    texts = (caption.encode("utf-8", "replace").decode().replace("\0", " ") for caption in captions)
+    trained.train_from_iterator(texts, trainer)
+    merges = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
     if not merges:
-        raise ValueError("no merges could be learnt from the captions; a tokenizer needs captions with repeated words")
+        raise ValueError("the captions have no repeated words to train a tokenizer on; use more captions")
     merges = merges[: vocab_size - SMALLEST_VOCABULARY]
     pieces = [*letters, *ends, *("".join(pair) for pair in merges), START, END]
     vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
@@ -70,14 +70,15 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) -
 
 
 def random_transformer(config: TransformerConfig, tokenizer: Tokenizer, seed: int, projection: bool = False) -> Clip:
-    """A CLIPTextModel for the tokenizer's vocabulary with weights drawn from the seed, no global state touched.
+    """Return a CLIPTextModel for a tokenizer with weights drawn from the seed, without a change to global random state.
 
-    With `projection`, also the matrix of the pooled output.
+    Args:
+        projection: Whether to add the projection of the pooled output.
     """
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     if config.width % config.heads:
-        raise ValueError(f"width {config.width} is not divisible by {config.heads} heads; change one of them")
+        raise ValueError(f"width {config.width} is not divisible by {config.heads} heads; change one of the two")
     start, end = (tokenizer.backend.token_to_id(token) for token in (START, END))
     settings = CLIPTextConfig(
         vocab_size=tokenizer.backend.get_vocab_size(),

@@ -1,6 +1,7 @@
-"""What the UNets of others read beside z_t: no file of theirs says it, the number of channels tells it.
+"""Readers for the UNets of other programs, which read more inputs than their files describe.
 
-Stable Diffusion's inpainting and depth models, and LDM's for inpainting, semantic maps and super-resolution.
+The number of input channels identifies them: inpainting and depth models of Stable Diffusion, and LDM's models for
+inpainting, semantic maps and super-resolution. The option `addition_embed_type` identifies SDXL's sizes and crops.
 """
 
 from __future__ import annotations
@@ -9,73 +10,88 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from conditioning.build import AnyConditioner
 from conditioning.classes.class_conditioner import Unconditional
 from conditioning.hints.degradation import DegradationConfig
+from conditioning.hints.hints import SpatialConfig
+from conditioning.interface.conditioner import Conditioner
 from conditioning.readers.combined import CombinedConditioner
-from conditioning.readers.spatial import SpatialConfig, SpatialReader
+from conditioning.readers.frame import FrameConfig, FrameReader
+from conditioning.readers.spatial import SpatialReader
 from stipple_core.files.weights import place
 
-MAPPER = "channel_mapper.weight"  # all that CompVis' file has of a semantic map's reader
-OURS = "aligned.channel_mapper.weight"
-NAME = "spatial"  # of the reader
-USED = {"inpainting": ("convention",)}  # options by kind that the widths of what is read don't tell
+MAPPER = "channel_mapper.weight"  # the only weight of a reader in CompVis' files: that of semantic maps
+STIPPLE_MAPPER = "aligned.channel_mapper.weight"  # its name in `SpatialReader`
+SPATIAL, FRAME = "spatial", "frame"  # names of the readers
+USED = {"inpainting": ("convention",)}  # options by kind that widths do not determine
 
 
 def with_hints(
-    conditioner: AnyConditioner, extra: int, latent_channels: int, downsampling: int, mapper: Tensor | None = None
-) -> AnyConditioner:
-    """The conditioner of a model of others, with the reader of what its UNet is shown besides.
+    conditioner: Conditioner, extra: int, latent_channels: int, downsampling: int, mapper: Tensor | None = None
+) -> Conditioner:
+    """Add the reader of hints that a UNet requires to the conditioner of its prompts.
 
     Args:
-        conditioner: of the prompts; with a reader of hints already it stays as it is.
-        extra: channels that the UNet reads beside those of z_t.
-        latent_channels, downsampling: of the autoencoder.
-        mapper: the weight [c, classes, 1, 1] of LDM's SpatialRescaler, if there is one.
+        conditioner: If it has a reader of hints already, it is returned as it is.
+        extra: Number of channels that the UNet reads besides those of z_t.
+        latent_channels, downsampling: Those of the autoencoder.
+        mapper: Weight [c, classes, 1, 1] of LDM's SpatialRescaler, if the file has one.
 
     Raises:
-        ValueError: so many channels have no meaning here.
+        ValueError: No known model has this number of channels.
     """
-    if not extra or NAME in conditioner.readers:
+    if not extra or SPATIAL in conditioner.readers:
         return conditioner
-    shown = {"downsampling": downsampling}
+    options = {"downsampling": downsampling}
     if mapper is not None:
-        shown |= {"kind": "semantic", "channels": mapper.shape[0], "classes": mapper.shape[1]}
+        options |= {"kind": "semantic", "channels": mapper.shape[0], "classes": mapper.shape[1]}
     elif extra == latent_channels + 1:
         convention = "ldm" if isinstance(conditioner.prompts, Unconditional) else "stable_diffusion"
-        shown |= {"kind": "inpainting", "latent_channels": latent_channels, "convention": convention}
+        options |= {"kind": "inpainting", "latent_channels": latent_channels, "convention": convention}
     elif extra == 3:
-        shown |= {"kind": "low_resolution", "degradation": DegradationConfig(kind="bsrgan", factor=downsampling)}
+        options |= {"kind": "low_resolution", "degradation": DegradationConfig(kind="bsrgan", factor=downsampling)}
     elif extra == 1:
-        shown |= {"kind": "depth"}
+        options |= {"kind": "depth"}
     else:
-        raise ValueError(f"its UNet reads {extra} channels beside the {latent_channels} of z_t, and none says of what")
-    reader = SpatialReader(SpatialConfig(**shown))
+        raise ValueError(f"its UNet reads {extra} channels beside the {latent_channels} of z_t; no known model does")
+    reader = SpatialReader(SpatialConfig(**options))
     if mapper is not None:
-        place(reader, {OURS: mapper}, "the semantic map's reader")
-    return CombinedConditioner(conditioner.prompts, {NAME: reader.requires_grad_(False), **conditioner.readers})
+        place(reader, {STIPPLE_MAPPER: mapper}, "the reader of semantic maps")
+    return CombinedConditioner(conditioner.prompts, {SPATIAL: reader.requires_grad_(False), **conditioner.readers})
 
 
-def hints_to_compvis(conditioner: AnyConditioner, extra: int, latent_channels: int) -> Mapping[str, Tensor]:
-    """What a single file has of a conditioner's readers; {} where the number of channels says it all.
+def with_frame(conditioner: Conditioner, width: int | None) -> Conditioner:
+    """Add the reader of size and crop that a UNet requires to its conditioner.
+
+    Args:
+        conditioner: If it has such a reader already, it is returned as it is.
+        width: Width of the embedding of each number; None if the UNet does not read them.
+    """
+    if width is None or FRAME in conditioner.readers:
+        return conditioner
+    reader = FrameReader(FrameConfig(width=width))
+    return CombinedConditioner(conditioner.prompts, {**conditioner.readers, FRAME: reader})
+
+
+def hints_to_compvis(conditioner: Conditioner, extra: int, latent_channels: int) -> Mapping[str, Tensor]:
+    """Return the weights of the readers for a single file; {} if the number of channels determines the reader.
 
     Raises:
-        ValueError: a reader of which a single file would tell another story.
+        ValueError: A single file would be read as another model.
     """
     readers = conditioner.readers
-    if others := [name for name in readers if name != NAME]:
-        raise ValueError(f"what the model reads besides prompts ({', '.join(others)}) has no place in a single file")
-    if NAME not in readers:
+    if others := [name for name in readers if name != SPATIAL]:
+        raise ValueError(f"a single file can't hold the readers {', '.join(others)} of this model; save a folder")
+    if SPATIAL not in readers:
         return {}
-    reader = readers[NAME]
-    mapper = reader.state_dict().get(OURS)
-    again = with_hints(conditioner.prompts, extra, latent_channels, reader.config.downsampling, mapper)
-    if _meaning(again.readers[NAME]) != _meaning(reader):
-        raise ValueError(f"spatial.kind {reader.config.kind} as it is here has no place in a single file")
+    reader = readers[SPATIAL]
+    mapper = reader.state_dict().get(STIPPLE_MAPPER)
+    reopened = with_hints(conditioner.prompts, extra, latent_channels, reader.config.downsampling, mapper)
+    if _meaning(reopened.readers[SPATIAL]) != _meaning(reader):
+        raise ValueError(f"a single file can't hold the options of spatial.kind {reader.config.kind}; save a folder")
     return {} if mapper is None else {MAPPER: mapper}
 
 
 def _meaning(reader: SpatialReader) -> tuple[object, ...]:
-    """What decides how a hint is read, without how training makes it."""
+    """Return all options that determine how a hint is read, without those of training."""
     config, widths = reader.config, reader.widths
     return config.kind, widths, *(getattr(config, name) for name in USED.get(config.kind, ()))

@@ -1,4 +1,4 @@
-"""Random masks for training on inpainting: boxes, brush strokes, or the whole picture (Suvorov et al. 2022, LaMa)."""
+"""Masks of inpainting: how training draws them (Suvorov et al. 2022, LaMa), and how models encode them."""
 
 from __future__ import annotations
 
@@ -12,34 +12,56 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskConfig:
-    """Which parts of a picture training hides; shares are of the shorter side."""
+class Convention:
+    """How an inpainting model encodes a masked image."""
 
-    boxes: float = 0.45  # how often, relative to the others, a mask is made of boxes
-    strokes: float = 0.45  # of brush strokes
-    whole: float = 0.1  # of everything: a model that reads nothing there makes pictures without an input, too
-    count: int = 4  # most boxes or strokes of one mask; at least one
-    box: tuple[float, float] = (0.15, 0.6)  # least and greatest side of a box
-    brush: tuple[float, float] = (0.05, 0.2)  # least and greatest width of a stroke
-    corners: int = 6  # most turns of a stroke
+    mask_first: bool  # the mask channel precedes the latents of the image
+    hole: float  # value of masked pixels in the image
+    unmasked: float  # value of the mask where the image is kept
+    masked: float  # value of the mask where the image is painted
+
+
+CONVENTIONS = {
+    "stable_diffusion": Convention(mask_first=True, hole=0.0, unmasked=0.0, masked=1.0),
+    "ldm": Convention(mask_first=False, hole=-1.0, unmasked=-1.0, masked=1.0),  # LDM's inpaint.py: 2 x - 1
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskConfig:
+    """Random masks in training; lengths are relative to the shorter side.
+
+    Raises:
+        ValueError: An option is invalid.
+    """
+
+    boxes: float = 0.45  # relative frequency of masks made of boxes
+    strokes: float = 0.45  # relative frequency of masks made of brush strokes
+    whole: float = 0.1  # relative frequency of masks of everything, so that the model also draws without an image
+    count: int = 4  # maximum number of boxes or strokes in a mask
+    box: tuple[float, float] = (0.15, 0.6)  # minimum and maximum side of a box
+    brush: tuple[float, float] = (0.05, 0.2)  # minimum and maximum width of a stroke
+    corners: int = 6  # maximum number of segments of a stroke
 
     def __post_init__(self) -> None:
         shares = [getattr(self, name) for name in MASKS]
         if min(shares) < 0 or not 0 < sum(shares) < math.inf:
-            raise ValueError(f"masks: {', '.join(MASKS)} are {shares}; give numbers of at least 0, one of them above 0")
+            raise ValueError(
+                f"masks: {', '.join(MASKS)} are {shares}; they must be at least 0, and one of them above 0"
+            )
         for name in ("box", "brush"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
             low, high = getattr(self, name)
             if not 0 < low <= high <= 1:
                 raise ValueError(
-                    f"masks.{name} {[low, high]} must be shares of the shorter side, 0 < least <= most <= 1"
+                    f"masks.{name} {[low, high]} must be [minimum, maximum] with 0 < minimum <= maximum <= 1"
                 )
         if self.count < 1 or self.corners < 1:
             raise ValueError(f"masks.count {self.count} and masks.corners {self.corners} must be at least 1")
 
 
 def draw_mask(height: int, width: int, config: MaskConfig, generator: torch.Generator) -> Tensor:
-    """A mask [1, H, W] of zeros and ones, 1 where the picture is hidden; at least one pixel is."""
+    """Return a mask [1, H, W] of zeros and ones, 1 where the image is hidden; it hides at least one pixel."""
     shares = torch.tensor([getattr(config, name) for name in MASKS], dtype=torch.float64)
     kind = list(MASKS)[int(torch.multinomial(shares, 1, generator=generator))]
     return MASKS[kind](height, width, config, generator)
@@ -55,7 +77,7 @@ def _boxes(height: int, width: int, config: MaskConfig, generator: torch.Generat
 
 
 def _strokes(height: int, width: int, config: MaskConfig, generator: torch.Generator) -> Tensor:
-    """Lines with round ends that turn by up to a quarter at each corner."""
+    """Draw lines with round ends that turn by at most 90 degrees at each corner."""
     image, short = Image.new("L", (width, height)), min(height, width)
     draw = ImageDraw.Draw(image)
     for _ in range(_whole_number(1, config.count, generator)):
@@ -90,5 +112,5 @@ def _between(low: float, high: float, generator: torch.Generator) -> float:
 
 
 def _whole_number(low: int, high: int, generator: torch.Generator) -> int:
-    """From low to high, both included; low where high is less."""
+    """Draw an integer from low to high, inclusive; low if high is less."""
     return int(torch.randint(low, max(high, low) + 1, (), generator=generator))

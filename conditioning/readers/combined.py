@@ -1,227 +1,228 @@
-"""A conditioner that reads more than prompts: a reader for each thing that is given, their contexts put together.
+"""Conditioner of prompts and other inputs: one reader per input, whose contexts are combined.
 
-The paper's two ways of conditioning, cross-attention and concatenation, at once (Rombach et al. 2022, section 3.3), and
-vectors that are added to the time embedding (Dhariwal & Nichol 2021; Podell et al. 2023).
+It combines cross-attention and concatenation, as in Rombach et al. 2022, section 3.3, and vectors that are added to the
+time embedding (Dhariwal & Nichol 2021; Podell et al. 2023).
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from conditioning.interface.conditioner import Conditioner, Hint, PromptConditioner, hash_weights
 from conditioning.interface.context import Context
 from conditioning.interface.inputs import ConditionInputs
-from conditioning.tokenizers.tokenizer import Tokens
+from conditioning.interface.reader import Reader
+from conditioning.interface.tokens import Tokens
+from stipple_core.files.json_file import write_json
+from stipple_core.files.weights import write_weights
 
-
-@dataclass(frozen=True, kw_only=True)
-class Widths:
-    """What a reader adds to what a UNet is built for; 0 is nothing."""
-
-    tokens: int = 0  # d of its tokens [B, L, d], which must be that of the prompts' tokens
-    vector: int = 0  # v of its vector [B, v], beside those of others
-    latents: int = 0  # c of its latents [B, c, h, w], beside those of others
-
-
-class Reader(Protocol):
-    """One thing that a model reads besides prompts: an nn.Module, `ConditionInputs` -> Context."""
-
-    reads: frozenset[str]  # which of "hint", "image", "frame" it reads; "map": its hint is made of one in training
-    config: Any  # a frozen dataclass, written as JSON beside the weights
-    widths: Widths
-    trainable: bool  # learns with the UNet
-    kept: bool  # says of those that are dropped what it says of others; absent: no
-
-    def __call__(self, given: ConditionInputs) -> Context:
-        """What it says of B pictures; of those that are dropped, what stands for nothing."""
+FOLDER, WEIGHTS = "conditioner", "model.safetensors"  # see `conditioning.readers.registry`
 
 
 class CombinedConditioner(nn.Module):
-    """A conditioner of prompts with readers beside it; has the public members of `Conditioner`.
+    """A conditioner of prompts, combined with readers of other inputs. See `Conditioner` for its members.
 
     Args:
-        prompts: any of the conditioners of prompts; `Unconditional` where there are none.
-        readers: by name, a key of `conditioning.readers.registry.READERS`; tokens, vectors, latents are joined in this order.
+        prompts: Any conditioner of prompts; `Unconditional` if the model reads none.
+        readers: Readers by name, a key of `conditioning.readers.registry.READERS`. Tokens, vectors and latents are
+            concatenated in this order.
 
     Raises:
-        ValueError: tokens of several widths can't be read together.
+        ValueError: The tokens have different widths.
     """
 
-    def __init__(self, prompts: nn.Module, readers: Mapping[str, nn.Module]) -> None:
+    zero_empty: bool | None = None
+
+    def __init__(self, prompts: PromptConditioner, readers: Mapping[str, Reader]) -> None:
         super().__init__()
         self.prompts, self.readers = prompts, nn.ModuleDict(readers)
         self.trainable = prompts.trainable or any(reader.trainable for reader in readers.values())
         widths = {prompts.context_dim, *(reader.widths.tokens for reader in readers.values())} - {None, 0}
         if len(widths) > 1:
-            raise ValueError(f"tokens of widths {sorted(widths)} can't be read together; project them to one")
+            raise ValueError(f"tokens of widths {sorted(widths)} can't be concatenated; project them to one width")
         self.context_dim = next(iter(widths), None)
         self.train(self.training)
 
     @property
     def vector_dim(self) -> int | None:
-        """v of the vectors, side by side; None: there is none."""
+        """v of the concatenated vectors; None if there are none."""
         return (self.prompts.vector_dim or 0) + sum(reader.widths.vector for reader in self.readers.values()) or None
 
     @property
     def latent_channels(self) -> int:
-        """c of the latents, side by side, that are concatenated to z_t."""
+        """c of the concatenated latents, which are concatenated to z_t; 0 if there are none."""
         return self.prompts.latent_channels + sum(reader.widths.latents for reader in self.readers.values())
 
     @property
     def reads(self) -> frozenset[str]:
-        """Which of "hint", "image", "frame" have to be given; "map": training needs one to make the hint of."""
+        """Fields of `ConditionInputs` that readers read; "map" in addition if training needs maps for the hints."""
         return self.prompts.reads.union(*(reader.reads for reader in self.readers.values()))
 
     @property
     def required_to_sample(self) -> frozenset[str]:
-        """Which of these have to be given for a picture to be drawn: some readers know another way then."""
-        spared = {name: getattr(reader, "optional", frozenset()) for name, reader in self.readers.items()}
-        return self.prompts.reads.union(*(reader.reads - spared[name] for name, reader in self.readers.items()))
+        """Subset of `reads` that is required to draw a picture; readers have a substitute for the others."""
+        return self.prompts.reads.union(*(reader.reads - reader.optional for reader in self.readers.values()))
 
     @property
-    def hint(self) -> Callable[[Tensor, Tensor | None, torch.Generator], Tensor] | None:
-        """Makes the hint of a picture in training, see `stipple_core.data.dataset.ImageDataset`; None: none is read."""
+    def hint(self) -> Hint | None:
+        """Makes the hints of training images, see `conditioning.hints.hints`; None if no reader reads hints."""
         return next((reader.hint for reader in self.readers.values() if "hint" in reader.reads), None)
 
     @property
     def has_positions(self) -> bool:
-        """Whether prompts say where things are."""
+        """Whether prompts describe where objects are."""
         return self.prompts.has_positions
 
     @property
     def reads_text(self) -> bool:
-        """Whether prompts are text to the conditioner of prompts or to a reader."""
-        return self.prompts.reads_text or any(getattr(each, "reads_prompts", False) for each in self.readers.values())
+        """Whether prompts are text for the conditioner of prompts or for a reader."""
+        return self.prompts.reads_text or self._reader_reads_prompts
 
     @property
     def max_length(self) -> int:
-        """L of the prompts' tokens [B, L, d]."""
+        """L of the ids [B, L] of prompts."""
         return self.prompts.max_length
 
     @property
     def use_mask(self) -> bool:
-        """Whether the prompts' padding is hidden."""
+        """Whether the padding of prompts is hidden."""
         return self.prompts.use_mask
 
     @property
     def tokenizer(self) -> Any:
-        """That of the prompts."""
+        """Tokenizer of the prompts."""
         return self.prompts.tokenizer
 
     @property
-    def components(self) -> dict[str, list[str | None]]:
-        """What model_index.json says of the prompts' encoder."""
+    def components(self) -> Mapping[str, list[str | None]]:
+        """Entries of model_index.json for the encoder of prompts."""
         return self.prompts.components
 
     def train(self, mode: bool = True) -> CombinedConditioner:
-        """Training mode, which what is frozen never enters."""
+        """Set training mode; frozen parts stay in evaluation mode."""
         super().train(mode)
         for part in (self.prompts, *self.readers.values()):
             part.train(mode and part.trainable)
         return self
 
     def tokenize(self, prompts: Sequence[str]) -> Tokens:
-        """Ids and mask [B, L] on the CPU."""
-        return self.prompts.tokenize(self._seen(prompts))
+        """Return ids and mask [B, L] on the CPU."""
+        return self.prompts.tokenize(self._encoder_prompts(prompts))
 
-    def forward(self, ids: Tensor, mask: Tensor, given: ConditionInputs) -> Context:
-        """Context of B members: prompts as ids and mask [B, L], and the rest as it is given, all on one device.
+    def forward(self, ids: Tensor, mask: Tensor, inputs: ConditionInputs) -> Context:
+        """Return the context of B members: prompts as ids and mask [B, L], and other inputs, on one device.
 
-        Where there are more prompts than members given, the rest are of the same members, dropped: `given.null()`.
-        Each distinct row of ids is encoded once: half of them are empty prompts where both contexts of guidance are
-        made together.
+        If there are 2 B prompts, the second half belongs to `inputs.null()`. Each distinct row of ids is encoded once:
+        half of them are empty prompts if both contexts of guidance are made together.
         """
         distinct, place = torch.unique(ids, dim=0, return_inverse=True) if ids.shape[1] else (ids, None)
         if place is None or len(distinct) == len(ids):
-            read = self.prompts(ids, mask)
+            context = self.prompts(ids, mask)
         else:
             first = torch.full((len(distinct),), len(ids), device=ids.device)
             first = first.scatter_reduce(0, place, torch.arange(len(ids), device=ids.device), "amin")
-            read = self.prompts(ids[first], mask[first]).select(place)
-        if len(ids) == len(given):
-            return joined([read, *(reader(given) for reader in self.readers.values())])
-        return joined([read, *(_twice(reader, given) for reader in self.readers.values())])
+            context = self.prompts(ids[first], mask[first]).select(place)
+        if len(ids) == len(inputs):
+            return joined([context, *(reader(inputs) for reader in self.readers.values())])
+        return joined([context, *(_with_null(reader, inputs) for reader in self.readers.values())])
 
-    def encode(self, prompts: Sequence[str], given: ConditionInputs | None = None) -> Context:
-        """Context of B prompts and what is given besides, on the networks' device.
+    def encode(self, prompts: Sequence[str], inputs: ConditionInputs | None = None) -> Context:
+        """Return the context of B prompts and of the other inputs, on the device of the weights.
 
         Raises:
-            ValueError: something that a reader needs is not given.
+            ValueError: An input that a reader requires is missing.
         """
-        given = ConditionInputs(prompts=prompts) if given is None else given
-        there = {name for name in ("hint", "image", "frame") if getattr(given, name) is not None}
-        there |= {"map"} if given.embedding is None else {"map", "image"}
-        if absent := sorted(self.required_to_sample - there):
-            raise ValueError(f"this model reads prompts and {absent[0]}, which is not given; give it")
+        inputs = ConditionInputs(prompts=prompts) if inputs is None else inputs
+        if missing := sorted(self.required_to_sample - inputs.present - {"map"}):
+            raise ValueError(f"this model requires {missing[0]} besides prompts, and it is missing; add it")
         device = next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
-        read = self.prompts.encode(self._seen(prompts))
+        context = self.prompts.encode(self._encoder_prompts(prompts))
         with torch.set_grad_enabled(self.trainable and torch.is_grad_enabled()):
-            return joined([read, *(reader(given.to(device)) for reader in self.readers.values())])
+            return joined([context, *(reader(inputs.to(device)) for reader in self.readers.values())])
 
     def null(self, batch: int = 1) -> Context:
-        """What the prompts' conditioner says of the empty prompt."""
+        """Return the context of the empty prompt, without readers."""
         return self.prompts.null(batch)
 
     def cut(self, prompt: str) -> str:
-        """The end of a prompt that does not fit."""
-        return self.prompts.cut(*self._seen([prompt]))
+        """Return the end of the prompt that exceeds `max_length`, or "" if the prompt fits."""
+        return self.prompts.cut(*self._encoder_prompts([prompt]))
 
-    def _seen(self, prompts: Sequence[str]) -> Sequence[str]:
-        """Prompts as their own conditioner is given them: empty where it reads none, and a reader does."""
-        read = any(getattr(reader, "reads_prompts", False) for reader in self.readers.values())
-        silent = self.prompts.context_dim is None and self.prompts.vector_dim is None
-        return [""] * len(prompts) if read and silent else prompts
+    def bind_encoder(self, encode: Callable[[Tensor], Tensor]) -> None:
+        """Set the function images [B, 3, H, W] -> latents [B, c, h, w] of all readers that use it."""
+        for reader in self.readers.values():
+            reader.bind_encoder(encode)
 
     def fingerprint(self) -> str:
-        """sha256 over all parts."""
+        """Return a SHA-256 over the fingerprint of the conditioner of prompts, and config and weights of readers."""
         digest = hashlib.sha256(self.prompts.fingerprint().encode())
         for name, reader in self.readers.items():
             digest.update(f"{name} {reader.config}".encode())
-            for key, weight in sorted(reader.state_dict().items()):
-                digest.update(f"{key} {weight.dtype} {tuple(weight.shape)}".encode())
-                digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            hash_weights(digest, reader.state_dict())
         return digest.hexdigest()
 
     def save(self, model_folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write the prompts' folders and conditioner/ into a model folder; dtype None keeps the weights' own."""
-        from conditioning.readers.registry import save_readers  # which knows all kinds, and so this module
-
+        """Write the folders of the prompts and conditioner/ into a model folder; None keeps the weights' dtype."""
         self.prompts.save(model_folder, dtype)
         save_readers(self.readers, model_folder, dtype)
 
+    @property
+    def _reader_reads_prompts(self) -> bool:
+        return any(reader.reads_prompts for reader in self.readers.values())
 
-def files_of(conditioner: Any) -> list[Path]:
-    """The files in which a conditioner's readers look things up, opened. Raises FileNotFoundError or ValueError."""
-    return [reader.open() for reader in conditioner.readers.values() if hasattr(reader, "open")]
+    def _encoder_prompts(self, prompts: Sequence[str]) -> Sequence[str]:
+        """Return the prompts of the inner conditioner: empty ones if it reads none, but a reader does."""
+        unread = self.prompts.context_dim is None and self.prompts.vector_dim is None
+        return [""] * len(prompts) if unread and self._reader_reads_prompts else prompts
+
+
+def save_readers(readers: Mapping[str, Reader], model_folder: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Write conditioner/ into a model folder; dtype None keeps the dtype of the weights."""
+    folder = Path(model_folder) / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {
+        f"{name}.{key}": weight.to(dtype if weight.is_floating_point() else None)
+        for name, reader in readers.items()
+        for key, weight in reader.state_dict().items()
+    }
+    if weights:
+        write_weights(weights, folder / WEIGHTS)
+    write_json({name: asdict(reader.config) for name, reader in readers.items()}, folder / "config.json")
+
+
+def files_of(conditioner: Conditioner) -> list[Path]:
+    """Open the data files of all readers, such as databases, and return their paths. Raises OSError or ValueError."""
+    return [path for reader in conditioner.readers.values() for path in reader.open_files()]
 
 
 def joined(contexts: Iterable[Context]) -> Context:
-    """Contexts of the same B members as one: tokens one after another, vectors and latents side by side."""
+    """Combine contexts of the same B members: tokens along the sequence, vectors and latents along their channels."""
     contexts = list(contexts)
     with_tokens = [each for each in contexts if each.tokens is not None]
     mask = None
     if any(each.mask is not None for each in with_tokens):
         mask = torch.cat([_mask(each) for each in with_tokens], dim=1)
     return Context(
-        tokens=_side_by_side(with_tokens, "tokens"),  # [B, L1 + L2 + ..., d]
+        tokens=_concatenated(with_tokens, "tokens"),  # [B, L1 + L2 + ..., d]
         mask=mask,  # [B, L1 + L2 + ...]
-        vector=_side_by_side(contexts, "vector"),  # [B, v1 + v2 + ...]
-        latents=_side_by_side(contexts, "latents"),  # [B, c1 + c2 + ..., h, w]
+        vector=_concatenated(contexts, "vector"),  # [B, v1 + v2 + ...]
+        latents=_concatenated(contexts, "latents"),  # [B, c1 + c2 + ..., h, w]
     )
 
 
-def _twice(reader: Reader, given: ConditionInputs) -> Context:
-    """What a reader says of B members, and then of the same ones dropped; where that is the same it is asked once."""
-    if getattr(reader, "kept", False):
-        once = reader(given)
-        return once.cat(once)
-    return reader(given.cat(given.null()))
+def _with_null(reader: Reader, inputs: ConditionInputs) -> Context:
+    """Return the context [2 B] of the inputs and of `inputs.null()`; it is computed once if both are equal."""
+    if reader.survives_dropout:
+        context = reader(inputs)
+        return context.cat(context)
+    return reader(inputs.cat(inputs.null()))
 
 
 def _mask(context: Context) -> Tensor:
@@ -230,7 +231,7 @@ def _mask(context: Context) -> Tensor:
     return torch.ones(context.tokens.shape[:2], dtype=torch.bool, device=context.tokens.device)
 
 
-def _side_by_side(contexts: Iterable[Context], name: str) -> Tensor | None:
+def _concatenated(contexts: Iterable[Context], name: str) -> Tensor | None:
     present = [value for each in contexts if (value := getattr(each, name)) is not None]
     if len(present) < 2:
         return present[0] if present else None

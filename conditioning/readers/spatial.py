@@ -1,75 +1,33 @@
-"""Conditioning by concatenation (Rombach et al. 2022, section 3.3): a picture aligned with z, as channels beside z_t.
+"""Conditioning by concatenation (Rombach et al. 2022, section 3.3): a hint aligned with z, as channels beside z_t.
 
-The picture is a `hint`, see `conditioning.hints.hints`: a semantic map, a masked picture, a smaller picture, depths, edges.
+`conditioning.hints.hints` lists the hints: semantic maps, masked images, small images, depths and edges.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from conditioning.hints.degradation import DegradationConfig
-from conditioning.hints.hints import CONVENTIONS, HINTS
-from conditioning.hints.masks import MaskConfig
+from conditioning.hints.hints import HINTS, SpatialConfig
+from conditioning.hints.masks import CONVENTIONS
 from conditioning.interface.context import Context
 from conditioning.interface.inputs import ConditionInputs
-from conditioning.readers.combined import Widths
-from conditioning.readers.frame import waves
+from conditioning.interface.reader import InputReader, Widths
+from stipple_core.operators.sinusoids import sinusoids
 
-LEVEL_WIDTH = 128  # of the vector that tells the noise of a low-resolution picture
-LEVEL_SCALE = 1000  # levels are embedded as timesteps are, which go from 0 to about 1000
-
-
-@dataclass(frozen=True, kw_only=True)
-class SpatialConfig:
-    """Which dense picture a model reads beside z_t, and how it is told.
-
-    Raises:
-        ValueError: an unknown kind or convention, or numbers that go with no picture.
-    """
-
-    kind: str  # a key of HINTS: semantic | inpainting | low_resolution | depth | edges
-    downsampling: int = 8  # pixels per latent along a side, as the autoencoder's; 1 for a model of pixels
-    drop: bool = False  # caption dropout drops it, too, so that guidance strengthens it; else it is always told
-    classes: int = 182  # semantic: of the maps; numbers from there on are of no class
-    channels: int = 3  # semantic: that a trained 1x1 convolution makes of the classes
-    latent_channels: int = 4  # inpainting: of the autoencoder
-    convention: str = "stable_diffusion"  # inpainting: a key of CONVENTIONS, stable_diffusion | ldm
-    noise: float = 0.0  # low_resolution: the most noise that training adds, 0 to 1; above 0 the UNet is told how much
-    masks: MaskConfig = field(default_factory=MaskConfig)  # inpainting: as training draws them
-    degradation: DegradationConfig = field(default_factory=DegradationConfig)  # low_resolution: as training makes it
-
-    def __post_init__(self) -> None:
-        for name, value, known in (("kind", self.kind, HINTS), ("convention", self.convention, CONVENTIONS)):
-            if value not in known:
-                raise ValueError(f"spatial.{name} {value!r} is unknown; use one of {', '.join(known)}")
-        for name in ("downsampling", "classes", "channels", "latent_channels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"spatial.{name} {getattr(self, name)} must be at least 1")
-        if self.kind == "semantic" and self.downsampling & (self.downsampling - 1):
-            raise ValueError(
-                f"spatial.downsampling {self.downsampling} is no power of 2, but maps are halved to latents"
-            )
-        if not 0 <= self.noise <= 1:
-            raise ValueError(f"spatial.noise {self.noise} must be between 0 (none) and 1 (nothing else)")
-        factor = self.degradation.factor
-        if self.kind == "low_resolution" and self.downsampling > factor:
-            raise ValueError(
-                f"spatial.degradation.factor {factor} is less than downsampling {self.downsampling}: latents would be "
-                f"coarser than the picture that they are told; use a factor of {self.downsampling} or more"
-            )
+LEVEL_WIDTH = 128  # of the embedding of the noise level of a low-resolution image
+LEVEL_SCALE = 1000  # noise levels are embedded like timesteps, which go from 0 to about 1000
 
 
-class SpatialReader(nn.Module):
-    """Given.hint [B, k, H, W] -> Context with latents [B, c, h, w], and with a vector where noise was added.
+class SpatialReader(InputReader):
+    """ConditionInputs.hint [B, k, H, W] -> Context with latents [B, c, h, w], and a vector if noise was added.
 
     Attributes:
-        hint: makes hints, in training and of a user's files.
-        encode: images [B, 3, H, W] -> latents [B, c, h, w]; inpainting needs it, `CombinedConditioner.see_by` sets it.
+        hint: Makes hints from training images and from a user's files.
+        encode: Images [B, 3, H, W] -> latents [B, c, h, w], required for inpainting; `bind_encoder` sets it.
     """
 
     Config = SpatialConfig
@@ -81,7 +39,7 @@ class SpatialReader(nn.Module):
         self.reads = frozenset({"hint", "map"}) if self.hint.needs_map else frozenset({"hint"})
         self.encode: Callable[[Tensor], Tensor] | None = None
         self.aligned = ALIGNED[config.kind](config)
-        self.trainable, self.kept = any(True for _ in self.aligned.parameters()), not config.drop
+        self.trainable, self.survives_dropout = any(True for _ in self.aligned.parameters()), not config.drop
         vector = LEVEL_WIDTH if self.hint.has_noise_level else 0
         self.widths = Widths(latents=self.aligned.channels, vector=vector)
 
@@ -90,23 +48,27 @@ class SpatialReader(nn.Module):
         """k of the hint [B, k, H, W]."""
         return self.hint.channels
 
-    def forward(self, given: ConditionInputs) -> Context:
-        """Latents of the hint; zeros for those that are dropped, if the config says so. Raises ValueError."""
-        hint, f = given.hint, self.config.downsampling
+    def bind_encoder(self, encode: Callable[[Tensor], Tensor]) -> None:
+        """Set the encoder of masked images: [B, 3, H, W] -> latents [B, c, h, w]."""
+        self.encode = encode
+
+    def forward(self, inputs: ConditionInputs) -> Context:
+        """Return the latents of the hint; with `config.drop`, zeros for dropped members. Raises ValueError."""
+        hint, f = inputs.hint, self.config.downsampling
         if hint.shape[1] != self.hint_channels or hint.shape[2] % f or hint.shape[3] % f:
             raise ValueError(
-                f"a hint of shape {list(hint.shape[1:])} does not fit spatial.kind {self.config.kind}, which reads "
-                f"{self.hint_channels} channels and sides that {f} divides"
+                f"a hint of shape {list(hint.shape[1:])} does not fit spatial.kind {self.config.kind}, which requires "
+                f"{self.hint_channels} channels, and height and width divisible by {f}"
             )
         latents = self.aligned(hint, self.encode)  # [B, k, H, W] -> [B, c, H / f, W / f]
         if self.config.drop:
-            latents = latents.masked_fill(given.is_dropped.to(latents.device)[:, None, None, None], 0.0)
+            latents = latents.masked_fill(inputs.is_dropped.to(latents.device)[:, None, None, None], 0.0)
         vector = level_embedding(hint[:, -1, 0, 0]) if self.hint.has_noise_level else None
         return Context(latents=latents, vector=vector)
 
 
 class RescaledMap(nn.Module):
-    """Class numbers [B, 1, H, W] -> [B, c, h, w]: one-hot, halved by bilinear means, mapped (LDM's SpatialRescaler)."""
+    """Class numbers [B, 1, H, W] -> [B, c, h, w]: one-hot, halving, 1x1 convolution (LDM's SpatialRescaler)."""
 
     def __init__(self, config: SpatialConfig) -> None:
         super().__init__()
@@ -115,17 +77,17 @@ class RescaledMap(nn.Module):
         self.channel_mapper = nn.Conv2d(config.classes, config.channels, 1, bias=False)
 
     def forward(self, hint: Tensor, encode: Callable[[Tensor], Tensor] | None) -> Tensor:
-        known = torch.arange(self.classes, device=hint.device)[:, None, None]
-        x = (hint.round() == known).to(self.channel_mapper.weight.dtype)  # [B, 1, H, W] -> [B, classes, H, W]
+        numbers = torch.arange(self.classes, device=hint.device)[:, None, None]
+        x = (hint.round() == numbers).to(self.channel_mapper.weight.dtype)  # [B, 1, H, W] -> [B, classes, H, W]
         for _ in range(self.halvings):
             x = F.interpolate(x, scale_factor=0.5, mode="bilinear")  # [B, classes, h, w]
         return self.channel_mapper(x)  # [B, c, h, w]
 
 
 class MaskedLatents(nn.Module):
-    """A picture and the mask of what is missing, [B, 4, H, W] -> its latents without that part, and the mask.
+    """An image without its masked pixels, and the mask, [B, 4, H, W] -> latents of the image and small mask.
 
-    The order, and the values that are put into the hole and for the mask, are a convention of those who train.
+    The order of the two, and the values of masked pixels and of the mask, are the model's `Convention`.
     """
 
     def __init__(self, config: SpatialConfig) -> None:
@@ -137,12 +99,12 @@ class MaskedLatents(nn.Module):
         with torch.no_grad():
             latents = encode(hint[:, :3])  # [B, 3, H, W] -> [B, c, h, w]
         mask = F.interpolate(hint[:, 3:], size=latents.shape[2:]).to(latents)  # [B, 1, H, W] -> [B, 1, h, w], nearest
-        mask = convention.kept + (convention.missing - convention.kept) * mask
+        mask = convention.unmasked + (convention.masked - convention.unmasked) * mask
         return torch.cat([mask, latents] if convention.mask_first else [latents, mask], dim=1)
 
 
 class Shrunk(nn.Module):
-    """A low-resolution picture that was brought to H x W, [B, 3 or 4, H, W] -> [B, 3, h, w] by means over areas."""
+    """A small image that was enlarged to H x W, [B, 3 or 4, H, W] -> [B, 3, h, w], by area means."""
 
     def __init__(self, config: SpatialConfig) -> None:
         super().__init__()
@@ -153,7 +115,7 @@ class Shrunk(nn.Module):
 
 
 class Stretched(nn.Module):
-    """Depths or edges [B, 1, H, W] -> [B, 1, h, w] from -1 to 1 in each picture (Stable Diffusion 2, depth)."""
+    """Depths or edges [B, 1, H, W] -> [B, 1, h, w], scaled to -1 to 1 in each member (Stable Diffusion 2, depth)."""
 
     def __init__(self, config: SpatialConfig) -> None:
         super().__init__()
@@ -163,7 +125,7 @@ class Stretched(nn.Module):
         size = [side // self.downsampling for side in hint.shape[2:]]
         x = F.interpolate(hint, size=size, mode="bicubic")  # [B, 1, H, W] -> [B, 1, h, w]
         low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
-        flat = high - low <= 1e-6 * high.abs()  # nothing is nearer than anything else
+        flat = high - low <= 1e-6 * high.abs()  # constant
         return torch.where(flat, 0.0, 2 * (x - low) / (high - low).where(~flat, 1) - 1)
 
 
@@ -177,5 +139,5 @@ ALIGNED: dict[str, type[nn.Module]] = {
 
 
 def level_embedding(level: Tensor) -> Tensor:
-    """Noise levels [B] from 0 to 1 as cosines, then sines [B, LEVEL_WIDTH] (Saharia et al. 2022, Imagen, sec. 2.4)."""
-    return waves(LEVEL_SCALE * level.float(), LEVEL_WIDTH)
+    """Embed noise levels [B] from 0 to 1 as [B, LEVEL_WIDTH] (Saharia et al. 2022, Imagen, section 2.4)."""
+    return sinusoids(LEVEL_SCALE * level.float(), LEVEL_WIDTH)

@@ -1,40 +1,38 @@
-"""A prompt's CLIP embedding as a vector beside its tokens: for unCLIP's prior (Ramesh et al. 2022, section 2.2)."""
+"""Conditioning on the CLIP embedding of the prompt: unCLIP's prior (Ramesh et al. 2022, section 2.2)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import nn
 
 from conditioning.interface.context import Context
 from conditioning.interface.inputs import ConditionInputs
-from conditioning.readers.combined import Widths
+from conditioning.interface.reader import InputReader, Widths
 from stipple_core.embedders import EmbedderConfig, build_embedder
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextEmbeddingConfig:
-    """Whose embedding of a prompt is told."""
+    """Which network embeds the prompt."""
 
     encoder: EmbedderConfig = field(default_factory=EmbedderConfig)
 
 
-class TextEmbeddingReader(nn.Module):
-    """Given.prompts -> Context with vector [B, d], a point of the same space as embeddings of pictures."""
+class TextEmbeddingReader(InputReader):
+    """ConditionInputs.prompts -> Context with vector [B, d], in the same space as the embeddings of images."""
 
     reads = frozenset()
     reads_prompts = True
-    trainable = False
     Config = TextEmbeddingConfig
 
     def __init__(self, config: TextEmbeddingConfig) -> None:
         super().__init__()
-        self.embedder = build_embedder(config.encoder, sees=False)
+        self.embedder = build_embedder(config.encoder, images=False)
         self.config = replace(config, encoder=self.embedder.config)
         self.widths = Widths(vector=self.embedder.dim)
 
     @torch.no_grad()
-    def forward(self, given: ConditionInputs) -> Context:
-        """The embeddings of B prompts; whoever is dropped has the empty prompt, or a negative one, for a prompt."""
-        return Context(vector=self.embedder.texts(given.prompts))  # [B, d]
+    def forward(self, inputs: ConditionInputs) -> Context:
+        """Return the embeddings of B prompts; dropped members have the empty prompt, or a negative prompt."""
+        return Context(vector=self.embedder.texts(inputs.prompts))  # [B, d]

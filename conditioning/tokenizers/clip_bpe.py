@@ -1,4 +1,4 @@
-"""CLIP's tokenizer (Radford et al. 2021) with the `tokenizers` library: byte-level BPE of lower case."""
+"""CLIP's tokenizer (Radford et al. 2021) with the `tokenizers` library: byte-level BPE of lower-case text."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 VOCAB_SIZE = 49408
-MERGES = "bpe_simple_vocab_16e6.txt.gz"  # OpenAI's, as open_clip ships it
+MERGES = "bpe_simple_vocab_16e6.txt.gz"  # OpenAI's merges, which open_clip contains
 
 
 def clip_backend(vocabulary: dict[str, int], merges: list[tuple[str, str]], special: Iterable[Any]) -> Backend:
-    """CLIP's pipeline over any vocabulary that holds its start and end.
+    """Return CLIP's pipeline for a vocabulary that contains the start and end tokens.
 
     Args:
-        special: tokens that are found in a text before all others, as text or as transformers' dict of one.
+        special: Special tokens, as text or as the dicts of transformers.
     """
     from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
     from tokenizers import Tokenizer as Backend
@@ -44,12 +44,12 @@ def clip_backend(vocabulary: dict[str, int], merges: list[tuple[str, str]], spec
 
 @functools.cache
 def openai_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """The 49,408 tokens of OpenAI's CLIP and Stable Diffusion and their merges, out of the installed open_clip."""
-    package = Path(find_spec("open_clip").origin).parent  # importing it would take seconds
+    """Return the 49,408 tokens of OpenAI's CLIP and Stable Diffusion, and their merges, which open_clip contains."""
+    package = Path(find_spec("open_clip").origin).parent  # its import takes seconds
     lines = gzip.decompress((package / MERGES).read_bytes()).decode().split("\n")
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     letters = [chr(byte) for byte in printable]
-    letters += [chr(256 + i) for i in range(256 - len(letters))]  # stand for the bytes that can't be seen
+    letters += [chr(256 + i) for i in range(256 - len(letters))]  # represent the bytes that are not printable
     count = VOCAB_SIZE - 2 * 256 - 2
     merges = [tuple(line.split()) for line in lines[1 : 1 + count]]
     pieces = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair) for pair in merges), START, END]
@@ -57,7 +57,7 @@ def openai_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def read_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """vocab.json and merges.txt, which older folders hold in place of a tokenizer.json."""
+    """Read vocab.json and merges.txt, which older folders have instead of tokenizer.json."""
     lines = (folder / "merges.txt").read_text("utf-8").split("\n")
     merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
     return json.loads((folder / "vocab.json").read_text("utf-8")), merges

@@ -1,23 +1,23 @@
-"""The tokenizers that single-file checkpoints leave out, because their programs know them by name."""
+"""Tokenizers of CLIP and BERT, which single-file checkpoints do not contain."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from conditioning.encoders.pretrained import download
 from conditioning.tokenizers.clip_bpe import END, START, clip_backend, openai_vocabulary
 from conditioning.tokenizers.tokenizer import Tokenizer, read_tokenizer
+from stipple_core.files.hub_download import download
 
 BERT_BASE = "google-bert/bert-base-uncased"  # LDM's tokenizer on the Hugging Face hub
 TOKENIZER_FILES = ["tokenizer*.json", "special_tokens_map.json", "vocab.txt"]
 
 
 def clip_tokenizer(max_length: int = 77, pad: str = END) -> Tokenizer:
-    """CLIP's tokenizer, made offline from the vocabulary that open_clip ships.
+    """Return CLIP's tokenizer, made offline from the vocabulary that open_clip contains.
 
     Args:
-        pad: what follows the end of the text: the end again in Stable Diffusion 1, "!" (id 0) in 2. A "!" in a prompt
-            stays the word that it was in training (id 256), while transformers takes it for padding.
+        pad: Padding token: the end token in Stable Diffusion 1, "!" (id 0) in Stable Diffusion 2. A "!" in a prompt has
+            id 256, as in training; transformers converts it to padding.
     """
     vocabulary, merges = openai_vocabulary()
     names = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": pad}
@@ -26,17 +26,17 @@ def clip_tokenizer(max_length: int = 77, pad: str = END) -> Tokenizer:
 
 
 def bert_tokenizer(source: str | Path | None = None, max_length: int = 77) -> Tokenizer:
-    """The WordPiece tokenizer of LDM's text transformer: [CLS] text [SEP], padded.
+    """Return the WordPiece tokenizer of LDM's text transformer: [CLS] text [SEP], padded.
 
     Args:
-        source: a folder with tokenizer.json or vocab.txt; None fetches bert-base-uncased from the Hugging Face hub.
+        source: Folder with tokenizer.json or vocab.txt; None downloads bert-base-uncased from the Hugging Face hub.
 
     Raises:
-        FileNotFoundError, ValueError: in one line with the mend.
+        FileNotFoundError, ValueError: In one line, if the tokenizer is missing or unreadable.
     """
     if source is None:
-        mend = f"`hf download {BERT_BASE} vocab.txt --local-dir FOLDER`, then give FOLDER as the tokenizer"
-        folder = download(BERT_BASE, TOKENIZER_FILES, "tokenizer", mend)
+        fix = f"`hf download {BERT_BASE} vocab.txt --local-dir FOLDER`, then use FOLDER as the tokenizer"
+        folder = download(BERT_BASE, TOKENIZER_FILES, "tokenizer", fix)
     else:
         folder = Path(source).expanduser()
     if (folder / "tokenizer.json").is_file() or not (folder / "vocab.txt").is_file():
@@ -45,14 +45,14 @@ def bert_tokenizer(source: str | Path | None = None, max_length: int = 77) -> To
 
 
 def _word_pieces(path: Path, max_length: int) -> Tokenizer:
-    """BERT's uncased tokenizer of a list of pieces, one a line."""
+    """Return BERT's uncased tokenizer for a vocabulary file with one piece per line."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
     vocabulary = {piece: index for index, piece in enumerate(path.read_text("utf-8").splitlines())}
     special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-    if lacking := [token for token in special if token not in vocabulary]:
-        raise ValueError(f"{path} is not BERT's vocabulary: it has no {', '.join(lacking)}")
+    if missing := [token for token in special if token not in vocabulary]:
+        raise ValueError(f"{path} is not BERT's vocabulary: it has no {', '.join(missing)}")
     backend = Backend(models.WordPiece(vocabulary, unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer(lowercase=True)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

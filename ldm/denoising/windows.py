@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.guidance.perturbed_attention import Perturbed
+from ldm.denoising.perturbed_context import PerturbedContext
 
 BLIND = 0.25  # of the overlap at the rim of a window, which doesn't count: there a window knows too little
 
@@ -37,7 +37,7 @@ class Windowed:
     overlap: int
 
     def __post_init__(self) -> None:
-        check(self.window, self.overlap)
+        check_windows(self.window, self.overlap)
 
     def __call__(self, z_t: Tensor, timestep: Tensor, context: Any) -> Tensor:
         """The output [B, C, H, W] for z_t [B, c, H, W] at timesteps [B], told a context, whose latents are cut too."""
@@ -81,7 +81,7 @@ class Windowed:
         return [weight / total[start : start + side] for start, weight in zip(starts, weights, strict=True)]
 
 
-def check(window: int, overlap: int) -> None:
+def check_windows(window: int, overlap: int) -> None:
     """Raise ValueError for windows that can't cover anything."""
     if window < 2:
         raise ValueError(f"window {window} must be at least 2 latents; as many as the model was trained on is usual")
@@ -91,7 +91,7 @@ def check(window: int, overlap: int) -> None:
 
 def _cut(context: Any, place: tuple) -> Any:
     """What one window is told: tokens and vector as all, of latents its part."""
-    if isinstance(context, Perturbed):
+    if isinstance(context, PerturbedContext):
         return replace(context, context=_cut(context.context, place))
     if context is None or context.latents is None:
         return context

@@ -3,101 +3,54 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from autoencoder import Autoencoder, ImageEmbeddings, Pixels, open_autoencoder
-from conditioning.build import AnyConditioner
-from conditioning.formats.unet_inputs import with_hints
-from conditioning.readers.frame import NAME as FRAME
-from conditioning.readers.frame import with_frame
+from autoencoder import Pixels, open_autoencoder
+from conditioning.build import load_conditioner
+from conditioning.formats.unet_inputs import FRAME, with_frame, with_hints
+from conditioning.interface.conditioner import Conditioner
 from conditioning.readers.spatial import SpatialReader
-from conditioning.text.text_conditioner import Conditioner
+from ldm.formats.diffusers.known_schedulers import CLASSES
 from ldm.formats.diffusers.known_unet_options import PLAIN
-from ldm.formats.diffusers.network_kinds import KINDS, Network, folder_of
+from ldm.formats.diffusers.network_kinds import KINDS, folder_of
 from ldm.formats.diffusers.networks_folder import load_scheduling, load_unet, save_scheduling, save_unet
-from ldm.formats.diffusers.scheduler import CLASSES, Scheduling, as_pipeline, scheduling_to_diffusers
-from ldm.sampling.settings import Settings
-from stipple_core.files.weights import read_json, write_json
+from ldm.formats.diffusers.scheduler import as_pipeline, scheduling_to_diffusers
+from ldm.formats.model_parts import ModelParts
+from stipple_core.files.json_file import read_json, write_json
 
 INDEX = "model_index.json"
 ZEROS = "force_zeros_for_empty_prompt"  # of diffusers' StableDiffusionXLPipeline
 OWN = "_stipple"  # our key in model_index.json; diffusers ignores keys that begin with an underscore
 TRAINED = "text_encoder_trained"  # in it: the text encoder was trained with the UNet
-# settings that a model of ours has its own defaults for, and those of diffusers' pipelines for models of others
-DEFAULTS = (
-    *("guidance_scale", "guidance_rescale", "guidance_bound", "guidance_percentile"),
-    *("steps", "sampler", "eta", "corrections"),
-)
 INPAINTING = "StableDiffusionInpaintPipeline"
 VERSION, OF_NINE_CHANNELS = "_diffusers_version", "0.6.0"  # of INPAINTING; it wants a version
 THEIR_AUTOENCODERS = ("AutoencoderKL", "VQModel")
 PIXEL_PIPELINES = {"DDPMScheduler": "DDPMPipeline", "DDIMScheduler": "DDIMPipeline"}  # of diffusers, by scheduler
-THEIR_DEFAULTS = {"guidance_scale": 7.5, "steps": 50}
-THEIR_STUDENTS = {"guidance_scale": 8.5, "steps": 4}  # of networks that read the guidance scale
 
 
-@dataclass(frozen=True)
-class Parts:
-    """What a latent diffusion model is made of; the networks are on the CPU and in evaluation mode when opened."""
-
-    autoencoder: Autoencoder | Pixels | ImageEmbeddings
-    unet: Network
-    conditioner: AnyConditioner
-    scheduling: Scheduling
-    defaults: Mapping[str, Any] = field(default_factory=dict)  # settings of a picture, where the caller says nothing
-
-    @property
-    def extra_channels(self) -> int:
-        """How many channels the UNet reads besides those of z_t: of a mask, a picture, a map."""
-        return self.unet.config.in_channels - self.autoencoder.latent_channels
-
-    @property
-    def settings(self) -> Settings:
-        """How a picture is made where the caller says nothing: by our own defaults, else by diffusers'."""
-        theirs = THEIR_DEFAULTS if self.unet.config.guidance_dim is None else THEIR_STUDENTS
-        said = self.defaults or theirs | {"sampler": self.scheduling.sampler or Settings().sampler}
-        return Settings(**{name: said[name] for name in DEFAULTS if name in said})
-
-
-def open_model(
-    path: str | os.PathLike,
-    dtype: torch.dtype = torch.float32,
-    variant: str | None = None,
-    config_yaml: str | os.PathLike | None = None,
-    tokenizer: str | os.PathLike | None = None,
-    prediction: str | None = None,
-) -> Parts:
-    """Open a model folder, or a single file of CompVis' or Stability's, on the CPU.
+def open_model_folder(
+    path: str | os.PathLike, dtype: torch.dtype = torch.float32, variant: str | None = None
+) -> ModelParts:
+    """Open a model folder on the CPU, in evaluation mode.
 
     Args:
-        path: a folder with model_index.json in it, or a .ckpt or .safetensors file.
+        path: a folder with model_index.json, as `save_model` or diffusers writes it.
         dtype: of the weights in memory, whatever the files hold.
-        variant: of a folder: such as "fp16", see `stipple_core.files.weights.read_folder`.
-        config_yaml, tokenizer, prediction: of a file: see `ldm.formats.single_file.open_single_file`.
+        variant: of the weights, such as "fp16"; see `stipple_core.files.weights.read_folder`.
 
     Raises:
-        FileNotFoundError, ValueError: in one line naming what is missing, or does not fit, or is not implemented; or an
-            option of the other kind of source.
+        FileNotFoundError: a file is missing.
+        ValueError: an option is not supported, or the parts do not fit together.
     """
-    if not Path(path).exists():
-        raise FileNotFoundError(f"{path} does not exist; give a model folder, or a .ckpt or .safetensors file")
-    if Path(path).is_file():
-        from ldm.formats.single_file import open_single_file  # which builds on this module
-
-        _refuse(f"{path} is a single file", "a model folder", variant=variant)
-        return open_single_file(path, config_yaml, tokenizer, prediction, dtype)
     index, folder = read_index(path), Path(path)
-    said = {"config_yaml": config_yaml, "tokenizer": tokenizer, "prediction": prediction}
-    _refuse(f"{path} is a model folder", "a single file", **said)
     scheduling = as_pipeline(load_scheduling(path), str(index.get("_class_name")))
     own = index.get(OWN) or {}
-    conditioner = Conditioner.load(folder, dtype, bool(own.get(TRAINED)), variant)
-    parts = Parts(
+    conditioner = load_conditioner(folder, dtype, bool(own.get(TRAINED)), variant)
+    parts = ModelParts(
         open_autoencoder(folder, dtype=dtype, variant=variant).eval(),
         load_unet(folder, dtype, variant),
         conditioner,
@@ -115,7 +68,7 @@ def open_model(
         raise ValueError(f"{path} can't be opened: {error}") from None
 
 
-def save_model(parts: Parts, folder: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
+def save_model(parts: ModelParts, folder: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
     """Write a model folder in the diffusers layout; dtype None keeps that of the weights.
 
     model_index.json comes last, so that a folder without it is not whole. It names StableDiffusionPipeline where that
@@ -136,14 +89,7 @@ def read_index(folder: str | os.PathLike) -> dict[str, Any]:
     return read_json(Path(folder) / INDEX, absent)
 
 
-def _refuse(found: str, wanted: str, **options: Any) -> None:
-    """Raise ValueError naming the first option that is given, which is of the other kind of source."""
-    for name, value in options.items():
-        if value is not None:
-            raise ValueError(f"{found}, and {name} is an option of {wanted}; leave it out")
-
-
-def _stable_pipeline(conditioner: AnyConditioner) -> str | None:
+def _stable_pipeline(conditioner: Conditioner) -> str | None:
     """The pipeline for Stable Diffusion whose UNet reads the same, if there is one."""
     if second := conditioner.components.get("text_encoder_2"):
         projects = second[1] == "CLIPTextModelWithProjection"
@@ -155,7 +101,7 @@ def _stable_pipeline(conditioner: AnyConditioner) -> str | None:
     return INPAINTING if inpainting else None
 
 
-def _index(parts: Parts) -> dict[str, Any]:
+def _index(parts: ModelParts) -> dict[str, Any]:
     """model_index.json: the classes that diffusers is to load, and our defaults."""
     scheduler = scheduling_to_diffusers(parts.scheduling)["_class_name"]
     network = folder_of(parts.unet.config)

@@ -21,19 +21,19 @@ from torch import Tensor
 from autoencoder import Autoencoder
 from autoencoder.formats.compvis_first_stage import PREFIX as FIRST_STAGE
 from autoencoder.formats.compvis_first_stage import SCALE, SCALES, first_stage_keys, read_scale, to_compvis
-from conditioning.build import AnyConditioner
 from conditioning.encoders.clip import Clip
 from conditioning.formats.compvis_conditioner import conditioner_from_compvis, conditioner_to_compvis
 from conditioning.formats.unet_inputs import MAPPER, hints_to_compvis, with_hints
-from conditioning.text.text_conditioner import Conditioner
+from conditioning.interface.conditioner import Conditioner
+from conditioning.text.text_conditioner import TextConditioner
 from ldm.formats.compvis.compvis_schedule import schedule_from_compvis
 from ldm.formats.compvis.compvis_unet import NETWORK, unet_config, unet_from_compvis, unet_keys, unet_to_compvis
 from ldm.formats.compvis.schedule_buffers import BUFFERS, schedule_buffers
 from ldm.formats.diffusers.networks_folder import empty_unet
 from ldm.formats.diffusers.scheduler import PREDICTION_TYPES, Scheduling
-from ldm.formats.model_folder import Parts
-from ldm.networks.unet import UNetConfig
-from ldm.schedules.registry import ScheduleConfig
+from ldm.formats.model_parts import ModelParts
+from ldm.networks.unet_config import UNetConfig
+from ldm.schedules.base import ScheduleConfig
 from stipple_core.config import read_yaml
 from stipple_core.files.weights import AVERAGE, outline, place, read_metadata, read_weights, write_weights
 
@@ -52,7 +52,7 @@ def open_single_file(
     tokenizer: str | os.PathLike | None = None,
     prediction: str | None = None,
     dtype: torch.dtype = torch.float32,
-) -> Parts:
+) -> ModelParts:
     """Open a whole model on the CPU, in evaluation mode; weights averaged over training are preferred.
 
     Args:
@@ -102,10 +102,10 @@ def open_single_file(
         schedule = replace(schedule, zero_terminal_snr=True)
     habits = _habits(schedule, conditioner)
     scheduling = Scheduling(schedule=schedule, prediction=prediction, ends_clean=False, **habits)
-    return Parts(autoencoder.opened_in(dtype).eval(), unet.to(dtype).eval(), conditioner, scheduling)
+    return ModelParts(autoencoder.opened_in(dtype).eval(), unet.to(dtype).eval(), conditioner, scheduling)
 
 
-def _habits(schedule: ScheduleConfig, conditioner: AnyConditioner) -> dict[str, str | None]:
+def _habits(schedule: ScheduleConfig, conditioner: Conditioner) -> dict[str, str | None]:
     """Sampler and spacing of a file: those that diffusers has for Stable Diffusion, else LDM's DDIM."""
     if schedule.zero_terminal_snr:
         return {"spacing": "trailing", "sampler": "ddim"}
@@ -114,7 +114,7 @@ def _habits(schedule: ScheduleConfig, conditioner: AnyConditioner) -> dict[str, 
     return {"spacing": "leading", "sampler": "ddim"}
 
 
-def save_single_file(parts: Parts, path: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
+def save_single_file(parts: ModelParts, path: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
     """Write a whole model as programs for Stable Diffusion read it where the shapes are its, else as CompVis' do.
 
     Their fixed scale of latents is made right by moving ours into the 1x1 convolutions around them.
@@ -135,7 +135,7 @@ def save_single_file(parts: Parts, path: str | os.PathLike, dtype: torch.dtype |
     if not isinstance(parts.autoencoder, Autoencoder):
         kind = parts.autoencoder.class_name
         raise ValueError(f"a model of {kind} can't be said in a CompVis file, which has a first stage; keep the folder")
-    text = isinstance(parts.conditioner.prompts, Conditioner)
+    text = isinstance(parts.conditioner.prompts, TextConditioner)
     kind, scale = parts.autoencoder.config.regularizer, parts.autoencoder.scaling_factor
     own_scale = kind == "kl" and not text  # programs read it from the file
     networks = {
@@ -161,7 +161,7 @@ def save_first_stage(autoencoder: Autoencoder, path: str | os.PathLike, dtype: t
     write_weights({name: value.to(dtype) for name, value in state.items()}, path)
 
 
-def modelspec(parts: Parts, title: str) -> dict[str, str]:
+def modelspec(parts: ModelParts, title: str) -> dict[str, str]:
     """The header's metadata after Stability's model specification, version 1.0.0."""
     family, home = _family(parts)
     side = parts.unet.config.sample_size * parts.autoencoder.downsampling
@@ -213,7 +213,7 @@ def _require_whole(names: Collection[str]) -> None:
 
 def _conditioner(
     state: Mapping[str, Tensor], tokenizer: str | os.PathLike | None, dtype: torch.dtype
-) -> tuple[AnyConditioner, Tensor | None]:
+) -> tuple[Conditioner, Tensor | None]:
     """The conditioner of prompts, and the one weight of what reads a semantic map, if there is one."""
     weights = {name.removeprefix(COND_STAGE): value for name, value in state.items() if name.startswith(COND_STAGE)}
     mapper = weights.pop(MAPPER, None)
@@ -223,10 +223,10 @@ def _conditioner(
     return conditioner, None if mapper is None else mapper.to(dtype)
 
 
-def _cond_stage(parts: Parts) -> dict[str, Tensor]:
+def _cond_stage(parts: ModelParts) -> dict[str, Tensor]:
     """The weights that follow `cond_stage_model.`; ValueError where a program would not know their tokenizer."""
     prompts = parts.conditioner.prompts
-    if isinstance(prompts, Conditioner) and isinstance(prompts.encoder, Clip):
+    if isinstance(prompts, TextConditioner) and isinstance(prompts.encoder, Clip):
         tokens = prompts.tokenize([PROBE])
         if tokens.ids[tokens.mask].tolist() != PROBE_IDS[: prompts.max_length]:
             raise ValueError("the text encoder has a tokenizer of its own, which has no place in a single file")
@@ -259,7 +259,7 @@ def _sample_size(config: UNetConfig, downsampling: int, prediction: str, metadat
     return 96 if sd2 and prediction == "velocity" else config.sample_size
 
 
-def _family(parts: Parts) -> tuple[str, str]:
+def _family(parts: ModelParts) -> tuple[str, str]:
     """The specification's name of the architecture, and the repository of the program whose names the keys are."""
     config = parts.unet.config
     shape = config.block_out_channels, config.cross_attention_dim, parts.autoencoder.config.regularizer
@@ -267,7 +267,7 @@ def _family(parts: Parts) -> tuple[str, str]:
     wide = (320, 640, 1280, 1280)
     stable = shape[0] == wide and shape[1] in versions and shape[2] == "kl" and parts.extra_channels in (0, 5)
     prompts = parts.conditioner.prompts
-    if not (stable and isinstance(prompts, Conditioner) and isinstance(prompts.encoder, Clip)):
+    if not (stable and isinstance(prompts, TextConditioner) and isinstance(prompts.encoder, Clip)):
         return "latent-diffusion", "CompVis/latent-diffusion"
     if versions[shape[1]] == "1":
         return "stable-diffusion-v1" + "-inpainting" * bool(parts.extra_channels), "CompVis/stable-diffusion"

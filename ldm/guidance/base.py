@@ -1,7 +1,7 @@
-"""Guidance: functions that make a denoise(z_t, t) -> z_0 out of denoisers and contexts (Ho & Salimans 2022).
+"""Guidance: functions that build a denoise(z_t, t) -> z_0 from denoisers and contexts (Ho & Salimans 2022).
 
-All of them work on estimates of z_0. At a given z_t and t these are affine in the network's output, by the same numbers
-for every estimate, so mixing them is mixing noises, velocities or scores.
+All of them combine estimates of z_0. At the same z_t and t every estimate is the same affine function of the network's
+output, so combining estimates combines noises, velocities or scores.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 Denoise = Callable[[Tensor, Any], Tensor]  # (z_t [B, c, h, w], t one or [B]) -> z_0 [B, c, h, w]
 # (conditional z_0, unconditional z_0, guidance scale, z_t, t) -> z_0
 Combine = Callable[[Tensor, Tensor, float, Tensor, Any], Tensor]
-Scale = float | Callable[[Any], float]  # a guidance scale, or that of a time which all images share
+Scale = float | Callable[[Any], float]  # a guidance scale, or a function of the time, which all images share
 
 
 def extrapolate(conditional: Tensor, unconditional: Tensor, guidance_scale: float, *_: Any) -> Tensor:
@@ -28,21 +28,20 @@ def extrapolate(conditional: Tensor, unconditional: Tensor, guidance_scale: floa
 def rescaled(
     factor: float, coefficients: Callable[[Any], tuple[Tensor, Tensor]], combine: Combine = extrapolate
 ) -> Combine:
-    """A way to combine for `classifier_free` that takes back the contrast guidance adds (Lin et al. 2023, eq. 14-16).
+    """A combination for `classifier_free` that removes the contrast which guidance adds (Lin et al. 2023, eq. 14-16).
 
-    The guided output of the network is scaled to the standard deviation of each image's conditional output. It is the
-    output that is scaled, so for noise and velocity prediction the result is another than if z_0 were.
+    The guided output of the network is scaled to the standard deviation of each image's conditional output. This is
+    not the same as scaling z_0, except for clean prediction.
 
     Args:
-        factor: how much of that is used, in [0, 1] (the paper: 0.7).
-        coefficients: the numbers of a time with z_0 = first * z_t + second * output, as `Denoiser.coefficients`.
-        combine: what adds the contrast.
+        factor: share of the scaled output in the result, in [0, 1] (the paper: 0.7).
+        coefficients: t -> (first, second) with z_0 = first * z_t + second * output, as `Denoiser.coefficients`.
+        combine: the combination that is rescaled.
 
     Raises:
         ValueError: factor outside [0, 1].
     """
-    if not 0 <= factor <= 1:
-        raise ValueError(f"guidance rescale {factor} must be between 0 (off) and 1")
+    check_rescale(factor)
 
     def rescale(conditional: Tensor, unconditional: Tensor, guidance_scale: float, z_t: Tensor, t: Any) -> Tensor:
         guided = combine(conditional, unconditional, guidance_scale, z_t, t)
@@ -62,32 +61,32 @@ def classifier_free(
     guidance_scale: Scale,
     combine: Combine = extrapolate,
 ) -> Denoise:
-    """Guide a denoiser away from `null`, ddim_step `context` (Ho & Salimans 2022, eq. 6).
+    """Guide a denoiser away from `null`, towards `context` (Ho & Salimans 2022, eq. 6).
 
     Args:
         denoiser: (z_t, t, context) -> z_0.
-        context: what the pictures should show, for B images or for one, which then serves all.
-        null: the empty caption, or a negative prompt, for B images or for one.
-        guidance_scale: 1 is the plain conditional denoiser, and `null` is never computed; 0 is the one told `null`, and
-            `context` is never computed; above 1 guides; below 0 guides away from `context`. Otherwise both are computed
-            in one batch of 2 B. A function of t is asked at each call.
-        combine: what to make of the two estimates.
+        context: what the images should show, of B images, or of one that is used for all.
+        null: of the empty caption, or of a negative prompt, for B images or for one.
+        guidance_scale: 1 is the conditional denoiser, which never computes `null`; 0 is the one conditioned on `null`,
+            which never computes `context`; above 1 guides; below 0 guides away from `context`. Except at 0 and 1 both
+            are computed in one batch of 2 B. A function of t is evaluated at each call.
+        combine: how the two estimates are combined.
 
     Raises:
         ValueError: guidance_scale is not a finite number.
     """
     scale_at = scale_of(guidance_scale)
-    told = functools.cache(lambda batch: for_all(context, batch))  # one object for all steps, so that a network may
-    told_null = functools.cache(lambda batch: for_all(null, batch))  # keep what it has read of it
-    told_both = functools.cache(lambda batch: told(batch).cat(told_null(batch)))
+    context_of = functools.cache(lambda batch: for_all(context, batch))  # one object for all steps, so that a network
+    null_of = functools.cache(lambda batch: for_all(null, batch))  # can cache its keys and values
+    both_of = functools.cache(lambda batch: context_of(batch).cat(null_of(batch)))
 
     def denoise(z_t: Tensor, t: Any) -> Tensor:
         scale = scale_at(t)
         if scale == 1:
-            return denoiser(z_t, t, told(len(z_t)))
+            return denoiser(z_t, t, context_of(len(z_t)))
         if scale == 0:
-            return denoiser(z_t, t, told_null(len(z_t)))
-        both = denoiser(*copies(z_t, t, 2), told_both(len(z_t)))
+            return denoiser(z_t, t, null_of(len(z_t)))
+        both = denoiser(*copies(z_t, t, 2), both_of(len(z_t)))
         conditional, unconditional = both.chunk(2)  # [B, c, h, w] each
         return combine(conditional, unconditional, scale, z_t, t)
 
@@ -95,13 +94,13 @@ def classifier_free(
 
 
 def autoguidance(strong: Denoise, weak: Denoise, guidance_scale: Scale, combine: Combine = extrapolate) -> Denoise:
-    """Guide a model away from a weaker version of itself, told the same (Karras et al. 2024, arXiv:2406.02507, eq. 3).
+    """Guide a model away from a weaker version with the same context (Karras et al. 2024, arXiv:2406.02507, eq. 3).
 
     Args:
-        strong: the denoiser that is guided, guided already or not.
-        weak: one of less capacity, training or context that makes the same mistakes, only larger.
-        guidance_scale: as `classifier_free`: 1 never calls `weak`, 0 never calls `strong`.
-        combine: what to make of the two estimates.
+        strong: the denoiser that is guided; it may be guided already.
+        weak: a denoiser of less capacity, training or context, which makes the same errors, but larger ones.
+        guidance_scale: as in `classifier_free`; 1 never calls `weak`, 0 never calls `strong`.
+        combine: how the two estimates are combined.
 
     Raises:
         ValueError: guidance_scale is not a finite number.
@@ -120,36 +119,36 @@ def autoguidance(strong: Denoise, weak: Denoise, guidance_scale: Scale, combine:
 def composed(
     denoiser: Callable[[Tensor, Any, Any], Tensor], contexts: Sequence[Any], weights: Sequence[float], null: Any
 ) -> Denoise:
-    """Guide towards several contexts at once, and away from others (Liu et al. 2022, arXiv:2206.01714, eq. 11).
+    """Guide towards several contexts, and away from others (Liu et al. 2022, arXiv:2206.01714, eq. 11).
 
-    The estimate is null + sum of weight (context - null), all in one batch; what weighs nothing is not computed.
+    The estimate is null + sum of weight (context - null), computed in one batch. Contexts of weight 0 are skipped.
 
     Args:
         denoiser: (z_t, t, context) -> z_0.
-        contexts: each for B images or for one, which then serves all.
-        weights: of each, its guidance scale; below 0 leads away from it.
-        null: the empty caption, for B images or for one; not computed where the weights add up to 1.
+        contexts: each of B images, or of one that is used for all.
+        weights: the guidance scale of each context; below 0 guides away from it.
+        null: of the empty caption, for B images or for one; not computed if the weights add up to 1.
 
     Raises:
-        ValueError: a weight is not a finite number, or there are not as many weights as contexts.
+        ValueError: a weight is not a finite number, or the numbers of weights and contexts differ.
     """
     if len(weights) != len(contexts):
         raise ValueError(f"{len(contexts)} contexts need as many weights, not {len(weights)}")
-    weighed = [(context, scale_of(weight)(None)) for context, weight in zip(contexts, weights, strict=True) if weight]
-    weights = [weight for _, weight in weighed]
-    asked = [context for context, _ in weighed] + ([] if math.isclose(sum(weights), 1) else [null])
+    weighted = [(context, scale_of(weight)(None)) for context, weight in zip(contexts, weights, strict=True) if weight]
+    weights = [weight for _, weight in weighted]
+    computed = [context for context, _ in weighted] + ([] if math.isclose(sum(weights), 1) else [null])
 
     @functools.cache
-    def told(batch: int) -> Any:
-        return functools.reduce(lambda some, more: some.cat(more), (for_all(context, batch) for context in asked))
+    def contexts_of(batch: int) -> Any:
+        return functools.reduce(lambda some, more: some.cat(more), (for_all(context, batch) for context in computed))
 
     def denoise(z_t: Tensor, t: Any) -> Tensor:
-        estimates = denoiser(*copies(z_t, t, len(asked)), told(len(z_t))).chunk(len(asked))  # [B, c, h, w] each
-        if len(asked) == len(weights):
+        estimates = denoiser(*copies(z_t, t, len(computed)), contexts_of(len(z_t))).chunk(len(computed))  # [B, c, h, w]
+        if len(computed) == len(weights):
             return sum(weight * z_0 for weight, z_0 in zip(weights, estimates, strict=True))
         *estimates, unconditional = estimates
-        ddim_step = (weight * (z_0 - unconditional) for weight, z_0 in zip(weights, estimates, strict=True))
-        return sum(ddim_step, start=unconditional)
+        differences = (weight * (z_0 - unconditional) for weight, z_0 in zip(weights, estimates, strict=True))
+        return sum(differences, start=unconditional)
 
     return denoise
 
@@ -157,39 +156,35 @@ def composed(
 def in_interval(inside: Denoise, outside: Denoise, start: float, stop: float) -> Denoise:
     """`inside` at times stop <= t <= start, `outside` elsewhere (Kynkaanniemi et al. 2024, eq. 6).
 
-    With a guided denoiser inside and classifier_free(..., guidance_scale=1) outside, guidance costs nothing where it
-    does harm: at high noise it drops variety, at low noise it does nothing.
+    With a guided denoiser inside and classifier_free(..., guidance_scale=1) outside, guidance is skipped where it does
+    not help: at high noise it reduces variety, at low noise it has no effect.
 
     Args:
-        inside, outside: (z_t, t) -> z_0, called with one time for all images.
-        start, stop: times in [0, 1]; sampling runs from high to low, so start >= stop.
+        inside, outside: (z_t, t) -> z_0; t is one number for all images.
+        start, stop: times in [0, 1] with start >= stop, since sampling runs from high to low.
 
     Raises:
         ValueError: the times are not 0 <= stop <= start <= 1.
     """
-    if not 0 <= stop <= start <= 1:
-        raise ValueError(f"guidance interval from t = {start} to {stop} must satisfy 1 >= start >= stop >= 0")
+    check_interval(start, stop)
     return lambda z_t, t: (inside if stop <= float(t) <= start else outside)(z_t, t)
 
 
 def thresholded(denoise: Denoise, bound: float, percentile: float | None = None) -> Denoise:
-    """Keep estimates within what clean latents can be (Saharia et al. 2022, arXiv:2205.11487, section 2.3).
+    """Limit estimates to the range of clean latents (Saharia et al. 2022, arXiv:2205.11487, section 2.3).
 
-    Static: clipped to [-bound, bound]. Dynamic: clipped to [-s, s] and scaled by bound / s, where s is the percentile
-    of each image's absolute values, and at least `bound`.
+    Static thresholding clips to [-bound, bound]. Dynamic thresholding clips to [-s, s] and scales by bound / s, where s
+    is the percentile of each image's absolute values, and at least `bound`.
 
     Args:
         denoise: (z_t, t) -> z_0, guided or not.
-        bound: largest absolute value of clean data: 1 for pixels; latents have none of their own, few are above 4.
-        percentile: of dynamic thresholding, in percent (the paper: 99.5); None: static.
+        bound: largest absolute value of clean data: 1 for pixels; of latents, few are above 4.
+        percentile: of dynamic thresholding, in percent (the paper: 99.5); None is static.
 
     Raises:
         ValueError: bound not above 0, or percentile not between 50 and 100.
     """
-    if not 0 < bound < math.inf:
-        raise ValueError(f"guidance bound {bound} must be a positive number; 1 is usual for pixels, 4 for latents")
-    if percentile is not None and not 50 <= percentile <= 100:
-        raise ValueError(f"guidance percentile {percentile} must be between 50 and 100; 99.5 is usual")
+    check_threshold(bound, percentile)
     if percentile is None:
         return lambda z_t, t: denoise(z_t, t).clamp(-bound, bound)
 
@@ -203,24 +198,45 @@ def thresholded(denoise: Denoise, bound: float, percentile: float | None = None)
 
 
 def scale_of(guidance_scale: Scale) -> Callable[[Any], float]:
-    """A guidance scale as a function of t; raises ValueError where it is not a finite number."""
-
-    def checked(scale: float) -> float:
-        if not math.isfinite(scale):
-            raise ValueError(f"guidance scale {scale} must be a finite number; 1 is no guidance")
-        return scale
-
+    """A guidance scale as a function of t. Raises ValueError if it is not a finite number."""
     if callable(guidance_scale):
-        return lambda t: checked(guidance_scale(t))
-    constant = checked(guidance_scale)
+        return lambda t: check_scale(guidance_scale(t))
+    constant = check_scale(guidance_scale)
     return lambda t: constant
 
 
+def check_scale(scale: float) -> float:
+    """The guidance scale. Raises ValueError if it is not a finite number."""
+    if not math.isfinite(scale):
+        raise ValueError(f"guidance scale {scale} must be a finite number; 1 is no guidance")
+    return scale
+
+
+def check_rescale(factor: float) -> None:
+    """Raise ValueError for a factor of `rescaled` outside [0, 1]."""
+    if not 0 <= factor <= 1:
+        raise ValueError(f"guidance rescale {factor} must be between 0 (off) and 1")
+
+
+def check_interval(start: float, stop: float) -> None:
+    """Raise ValueError for times of `in_interval` that are not 0 <= stop <= start <= 1."""
+    if not 0 <= stop <= start <= 1:
+        raise ValueError(f"guidance interval from t = {start} to {stop} must satisfy 1 >= start >= stop >= 0")
+
+
+def check_threshold(bound: float, percentile: float | None) -> None:
+    """Raise ValueError for a bound or percentile that `thresholded` does not support."""
+    if not 0 < bound < math.inf:
+        raise ValueError(f"guidance bound {bound} must be a positive number; 1 is usual for pixels, 4 for latents")
+    if percentile is not None and not 50 <= percentile <= 100:
+        raise ValueError(f"guidance percentile {percentile} must be between 50 and 100; 99.5 is usual")
+
+
 def for_all(context: Any, batch: int) -> Any:
-    """A context for one picture is repeated for all of the batch; no context (None) stays none."""
+    """Repeat a context of one image for the batch; None stays None."""
     return context.repeat(batch) if context is not None and context.batch_size == 1 else context
 
 
 def copies(z_t: Tensor, t: Any, count: int) -> tuple[Tensor, Any]:
-    """z_t [B, c, h, w] and t (one, or [B]) again and again, as a batch of count B that is told different things."""
+    """z_t [B, c, h, w] and t (one, or [B]) repeated `count` times, for a batch with different contexts."""
     return torch.cat([z_t] * count), torch.cat([t] * count) if isinstance(t, Tensor) and t.dim() else t

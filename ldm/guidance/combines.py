@@ -1,7 +1,7 @@
-"""Other ways to make one estimate of two than extrapolation: APG, CFG-Zero*, and the scale that makes DDIM CFG++.
+"""Combinations of two estimates other than extrapolation: APG, CFG-Zero*, and the scale with which DDIM is CFG++.
 
-Each is handed to `classifier_free`, or to any other guidance by two estimates. Sadat et al. 2024 (arXiv:2410.02416),
-Fan et al. 2025 (arXiv:2503.18886), Chung et al. 2024 (arXiv:2406.08070).
+They are arguments of `classifier_free` and of every other guidance by two estimates. Sadat et al. 2024
+(arXiv:2410.02416), Fan et al. 2025 (arXiv:2503.18886), Chung et al. 2024 (arXiv:2406.08070).
 """
 
 from __future__ import annotations
@@ -14,66 +14,70 @@ import torch
 from torch import Tensor
 
 from ldm.guidance.base import Combine, Denoise
-from ldm.schedules.registry import Schedule
+from ldm.schedules.base import Schedule
 
 
 def apg(momentum: float = -0.5, norm: float | None = None, parallel: float = 0.0) -> Combine:
-    """Adaptive projected guidance: without what only raises contrast and saturation (Sadat et al. 2024, algorithm 1).
+    """Adaptive projected guidance, which adds no contrast and saturation (Sadat et al. 2024, algorithm 1).
 
-    It remembers the calls before, for the momentum: make one for each run of a sampler.
+    Its momentum depends on earlier calls: create one for each run of a sampler.
 
     Args:
-        momentum: the share of the differences before that is added to each difference of the two estimates; below 0,
-            which takes them back, keeps the walk from running on in one direction.
-        norm: what the length of an image's difference is cut to (the paper: 2.5 to 15, by model); None: it is not.
-        parallel: the share that is kept of the part of the difference along the conditional estimate.
+        momentum: share of the earlier differences that is added to each difference of the two estimates; a negative
+            momentum subtracts them, which keeps the steps from continuing in one direction.
+        norm: largest norm of an image's difference (the paper: 2.5 to 15, depending on the model); None: no limit.
+        parallel: share of the difference's component along the conditional estimate that is kept.
 
     Raises:
         ValueError: momentum outside (-1, 1), or norm not above 0, or parallel not a finite number.
     """
-    if not -1 < momentum < 1:
-        raise ValueError(f"guidance momentum {momentum} must be between -1 and 1; -0.5 is usual, 0 is none")
-    if norm is not None and not 0 < norm < math.inf:
-        raise ValueError(f"guidance norm {norm} must be a positive number; leave it out to cut nothing")
-    if not math.isfinite(parallel):
-        raise ValueError(f"guidance parallel {parallel} must be a finite number; 0 is usual, 1 projects nothing away")
-    before: Tensor | float = 0.0
+    check_apg(momentum, norm, parallel)
+    earlier: Tensor | float = 0.0
 
     def combine(conditional: Tensor, unconditional: Tensor, guidance_scale: float, z_t: Tensor, t: Any) -> Tensor:
-        nonlocal before
-        before = difference = conditional - unconditional + momentum * before
+        nonlocal earlier
+        earlier = difference = conditional - unconditional + momentum * earlier
         if norm is not None:
             difference = difference * (norm / _dot(difference, difference).sqrt()).clamp(max=1)
-        line_step = _share(difference, conditional) * conditional
-        return conditional + (guidance_scale - 1) * (difference - (1 - parallel) * line_step)
+        along = _share(difference, conditional) * conditional
+        return conditional + (guidance_scale - 1) * (difference - (1 - parallel) * along)
 
     return combine
 
 
-def zero_star(coefficients: Callable[[Any], tuple[Tensor, Tensor]]) -> Combine:
-    """CFG-Zero*: scale each image's unconditional output to fit the conditional one best (Fan et al. 2025, eq. 6-8).
+def check_apg(momentum: float = -0.5, norm: float | None = None, parallel: float = 0.0) -> None:
+    """Raise ValueError for arguments that `apg` does not support."""
+    if not -1 < momentum < 1:
+        raise ValueError(f"guidance momentum {momentum} must be between -1 and 1; -0.5 is usual, 0 is none")
+    if norm is not None and not 0 < norm < math.inf:
+        raise ValueError(f"guidance norm {norm} must be a positive number; leave it out for no limit")
+    if not math.isfinite(parallel):
+        raise ValueError(f"guidance parallel {parallel} must be a finite number; 0 is usual, 1 keeps it all")
 
-    It is the output of the network that is scaled; the paper's is the velocity of a flow.
+
+def zero_star(coefficients: Callable[[Any], tuple[Tensor, Tensor]]) -> Combine:
+    """CFG-Zero*: scale each image's unconditional output to best fit the conditional one (Fan et al. 2025, eq. 6-8).
+
+    The network's output is scaled, which in the paper is the velocity of a flow.
 
     Args:
-        coefficients: the numbers of a time with z_0 = first * z_t + second * output, as `Denoiser.coefficients`.
+        coefficients: t -> (first, second) with z_0 = first * z_t + second * output, as `Denoiser.coefficients`.
     """
 
     def combine(conditional: Tensor, unconditional: Tensor, guidance_scale: float, z_t: Tensor, t: Any) -> Tensor:
         first, second = (number.to(z_t).reshape(-1, *[1] * (z_t.dim() - 1)) for number in coefficients(t))
-        told, untold = ((z_0 - first * z_t) / second for z_0 in (conditional, unconditional))
-        fitted = _share(told, untold) * untold
-        return first * z_t + second * (fitted + guidance_scale * (told - fitted))
+        output, null_output = ((z_0 - first * z_t) / second for z_0 in (conditional, unconditional))
+        fitted = _share(output, null_output) * null_output
+        return first * z_t + second * (fitted + guidance_scale * (output - fitted))
 
     return combine
 
 
 def zero_output(coefficients: Callable[[Any], tuple[Tensor, Tensor]]) -> Denoise:
-    """The estimate of a network that says 0, which costs nothing (Fan et al. 2025, section 4.2: zero-init).
+    """The estimate for a network output of 0, without calling the network (Fan et al. 2025, section 4.2: zero-init).
 
-    For the first steps, `in_interval` outside of which this is: there a flow is better left standing than guided by an
-    estimate that is off. For noise prediction it means that z_t holds no noise, for clean prediction that there is
-    nothing in it, and does harm.
+    It is used outside `in_interval` for the first steps, where the guided velocity of a flow is inaccurate and not
+    moving is better. Do not use it for noise or clean prediction, where 0 means no noise or no data.
     """
     return lambda z_t, t: coefficients(t)[0].to(z_t).reshape(-1, *[1] * (z_t.dim() - 1)) * z_t
 
@@ -81,15 +85,16 @@ def zero_output(coefficients: Callable[[Any], tuple[Tensor, Tensor]]) -> Denoise
 def cfg_plus_plus(share: float, times: Tensor, schedule: Schedule) -> Callable[[Any], float]:
     """The guidance scale at each time with which `ddim` is CFG++ (Chung et al. 2024, algorithm 1).
 
-    CFG++ steps from t to s with the guided z_0 and the unconditional noise: what guidance adds to z_0 comes into z_s
-    alpha_s times. DDIM's noise, (z_t - alpha_t z_0) / sigma_t, is guided too, so there it comes into z_s only
-    alpha_s - sigma_s alpha_t / sigma_t times. Both are equal at the scale share / (1 - sigma_s alpha_t / (alpha_s
-    sigma_t)). It grows with the number of steps; in the last one, to clean data, it is the share. A step that goes
-    nowhere has the share, too. Samplers that ask between the times of the walk get the scale of the step they are in.
+    CFG++ steps from t to s with the guided z_0 and the unconditional noise, so that z_s contains alpha_s times what
+    guidance adds to z_0. DDIM's noise, (z_t - alpha_t z_0) / sigma_t, is guided too, so that its z_s contains
+    alpha_s - sigma_s alpha_t / sigma_t times as much. Both are equal at the scale
+    share / (1 - sigma_s alpha_t / (alpha_s sigma_t)), which grows with the number of steps. It is the share itself in
+    the last step, to clean data, and in a step of length 0. Between the sampling times it is the scale of the current
+    step.
 
     Args:
         share: the paper's lambda, in [0, 1]; 0 is unconditional, 1 has the conditional z_0.
-        times: of the walk, falling [S + 1].
+        times: of the steps, falling [S + 1].
         schedule: gives alpha and sigma.
 
     Raises:
@@ -105,10 +110,10 @@ def cfg_plus_plus(share: float, times: Tensor, schedule: Schedule) -> Callable[[
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """The scalar product of each image [B, ...] with another: [B, 1, ...]."""
+    """The dot product [B, 1, ...] of each image of a with that of b, [B, ...] both."""
     return (a * b).sum(tuple(range(1, a.dim())), keepdim=True)
 
 
 def _share(a: Tensor, b: Tensor) -> Tensor:
-    """The number per image [B, 1, ...] by which b comes closest to a; 0 where b is 0."""
+    """The factor [B, 1, ...] per image that brings b closest to a; 0 where b is 0."""
     return _dot(a, b) / _dot(b, b).clamp(min=torch.finfo(b.dtype).tiny)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ldm.denoising.prediction import per_image
 from ldm.guidance.base import Denoise
-from ldm.schedules.registry import Schedule
+from ldm.schedules.base import Schedule
 
 Score = Callable[[Tensor, Any], Tensor]  # (latents [B, c, h, w], t) -> [B], how well each image does; differentiable
 

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ldm.likelihood.variational_bound import HALF_BIN, check_eight_bit, discretized, prior_std
 from ldm.samplers.runge_kutta import adaptive
-from ldm.samplers.steps import Denoise, Generators, Point, noise_like, walk
-from ldm.schedules.registry import Schedule
+from ldm.samplers.steps import Denoise, Generators, Point, noise_like, step_points
+from ldm.schedules.base import Schedule
 
 LOG_2 = math.log(2)
 
@@ -77,7 +77,7 @@ def ode_bits(
         size = z_0[0].numel()
         vectors = _basis(z_0) if probes == "exact" else [PROBES[probes](z_0, generators) for _ in range(count)]
         levels = torch.tensor([1.0, 1 / schedule.config.timesteps], dtype=torch.float64)
-        ((noise, data),) = walk(levels, schedule)
+        ((noise, data),) = step_points(levels, schedule)
         begin, end = (math.log(t.sigma / (t.alpha + t.sigma)) for t in (data, noise))
         stretch = data.alpha / (data.alpha + data.sigma)  # of z_0 into x
 

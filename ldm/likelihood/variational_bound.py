@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldm.samplers.steps import Denoise, Generators, Point, fresh_share, noise_like, walk
-from ldm.schedules.registry import Schedule
+from ldm.samplers.steps import Denoise, Generators, Point, fresh_share, noise_like, step_points
+from ldm.schedules.base import Schedule
 
 HALF_BIN = 1 / 255  # half the distance of two values of 8 bits in [-1, 1]
 EIGHT_BIT_UNIT = 127.5  # values of 8 bits in 1.0: images are in [-1, 1], their values in 0 .. 255
@@ -91,7 +91,7 @@ def variational_bound(
     """
     _check(z_0, times, generators, variance, decoder)
     z_0 = z_0.to(torch.promote_types(z_0.dtype, torch.float32))
-    steps, terms, errors = walk(times, schedule), [], []
+    steps, terms, errors = step_points(times, schedule), [], []
     for t, s in steps:
         estimate = denoise(t.alpha * z_0 + t.sigma * noise_like(z_0, generators), t.time).to(z_0.dtype)
         errors.append(_mean((z_0 - estimate).square()))

@@ -15,7 +15,8 @@ from torch import Tensor
 from ldm.denoising.denoiser import Denoiser
 from ldm.denoising.prediction import mix, per_image
 from ldm.guidance.base import copies, extrapolate, for_all
-from ldm.schedules.registry import Schedule
+from ldm.samplers.steps import NoiseLevel, ddim_step
+from ldm.schedules.base import Schedule
 
 SIGMA_DATA = 0.5  # of the boundary condition, as in Karras et al. 2022
 TIMESTEP_SCALING = 10.0  # of the authors' code; what the timestep is multiplied by before it meets sigma_data
@@ -53,19 +54,6 @@ def rung(schedule: Schedule, t: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     """
     index = (t.to(torch.float64) * levels - 1e-3).ceil().clamp(1, levels)  # of float32 times that are a last bit late
     return schedule.nearest(index / levels), schedule.nearest((index - 1) / levels)
-
-
-def ddim_step(z_t: Tensor, z_0: Tensor, t: Tensor, s: Tensor, schedule: Schedule) -> Tensor:
-    """z_s [B, c, h, w] where z_0 and noise stay what they are, each image at its own times (Song et al. 2020, eq. 12).
-
-    Args:
-        z_t, z_0: [B, c, h, w].
-        t, s: [B], from where and to where.
-        schedule: gives alpha and sigma.
-    """
-    (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule(t, torch.float64), schedule(s, torch.float64)
-    kept = sigma_s / sigma_t
-    return mix(z_t, z_0, kept, alpha_s - alpha_t * kept)
 
 
 def guided_teacher(denoiser: Denoiser, context: Any, null: Any, scale: Tensor) -> Teacher:
@@ -112,7 +100,8 @@ def consistency_loss(
         huber: of `distance`.
     """
     with torch.no_grad():
-        z_s = ddim_step(z_t, teacher(z_t, t), t, s, schedule)
+        levels = [NoiseLevel(*schedule(time, torch.float64)) for time in (t, s)]
+        z_s = ddim_step(z_t, teacher(z_t, t), *levels)
         wanted = target(z_s, s, context)
     return distance(student(z_t, t, context), wanted, huber)
 

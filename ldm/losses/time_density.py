@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ldm.schedules.registry import Schedule
+from ldm.schedules.base import Schedule
 
 KEPT = 10  # losses per bin that importance looks at (Nichol & Dhariwal 2021, section 3.3)
 EVEN = 0.001  # share of importance's draws that are uniform, so that no bin is ever lost, as in the authors' code

@@ -1,4 +1,4 @@
-"""Attention and what it is told: over pixels, to tokens, in transformers (Rombach et al. 2022, section 3.3).
+"""Attention over pixels, to tokens, and in transformers (Rombach et al. 2022, section 3.3).
 
 Submodule names are those of diffusers' `UNet2DConditionModel` and `UNet2DModel`.
 """
@@ -8,58 +8,46 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ldm.networks.row_blocks import map_rows
 
 KeysValues = tuple[Tensor, Tensor]  # of one attention, [B, heads, L, dim / heads] each
 
 MASKED = -10000.0  # added to the attention score of a masked token; finite, so that a row masked whole stays defined
-WIDTH_IN_CACHE = 3_000_000  # numbers between the two layers of a feed-forward that are made at a time on a CPU: 12 MB
-FEWEST_ROWS = 512  # below, its matrix products are too flat to be fast
 
 
 @dataclass(frozen=True)
 class Signal:
-    """All that a layer is told besides its input.
+    """The inputs of a layer besides its features.
 
     Args:
-        embedding: [B, E], of time (and vector), already through its activation.
+        embedding: [B, E], of the timestep and the vector, after its activation.
         tokens: [B, L, d] for cross-attention, or None.
-        bias: [B, 1, 1, L] added to the scores of cross-attention: 0 for a token, `MASKED` for padding; or None.
-        keys_values: of each cross-attention that has read the tokens before (`UNet.read`), or None.
-        perturbed: self-attentions that are the identity for so many pictures at the end of the batch, or None.
+        bias: [B, 1, 1, L], added to the scores of cross-attention: 0 for a token, `MASKED` for padding; or None.
+        keys_values: of each cross-attention, if they were computed before (see `UNet.read`), or None.
     """
 
     embedding: Tensor
     tokens: Tensor | None = None
     bias: Tensor | None = None
     keys_values: Mapping[Attention, KeysValues] | None = None
-    perturbed: Mapping[Attention, int] | None = None
 
     def source(self, attention: Attention) -> Tensor | KeysValues | None:
-        """What a cross-attention reads."""
+        """What a cross-attention attends to."""
         return self.tokens if self.keys_values is None else self.keys_values[attention]
-
-    def blind(self, attention: Attention) -> int:
-        """For how many pictures at the end of the batch a self-attention is the identity."""
-        return 0 if self.perturbed is None else self.perturbed.get(attention, 0)
-
-
-def spread(x: Tensor, batch: int) -> Tensor:
-    """x [B, ...] again and again, as a batch of a multiple of B; x itself where that is B."""
-    return x if len(x) == batch else torch.cat([x] * (batch // len(x)))
 
 
 def zeroed(module: nn.Module) -> nn.Module:
-    """Set a layer's parameters to zero, so that the residual branch that it ends begins as the identity (LDM)."""
+    """Set a layer's parameters to zero, so that the residual block that it ends is the identity at first (LDM)."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x [B, N, dim] to tokens [B, L, context_dim], or to itself when there are none."""
+    """Multi-head attention of x [B, N, dim] to tokens [B, L, context_dim], or to itself if there are none."""
 
     def __init__(self, dim: int, heads: int, context_dim: int | None = None, bias: bool = False):
         super().__init__()
@@ -73,22 +61,18 @@ class Attention(nn.Module):
         """Keys and values of a source [B, L, context_dim or dim]."""
         return self._heads(self.to_k(source)), self._heads(self.to_v(source))
 
-    def forward(
-        self, x: Tensor, source: Tensor | KeysValues | None = None, bias: Tensor | None = None, blind: int = 0
-    ) -> Tensor:
-        """Attend from x [B, N, dim] to a source [B, L, context_dim], to what was read of one, or to x itself.
-
-        In self-attention, each pixel of the last `blind` pictures sees itself alone (Ahn et al. 2024, eq. 15).
-        """
-        if blind:
-            seen, alone = Attention.forward(self, x[:-blind]), self.to_out[0](self.to_v(x[-blind:]))
-            return torch.cat([seen, alone])  # [B, N, dim]
+    def forward(self, x: Tensor, source: Tensor | KeysValues | None = None, bias: Tensor | None = None) -> Tensor:
+        """Attend from x [B, N, dim] to a source [B, L, context_dim], to its keys and values, or to x itself."""
         keys, values = source if isinstance(source, tuple) else self.read(x if source is None else source)
         attended = F.scaled_dot_product_attention(self._heads(self.to_q(x)), keys, values, attn_mask=bias)
         return self.to_out[0](attended.transpose(1, 2).flatten(2))  # [B, N, dim]
 
+    def attend_to_self(self, x: Tensor) -> Tensor:
+        """The output for x [B, N, dim] if each place attends to itself alone."""
+        return self.to_out[0](self.to_v(x))
+
     def _heads(self, projected: Tensor) -> Tensor:
-        """[B, N, dim] -> [B, heads, N, dim / heads]; a CPU reads each head faster in one piece."""
+        """[B, N, dim] -> [B, heads, N, dim / heads]; contiguous on a CPU, which is faster."""
         heads = projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         return heads.contiguous() if heads.is_cpu else heads
 
@@ -96,7 +80,7 @@ class Attention(nn.Module):
 class PlainAttention(Attention):
     """Attention of the pixels of a feature map to each other, as a residual: [B, C, H, W] -> [B, C, H, W].
 
-    What LDM's unconditional models have instead of a `SpatialTransformer`; it reads nothing of the signal.
+    LDM's unconditional models have it in place of a `SpatialTransformer`. It does not read the signal.
     """
 
     def __init__(self, channels: int, heads: int, groups: int, eps: float):
@@ -106,7 +90,13 @@ class PlainAttention(Attention):
 
     def forward(self, x: Tensor, signal: Signal) -> Tensor:
         h = self.group_norm(x).permute(0, 2, 3, 1).flatten(1, 2)  # [B, H * W, C]
-        h = super().forward(h, blind=signal.blind(self))
+        h = super().forward(h)
+        return x + h.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)  # [B, C, H, W]
+
+    def attend_to_self(self, x: Tensor) -> Tensor:
+        """The output for x [B, C, H, W] if each pixel attends to itself alone."""
+        h = self.group_norm(x).permute(0, 2, 3, 1).flatten(1, 2)  # [B, H * W, C]
+        h = super().attend_to_self(h)
         return x + h.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)  # [B, C, H, W]
 
 
@@ -130,16 +120,13 @@ class FeedForward(nn.Module):
         self.net = nn.Sequential(GatedGELU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or not x.is_cpu:
-            return self.net(x)
-        rows = max(FEWEST_ROWS, WIDTH_IN_CACHE // self.net[0].proj.out_features)  # what is between stays in the cache
-        return torch.cat([self.net(part) for part in x.flatten(0, 1).split(rows)]).view_as(x)
+        return map_rows(self.net, x, width=self.net[0].proj.out_features)
 
 
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention, feed-forward, each after a LayerNorm: [B, N, dim] -> [B, N, dim].
 
-    Without a context (`context_dim` None) the second attention is to itself as well, as in LDM.
+    Without a context (`context_dim` None) the second attention is self-attention too, as in LDM.
     """
 
     def __init__(self, dim: int, heads: int, context_dim: int | None):
@@ -152,12 +139,7 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(dim)
 
     def forward(self, x: Tensor, signal: Signal) -> Tensor:
-        blind = signal.blind(self.attn1)
-        if blind and signal.tokens is not None:
-            x = spread(x, len(signal.tokens))
-        x = x + self.attn1(self.norm1(x), blind=blind)
-        if signal.tokens is not None:
-            x = spread(x, len(signal.tokens))  # up to here, pictures that are told several things are computed once
+        x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), signal.source(self.attn2), signal.bias)
         return x + self.ff(self.norm3(x))
 
@@ -165,8 +147,8 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """Transformer blocks over the pixels of a feature map, as a residual: [B, C, H, W] -> [B, C, H, W].
 
-    The projections at both ends are 1x1 convolutions in LDM and SD1, linear layers in SD2: the same arithmetic, but for
-    the shape of the stored weight. Both run as a matrix product over pixels, which for channels_last input is a view.
+    The projections at both ends are 1x1 convolutions in LDM and SD1 and linear layers in SD2. Only the shapes of their
+    weights differ: both are computed as a matrix product over pixels, which are a view of channels_last input.
     """
 
     def __init__(self, channels: int, heads: int, depth: int, context_dim: int | None, linear: bool, groups: int):
@@ -182,4 +164,4 @@ class SpatialTransformer(nn.Module):
         for block in self.transformer_blocks:
             h = block(h, signal)
         h = F.linear(h, self.proj_out.weight.flatten(1), self.proj_out.bias)
-        return spread(x, len(h)) + h.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)  # [B, C, H, W]
+        return x + h.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)  # [B, C, H, W]

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.denoising.prediction import per_image
-from ldm.formats.diffusers.unet_options import unet_from_diffusers, unet_to_diffusers
 from ldm.networks.attention import Attention, Signal
 from ldm.networks.unet import UNet
-from ldm.networks.unet_blocks import sinusoids
 from ldm.networks.unet_config import UNetConfig
-from ldm.schedules.registry import Schedule, ScheduleConfig
-from stipple_core.files.weights import place, read_folder, read_json, write_json, write_weights
+from ldm.schedules.base import Schedule, ScheduleConfig
 from stipple_core.operators.normalization import norm_silu
-
-FOLDER, STEM, CLASS = "classifier", "model", "NoisyClassifier"
+from stipple_core.operators.sinusoids import sinusoids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,35 +101,10 @@ class Classifier(nn.Module):
             for index in range(len(level.resnets)):
                 x = level.layer(index, x, signal)
             for downsampler in level.downsamplers:
-                x = downsampler(x, signal)  # [B, C, h / 2, w / 2]
+                x = downsampler(x, signal.embedding)  # [B, C, h / 2, w / 2]
         for index in range(len(self.mid_block.resnets)):
             x = self.mid_block.layer(index, x, signal)
         return self.head(self.pool(norm_silu(self.norm_out, x)))  # [B, C, h, w] -> [B, classes]
-
-    def save(self, model_folder: str | os.PathLike) -> None:
-        """Write `classifier/` (config.json, model.safetensors) into a folder."""
-        folder = Path(model_folder) / FOLDER
-        folder.mkdir(parents=True, exist_ok=True)
-        options = asdict(self.config) | {"_class_name": CLASS, "unet": unet_to_diffusers(self.config.unet)}
-        write_json(options, folder / "config.json")
-        write_weights({name: value.cpu() for name, value in self.state_dict().items()}, folder / f"{STEM}.safetensors")
-
-    @classmethod
-    def load(cls, path: str | os.PathLike) -> Classifier:
-        """Read what `save` wrote, from the folder or the `classifier` folder in it; on the CPU, for evaluation.
-
-        Raises:
-            FileNotFoundError, ValueError: it is not there, or is no classifier, or its weights don't fit.
-        """
-        folder = Path(path) / FOLDER if (Path(path) / FOLDER).is_dir() else Path(path)
-        options = read_json(folder / "config.json", f"no config.json in {folder}; give the folder of a classifier")
-        if options.pop("_class_name", None) != CLASS:
-            raise ValueError(f"{folder} is no classifier of noisy latents; give what stipple train-classifier wrote")
-        unet, schedule = unet_from_diffusers(options.pop("unet")), ScheduleConfig(**options.pop("schedule"))
-        with torch.device("meta"):
-            classifier = cls(ClassifierConfig(unet=unet, schedule=schedule, **options))
-        place(classifier, read_folder(folder, STEM), folder)
-        return classifier.eval().requires_grad_(False)
 
 
 def classify(network: Callable[[Tensor, Tensor], Tensor], schedule: Schedule, z_t: Tensor, t: Tensor | float) -> Tensor:

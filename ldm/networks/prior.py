@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ldm.networks.prior_config import PriorConfig
 from ldm.networks.unet import ReadContext
-from ldm.networks.unet_blocks import Embedding, sinusoids
+from ldm.networks.unet_blocks import Embedding
+from stipple_core.operators.sinusoids import sinusoids
 
 EXTRA = 4  # places after the text: its embedding, the timestep, the noisy embedding, the one that is read off
 
@@ -45,14 +46,13 @@ class PriorTransformer(nn.Module):
         self.register_buffer("clip_mean", torch.zeros(1, dim))
         self.register_buffer("clip_std", torch.ones(1, dim))
 
-    def forward(self, z_t: Tensor, timestep: Tensor, context: Any, inner: Any = None) -> Tensor:
+    def forward(self, z_t: Tensor, timestep: Tensor, context: Any) -> Tensor:
         """Run the network.
 
         Args:
             z_t: [B, d, 1, 1].
             timestep: [B], what is embedded: real numbers, 0 to about 1000.
             context: tokens [B, L, token_dim] with their mask [B, L] or None, vector [B, vector_dim].
-            inner: what a UNet's deep layers keep; here there are none.
         Returns: [B, d, 1, 1].
         Raises:
             ValueError: the context lacks tokens or vector, or has others.

@@ -1,4 +1,4 @@
-"""The latent UNet that sees z_t, the timestep and the context (Rombach et al. 2022, sections 3.2, 3.3, appendix E.2.1).
+"""The latent UNet, conditioned on the timestep and a context (Rombach et al. 2022, sections 3.2, 3.3, appendix E.2.1).
 
 Parameter names and arithmetic are those of diffusers' `UNet2DConditionModel`, or where attention is plain of its
 `UNet2DModel`. The output convolution, the second convolution of each residual block and the last projection of each
@@ -8,7 +8,7 @@ identity.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,56 +30,47 @@ from ldm.networks.attention import (
 from ldm.networks.unet_blocks import (
     Downsample,
     Embedding,
-    Level,
     ResidualBlock,
     ResidualDownsample,
     ResidualUpsample,
+    UNetLevel,
     Upsample,
     scale_sinusoids,
-    sinusoids,
 )
 from ldm.networks.unet_config import UNetConfig
 from stipple_core.operators.normalization import norm_silu
+from stipple_core.operators.sinusoids import sinusoids
 
-OUTER = 2  # the input convolution and the first layer; and the last two layers, which read them
 
-
-class Told(Protocol):
+class ContextLike(Protocol):
     """What the UNet reads of a context (`conditioning.Context`); each may be None."""
 
     tokens: Tensor | None  # [B, L, d]
     mask: Tensor | None  # [B, L], True for a token
     vector: Tensor | None  # [B, v]
     latents: Tensor | None  # [B, c, h, w]
-    guidance: Tensor | None  # [B], looked at where the config has a guidance_dim
+    guidance: Tensor | None  # [B], guidance scales, for a UNet with a guidance_dim
 
 
 @dataclass(frozen=True)
 class ReadContext:
-    """A context, and what each cross-attention of one UNet has read of its tokens (see `UNet.read`)."""
+    """A context with the keys and values of its tokens for each cross-attention of one UNet, see `UNet.read`."""
 
     tokens: Tensor | None
     mask: Tensor | None
     vector: Tensor | None
     latents: Tensor | None
     keys_values: Mapping[Attention, KeysValues]
-    perturbed: Mapping[Attention, int] | None = None  # self-attentions: see `Signal`
     guidance: Tensor | None = None
 
 
-@dataclass
-class InnerFeatures:
-    """What all but the outermost layers made of an earlier z_t, which changes slowly (Ma et al. 2024, DeepCache)."""
-
-    features: Tensor | None = None  # [B, C, h, w]; None: to be computed, and kept
-
-
 class UNet(nn.Module):
-    """The network of the diffusion model: what it predicts is the denoiser's business.
+    """The network of the diffusion model; `Denoiser` defines what its output means.
 
     Attributes:
         config: its shape.
-        checkpointing: recompute each layer's activations in the backward pass: less memory, a third more time.
+        checkpointing: recompute each layer's activations in the backward pass, which saves memory and takes a third
+            more time.
     """
 
     def __init__(self, config: UNetConfig):
@@ -122,13 +113,13 @@ class UNet(nn.Module):
             groups=config.norm_num_groups,
         )
 
-    def _level(self, level: int, inputs: list[int], attentions: int, **resampling: nn.Module | None) -> Level:
+    def _level(self, level: int, inputs: list[int], attentions: int, **resampling: nn.Module | None) -> UNetLevel:
         """Residual blocks from `inputs` channels each to those of `level`, the first `attentions` with attention."""
         channels = self.config.block_out_channels[level]
         resnets = [self._residual(ResidualBlock, dim, channels) for dim in inputs]
-        return Level(resnets, [self._attention(level) for _ in range(attentions)], **resampling)
+        return UNetLevel(resnets, [self._attention(level) for _ in range(attentions)], **resampling)
 
-    def _down_levels(self) -> Iterator[Level]:
+    def _down_levels(self) -> Iterator[UNetLevel]:
         channels, layers = self.config.block_out_channels, self.config.layers_per_block
         for level, dim in enumerate(channels):
             inputs = [channels[max(level - 1, 0)], *[dim] * (layers - 1)]
@@ -139,7 +130,7 @@ class UNet(nn.Module):
                 downsampler = self._residual(ResidualDownsample, dim, dim) if residual else Downsample(dim)
             yield self._level(level, inputs, attentions, downsampler=downsampler)
 
-    def _up_levels(self) -> Iterator[Level]:
+    def _up_levels(self) -> Iterator[UNetLevel]:
         channels, layers = self.config.block_out_channels, self.config.layers_per_block + 1
         for level, dim in reversed(list(enumerate(channels))):
             below = channels[min(level + 1, len(channels) - 1)]  # what arrives from the coarser level
@@ -152,70 +143,59 @@ class UNet(nn.Module):
                 upsampler = self._residual(ResidualUpsample, dim, dim) if residual else Upsample(dim)
             yield self._level(level, inputs, attentions, upsampler=upsampler)
 
-    def forward(
-        self, z_t: Tensor, timestep: Tensor, context: Told | None = None, inner: InnerFeatures | None = None
-    ) -> Tensor:
+    def forward(self, z_t: Tensor, timestep: Tensor, context: ContextLike | None = None) -> Tensor:
         """Run the network.
 
         Args:
             z_t: [B, c, h, w].
-            timestep: [B], what is embedded: real numbers, 0 to about 1000.
+            timestep: [B], real numbers from 0 to about 1000.
             context: tokens [B, L, d], mask [B, L], vector [B, v], latents [B, in_channels - c, h, w], as configured.
-                Tokens (and mask) may be a batch of k B: then each picture is told k things, and what comes before the
-                first cross-attention is computed once for all of them.
-            inner: features of an earlier call to be used again, or the place to keep those of this one.
-        Returns: [B, out_channels, h, w], or [k B, out_channels, h, w].
-        Raises:
-            ValueError: if the context lacks what the network was built for, or has what it can't read.
-        """
-        signal = self._signal(z_t, timestep, context)
-        skips = [self.conv_in(self._input(z_t, context))]  # [B, C0, h, w]
-        skips.append(self._run(self.down_blocks[0].layer, 0, skips[0], signal))
-        if inner is None:
-            x = self._inner(skips, signal)
-        else:
-            x = inner.features = self._inner(skips, signal) if inner.features is None else inner.features
-        last = self.up_blocks[-1]
-        for index in range(len(last.resnets) - OUTER, len(last.resnets)):
-            x = self._run(last.layer, index, x, signal, skips.pop())
-        return self.conv_out(norm_silu(self.conv_norm_out, x))  # [B, out_channels, h, w]
 
-    def _inner(self, outer: Sequence[Tensor], signal: Signal) -> Tensor:
-        """From the skip connections of the `OUTER` layers, through all others, to what the last `OUTER` layers read."""
-        skips, x = list(outer), outer[-1]
+        Returns:
+            [B, out_channels, h, w].
+
+        Raises:
+            ValueError: the context lacks what the config requires, or has what the UNet can't read.
+        """
+        signal = self.signal(z_t, timestep, context)
+        x = self.conv_in(self.concatenated(z_t, context))  # [B, C0, h, w]
+        skips = [x]
         for level in self.down_blocks:
-            for index in range(OUTER - 1 if level is self.down_blocks[0] else 0, len(level.resnets)):
+            for index in range(len(level.resnets)):
                 x = self._run(level.layer, index, x, signal)
                 skips.append(x)
             for downsampler in level.downsamplers:
-                x = self._run(downsampler, x, signal)  # [B, C, h / 2, w / 2]
+                x = self._run(downsampler, x, signal.embedding)  # [B, C, h / 2, w / 2]
                 skips.append(x)
         for index in range(len(self.mid_block.resnets)):
             x = self._run(self.mid_block.layer, index, x, signal)
         for level in self.up_blocks:
-            for index in range(len(level.resnets) - (OUTER if level is self.up_blocks[-1] else 0)):
+            for index in range(len(level.resnets)):
                 x = self._run(level.layer, index, x, signal, skips.pop())
             for upsampler in level.upsamplers:
-                x = self._run(upsampler, x, signal, skips[-1].shape[2:])  # [B, C, 2h, 2w]
-        return x
+                x = self._run(upsampler, x, signal.embedding, skips[-1].shape[2:])  # [B, C, 2h, 2w]
+        return self.output(x)
 
-    def read(self, context: Told) -> ReadContext:
-        """The context with keys and values for every cross-attention, which no step of a sampler then makes again."""
+    def output(self, x: Tensor) -> Tensor:
+        """The output [B, out_channels, h, w] of the last features [B, C0, h, w]."""
+        return self.conv_out(norm_silu(self.conv_norm_out, x))
+
+    def read(self, context: ContextLike) -> ReadContext:
+        """Compute keys and values for every cross-attention, so that a sampler's steps need not repeat it."""
         keys_values = {}
         if context.tokens is not None:
             _check_width("tokens", context.tokens, self.config.cross_attention_dim)
             blocks = (module for module in self.modules() if isinstance(module, TransformerBlock))
             keys_values = {block.attn2: block.attn2.read(context.tokens) for block in blocks}
         guidance = None if self.config.guidance_dim is None else context.guidance
-        told = context.tokens, context.mask, context.vector, context.latents
-        return ReadContext(*told, keys_values, guidance=guidance)
+        return ReadContext(context.tokens, context.mask, context.vector, context.latents, keys_values, guidance)
 
     def _run(self, layer: Callable[..., Tensor], *arguments: object) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(layer, *arguments, use_reentrant=False)
         return layer(*arguments)
 
-    def _input(self, z_t: Tensor, context: Told | None) -> Tensor:
+    def concatenated(self, z_t: Tensor, context: ContextLike | None) -> Tensor:
         """Concatenate context.latents to z_t: [B, in_channels, h, w]."""
         latents = context.latents if context is not None else None
         x = z_t if latents is None else torch.cat([z_t, latents], dim=1)
@@ -226,14 +206,14 @@ class UNet(nn.Module):
             )
         return x
 
-    def _signal(self, z_t: Tensor, timestep: Tensor, context: Told | None) -> Signal:
+    def signal(self, z_t: Tensor, timestep: Tensor, context: ContextLike | None) -> Signal:
         """Embed the timestep and the vector, and turn the mask into a bias of attention scores."""
         tokens, mask, vector = (context.tokens, context.mask, context.vector) if context is not None else (None,) * 3
         _check_width("tokens", tokens, self.config.cross_attention_dim)
         _check_width("vector", vector, self.config.vector_dim)
-        if tokens is not None and len(tokens) % len(z_t):
+        if tokens is not None and len(tokens) != len(z_t):
             raise ValueError(
-                f"context.tokens for {len(tokens)} pictures do not go with {len(z_t)} latents; repeat them"
+                f"context.tokens for {len(tokens)} images do not go with {len(z_t)} latents; repeat one of them"
             )
         sines = sinusoids(timestep, self.config.block_out_channels[0]).to(z_t.dtype)
         embedding = self.time_embedding(sines, self._scale(context, z_t))  # [B, E]
@@ -244,10 +224,10 @@ class UNet(nn.Module):
             bias = (~mask.bool()).to(z_t.dtype)[:, None, None, :] * MASKED  # [B, 1, 1, L]
         read = context if isinstance(context, ReadContext) else None
         keys_values = read.keys_values if read is not None and tokens is not None else None
-        return Signal(F.silu(embedding), tokens, bias, keys_values, None if read is None else read.perturbed)
+        return Signal(F.silu(embedding), tokens, bias, keys_values)
 
-    def _scale(self, context: Told | None, z_t: Tensor) -> Tensor | None:
-        """What the time embedding is told of the guidance scale, [B, guidance_dim], if anything."""
+    def _scale(self, context: ContextLike | None, z_t: Tensor) -> Tensor | None:
+        """The embedded guidance scale [B, guidance_dim], or None if the UNet is not conditioned on it."""
         if self.config.guidance_dim is None:
             return None
         if context is None or context.guidance is None:

@@ -13,18 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.networks.attention import PlainAttention, Signal, SpatialTransformer, spread, zeroed
+from ldm.networks.attention import PlainAttention, Signal, SpatialTransformer, zeroed
 from stipple_core.operators.normalization import norm_silu
 from stipple_core.operators.winograd import Convolution
-
-
-def sinusoids(timestep: Tensor, dim: int) -> Tensor:
-    """Embed timesteps [B] (real, 0 to about 1000) as [B, dim]: cosines, then sines (Ho et al. 2020, in LDM's order)."""
-    half = dim // 2
-    steps = torch.arange(half, device=timestep.device, dtype=torch.float32)
-    frequencies = torch.exp(-math.log(10000.0) * steps / half)  # 1 down to 1 / 10000, [dim / 2]
-    angles = timestep.float()[:, None] * frequencies  # [B, dim / 2]
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)  # [B, dim]
 
 
 def scale_sinusoids(scale: Tensor, dim: int) -> Tensor:
@@ -37,21 +28,21 @@ def scale_sinusoids(scale: Tensor, dim: int) -> Tensor:
 
 
 class Embedding(nn.Module):
-    """Two linear layers with SiLU between: [B, dim] -> [B, out_dim]; what is `told`, [B, told_dim], is added before.
+    """Two linear layers with SiLU between: [B, dim] -> [B, out_dim]; a condition [B, condition_dim] is added before.
 
-    The projection of what is told is zero at construction: a network that is told nothing yet hears nothing.
+    The projection of the condition is zero at construction, so that it has no effect before training.
     """
 
-    def __init__(self, dim: int, out_dim: int, told_dim: int | None = None):
+    def __init__(self, dim: int, out_dim: int, condition_dim: int | None = None):
         super().__init__()
         self.linear_1 = nn.Linear(dim, out_dim)
         self.linear_2 = nn.Linear(out_dim, out_dim)
-        if told_dim is not None:
-            self.cond_proj = nn.Linear(told_dim, dim, bias=False)
+        if condition_dim is not None:
+            self.cond_proj = nn.Linear(condition_dim, dim, bias=False)
             nn.init.zeros_(self.cond_proj.weight)
 
-    def forward(self, x: Tensor, told: Tensor | None = None) -> Tensor:
-        x = x if told is None else x + self.cond_proj(told)
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        x = x if condition is None else x + self.cond_proj(condition)
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
@@ -87,12 +78,12 @@ class ResidualBlock(nn.Module):
         if resized is not None:
             x, h = resized(x), resized(h)  # [B, C, H', W'] both
         h = self.conv1(h)  # [B, out_channels, H', W']
-        told = self.time_emb_proj(embedding)[:, :, None, None]  # [B, out_channels or twice as many, 1, 1]
+        projected = self.time_emb_proj(embedding)[:, :, None, None]  # [B, out_channels or twice as many, 1, 1]
         if self.scale_shift:
-            scale, shift = told.chunk(2, dim=1)  # [B, out_channels, 1, 1] each
+            scale, shift = projected.chunk(2, dim=1)  # [B, out_channels, 1, 1] each
             h = F.silu(self.norm2(h) * (1 + scale) + shift)
         else:
-            h = norm_silu(self.norm2, h + told)
+            h = norm_silu(self.norm2, h + projected)
         return self.conv_shortcut(x) + self.conv2(self.dropout(h))
 
 
@@ -103,15 +94,15 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
-    def forward(self, x: Tensor, signal: Signal) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         return self.conv(x)
 
 
 class ResidualDownsample(ResidualBlock):
     """A residual block over the means of 2 x 2 pixels: [B, C, H, W] -> [B, C, ceil(H / 2), ceil(W / 2)]."""
 
-    def forward(self, x: Tensor, signal: Signal) -> Tensor:
-        return super().forward(x, signal.embedding, lambda h: F.avg_pool2d(h, 2, ceil_mode=True))
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        return super().forward(x, embedding, lambda h: F.avg_pool2d(h, 2, ceil_mode=True))
 
 
 class Upsample(nn.Module):
@@ -121,19 +112,19 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = Convolution(channels, channels)
 
-    def forward(self, x: Tensor, signal: Signal, size: torch.Size) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, size: torch.Size) -> Tensor:
         return self.conv(F.interpolate(x, size=size, mode="nearest"))  # [B, C, *size]
 
 
 class ResidualUpsample(ResidualBlock):
     """A residual block over nearest neighbours: [B, C, h, w] -> [B, C, *size]; size is the skip's, 2h or 2h - 1."""
 
-    def forward(self, x: Tensor, signal: Signal, size: torch.Size) -> Tensor:
-        return super().forward(x, signal.embedding, lambda h: F.interpolate(h, size=size, mode="nearest"))
+    def forward(self, x: Tensor, embedding: Tensor, size: torch.Size) -> Tensor:
+        return super().forward(x, embedding, lambda h: F.interpolate(h, size=size, mode="nearest"))
 
 
-class Level(nn.Module):
-    """The layers at one resolution: residual block j, followed by attention j where there is one."""
+class UNetLevel(nn.Module):
+    """The layers at one resolution: residual block j, followed by attention j if there is one."""
 
     def __init__(
         self,
@@ -149,8 +140,8 @@ class Level(nn.Module):
         self.upsamplers = nn.ModuleList([upsampler] if upsampler else [])
 
     def layer(self, index: int, x: Tensor, signal: Signal, skip: Tensor | None = None) -> Tensor:
-        """Run layer `index` on x [B, C, H, W], with a skip connection [B, S, H, W] concatenated where one is given."""
+        """Run layer `index` on x [B, C, H, W], after concatenating a skip connection [B, S, H, W] if there is one."""
         if skip is not None:
-            x = torch.cat([x, spread(skip, len(x))], dim=1)  # [B, C + S, H, W]
-        x = self.resnets[index](x, spread(signal.embedding, len(x)))  # [B, out_channels, H, W]
+            x = torch.cat([x, skip], dim=1)  # [B, C + S, H, W]
+        x = self.resnets[index](x, signal.embedding)  # [B, out_channels, H, W]
         return self.attentions[index](x, signal) if index < len(self.attentions) else x

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ldm.samplers.steps import NO_SIGNAL, Denoise, Generators, Point, Step, noise_like, walk
-from ldm.schedules.registry import Schedule
+from ldm.samplers.steps import NO_SIGNAL, Denoise, Generators, Point, Step, noise_like, step_points
+from ldm.schedules.base import Schedule
 
 
 def langevin(
@@ -39,7 +39,7 @@ def langevin(
         raise ValueError(f"corrections {corrections} must be at least 1; 5 is usual")
     if not 0 < step_size < 4:
         raise ValueError(f"step size {step_size} must be above 0 and below 4; 0.2 is usual")
-    for index, (t, s) in enumerate(walk(times, schedule)):
+    for index, (t, s) in enumerate(step_points(times, schedule)):
         if s.sigma:
             z = s.alpha / t.alpha * z if t.alpha > NO_SIGNAL else z
         else:
@@ -77,7 +77,7 @@ def predictor_corrector(
         raise ValueError(f"corrections {corrections} must be at least 0; 1 is usual")
     if not 0 < snr < 1:
         raise ValueError(f"snr {snr} must be above 0 and below 1; 0.16 is usual")
-    for index, (t, s) in enumerate(walk(times, schedule)):
+    for index, (t, s) in enumerate(step_points(times, schedule)):
         z_0 = denoise(z, t.time)
         z = _reversed(z, _score(z, z_0, t), t, s, generators) if s.sigma else z_0
         for _ in range(corrections if s.sigma else 0):

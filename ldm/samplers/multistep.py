@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ldm.denoising.prediction import target, to_clean
 from ldm.samplers.interpolation import MIDDLE, mean_between, moments, usable
-from ldm.samplers.steps import Denoise, Generators, Point, Step, ddim_step, noise_in, signal_remains, walk
-from ldm.schedules.registry import Schedule
+from ldm.samplers.steps import Denoise, Generators, Point, Step, ddim_step, noise_in, signal_remains, step_points
+from ldm.schedules.base import Schedule
 
 # Adams-Bashforth: weights of the newest output, the one before it, ..., for as many as there are (Liu et al. 2022,
 # eq. 9 and 12, arXiv:2202.09778).
@@ -44,7 +44,7 @@ def pndm(
     """
     averaged = averaged or _slope(schedule)
     past: list[Tensor] = []
-    steps = walk(times, schedule)
+    steps = step_points(times, schedule)
     for index, (t, s) in enumerate(steps):
         z_0 = denoise(z, t.time)
         past = [_output(z, z_0, t, averaged), *past]
@@ -69,7 +69,7 @@ def lms(
     """
     slope = _slope(schedule)
     past: list[tuple[float, Tensor]] = []  # places on the line and slopes there, newest first
-    for index, (t, s) in enumerate(walk(times, schedule)):
+    for index, (t, s) in enumerate(step_points(times, schedule)):
         z_0 = denoise(z, t.time)
         past = [(t.sigma / t.scale, _output(z, z_0, t, slope)), *past]
         if len(past) > 1:
@@ -87,7 +87,7 @@ def deis(
 
     Steps from or to an infinite logarithm are of first order.
     """
-    steps = walk(times, schedule)
+    steps = step_points(times, schedule)
     past: list[tuple[float, Tensor]] = []  # log(alpha / sigma) and noise, newest first
     for index, (t, s) in enumerate(steps):
         z_0 = denoise(z, t.time)
@@ -107,7 +107,7 @@ def dpmpp_2m(denoise: Denoise, z: Tensor, times: Tensor, schedule: Schedule, gen
     Steps from or to an infinite logarithm are of first order.
     """
     past: list[tuple[float, Tensor]] = []  # log(alpha / sigma) and z_0, newest first
-    for index, (t, s) in enumerate(walk(times, schedule)):
+    for index, (t, s) in enumerate(step_points(times, schedule)):
         z_0 = denoise(z, t.time)
         past = [(t.log_snr_half, z_0), *past]
         z = ddim_step(z, mean_between(past, t.log_snr_half, s.log_snr_half, MIDDLE), t, s)
@@ -126,7 +126,7 @@ def dpmpp_3m(
         curvature: how much of the mean of x^2 counts. 1 is exact; 1/2 is what the authors' code, k-diffusion and
             diffusers compute, which leaves a method of second order.
     """
-    steps = walk(times, schedule)
+    steps = step_points(times, schedule)
     past: list[tuple[float, Tensor]] = []  # log(alpha / sigma) and z_0, newest first
     for index, (t, s) in enumerate(steps):
         z_0 = denoise(z, t.time)
@@ -151,7 +151,7 @@ def unipc(
     Args:
         order: of the steps before they are taken again, the p of UniPC-p.
     """
-    steps = walk(times, schedule)
+    steps = step_points(times, schedule)
     begun: tuple[Tensor, Point] | None = None  # z and t where the last step began
     past: list[tuple[float, Tensor]] = []  # log(alpha / sigma) and z_0, newest first
     used = 0  # of them, for the last step

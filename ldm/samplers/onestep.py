@@ -19,9 +19,9 @@ from ldm.samplers.steps import (
     noise_in,
     noise_like,
     noised,
-    walk,
+    step_points,
 )
-from ldm.schedules.registry import Schedule
+from ldm.schedules.base import Schedule
 
 # How `ddpm` draws: the exponent v of its variance, small^(1 - v) large^v; None: the network says it (see `ddpm`).
 VARIANCES: dict[str, float | None] = {"small": 0.0, "large": 1.0, "learned": None}
@@ -41,7 +41,7 @@ def ddim(
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta {eta} must be between 0 (deterministic) and 1 (ddpm)")
-    for index, (t, s) in enumerate(walk(times, schedule)):
+    for index, (t, s) in enumerate(step_points(times, schedule)):
         z_0 = denoise(z, t.time)
         fresh = eta * math.sqrt(fresh_share(t, s))
         z = s.alpha * z_0 + s.sigma * math.sqrt(1 - fresh**2) * noise_in(z, z_0, t)
@@ -75,7 +75,7 @@ def ddpm(
         raise ValueError(f"unknown variance {variance!r}; use one of {', '.join(VARIANCES)}")
     if variance == "learned" and interpolation is None:
         raise ValueError("variance 'learned' needs a network that says it; use small or large")
-    for index, (t, s) in enumerate(walk(times, schedule)):
+    for index, (t, s) in enumerate(step_points(times, schedule)):
         z_0 = denoise(z, t.time)
         v = interpolation()[: len(z)].to(z) if variance == "learned" else VARIANCES[variance]
         z = drawn(z, z_0, t, s, generators, (t.sigma / s.sigma) ** v if s.sigma else 1.0)
@@ -84,7 +84,7 @@ def ddpm(
 
 def euler(denoise: Denoise, z: Tensor, times: Tensor, schedule: Schedule, generators: Generators) -> Iterator[Step]:
     """Euler's rule along straight lines, the same map as `ddim` (Karras et al. 2022, algorithm 1 without line 6)."""
-    for index, (t, s) in enumerate(walk(times, schedule)):
+    for index, (t, s) in enumerate(step_points(times, schedule)):
         z_0 = denoise(z, t.time)
         z = line_step(z, [(z_0, noise_in(z, z_0, t))], t, s)
         yield Step(index, s.time, z, z_0)
@@ -123,7 +123,7 @@ def heun(
     """
     if not churn >= 0:
         raise ValueError(f"churn {churn} must be at least 0 (deterministic); 40 is usual")
-    for index, (t, s) in enumerate(walk(times, schedule)):
+    for index, (t, s) in enumerate(step_points(times, schedule)):
         if churn and t.alpha and churn_range[0] <= t.sigma / t.alpha <= churn_range[1]:
             higher = _raised(t, s, min(churn / (len(times) - 1), LARGEST_GAMMA), schedule)
             z, t = noised(z, t, higher, generators, noise_scale), higher
@@ -145,4 +145,4 @@ def heun_step(denoise: Denoise, z: Tensor, t: Point, s: Point) -> tuple[Tensor, 
 def _raised(t: Point, s: Point, gamma: float, schedule: Schedule) -> Point:
     """The point where sigma / alpha is 1 + gamma times that of t, or t = 1."""
     time = schedule.time(t.sigma / t.alpha * (1 + gamma)).item()
-    return walk(torch.tensor([max(time, t.time), s.time], dtype=torch.float64), schedule)[0][0]
+    return step_points(torch.tensor([max(time, t.time), s.time], dtype=torch.float64), schedule)[0][0]

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ldm.samplers.runge_kutta import adaptive
-from ldm.samplers.steps import Denoise, Generators, Step, ddim_step, noise_in, walk
-from ldm.schedules.registry import Schedule
+from ldm.samplers.steps import Denoise, Generators, Step, ddim_step, noise_in, step_points
+from ldm.schedules.base import Schedule
 
 
 def ode(
@@ -33,11 +33,11 @@ def ode(
     Raises:
         ValueError: the tolerance is not a positive number, or is too small for the dtype of z.
     """
-    steps = walk(times, schedule)
+    steps = step_points(times, schedule)
     first, (t, end) = steps[0][0], steps[-1]
     lowest = 1 / schedule.config.timesteps
     if not end.sigma and t.time > lowest:  # however few steps are asked for
-        t = walk(torch.tensor([lowest, end.time], dtype=torch.float64), schedule)[0][0]
+        t = step_points(torch.tensor([lowest, end.time], dtype=torch.float64), schedule)[0][0]
     last = end if end.sigma else t
     start, stop = (point.sigma / (point.alpha + point.sigma) for point in (first, last))
     index, z_0 = -1, None
@@ -78,7 +78,7 @@ def invert(denoise: Denoise, z_0: Tensor, times: Tensor, schedule: Schedule) -> 
         Steps whose t rises to the first of the times, and whose z_0 is the estimate made on the way.
     """
     z = z_0
-    for index, (t, s) in enumerate(reversed(walk(times, schedule))):
+    for index, (t, s) in enumerate(reversed(step_points(times, schedule))):
         kept = t.alpha / s.alpha
         here, at = (z, s) if s.sigma else (kept * z, t)
         estimate = denoise(here, at.time)

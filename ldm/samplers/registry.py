@@ -6,6 +6,8 @@ The caller owns progress bars, previews and cancellation.
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -18,6 +20,8 @@ from ldm.samplers.spacing import TimeDefaults
 from ldm.samplers.steps import Step
 from ldm.samplers.stochastic import dpmpp_2m_sde, dpmpp_3m_sde, dpmpp_sde, lcm, restart
 
+SHARED_ARGUMENTS = 5  # denoise, z, times, schedule, generators
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
@@ -27,9 +31,13 @@ class Sampler:
     order: int  # the error falls with steps^-order; of stochastic ones, that of moments; 0: not with steps
     calls: str = "S"  # of the network in S steps
     draws: bool = False  # whether noise is drawn on the way, whatever eta
-    options: tuple[str, ...] = ()  # what `run` takes besides
     alone: bool = False  # whether its steps would depend on all pictures of a batch, so that each needs its own
     time_defaults: TimeDefaults  # how it chooses its times
+
+    @functools.cached_property
+    def options(self) -> tuple[str, ...]:
+        """Names of the keyword arguments that `run` takes besides the five of all samplers."""
+        return tuple(inspect.signature(self.run).parameters)[SHARED_ARGUMENTS:]
 
     @property
     def summary(self) -> str:
@@ -46,24 +54,22 @@ LEVELS = TimeDefaults(spacing="trailing")  # of papers that visit all noise leve
 SOLVER = TimeDefaults(spacing="linspace", drops_lowest=True)  # of Lu et al. 2022
 
 SAMPLERS: dict[str, Sampler] = {
-    "ddim": Sampler(run=ddim, order=1, options=("eta",), time_defaults=LATTICE),
+    "ddim": Sampler(run=ddim, order=1, time_defaults=LATTICE),
     "ddpm": Sampler(
         run=ddpm,
         order=1,
         draws=True,
-        options=("variance", "interpolation"),
         time_defaults=TimeDefaults(spacing="leading"),
     ),
     "pndm": Sampler(
         run=pndm,
         order=2,
         calls="S + 1",
-        options=("averaged",),
         time_defaults=TimeDefaults(spacing="leading", ends_clean=False),
     ),
     "euler": Sampler(run=euler, order=1, time_defaults=SIGMAS),
     "euler_ancestral": Sampler(run=euler_ancestral, order=1, draws=True, time_defaults=SIGMAS),
-    "heun": Sampler(run=heun, order=2, calls="2 S - 1", options=("churn",), time_defaults=SIGMAS),
+    "heun": Sampler(run=heun, order=2, calls="2 S - 1", time_defaults=SIGMAS),
     "dpm2": Sampler(run=dpm2, order=2, calls="2 S - 1", time_defaults=SIGMAS),
     "lms": Sampler(run=lms, order=4, time_defaults=SIGMAS),
     "dpmpp_2s": Sampler(run=dpmpp_2s, order=2, calls="2 S - 1", time_defaults=SOLVER),
@@ -81,10 +87,8 @@ SAMPLERS: dict[str, Sampler] = {
         run=lcm, order=0, draws=True, time_defaults=TimeDefaults(spacing="rungs")
     ),
     "langevin": Sampler(  # the step size leaves bias
-        run=langevin, order=0, calls="5 S - 4", draws=True, options=("corrections",), time_defaults=LEVELS
+        run=langevin, order=0, calls="5 S - 4", draws=True, time_defaults=LEVELS
     ),
-    "predictor_corrector": Sampler(
-        run=predictor_corrector, order=0, calls="2 S - 1", draws=True, options=("corrections",), time_defaults=LEVELS
-    ),
-    "ode": Sampler(run=ode, order=5, calls="any", options=("tolerance",), alone=True, time_defaults=SIGMAS),
+    "predictor_corrector": Sampler(run=predictor_corrector, order=0, calls="2 S - 1", draws=True, time_defaults=LEVELS),
+    "ode": Sampler(run=ode, order=5, calls="any", alone=True, time_defaults=SIGMAS),
 }

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from ldm.samplers.steps import Denoise, Generators, Step, ddim_step, line_step, middle, noise_in, walk
-from ldm.schedules.registry import Schedule
+from ldm.samplers.steps import Denoise, Generators, Step, ddim_step, line_step, middle, noise_in, step_points
+from ldm.schedules.base import Schedule
 
 
 def dpm2(denoise: Denoise, z: Tensor, times: Tensor, schedule: Schedule, generators: Generators) -> Iterator[Step]:
@@ -17,7 +17,7 @@ def dpm2(denoise: Denoise, z: Tensor, times: Tensor, schedule: Schedule, generat
     Algorithm 1 with r = 1/2, of steps along straight lines as in Karras et al. 2022. Steps from or to an infinite
     logarithm are Euler's.
     """
-    for index, (t, s) in enumerate(walk(times, schedule)):
+    for index, (t, s) in enumerate(step_points(times, schedule)):
         z_0 = denoise(z, t.time)
         line = z_0, noise_in(z, z_0, t)
         if math.isfinite(s.log_snr_half - t.log_snr_half):
@@ -35,7 +35,7 @@ def dpmpp_2s(denoise: Denoise, z: Tensor, times: Tensor, schedule: Schedule, gen
     Algorithm 1 with r = 1/2. Steps from or to an infinite logarithm are of first order. DPMSolverSinglestepScheduler of
     diffusers counts network calls as steps: its middles are every other of its times, wherever they lie.
     """
-    for index, (t, s) in enumerate(walk(times, schedule)):
+    for index, (t, s) in enumerate(step_points(times, schedule)):
         z_0 = denoise(z, t.time)
         if math.isfinite(s.log_snr_half - t.log_snr_half):
             m = middle(t, s, schedule)

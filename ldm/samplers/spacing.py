@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ldm.schedules.registry import Schedule
+from ldm.schedules.base import Schedule
 
 LARGEST_RATIO = 4096.0  # sigma / alpha that stands for infinity where a logarithm or a root of it is needed
 KARRAS_RHO = 7.0  # Karras et al. 2022, table 1

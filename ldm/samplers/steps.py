@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ldm.denoising.prediction import mix
 from ldm.samplers.spacing import LARGEST_RATIO
-from ldm.schedules.registry import Schedule
+from ldm.schedules.base import Schedule
 
 Denoise = Callable[[Tensor, float], Tensor]
 Generators = Sequence[torch.Generator]
@@ -27,6 +28,13 @@ class Step:
     t: float  # the time that has been reached; that of the end of the walk after the last step
     z: Tensor  # [B, c, h, w], noisy latents at t; the result after the last step
     z_0: Tensor  # [B, c, h, w], the estimate of clean latents that made this step
+
+
+class NoiseLevel(NamedTuple):
+    """alpha and sigma of z_t = alpha z_0 + sigma noise, as numbers or one per image [B]."""
+
+    alpha: float | Tensor
+    sigma: float | Tensor
 
 
 class Point(NamedTuple):
@@ -49,7 +57,7 @@ def signal_remains(schedule: Schedule) -> bool:
     return schedule(1.0)[0].item() > NO_SIGNAL
 
 
-def walk(times: Tensor, schedule: Schedule) -> list[tuple[Point, Point]]:
+def step_points(times: Tensor, schedule: Schedule) -> list[tuple[Point, Point]]:
     """Where each step begins and ends. The last may end where it begins: that is how some models end.
 
     Raises:
@@ -68,7 +76,7 @@ def walk(times: Tensor, schedule: Schedule) -> list[tuple[Point, Point]]:
 def middle(t: Point, s: Point, schedule: Schedule) -> Point:
     """The point halfway from t to s in log(alpha / sigma), which must be finite at both."""
     time = schedule.time(math.exp(-(t.log_snr_half + s.log_snr_half) / 2)).clamp(s.time, t.time).item()
-    return walk(torch.tensor([time, s.time], dtype=torch.float64), schedule)[0][0]
+    return step_points(torch.tensor([time, s.time], dtype=torch.float64), schedule)[0][0]
 
 
 def _log_snr_halves(ratios: Tensor) -> Tensor:
@@ -116,10 +124,10 @@ def fresh_share(t: Point, s: Point) -> float:
     return 1 - (t.alpha * s.sigma / (s.alpha * t.sigma)) ** 2
 
 
-def ddim_step(z: Tensor, z_0: Tensor, t: Point, s: Point) -> Tensor:
-    """z_s from z_t where z_0 and noise stay what they are: the step that `ddim` takes (Song et al. 2020, eq. 12)."""
+def ddim_step(z: Tensor, z_0: Tensor, t: NoiseLevel, s: NoiseLevel) -> Tensor:
+    """z_s from z_t [B, ...] with constant z_0 and noise (Song et al. 2020, eq. 12); levels are numbers or [B]."""
     kept = s.sigma / t.sigma
-    return kept * z + (s.alpha - t.alpha * kept) * z_0
+    return mix(z, z_0, kept, s.alpha - t.alpha * kept)
 
 
 def drawn(

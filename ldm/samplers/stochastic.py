@@ -11,8 +11,19 @@ from torch import Tensor
 from ldm.samplers.interpolation import MIDDLE, mean_between, moments, usable
 from ldm.samplers.onestep import heun_step
 from ldm.samplers.spacing import KARRAS_RHO
-from ldm.samplers.steps import Denoise, Generators, Point, Step, drawn, fresh_share, middle, noise_like, noised, walk
-from ldm.schedules.registry import Schedule
+from ldm.samplers.steps import (
+    Denoise,
+    Generators,
+    Point,
+    Step,
+    drawn,
+    fresh_share,
+    middle,
+    noise_like,
+    noised,
+    step_points,
+)
+from ldm.schedules.base import Schedule
 
 
 def dpmpp_sde(denoise: Denoise, z: Tensor, times: Tensor, schedule: Schedule, generators: Generators) -> Iterator[Step]:
@@ -21,7 +32,7 @@ def dpmpp_sde(denoise: Denoise, z: Tensor, times: Tensor, schedule: Schedule, ge
     The middle, in log(alpha / sigma), is reached by a step of `ddpm`; that half is then taken again, with the same
     noise, as if z_0 had been that of the middle all the time. Steps from or to an infinite logarithm are `ddpm`'s.
     """
-    for index, (t, s) in enumerate(walk(times, schedule)):
+    for index, (t, s) in enumerate(step_points(times, schedule)):
         z_0 = clean = denoise(z, t.time)
         if math.isfinite(s.log_snr_half - t.log_snr_half):
             m = middle(t, s, schedule)
@@ -79,7 +90,7 @@ def restart(
     """
     if restarts < 0 or not 0 < low < high < math.inf:
         raise ValueError(f"restarts {restarts} must be at least 0, and their interval {low} to {high} positive, rising")
-    steps = walk(times, schedule)
+    steps = step_points(times, schedule)
     reached = [index for index, (_, s) in enumerate(steps) if s.sigma and s.sigma <= low * s.alpha]
     bottom = reached[0] if reached else len(steps) - 2
     for index, (t, s) in enumerate(steps):
@@ -101,7 +112,7 @@ def lcm(denoise: Denoise, z: Tensor, times: Tensor, schedule: Schedule, generato
     scalings c_skip and c_out (eq. 9) are part of that function, so of the denoiser; for the authors' models they differ
     from 0 and 1 by less than 1e-5 at the times that are walked.
     """
-    for index, (t, s) in enumerate(walk(times, schedule)):
+    for index, (t, s) in enumerate(step_points(times, schedule)):
         z_0 = denoise(z, t.time)
         z = s.alpha * z_0 + s.sigma * noise_like(z, generators) if s.sigma else z_0
         yield Step(index, s.time, z, z_0)
@@ -111,7 +122,7 @@ def _multistep(
     denoise: Denoise, z: Tensor, times: Tensor, schedule: Schedule, generators: Generators, order: int
 ) -> Iterator[Step]:
     """`ddpm` with z_0 the mean of a polynomial; as a step goes from x = 0 to 1, z_0 at x weighs e^(2 growth x)."""
-    steps = walk(times, schedule)
+    steps = step_points(times, schedule)
     past: list[tuple[float, Tensor]] = []  # log(alpha / sigma) and z_0, newest first
     for index, (t, s) in enumerate(steps):
         z_0 = denoise(z, t.time)
@@ -132,4 +143,4 @@ def _down(high: float, s: Point, steps: int, schedule: Schedule) -> list[tuple[P
     ratios = (top + torch.linspace(0, 1, steps + 1, dtype=torch.float64) * (end - top)).pow(KARRAS_RHO)
     times = schedule.time(ratios).clamp(min=s.time)
     times[-1] = s.time
-    return walk(times, schedule)
+    return step_points(times, schedule)

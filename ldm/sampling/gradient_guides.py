@@ -16,7 +16,8 @@ from ldm.guidance.base import Denoise
 from ldm.guidance.gradient import by_estimate, by_gradient
 from ldm.networks.classifier import Classifier, classify, translated
 from ldm.sampling.settings import Settings
-from ldm.schedules.registry import Schedule, make_schedule
+from ldm.schedules.base import Schedule
+from ldm.schedules.registry import make_schedule
 
 SHARPNESS = 100.0  # of cosines: what CLIP's own temperature comes to in training (Radford et al. 2021, section 2.5)
 

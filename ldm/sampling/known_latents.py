@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.guidance.base import Denoise
-from ldm.samplers.steps import Generators, Step, noised, walk
-from ldm.schedules.registry import Schedule
+from ldm.samplers.steps import Generators, Step, noised, step_points
+from ldm.schedules.base import Schedule
 
 SEGMENTS = 25  # that a walk is cut into: RePaint jumps back 10 of 250 steps
 
@@ -73,7 +73,7 @@ def resampled(
     length, index = max(round((len(times) - 1) / segments), 1), 0
     for first in range(0, len(times) - 1, length):
         part = times[first : first + length + 1]
-        points = walk(part, schedule)
+        points = step_points(part, schedule)
         begin, end = points[0][0], points[-1][1]
         for again in range(repeats):
             z = noised(z, end, begin, generators) if again else z

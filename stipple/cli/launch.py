@@ -35,6 +35,7 @@ def launch(name: str, argv: Sequence[str] | None = None) -> None:
     if settings.processes == 1:
         os.environ.update(settings.environment)
         return module.run(config, arguments)
+    arguments.init = None  # each process opens the model of init_from itself
     command = [*python(), "-m", "stipple", name, *without_launch_flags(arguments.argv)]
     code = run_processes(command, settings.environments())
     if code:

@@ -1,4 +1,4 @@
-"""Encode images and captions once: posterior moments and text contexts in memory-mapped shards, split over processes.
+"""Encode images and captions once, and cache posterior moments and text contexts in memory-mapped files.
 
 stipple cache --config configs/ldm/emoji.yaml data.folder=PATH cache=cache/emoji
 """
@@ -9,6 +9,7 @@ import argparse
 import shlex
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -16,43 +17,47 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from autoencoder import Autoencoder, open_autoencoder
-from conditioning.build import AnyConditioner
-from conditioning.text.text_conditioner import Conditioner
+from autoencoder import Autoencoder
+from conditioning.interface.conditioner import Conditioner
+from ldm.formats.model_parts import ModelParts
 from stipple.cli.training_arguments import read_arguments
 from stipple.stages.data.data_check import bucketed
-from stipple.stages.ldm.ldm_parts import MOMENTS_DTYPES, cache_key, caches_contexts, make_conditioner
-from stipple.stages.ldm.ldm_run import LdmRunConfig, config_from_init, opened
+from stipple.stages.data.init_model import InitModel
+from stipple.stages.ldm.build_model import make_autoencoder, make_conditioner
+from stipple.stages.ldm.ldm_run import LdmRunConfig, config_from_init, open_init
+from stipple.stages.ldm.run_cache import MOMENTS_DTYPES, cache_key, caches_contexts
 from stipple.stages.ldm.shapes import check_shapes
 from stipple.training.run.run_folder import RunFolder
 from stipple_core.config import load_config, one_line_errors
-from stipple_core.data.dataset import ImageDataset, scan
+from stipple_core.data.dataset import ImageDataset
 from stipple_core.data.records.records import Records, merge_skipped
-from stipple_core.latent_cache.reader import CachedLatents, ShardWriter
+from stipple_core.data.sources.scan import scan
+from stipple_core.latent_cache.reader import CachedLatents
+from stipple_core.latent_cache.writer import LatentCacheWriter
 from stipple_core.operators.winograd import lay_out
 
-BATCH = 16  # images, or captions, encoded at a time
+BATCH = 16  # images or captions encoded together
 
 
 class Views(Dataset):
-    """Each record's picture, and its mirror image where the config has flips: [1 or 2, 3, H, W], or None."""
+    """The image of each record, and its mirror image if the config has flips: [1 or 2, 3, H, W]; None if unreadable."""
 
-    def __init__(self, pictures: ImageDataset):
-        self.pictures, self.flips = pictures, (False, True) if pictures.config.flip else (False,)
+    def __init__(self, images: ImageDataset):
+        self.images, self.flips = images, (False, True) if images.config.flip else (False,)
 
     def __getitem__(self, record: int) -> torch.Tensor | None:
-        views = [self.pictures.picture(record, flip) for flip in self.flips]
+        views = [self.images.picture(record, flip) for flip in self.flips]
         return None if views[0] is None else torch.stack(views)
 
 
 @torch.no_grad()
 def cache_moments(
-    writer: ShardWriter, pictures: ImageDataset, autoencoder: Autoencoder, state: Accelerator, workers: int
+    writer: LatentCacheWriter, images: ImageDataset, autoencoder: Autoencoder, state: Accelerator, workers: int
 ) -> None:
-    """Encode this process's parts of the images; `workers` processes decode."""
+    """Encode the images of this process; `workers` processes decode them."""
     missing = writer.missing("moments")
     batches = [[*part[first : first + BATCH]] for part in missing for first in range(0, len(part), BATCH)]
-    views = iter(DataLoader(Views(pictures), batch_sampler=batches, num_workers=workers, collate_fn=list))
+    views = iter(DataLoader(Views(images), batch_sampler=batches, num_workers=workers, collate_fn=list))
     for part in tqdm(missing, desc="images", disable=not state.is_main_process):
         moments: list[torch.Tensor | None] = []  # of each record [1 or 2, 2c, h, w]
         while len(moments) < len(part):
@@ -63,7 +68,7 @@ def cache_moments(
 def encode_views(
     autoencoder: Autoencoder, views: Sequence[torch.Tensor | None], device: torch.device
 ) -> list[torch.Tensor | None]:
-    """The moments [1 or 2, 2c, h, w] of each picture's views, those of one size together; None stays None."""
+    """Encode the views of each image to moments [1 or 2, 2c, h, w], one size at a time; None stays None."""
     moments: list[torch.Tensor | None] = [None] * len(views)
     for shape in {each.shape for each in views if each is not None}:
         alike = [i for i, each in enumerate(views) if each is not None and each.shape == shape]
@@ -74,8 +79,8 @@ def encode_views(
     return moments
 
 
-def cache_contexts(writer: ShardWriter, conditioner: Conditioner, state: Accelerator) -> None:
-    """Encode this process's parts of the captions."""
+def cache_contexts(writer: LatentCacheWriter, conditioner: Conditioner, state: Accelerator) -> None:
+    """Encode the captions of this process."""
     for part in tqdm(writer.missing("contexts"), desc="captions", disable=not state.is_main_process):
         contexts: list[torch.Tensor] = []
         for first in range(part.start, part.stop, BATCH):
@@ -95,13 +100,13 @@ def encode_captions(conditioner: Conditioner, captions: list[str], device: torch
 
 
 def open_writer(
-    config: LdmRunConfig, records: Records, autoencoder: Autoencoder, conditioner: AnyConditioner, state: Accelerator
-) -> ShardWriter:
-    """Say what goes to the cache, or make sure that it is what goes there already; the first process does so first."""
+    config: LdmRunConfig, records: Records, autoencoder: Autoencoder, conditioner: Conditioner, state: Accelerator
+) -> LatentCacheWriter:
+    """Create the cache, or check that an existing one fits; the first process does so before the others."""
     check_shapes(config, autoencoder, conditioner)
     key = cache_key(config, records.train, autoencoder, conditioner)
     with state.main_process_first():
-        writer = ShardWriter(
+        writer = LatentCacheWriter(
             config.cache, state.process_index, key, records.train, state.num_processes,
             MOMENTS_DTYPES[config.cache_precision], contexts=caches_contexts(config, conditioner),
         )  # fmt: skip
@@ -111,22 +116,30 @@ def open_writer(
 
 
 def check(config: LdmRunConfig) -> None:
-    """Raise ValueError for a config that names no cache, or whose data cannot be cached."""
+    """Raise ValueError if the config names no cache, or its data can't be cached."""
     if config.cache is None:
-        raise ValueError("there is no folder to write to; give cache=FOLDER")
+        raise ValueError("cache has no value; set it to the folder to write to: cache=FOLDER")
     if config.data.crop == "random":
-        raise ValueError("data.crop random cannot be cached; use data.crop=center, or train without a cache")
+        raise ValueError("data.crop=random can't be cached; use data.crop=center, or train without a cache")
 
 
-def cache(config: LdmRunConfig, arguments: Sequence[str]) -> None:
-    """Fill `config.cache` with what is not in it yet; `arguments` are part of the next command, which is printed."""
-    # a process may have to make all that another run left undone, so the others wait long for it
+def cache(config: LdmRunConfig, arguments: Sequence[str], init: InitModel[ModelParts] | None = None) -> None:
+    """Fill `config.cache` with what is not in it yet.
+
+    Args:
+        config: of the stage-2 run that will use the cache.
+        arguments: of the next command, which is printed.
+        init: holds the model of `init_from` if reading the config has opened it.
+    """
+    # one process may have to finish the work of a stopped run, while the others wait
     patience = InitProcessGroupKwargs(timeout=timedelta(days=7))
-    state = Accelerator(kwargs_handlers=[patience])  # unlike PartialState it reads ACCELERATE_USE_CPU
+    state = Accelerator(kwargs_handlers=[patience])  # unlike PartialState, it reads ACCELERATE_USE_CPU
     records = scan(config.data)
-    autoencoder = open_autoencoder(config.autoencoder).eval().requires_grad_(False)
-    conditioner = make_conditioner(config, opened(config), records)
-    folder = RunFolder(config.cache, keep=2)  # held while this function runs: no two may fill one cache
+    init = (init or InitModel(open_init)).open(config.init_from)
+    autoencoder, conditioner = make_autoencoder(config, init), make_conditioner(config, init, records)
+    folder = RunFolder(
+        config.cache, keep=2
+    )  # locked while this function runs, so that one run at a time fills the cache
     if state.is_main_process:
         folder.take()
     writer = open_writer(config, records, autoencoder, conditioner, state)
@@ -135,8 +148,8 @@ def cache(config: LdmRunConfig, arguments: Sequence[str]) -> None:
     buckets = bucketed(records.train, config.data, (state.process_index, state.num_processes))
     entries = len(records.train) + len(records.validation) + len(records.skipped)
     skipped = f"{config.cache}/skipped.jsonl"
-    pictures = ImageDataset(records.train, config.data, config.seed, skipped, buckets, entries)
-    cache_moments(writer, pictures, autoencoder, state, config.trainer.workers)
+    images = ImageDataset(records.train, config.data, config.seed, skipped, buckets, entries)
+    cache_moments(writer, images, autoencoder, state, config.trainer.workers)
     cache_contexts(writer, conditioner, state)
     state.wait_for_everyone()
     writer.close(encode_captions(conditioner, [""], state.device)[0] if writer.contexts else None)
@@ -144,15 +157,20 @@ def cache(config: LdmRunConfig, arguments: Sequence[str]) -> None:
     if state.is_main_process:
         cached = len(CachedLatents(config.cache))
         print(f"{cached} images and {len(writer.captions)} captions are in {config.cache}")
-        told = f"{len(records.skipped)} skipped, {len(records.train) - cached} not decoded"
-        print(f"{told} (see {skipped}); next:")
+        unused = f"{len(records.skipped)} skipped, {len(records.train) - cached} not decoded"
+        print(f"{unused} (see {skipped}); next:")
         print("  " + shlex.join(["stipple", "train", *arguments]))
 
 
 def read_config(arguments: argparse.Namespace) -> LdmRunConfig:
-    """Return the config of a command line; exits with one line and code 2 after a mistake."""
+    """Return the config of a command line; exits with one line and code 2 after a mistake.
+
+    The model of `init_from`, which decides defaults of the config, is kept in `arguments.init` for `run`.
+    """
+    arguments.init = InitModel(open_init)
+    base = partial(config_from_init, init=arguments.init)
     with one_line_errors():
-        config = load_config(LdmRunConfig, arguments.config, arguments.overrides, config_from_init)
+        config = load_config(LdmRunConfig, arguments.config, arguments.overrides, base)
         check(config)
     return config
 
@@ -160,7 +178,7 @@ def read_config(arguments: argparse.Namespace) -> LdmRunConfig:
 def run(config: LdmRunConfig, arguments: argparse.Namespace) -> None:
     """Fill the cache with a config that `read_config` returned."""
     with one_line_errors():
-        cache(config, arguments.argv)
+        cache(config, arguments.argv, arguments.init)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -81,7 +81,8 @@ def convert_first_stage(arguments: argparse.Namespace, dtype: torch.dtype) -> No
 
 def convert_model(arguments: argparse.Namespace, stored: torch.dtype, dtype: torch.dtype) -> None:
     """Convert a whole model, which is held in memory in its stored precision."""
-    from ldm.formats.model_folder import open_model, save_model
+    from ldm.formats.model_folder import save_model
+    from ldm.formats.opening import open_model
     from ldm.formats.single_file import save_single_file
     from stipple_core.files.checkpoint_folder import write_folder
 

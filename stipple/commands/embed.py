@@ -28,12 +28,14 @@ def embed(arguments: argparse.Namespace) -> None:
 
     from autoencoder import ImageEmbeddings
     from conditioning.readers.retrieval import NAMES
-    from stipple_core.data.dataset import DataConfig, ImageDataset, scan
+    from stipple_core.data.dataset import ImageDataset
+    from stipple_core.data.records.data_config import DataConfig
+    from stipple_core.data.sources.scan import scan
     from stipple_core.embedders import EmbedderConfig, build_embedder
     from stipple_core.files.weights import write_weights
 
     config = EmbedderConfig(kind=arguments.kind, name=arguments.name, pretrained=arguments.pretrained)
-    embedder = build_embedder(config, reads=False).to(arguments.device)
+    embedder = build_embedder(config, texts=False).to(arguments.device)
     size = embedder.config.network["size"]
     data = DataConfig(folder=arguments.folder, image_size=size, validation=arguments.validation, captions=[])
     images = ImageDataset(scan(data, captioned=False).train, data)

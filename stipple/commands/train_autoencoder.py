@@ -10,11 +10,13 @@ import argparse
 import dataclasses
 import shlex
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 
+from autoencoder import Autoencoder
 from autoencoder.losses.first_stage_loss import discriminator_loss, generator_loss
 from stipple.cli.training_arguments import read_arguments
 from stipple.stages.autoencoder.adversary import discriminate
@@ -22,44 +24,52 @@ from stipple.stages.autoencoder.autoencoder_parts import AutoencoderTraining, bu
 from stipple.stages.autoencoder.autoencoder_run import AutoencoderRunConfig, config_from_init
 from stipple.stages.autoencoder.reconstruction import measure_scale, validate
 from stipple.stages.data.data_check import DataCheck
+from stipple.stages.data.init_model import InitModel
 from stipple.stages.data.run_data import RunData
 from stipple.training.run.run_folder import disk_errors
 from stipple.training.trainer import Trainer
 from stipple_core.config import load_config, one_line_errors, to_dict
-from stipple_core.data.dataset import scan
+from stipple_core.data.sources.scan import scan
 from stipple_core.randomness import normal
 from stipple_core.resources import resource
 
 
-def train(config: AutoencoderRunConfig) -> None:
-    """Train, measure, and leave the model in `run/model`."""
+def train(config: AutoencoderRunConfig, init: InitModel[Autoencoder] | None = None) -> None:
+    """Train, measure the scale of latents, and save the model in `run/model`.
+
+    Args:
+        config: of the run.
+        init: holds the autoencoder of `init_from` if reading the config has opened it.
+    """
+    init = init or InitModel(Autoencoder.load)
     with one_line_errors():
-        trainer = Trainer(config.trainer, config.run, to_dict(config))  # first: from here on time and signals count
-        found = scan(config.data, captioned=False)
-        networks = build_networks(config, trainer.device)
-        data_check = DataCheck.of(found, config.data, trainer)
-        pictures = RunData.open(config.data, data_check, config.seed, config.run)
-        learner = AutoencoderTraining.register(trainer, networks, config)
+        trainer = Trainer(config.trainer, config.run, to_dict(config))  # first: from here on, time and signals count
+        records = scan(config.data, captioned=False)
+        networks = build_networks(config, init.open(config.init_from), trainer.device)
+        init.release()
+        data_check = DataCheck.of(records, config.data, trainer)
+        data = RunData.open(config.data, data_check, config.seed, config.run)
+        training = AutoencoderTraining.register(trainer, networks, config)
     with one_line_errors():
-        pictures.begin(trainer, config)
-    train_perceptual(trainer, networks.perceptual, pictures, config)
+        data.begin(trainer, config)
+    train_perceptual(trainer, networks.perceptual, data, config)
     autoencoder, device, seed = networks.autoencoder, trainer.device, config.seed
 
     def save_model(folder: Path) -> None:
         last = trainer.step == config.trainer.steps
         count = config.validation.scale_images if last else 256
-        with learner.average.applied():
-            measured = measure_scale(autoencoder, pictures.squares, count, device)
+        with training.average.applied():
+            measured = measure_scale(autoencoder, data.squares, count, device)
         measured.save(folder)
 
     channels, f = config.autoencoder.code_channels, autoencoder.downsampling
-    with pictures.reported(trainer):
-        for batch in trainer.steps(pictures.loader(trainer, seed), save_model, pictures.names):
+    with data.reported(trainer):
+        for batch in trainer.steps(data.loader(trainer, seed), save_model, data.names):
             images = batch.images.to(device, memory_format=torch.channels_last, non_blocking=True)
             latent_shape = (channels, images.shape[2] // f, images.shape[3] // f)
             noise = normal(seed, "posterior", trainer.step, trainer.positions(), latent_shape).to(device)
-            reconstruction = learner.network(images, noise)
-            # accelerate makes float32 of tensors that leave a network under autocast, but not of those in a dataclass
+            reconstruction = training.network(images, noise)
+            # under autocast, accelerate converts the outputs of a network to float32, but not those in a dataclass
             reconstruction = dataclasses.replace(reconstruction, images=reconstruction.images.float())
             adversarial = config.discriminator_start is not None and trainer.step + 1 >= config.discriminator_start
             adversary = (
@@ -70,20 +80,20 @@ def train(config: AutoencoderRunConfig) -> None:
             loss = generator_loss(
                 images, reconstruction, config.loss, networks.perceptual, adversary, autoencoder.last_layer
             )
-            trainer.update(loss.total, learner.optimizer)
+            trainer.update(loss.total, training.optimizer)
             trainer.log(loss=loss.total, **{k: v for k, v in loss.scalars().items() if k != "total"})
             if adversarial:
-                logits, _ = learner.discriminator_network(torch.cat([images, reconstruction.images.detach()]))
+                logits, _ = training.discriminator_network(torch.cat([images, reconstruction.images.detach()]))
                 critic_loss = discriminator_loss(*logits.chunk(2))
-                trainer.update(critic_loss, learner.discriminator_optimizer)
+                trainer.update(critic_loss, training.discriminator_optimizer)
                 trainer.log(discriminator_loss=critic_loss)
-            if learner.codebook is not None:
-                learner.codebook.add(reconstruction.indices, reconstruction.posterior.mean)
-                if learner.codebook.due(config.revive_every):
-                    trainer.record(**learner.codebook.revive(seed, learner.average, learner.optimizer))
-            if trainer.due(config.validation.every) and len(pictures.held_out):
-                with learner.average.applied():
-                    validate(trainer, autoencoder, pictures.held_out, config.validation)
+            if training.codebook is not None:
+                training.codebook.add(reconstruction.indices, reconstruction.posterior.mean)
+                if training.codebook.due(config.revive_every):
+                    trainer.record(**training.codebook.revive(seed, training.average, training.optimizer))
+            if trainer.due(config.validation.every) and len(data.held_out):
+                with training.average.applied():
+                    validate(trainer, autoencoder, data.held_out, config.validation)
 
 
 def next_command(config: AutoencoderRunConfig, path: str | None) -> str:
@@ -101,15 +111,20 @@ def next_command(config: AutoencoderRunConfig, path: str | None) -> str:
 
 
 def read_config(arguments: argparse.Namespace) -> AutoencoderRunConfig:
-    """Return the config of a command line; exits with one line and code 2 after a mistake."""
+    """Return the config of a command line; exits with one line and code 2 after a mistake.
+
+    The model of `init_from`, which decides defaults of the config, is kept in `arguments.init` for `run`.
+    """
+    arguments.init = InitModel(Autoencoder.load)
+    base = partial(config_from_init, init=arguments.init)
     with one_line_errors():
-        return load_config(AutoencoderRunConfig, arguments.config, arguments.overrides, config_from_init)
+        return load_config(AutoencoderRunConfig, arguments.config, arguments.overrides, base)
 
 
 def run(config: AutoencoderRunConfig, arguments: argparse.Namespace) -> None:
     """Train with a config that `read_config` returned."""
     with disk_errors(config.run):
-        train(config)
+        train(config, arguments.init)
     if PartialState().is_main_process:
         print(f"the autoencoder is in {config.run}/model; next:\n  {next_command(config, arguments.config)}")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from ldm.formats.classifier_folder import save_classifier
 from stipple.cli.training_arguments import read_arguments
 from stipple.stages.classifier.classifier_run import ClassifierRunConfig, ClassifierTraining, build_classifier, validate
 from stipple.stages.data.data_check import DataCheck
@@ -19,30 +20,30 @@ from stipple.stages.data.run_data import RunData
 from stipple.training.run.run_folder import disk_errors
 from stipple.training.trainer import Trainer
 from stipple_core.config import load_config, one_line_errors, to_dict
-from stipple_core.data.dataset import scan
+from stipple_core.data.sources.scan import scan
 from stipple_core.randomness import generator, normal, uniform
 
 
 def train(config: ClassifierRunConfig) -> None:
-    """Train, and leave the classifier in `run/model/classifier`."""
+    """Train, and save the classifier in `run/model/classifier`."""
     with one_line_errors():
-        trainer = Trainer(config.trainer, config.run, to_dict(config))  # first: from here on time and signals count
+        trainer = Trainer(config.trainer, config.run, to_dict(config))  # first: from here on, time and signals count
         data_check = DataCheck.of(scan(config.data), config.data, trainer)
         classifier, autoencoder = build_classifier(config, data_check.records, trainer.device)
-        pictures = RunData.open(config.data, data_check, config.seed, config.run)
-        learner = ClassifierTraining.register(trainer, classifier, config)
+        data = RunData.open(config.data, data_check, config.seed, config.run)
+        training = ClassifierTraining.register(trainer, classifier, config)
     device, seed = trainer.device, config.seed
     with one_line_errors():
-        pictures.begin(trainer, config)
+        data.begin(trainer, config)
 
     def save_model(folder: Path) -> None:
-        with learner.averaged() as averaged:
-            averaged.save(folder)
+        with training.averaged() as averaged:
+            save_classifier(averaged, folder)
 
-    with pictures.reported(trainer):
-        for batch in trainer.steps(pictures.loader(trainer, seed), save_model, pictures.names):
+    with data.reported(trainer):
+        for batch in trainer.steps(data.loader(trainer, seed), save_model, data.names):
             step, positions = trainer.step, trainer.positions()
-            if config.unet.dropout:  # the one draw that is made inside a network
+            if config.unet.dropout:  # the only random numbers that are drawn inside a network
                 torch.manual_seed(generator(seed, "dropout", step, positions[0]).initial_seed())
             with torch.no_grad():
                 posterior = autoencoder.encode(batch.images.to(device, non_blocking=True))
@@ -50,14 +51,14 @@ def train(config: ClassifierRunConfig) -> None:
             z_0 = posterior.sample(normal(seed, "posterior", step, positions, shape).to(device))
             z_0 = z_0.to(memory_format=torch.channels_last)
             noise = normal(seed, "noise", step, positions, shape).to(device, memory_format=torch.channels_last)
-            t = learner.schedule.quantize(uniform(seed, "t", step, positions))
-            losses, right = learner.losses(z_0, batch.captions, t, noise)
-            trainer.update(losses.mean(), learner.optimizer)
-            trainer.log(loss=losses.mean(), accuracy=right.mean())
-            if trainer.due(config.validation.every) and len(pictures.held_out):
-                with learner.averaged():
-                    validate(trainer, learner, pictures.held_out, autoencoder, config.validation, seed)
-    trainer.print(f"the classifier is in {config.run}/model; drawing commands take it with --classifier")
+            t = training.schedule.quantize(uniform(seed, "t", step, positions))
+            losses, correct = training.losses(z_0, batch.captions, t, noise)
+            trainer.update(losses.mean(), training.optimizer)
+            trainer.log(loss=losses.mean(), accuracy=correct.mean())
+            if trainer.due(config.validation.every) and len(data.held_out):
+                with training.averaged():
+                    validate(trainer, training, data.held_out, autoencoder, config.validation, seed)
+    trainer.print(f"the classifier is in {config.run}/model; pass it to drawing commands with --classifier")
 
 
 def read_config(arguments: argparse.Namespace) -> ClassifierRunConfig:

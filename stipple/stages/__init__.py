@@ -1,4 +1,4 @@
-"""What a stage consists of: its config, the parts built from it, its data, and what is measured on the way.
+"""The stages of training: their configs, networks, data, objectives and validation.
 
-The scripts show the loops; here is what stands around them and knows both a model and the trainer.
+The training loops are in `stipple.commands`; this package has what they are assembled from.
 """

@@ -1,1 +1,1 @@
-"""What surrounds a training step; knows no model."""
+"""The machinery around training steps, independent of the models that are trained."""

@@ -1,4 +1,4 @@
-"""How a global batch is split over processes and micro-batches, so that neither number changes the result."""
+"""Splits a global batch over processes and micro-batches, so that neither number changes the result."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from stipple_core.data.order import Order
 
 @dataclass(frozen=True)
 class BatchShare:
-    """What of each global batch is this process's. Raises ValueError where it can't be split evenly."""
+    """The share of this process in each global batch. Raises ValueError if the batch can't be split evenly."""
 
     config: TrainerConfig
     rank: int
@@ -27,20 +27,20 @@ class BatchShare:
 
     @property
     def micro_batch_size(self) -> int:
-        """Images that a process takes at a time."""
+        """Images per process at a time."""
         return self.config.micro_batch_size or max(1, self.config.batch_size // self.world)
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches of a process per optimizer step."""
+        """Micro-batches per process and optimizer step."""
         return self.config.batch_size // (self.micro_batch_size * self.world)
 
     def positions(self, micro: int) -> list[int]:
-        """Where the samples of a micro-batch stand in the global batch."""
+        """The positions of the samples of a micro-batch in the global batch."""
         first = (micro * self.world + self.rank) * self.micro_batch_size
         return list(range(first, first + self.micro_batch_size))
 
     def order(self, size: int, seed: int, step: int, buckets: Sequence[int] | None) -> Order:
-        """This process's part of the order over `size` records, from `step` on."""
+        """The share of this process in the order over `size` records, from `step` on."""
         batch, steps = self.config.batch_size, self.config.steps
         return Order(size, batch, self.micro_batch_size, self.rank, self.world, seed, step, steps, buckets)

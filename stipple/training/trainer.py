@@ -1,6 +1,6 @@
-"""What surrounds a training step: processes, precision, accumulation, progress, metrics, checkpoints, exact resume.
+"""The trainer: processes, precision, accumulation, progress, metrics, checkpoints and exact resume.
 
-The script owns the loop; the trainer owns the machinery around it and knows no model:
+The training commands contain the loop. The trainer is the machinery around it, independent of the model:
 
     for batch in trainer.steps(loader):
         trainer.update(loss, optimizer)
@@ -30,7 +30,8 @@ from stipple.training.distributed import fsdp
 from stipple.training.distributed.collective import on_main
 from stipple.training.distributed.wrapped_networks import WrappedNetworks
 from stipple.training.optimization.ema import Ema
-from stipple.training.optimization.optimizer import Optimizer, OptimizerConfig
+from stipple.training.optimization.optimizer import Optimizer
+from stipple.training.optimization.update_rules import OptimizerConfig
 from stipple.training.run.metrics import Metrics, drop_lines_after, flat
 from stipple.training.run.run_folder import RunFolder
 from stipple.training.run.signals import Signals
@@ -40,94 +41,96 @@ from stipple_core.data.order import Order
 
 T = TypeVar("T")
 
-__all__ = ["Stopped", "Trainer", "TrainerConfig"]
-
 
 class Stopped(SystemExit):
-    """The run ended before its last step, with everything saved."""
+    """Ends a run before its last step, after everything was saved."""
 
 
 class Trainer:
-    """The machinery of one run in one folder; the same code for both stages.
+    """The machinery of one run in one folder, for all training commands.
 
     Args:
-        config: how long, how much at a time, how often on disk.
+        config: length, batch size, checkpoints and precision.
         folder: the run folder, `runs/NAME`.
-        settings: the whole run config as plain values, for the trackers.
-        product: the folder in it that `save_model` writes.
+        settings: the whole config of the run as plain values, for the trackers.
+        product: the folder in the run folder that `save_model` writes.
 
     Raises:
-        ValueError: the batch sizes do not divide.
+        ValueError: the batch can't be split evenly.
     """
 
     def __init__(self, config: TrainerConfig, folder: str | Path, settings: dict[str, Any], product: str = "model"):
         self._began, self._signals = time.monotonic(), Signals()
-        weakref.finalize(self, self._signals.close).atexit = False  # of a run that never came to its loop
+        weakref.finalize(self, self._signals.close).atexit = False  # also if the loop never starts
         self.config, self.folder, self.step = config, RunFolder(folder, config.keep, product), 0
-        shards = fsdp.requested()  # before accelerate looks
+        partitions = fsdp.requested()  # before accelerate reads the environment
         self.accelerator = make_accelerator(config, folder)
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.share = BatchShare(config, self.rank, self.world)
         self.accumulation = self.share.accumulation
-        self.micro = 0  # micro-batches done of the optimizer step under way
+        self.micro = 0  # finished micro-batches of the current optimizer step
         path = self.folder.path / "metrics.jsonl" if self.is_main else None
         self.metrics = Metrics(path, self.accelerator, config.log_every)
         path = self.folder.path / "bad_steps.jsonl" if self.is_main else None
         self._bad_steps = BadSteps(path, self.device, self.world, config.max_bad_steps, config.precision)
-        self._parts = RunState()
-        self._networks = WrappedNetworks(self.accelerator, config.compile, shards)
-        self._checkpoints = Checkpoints(self.folder, self._parts, self._networks, self.metrics, self.is_main)
+        self._run_state = RunState()
+        self._networks = WrappedNetworks(self.accelerator, config.compile, partitions)
+        self._checkpoints = Checkpoints(self.folder, self._run_state, self._networks, self.metrics, self.is_main)
         self._averages: list[tuple[Optimizer, Ema]] = []
         self._settings = settings
 
-    # -- what a run consists of ---------------------------------------------------------------------------------------
+    # -- registration --------------------------------------------------------------------------------------------------
 
     def network(self, name: str, model: nn.Module, may_partition: bool = False) -> nn.Module:
-        """Register a trained model, move it to the device; returns it wrapped for several processes.
+        """Register a trained model and move it to the device; returns it wrapped for several processes.
 
-        Where `accelerate launch` required_to_sample for FSDP and `may_partition` allows it, the model itself is sharded: the script then
-        calls nothing of it but its forward, and takes a `whole` copy for all else. Others are synchronised (DDP).
+        If `accelerate launch` requests FSDP and `may_partition` allows it, the model itself is partitioned: then only
+        its forward may be called, and a `whole` copy is needed for everything else. Other models are replicated (DDP).
         """
-        network, self._parts[name] = self._networks.add(model, may_partition)
+        network, self._run_state[name] = self._networks.add(model, may_partition)
         return network
 
     def whole(self, model: nn.Module, saved: bool = False) -> nn.Module | None:
-        """A model with all its weights in one place: itself, or where it is sharded a copy; every process calls it.
+        """A model with all its weights: itself, or a copy of a partitioned one. Every process has to call it.
 
-        With `saved` the copy is on the CPU, of the main process alone; others get None.
+        With `saved`, the copy is on the CPU of the main process; the others get None.
         """
-        place, wanted = ("cpu", self.is_main) if saved else (self.device, True)
-        return self._networks.whole(model, place, wanted)
+        device, wanted = ("cpu", self.is_main) if saved else (self.device, True)
+        return self._networks.whole(model, device, wanted)
 
     def optimizer(
         self, name: str, modules: Iterable[nn.Module], config: OptimizerConfig, averages: Iterable[Ema] = ()
     ) -> Optimizer:
-        """Register an optimizer over the plain models; the moving averages follow its updates."""
+        """Register an optimizer over unwrapped models; moving averages are updated after its steps."""
         optimizer = Optimizer(modules, config, self.config.precision == "fp16", name)
-        self._parts[name] = optimizer
+        self._run_state[name] = optimizer
         for i, ema in enumerate(averages):
-            self._parts[f"{name}_ema{i}"] = ema
+            self._run_state[f"{name}_ema{i}"] = ema
             self._averages.append((optimizer, ema))
         return optimizer
 
     def keep(self, name: str, part: Any) -> None:
-        """Save and restore anything else that has state_dict() and load_state_dict()."""
-        self._parts[name] = part
+        """Register anything else that has state_dict() and load_state_dict(), to be saved and restored."""
+        self._run_state[name] = part
 
     def watch(self, name: str, value: str) -> None:
-        """Make sure that something the run depends on, such as its data, is the same everywhere and after a resume.
+        """Check that a value the run depends on, such as a hash of its data, is the same on all processes.
+
+        If it changed when a run is resumed, a warning is printed.
 
         Raises:
-            ValueError: the processes do not have the same value.
+            ValueError: the processes have different values.
         """
         if broadcast_object_list([value])[0] != value:
-            raise ValueError(f"process {self.rank} found other {name} than process 0; is somebody writing there?")
-        self._parts[name] = Watched(name, value, self.print)
+            raise ValueError(
+                f"process {self.rank} has other {name} than process 0; check that nothing is writing to them"
+            )
+        self._run_state[name] = Watched(name, value, self.print)
 
     @contextmanager
     def holding_folder(self) -> Iterator[None]:
-        """Within the block no other run can use the folder; afterwards, if nothing was written, it is as before.
+        """Within the block, no other run can use the folder; afterwards it is removed again if nothing was written.
 
         Raises:
             ValueError: another run holds the folder; on every process.
@@ -140,12 +143,12 @@ class Trainer:
                 self.folder.leave()
 
     def resume(self) -> None:
-        """Take the run folder, and up its newest valid checkpoint, if any; call when all parts are registered.
+        """Lock the run folder and restore its newest valid checkpoint, if any; call it after everything is registered.
 
-        Before this call nothing is written but within `holding_folder`, so what is refused leaves no trace.
+        Before this call, nothing is written except within `holding_folder`, so an invalid run leaves no files behind.
 
         Raises:
-            ValueError: another run holds the folder, or the checkpoint is not of these parts.
+            ValueError: another run holds the folder, or the checkpoint does not fit this run.
         """
         self.step = self._checkpoints.resume(self.config.resume, self.print)
         if self.is_main:
@@ -161,15 +164,15 @@ class Trainer:
         save_model: SaveModel | None = None,
         names: Callable[[T], Sequence[str]] = lambda batch: (),
     ) -> Iterator[T]:
-        """Yield micro-batches until the last step; between steps save, log, and stop when asked to.
+        """Yield micro-batches until the last step; between steps, save, log, and stop if requested.
 
         Args:
-            loader: starts at `self.step`.
-            save_model: writes the model to a folder, on the main process, at each save; where a network is sharded, it
-                is called on the others, too, with None, to take part in making it whole.
-            names: of the samples of a micro-batch, for messages.
+            loader: yields micro-batches, from `self.step` on.
+            save_model: writes the model to a folder, on the main process, at each save. If a network is partitioned, it
+                is called with None on the other processes, to gather the weights.
+            names: returns the names of the samples of a micro-batch, for messages.
         """
-        if self.step >= self.config.steps:  # the end may have come between the last state and the rest
+        if self.step >= self.config.steps:  # the run may have been killed after the last checkpoint, before its model
             self._checkpoints.finish(self.step, save_model)
         with self._progress() as bar, self._signals as signals:
             try:
@@ -188,12 +191,12 @@ class Trainer:
                 self.accelerator.end_training()
 
     def update(self, loss: torch.Tensor, optimizer: Optimizer) -> None:
-        """Backward through a scalar loss; at the last micro-batch of a step: clip, step, moving average.
+        """Backpropagate a scalar loss; after the last micro-batch of a step, clip, update weights and moving averages.
 
-        Where a loss or the gradient is not finite, on any process, nothing is changed (`step_skipped`).
+        If a loss or the gradient is not finite on any process, the step is skipped (`step_skipped`).
 
         Raises:
-            Diverged: that happened `max_bad_steps` times in a row.
+            Diverged: `max_bad_steps` bad steps in a row.
         """
         optimizer.backward(loss / self.accumulation)
         self._bad_steps.add_loss(optimizer.name, loss)
@@ -209,35 +212,35 @@ class Trainer:
                 ema.update()
 
     def log(self, **values: torch.Tensor | float) -> None:
-        """Average these over micro-batches, processes and `log_every` steps into metrics.jsonl and the trackers."""
+        """Log values, averaged over micro-batches, processes and `log_every` steps, to metrics.jsonl and trackers."""
         self.metrics.add(values)
 
     def record(self, **values: float) -> None:
-        """Write values measured once, such as a validation, at this step; the main process writes."""
+        """Write values that are measured once, such as a validation loss; only the main process writes."""
         self.metrics.write(self.step + 1, values)
 
     def positions(self) -> list[int]:
-        """Where the samples of this micro-batch stand in the global batch of this step: the address of their draws."""
+        """The positions of the samples of this micro-batch in the global batch, which address their random numbers."""
         return self.share.positions(self.micro)
 
     def order(self, size: int, seed: int, buckets: Sequence[int] | None = None) -> Order:
-        """The order of training over `size` records, this process's share of it, from this step on; see `Order`."""
+        """The share of this process in the training order over `size` records, from this step on; see `Order`."""
         return self.share.order(size, seed, self.step, buckets)
 
     def sample_path(self) -> Path:
-        """Where a picture drawn at this step goes."""
+        """The path of a sample image of this step."""
         path = self.folder.path / "samples" / f"step-{self.step + 1:07d}.png"
         path.parent.mkdir(exist_ok=True)
         return path
 
     @property
-    def shards(self) -> bool:
-        """Whether networks that allow it are spread over the processes (FSDP), so that none has them whole."""
-        return self._networks.shards
+    def partitions(self) -> bool:
+        """Whether networks that allow it are partitioned over the processes (FSDP)."""
+        return self._networks.partitions
 
     @property
     def step_skipped(self) -> bool:
-        """Whether an update of this step was left out: then nothing else is to learn from the step, either."""
+        """Whether an update of this step was skipped; then other state must not be updated from the step either."""
         return self._bad_steps.step_skipped
 
     @property
@@ -254,19 +257,19 @@ class Trainer:
         return broadcast(value.clone())
 
     def due(self, every: int) -> bool:
-        """Whether something done each `every` optimizer steps (0: never) is due at the end of this iteration."""
+        """Whether an action each `every` optimizer steps (0: never) is due at the end of this iteration."""
         return self.last_micro and every > 0 and ((self.step + 1) % every == 0 or self.step + 1 == self.config.steps)
 
     def save(self, save_model: SaveModel | None = None) -> None:
-        """Write state/step-N atomically, then the model folder, then prune."""
+        """Write state/step-N atomically, then the model folder, then remove old checkpoints."""
         self._checkpoints.save(self.step, save_model)
 
     def print(self, text: str) -> None:
-        """A line for the person watching, once, below the progress bar."""
+        """Print a line below the progress bar, on the main process only."""
         if self.is_main:
             tqdm.write(text)
 
-    # -- inside -------------------------------------------------------------------------------------------------------
+    # -- internals ----------------------------------------------------------------------------------------------------
 
     def _progress(self) -> tqdm:
         images = {"total": self.config.steps * self.config.batch_size, "initial": self.step * self.config.batch_size}
@@ -274,7 +277,7 @@ class Trainer:
         return tqdm(**images, unit="img", unit_scale=True, desc=name, disable=not self.is_main)
 
     def _end_step(self, bar: tqdm, signals: Signals, save_model: SaveModel | None) -> None:
-        """After an optimizer step: progress, metrics, and a checkpoint where one is due or asked for."""
+        """After an optimizer step: update progress and metrics, and save a checkpoint if one is due or requested."""
         config = self.config
         bar.update(config.batch_size)
         written = self.metrics.end_step(self.step)
@@ -287,5 +290,5 @@ class Trainer:
         if self.step % config.save_every == 0 or self.step == config.steps or request.save or stop:
             self.save(save_model)
         if stop and self.step < config.steps:
-            self.print(f"stopped at step {self.step} of {config.steps}; the same command goes on from here")
+            self.print(f"stopped at step {self.step} of {config.steps}; the same command resumes from here")
             raise Stopped(request.exit_code)

@@ -1,6 +1,6 @@
-"""A CLIP as two functions, pictures and texts to points of one space (Radford et al. 2021).
+"""CLIP as two functions that embed images and texts in one space (Radford et al. 2021).
 
-What comes out has length sqrt(d), so that its entries have unit scale, as latents have; only the direction counts.
+Embeddings are normalized to length sqrt(d), so that their entries have unit scale like latents.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stipple_core.files.hashing import hash_weights
+
 KINDS = ("open_clip", "transformers")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedderConfig:
-    """Which CLIP.
+    """Which CLIP model to use.
 
     Raises:
         ValueError: the kind is unknown.
@@ -30,7 +32,7 @@ class EmbedderConfig:
     kind: str = "open_clip"  # open_clip | transformers
     name: str = ""  # architecture ("ViT-L-14"), hf-hub:OWNER/NAME or local-dir:FOLDER; transformers: folder or hub name
     pretrained: str | None = None  # open_clip only: tag, file or "random"
-    network: dict[str, Any] | None = None  # the network's own shape, which model folders say besides; leave it out
+    network: dict[str, Any] | None = None  # the network's shape, which model folders contain; do not set it
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -38,14 +40,14 @@ class EmbedderConfig:
 
 
 class Embedder(nn.Module):
-    """Pictures [B, 3, H, W] in [-1, 1] and texts to points [B, d] of length sqrt(d); frozen.
+    """Embeds images [B, 3, H, W] in [-1, 1] and texts as vectors [B, d] of length sqrt(d). All weights are frozen.
 
-    Gradients reach the pictures, for whoever is guided by them; never the weights.
+    Gradients flow to the images, for CLIP guidance, but not to the weights.
 
     Args:
-        config: with `network`: "dim", "context_length", "size" in pixels, "mean" and "std" of pictures in [0, 1].
-        visual: pictures as the network wants them -> [B, d]; None where no pictures are to be embedded.
-        text: ids [B, L] -> [B, d]; None where no texts are.
+        config: with `network`: "dim", "context_length", "size" in pixels, "mean" and "std" of images in [0, 1].
+        visual: normalized images -> [B, d]. None: images can't be embedded.
+        text: ids [B, L] -> [B, d]. None: texts can't be embedded.
     """
 
     def __init__(self, config: EmbedderConfig, visual: nn.Module | None, text: nn.Module | None) -> None:
@@ -56,15 +58,15 @@ class Embedder(nn.Module):
 
     @property
     def dim(self) -> int:
-        """d."""
+        """d, the dimension of embeddings."""
         return self.config.network["dim"]
 
     def train(self, mode: bool = True) -> Embedder:
-        """Evaluation mode, whatever is asked for."""
+        """Stay in evaluation mode, regardless of `mode`."""
         return super().train(False)
 
     def images(self, images: Tensor) -> Tensor:
-        """Points [B, d] of pictures [B, 3, H, W] in [-1, 1], of which a square in the middle is seen, resized."""
+        """Embed images [B, 3, H, W] in [-1, 1] as [B, d]; they are center-cropped to a square and resized."""
         network, side = self.config.network, min(images.shape[-2:])
         top, left = ((length - side) // 2 for length in images.shape[-2:])
         x = (images[..., top : top + side, left : left + side].float() + 1) / 2  # [B, 3, side, side]
@@ -74,25 +76,23 @@ class Embedder(nn.Module):
         return self._unit_scale(self.visual(((x - mean) / std).to(next(self.visual.parameters()).dtype)))
 
     def texts(self, prompts: Sequence[str]) -> Tensor:
-        """Points [B, d] of texts; the end of one that is too long is cut off."""
+        """Embed texts as [B, d]; texts that are too long are truncated."""
         ids = _tokenizer(self.config.network["context_length"])(list(prompts))  # [B, L]
         return self._unit_scale(self.text(ids.to(next(self.text.parameters()).device)))
 
     def fingerprint(self) -> str:
-        """sha256 over weights, as half precision has them, and config: points of two networks are not to be mixed."""
+        """SHA-256 of config and weights (rounded to float16), to detect embeddings of different networks."""
         digest = hashlib.sha256(json.dumps(self.config.network, sort_keys=True).encode())
-        for name, weight in sorted(self.state_dict().items()):
-            digest.update(f"{name} {tuple(weight.shape)}".encode())
-            digest.update(weight.detach().cpu().half().contiguous().view(-1).view(torch.uint8).numpy())
+        hash_weights(digest, self.state_dict(), half=True)
         return digest.hexdigest()
 
-    def _unit_scale(self, points: Tensor) -> Tensor:
-        return F.normalize(points.float(), dim=-1) * self.dim**0.5
+    def _unit_scale(self, embeddings: Tensor) -> Tensor:
+        return F.normalize(embeddings.float(), dim=-1) * self.dim**0.5
 
 
 @functools.cache
 def _tokenizer(length: int) -> Callable[[list[str]], Tensor]:
-    """CLIP's byte pairs, which all have alike, as ids padded to one length."""
+    """CLIP's byte-pair tokenizer, which pads ids to `length`."""
     from open_clip.tokenizer import SimpleTokenizer
 
     return SimpleTokenizer(context_length=length)

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and locks: of several processes one makes a file, on any machine."""
+"""Atomic writes, where a file appears complete or not at all, and locks between processes."""
 
 from __future__ import annotations
 
@@ -15,43 +15,59 @@ from typing import IO, Any
 
 
 @contextmanager
-def writing(path: str | os.PathLike[str], mode: str = "wb", **options: Any) -> Iterator[IO[Any]]:
-    """A file, open to write, that takes the name `path` once it is whole and durable; `options` are those of `open`.
+def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
+    """Yield a temporary path; the file written there is flushed to disk and then renamed to `path`.
 
-    Until then it is PATH.tmp-HOST-PID-DRAWN, a name that no other process has. It is removed on any exception; what
-    a killed process of this machine left of the same path is removed first. An OSError of a write names the path.
+    The temporary path is PATH.tmp-HOST-PID-RANDOM, so that two writers never share it. The file is removed if an
+    exception is raised. Leftovers of the same path from killed processes of this machine are removed first. An OSError
+    names `path`.
     """
     path = os.fspath(path)
     for leftover in glob.glob(f"{glob.escape(path)}.tmp-*"):
         _remove_if_orphaned(leftover, path)
     temporary = f"{path}.tmp-{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
     try:
-        with open(temporary, mode, **options) as file:
-            yield file
-            file.flush()
+        yield temporary
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
         with suppress(OSError):
             os.remove(temporary)
-        if isinstance(error, OSError) and error.errno and error.filename is None:
+        if isinstance(error, OSError) and error.errno and error.filename in (None, temporary):
             error.filename = path
         raise
 
 
 @contextmanager
-def locked(path: str) -> Iterator[None]:
-    """Hold PATH.lock: of several processes one makes a file, the others wait and find it.
+def writing(path: str | os.PathLike[str], mode: str = "wb", **options: Any) -> Iterator[IO[Any]]:
+    """Open a file for writing that replaces `path` atomically when the block ends, as `replacing` does.
 
-    Where the file system knows no locks several may make the same file at a time, each under a name of its own.
+    Args:
+        path: the file to replace.
+        mode, options: as of `open`.
+    """
+    with replacing(path) as temporary, open(temporary, mode, **options) as file:
+        yield file
+
+
+@contextmanager
+def locked(path: str) -> Iterator[None]:
+    """Hold an exclusive lock on PATH.lock; other processes wait until it is released.
+
+    On a file system without locks the block runs without one, and several processes may write the same file. That is
+    safe with `writing`, because each uses its own temporary file.
     """
     with open(f"{path}.lock", "w") as lock:
-        hold(lock)
+        lock_file(lock)
         yield
 
 
-def hold(file: IO[Any]) -> None:
-    """Wait for a file's lock and take it until the file is closed; a file system without locks is told once."""
+def lock_file(file: IO[Any]) -> None:
+    """Wait for the exclusive lock of an open file. It is released when the file is closed.
+
+    Prints a warning, once per folder, if the file system does not support locks.
+    """
     try:
         fcntl.flock(file, fcntl.LOCK_EX)
     except OSError as error:
@@ -60,8 +76,8 @@ def hold(file: IO[Any]) -> None:
 
 @lru_cache(maxsize=64)
 def _warn(folder: str, reason: str) -> None:
-    told = "processes that find nothing there each make it for themselves"
-    print(f"warning: files in {folder} can't be locked ({reason}); {told}", file=sys.stderr)
+    consequence = "each process that finds a file missing makes its own copy"
+    print(f"warning: files in {folder} can't be locked ({reason}); {consequence}", file=sys.stderr)
 
 
 def _host() -> str:
@@ -69,7 +85,7 @@ def _host() -> str:
 
 
 def _remove_if_orphaned(temporary: str, path: str) -> None:
-    """Remove what a process of this machine wrote that is no more; another machine's can't be asked for."""
+    """Remove a temporary file if the process of this machine that wrote it has ended."""
     host, _, rest = temporary.removeprefix(f"{path}.tmp-").partition("-")
     pid = rest.partition("-")[0]
     if host != _host() or not pid.isdigit():
@@ -80,4 +96,4 @@ def _remove_if_orphaned(temporary: str, path: str) -> None:
         with suppress(OSError):
             os.remove(temporary)
     except (OSError, OverflowError):
-        return  # somebody else's
+        return  # the process belongs to another user

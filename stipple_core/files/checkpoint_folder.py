@@ -1,7 +1,7 @@
-"""Folders of training state (`stipple_core.files.training_state`) or a model, written so that a crash at any moment leaves a whole one.
+"""Folders of training state or a model, written so that a crash at any moment leaves a complete folder.
 
-The order is: temporary folder, files, fsync, manifest with a SHA-256 per file, fsync, rename, fsync of the parent;
-older checkpoints are removed only after that. Nothing is pickled, so nothing is ever unpickled.
+The order is: temporary folder, files, fsync, manifest with a SHA-256 per file, fsync, rename, fsync of the parent.
+Older checkpoints are removed only after that. Nothing is pickled or unpickled.
 """
 
 from __future__ import annotations
@@ -26,10 +26,15 @@ TEMPORARY = ".tmp-"
 
 
 def write_folder(folder: Path, write: Callable[[Path], Any]) -> None:
-    """Make `folder` in one step: `write` fills a temporary folder beside it, which is made durable, then renamed.
+    """Make `folder` atomically and durably: `write` fills a temporary folder beside it, which is then renamed.
 
-    An existing `folder` is replaced; there is no moment at which neither is complete under its name or the aside name.
-    `write` may return the sums, by name, of files that other processes made durable (see `manifest.durable_sum`).
+    An existing `folder` is replaced. At every moment either the old or the new folder is complete, under its own name
+    or as `.tmp-old-NAME`, from which `clear_temporaries` restores it.
+
+    Args:
+        folder: the folder to make.
+        write: writes the files into the folder that it is called with. It may return the SHA-256 by name of files that
+            other processes have already made durable (see `manifest.durable_sha256`).
     """
     folder = Path(folder)
     make_directory(folder.parent)
@@ -38,8 +43,8 @@ def write_folder(folder: Path, write: Callable[[Path], Any]) -> None:
     temporary.mkdir()
     aside = folder.parent / f"{TEMPORARY}old-{folder.name}"
     try:
-        known = write(temporary)
-        write_manifest(temporary, known if isinstance(known, dict) else None)
+        durable = write(temporary)
+        write_manifest(temporary, durable if isinstance(durable, dict) else None)
         if folder.exists():
             _remove(aside)
             os.rename(folder, aside)
@@ -54,19 +59,21 @@ def write_folder(folder: Path, write: Callable[[Path], Any]) -> None:
 
 
 def temporary_folder(folder: Path) -> Path:
-    """Where `write_folder` fills a folder."""
+    """The temporary folder in which `write_folder` prepares `folder`."""
     return folder.parent / f"{TEMPORARY}{folder.name}"
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints `step-NNNNNNN` in a folder, oldest first, good or not."""
+    """All checkpoints `step-NNNNNNN` in a folder, oldest first, valid or not."""
     return sorted(path for path in Path(folder).glob("step-*") if path.is_dir())
 
 
 def newest_valid(folder: Path, sums: bool = True) -> Path | None:
-    """The newest checkpoint whose manifest holds; each newer one that does not is named on stderr.
+    """Return the newest checkpoint that agrees with its manifest; print each newer one that does not to stderr.
 
-    With `sums` false only sizes are compared, as by `manifest.problem`.
+    Args:
+        folder: contains the checkpoints.
+        sums: compare SHA-256 sums; otherwise only sizes, as in `manifest.problem`.
     """
     for path in reversed(checkpoints(folder)):
         wrong = problem(path, sums)
@@ -77,7 +84,7 @@ def newest_valid(folder: Path, sums: bool = True) -> Path | None:
 
 
 def clear_temporaries(folder: Path) -> None:
-    """Remove what an interrupted `write_folder` left behind; a complete folder that was moved aside is put back."""
+    """Remove leftovers of an interrupted `write_folder`, and restore a complete folder that was moved aside."""
     for path in Path(folder).glob(f"{TEMPORARY}*"):
         name = path.name.removeprefix(f"{TEMPORARY}old-")
         if name != path.name and not (path.parent / name).exists():
@@ -87,7 +94,7 @@ def clear_temporaries(folder: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove what was put aside as far as possible: a folder, or the file or symbolic link that was in its place."""
+    """Remove a folder, file or symbolic link as far as possible, ignoring errors."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -96,10 +103,11 @@ def _remove(path: Path) -> None:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` (at least 2) valid checkpoints, and the broken ones older than them.
+    """Keep the newest `keep` (at least 2) valid checkpoints and remove all older ones.
 
-    Before anything is removed, two are verified: the newest was read back when it was written, of which only sizes are
-    compared, and another one is read in full here. What is kept besides is judged by its sizes.
+    A checkpoint counts as valid by its file sizes, except for the second newest valid one, which is read in full and
+    compared with its SHA-256 sums: two verified checkpoints remain, because the newest was read back when it was
+    written. Nothing is removed before that.
     """
     newest_first, kept = checkpoints(folder)[::-1], 0
     if len(newest_first) <= max(keep, 2):

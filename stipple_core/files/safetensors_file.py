@@ -1,7 +1,7 @@
-"""Safetensors files of strangers and our own: headers are looked at before they are believed, tensors copied out whole.
+"""Safetensors files, read and written with checks that the library does not make.
 
-The library checks offsets and types. It takes minutes over a header of millions of empty tensors, takes the last of
-two tensors of one name, and calls a full disk by an exception of its own; those are dealt with here.
+The library checks offsets and dtypes. It needs minutes for a header of millions of empty tensors, silently uses the
+last of two tensors of one name, and reports a full disk by its own exception. This module handles these cases.
 """
 
 from __future__ import annotations
@@ -19,25 +19,29 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-DAMAGES = (SafetensorError, OSError, KeyError, RuntimeError, ValueError)  # what reading a bad file raises
-MAX_HEADER = 1 << 23  # bytes; 10,000 weights have about 1 MB
-MAPPED_TOGETHER = 1 << 25  # bytes of a file that are mapped into memory at a time, but for the last tensor
+READ_ERRORS = (SafetensorError, OSError, KeyError, RuntimeError, ValueError)  # raised while a damaged file is read
+MAX_HEADER = 1 << 23  # bytes; the header of 10,000 weights has about 1 MB
+MAPPED_TOGETHER = 1 << 25  # bytes of a file that are memory-mapped at a time; the last tensor may exceed it
 
 
 def outline(path: Path) -> dict[str, Tensor]:
-    """Names, shapes and dtypes: tensors on "meta". Raises ValueError for a damaged file."""
+    """Return names, shapes and dtypes as tensors on "meta". Raises ValueError for a damaged file."""
     with readable(path), safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name).to("meta") for name in file.keys()}  # maps, but reads no weight
+        return {name: file.get_tensor(name).to("meta") for name in file.keys()}  # maps the file but reads no weight
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata in the header. Raises ValueError for a damaged file."""
+    """Return the metadata in the header. Raises ValueError for a damaged file."""
     with readable(path), safe_open(path, framework="pt") as file:
         return dict(file.metadata() or {})
 
 
 def read(path: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-    """The wanted tensors; ValueError for a file that is damaged, or that does not stay the same meanwhile."""
+    """Return the tensors whose names are `wanted`.
+
+    Raises:
+        ValueError: the file is damaged, or was replaced while it was read.
+    """
     before = _identity(path)
     try:
         with readable(path):
@@ -45,39 +49,39 @@ def read(path: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
     except ValueError:
         if _identity(path) == before:
             raise
-    if _identity(path) != before:  # whatever else went wrong
+    if _identity(path) != before:  # takes precedence over any other error
         raise ValueError(f"{path} was replaced while it was read; try again")
     return weights
 
 
 def write(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a file, readable to whom the umask lets. Raises OSError where the disk fails, also if it is full."""
+    """Write a file with the permissions of the umask. Raises OSError if the disk fails or is full."""
     try:
         save_file(dict(tensors), path, metadata=metadata)
         if metadata:
             _sort_metadata(path)
-        os.chmod(path, _plain_mode())  # the library makes its files readable to their owner alone
+        os.chmod(path, _plain_mode())  # the library makes files that only their owner can read
     except SafetensorError as error:
-        found = re.search(r"os error (\d+)", str(error))
-        number = int(found[1]) if found else errno.EIO
+        code = re.search(r"os error (\d+)", str(error))
+        number = int(code[1]) if code else errno.EIO
         raise OSError(number, os.strerror(number), str(path)) from None
 
 
 def _sort_metadata(path: Path) -> None:
-    """Put the header's metadata in order, which the library writes at random: equal files are to have equal bytes."""
+    """Sort the metadata, which the library writes in random order, so that equal files have equal bytes."""
     with open(path, "r+b") as file:
         (size,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(size))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) <= size:  # as the library writes it, but for blanks at its end
+        if len(text) <= size:  # the library pads the header with blanks
             file.seek(8)
             file.write(text.ljust(size))
 
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Within the block, what is wrong with a file is a ValueError in one line; its header is looked at before."""
+    """Check the header of a file, and turn any error inside the block into a ValueError of one line."""
     try:
         size, twice = _header(path)
         if size > MAX_HEADER:
@@ -85,28 +89,28 @@ def readable(path: Path) -> Iterator[None]:
         if twice:
             raise ValueError(f"it names {', '.join(map(repr, twice[:5]))} twice")
         yield
-    except DAMAGES as error:
-        told = " ".join(str(error).split())[:150] or type(error).__name__
-        raise ValueError(f"{path} is not a readable safetensors file ({told}); get it again") from None
+    except READ_ERRORS as error:
+        reason = " ".join(str(error).split())[:150] or type(error).__name__
+        raise ValueError(f"{path} is not a readable safetensors file ({reason}); get it again") from None
 
 
 def _plain_mode() -> int:
-    """The permissions of a file that `open` makes."""
-    umask = os.umask(0o077)  # it can't be read without being set: for a moment, to what shows nobody anything
+    """The permissions that `open` gives to a new file."""
+    umask = os.umask(0o077)  # reading the umask requires setting it; this value is safe for the moment
     os.umask(umask)
     return 0o666 & ~umask
 
 
 def _header(path: Path) -> tuple[int, list[str]]:
-    """How many bytes the header has, and the names that occur twice in it; a header that is none has no names."""
+    """Return the size of the header in bytes and the names that occur twice in it."""
     twice: list[str] = []
 
     def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
+        values = dict(pairs)
+        if len(values) < len(pairs):
             names = [name for name, _ in pairs]
-            twice.extend(name for name in found if names.count(name) > 1)
-        return found
+            twice.extend(name for name in values if names.count(name) > 1)
+        return values
 
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
@@ -114,12 +118,12 @@ def _header(path: Path) -> tuple[int, list[str]]:
             try:
                 json.loads(file.read(size), object_pairs_hook=once)
             except (ValueError, RecursionError):
-                pass  # which the library refuses in better words
+                pass  # the library reports this with a better message
     return size, twice
 
 
 def _copies(path: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-    """The tensors of a file, copied out of its mapping, which is given up every few of them: it fills memory, too."""
+    """Copy tensors out of a memory-mapped file; it is mapped anew every few tensors to free its pages."""
     with safe_open(path, framework="pt") as file:
         names = [name for name in file.keys() if wanted(name)]
     weights: dict[str, Tensor] = {}
@@ -134,9 +138,9 @@ def _copies(path: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
 
 
 def _identity(path: Path) -> tuple[int, ...] | None:
-    """Numbers that differ when a file was written anew; None where it is gone."""
+    """Numbers that change when a file is replaced or rewritten; None if it does not exist."""
     try:
-        found = path.stat()
+        stat = path.stat()
     except OSError:
         return None
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns

@@ -1,8 +1,9 @@
-"""Training state as tensors and JSON: nested dicts and lists, whole or of several processes' rows; nothing is pickled.
+"""Training state on disk: nested dicts and lists as JSON, and their tensors as safetensors. Nothing is pickled.
 
-`state.json` is the nesting; `state.safetensors` has the tensors, and of those that are spread over processes the rows
-of the first one; `state-1.safetensors` and so on have the rows of the others. Each file says in its metadata which row
-of a spread tensor it begins with, so any number of processes can read what any number has written.
+`state.json` contains the nesting. `state.safetensors` contains the tensors; of a tensor that is partitioned over
+processes it contains the rows of the first process, and `state-1.safetensors` and so on those of the others. The
+metadata of each file contain the first row of each partitioned tensor, so that any number of processes can read the
+files.
 """
 
 from __future__ import annotations
@@ -18,70 +19,70 @@ from safetensors import safe_open
 from stipple_core.files import safetensors_file as safe_tensors
 
 
-class MissingRows(ValueError):
-    """A tensor on disk is not whole."""
+class IncompleteTensor(ValueError):
+    """Some rows of a tensor are in no file."""
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """What one process holds of a tensor that is spread over processes along its first dimension."""
+    """The rows that one process holds of a tensor that is partitioned over processes along its first dimension."""
 
     tensor: torch.Tensor  # [last - first, ...]
-    first: int
-    shape: torch.Size  # of the whole
+    first: int  # index of the first of these rows in the full tensor
+    shape: torch.Size  # of the full tensor
 
 
 @dataclass(frozen=True, eq=False)
 class Saved:
-    """A tensor on disk, of which only the rows that are asked for are read."""
+    """A tensor on disk. Indexing it reads only the requested rows."""
 
     name: str
-    pieces: list[tuple[Any, int]]  # open files, and the row that each begins with; in the order of rows
-    shape: torch.Size  # of the whole
+    pieces: list[tuple[Any, int]]  # open files, each with the index of its first row, in the order of rows
+    shape: torch.Size  # of the full tensor
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the tensor."""
+        """The dtype of the tensor."""
         file = self.pieces[0][0]
         return file.get_slice(self.name)[:0].dtype if self.shape else file.get_tensor(self.name).dtype
 
     def __getitem__(self, wanted: Any) -> torch.Tensor:
-        """Rows first:last, or with ... the whole. Raises MissingRows where they are not all there."""
+        """Read the rows of a slice, or the full tensor for `...`. Raises IncompleteTensor if a row is in no file."""
         if len(self.pieces) == 1 and wanted is ...:
             whole = self.pieces[0][0].get_tensor(self.name)
             if whole.shape == self.shape:
                 return whole
         first, last, _ = slice(None).indices(self.shape[0]) if wanted is ... else wanted.indices(self.shape[0])
-        found = []
+        parts = []
         for file, begin in self.pieces:
             piece = file.get_slice(self.name)
             end = begin + piece.get_shape()[0]
-            if begin <= first < end or (first == last and not found):
+            if begin <= first < end or (first == last and not parts):
                 part = piece[first - begin : min(last, end) - begin] if begin <= first < end else piece[:0]
-                found.append(part)
+                parts.append(part)
                 first += len(part)
         if first < last:
-            raise MissingRows(f"rows {first} to {last - 1} of {self.name} are in no file")
-        return found[0] if len(found) == 1 else torch.cat(found)
+            raise IncompleteTensor(f"rows {first} to {last - 1} of {self.name} are in no file")
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def save_state(folder: Path, state: dict[str, Any], rank: int = 0) -> Path:
-    """Write nested dicts and lists of tensors, `Rows`, numbers, strings and None; returns the file of tensors.
+    """Write nested dicts and lists of tensors, `Rows`, numbers, strings and None; return the safetensors file.
 
     Args:
-        folder: in which `state.json` and `state.safetensors` are made.
-        state: the same nesting on every process.
-        rank: processes other than 0 write only their `Rows`, to a file of their own.
+        folder: where `state.json` and `state.safetensors` are written.
+        state: the state, with the same nesting on every process.
+        rank: the number of this process. Processes other than 0 write only their `Rows`, to `state-RANK.safetensors`.
 
     Raises:
-        RuntimeError: a tensor holds a number that is not finite; nothing is written.
+        RuntimeError: a tensor has a value that is not finite. Nothing is written.
     """
     tensors: dict[str, torch.Tensor] = {}
     begins: dict[str, int] = {}
     skeleton = _take_tensors(state, "", tensors, begins)
     for name, tensor in tensors.items():
         if not _finite(tensor):
-            raise RuntimeError(f"{name.lstrip('/')} holds a number that is not finite; this state is not saved")
+            raise RuntimeError(f"{name.lstrip('/')} has a value that is not finite; this state is not saved")
     path = Path(folder) / (f"state-{rank}.safetensors" if rank else "state.safetensors")
     if rank:
         tensors = {name: tensors[name] for name in begins}
@@ -92,15 +93,17 @@ def save_state(folder: Path, state: dict[str, Any], rank: int = 0) -> Path:
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    """Read what `save_state` wrote, of however many processes; whole tensors on the CPU."""
+    """Read what any number of processes wrote by `save_state`, as full tensors on the CPU."""
     return whole_state(open_state(folder))
 
 
 def open_state(folder: Path) -> dict[str, Any]:
-    """As `load_state`, with `Saved` for tensors: nothing of them is read yet. Their files stay open as long as they.
+    """Read the nesting of a state, with a `Saved` for each tensor, which is read only when it is indexed.
+
+    The files stay open as long as the `Saved` objects exist.
 
     Raises:
-        ValueError: in one line: it is not what `save_state` writes.
+        ValueError: the files are not those of `save_state`.
     """
     pieces: dict[str, list[tuple[Any, int]]] = {}
     for path in sorted(Path(folder).glob("state*.safetensors")):
@@ -112,14 +115,14 @@ def open_state(folder: Path) -> dict[str, Any]:
     try:
         state = _put_tensors(json.loads((Path(folder) / "state.json").read_text()), pieces)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{folder} is no state of ours ({type(error).__name__} in state.json)") from None
+        raise ValueError(f"{folder} does not contain a training state ({type(error).__name__} in state.json)") from None
     if not isinstance(state, dict):
-        raise ValueError(f"{folder} is no state of ours (state.json holds a {type(state).__name__})")
+        raise ValueError(f"{folder} does not contain a training state (state.json contains a {type(state).__name__})")
     return state
 
 
 def whole_state(node: Any) -> Any:
-    """What `open_state` gave, with all tensors read."""
+    """Replace each `Saved` in the result of `open_state` by its full tensor."""
     if isinstance(node, Saved):
         return node[...]
     if isinstance(node, dict):
@@ -149,9 +152,9 @@ def _take_tensors(node: Any, name: str, tensors: dict[str, torch.Tensor], begins
 def _put_tensors(node: Any, pieces: dict[str, list[tuple[Any, int]]]) -> Any:
     if isinstance(node, dict):
         if "$tensor" in node:
-            found = sorted(pieces[node["$tensor"]], key=lambda piece: piece[1])
-            shape = node.get("shape") or found[0][0].get_slice(node["$tensor"]).get_shape()
-            return Saved(node["$tensor"], found, torch.Size(shape))
+            files = sorted(pieces[node["$tensor"]], key=lambda piece: piece[1])
+            shape = node.get("shape") or files[0][0].get_slice(node["$tensor"]).get_shape()
+            return Saved(node["$tensor"], files, torch.Size(shape))
         return {key: _put_tensors(value, pieces) for key, value in node["$dict"]}
     if isinstance(node, list):
         return [_put_tensors(value, pieces) for value in node]

@@ -1,4 +1,4 @@
-"""The part of a picture that is trained on: where it lies, and how it and a map of the same place are cut out."""
+"""Cropping: the part of an image that is trained on, and the same part of its map."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from stipple_core.images.images import image_to_tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cutout:
-    """A rectangle of a picture, and what becomes of it."""
+class Crop:
+    """A rectangle of an image, the size that it is resized to, and whether it is mirrored."""
 
-    whole: tuple[int, int]  # width and height of the picture
-    box: tuple[float, float, float, float]  # left, top, right, bottom in its pixels
+    whole: tuple[int, int]  # width and height of the image
+    box: tuple[float, float, float, float]  # left, top, right, bottom in pixels of the image
     size: tuple[int, int]  # width and height of the result
     flip: bool = False  # mirror left to right
 
@@ -28,14 +28,15 @@ class Cutout:
         crop: str = "center",
         flip: bool = False,
         generator: torch.Generator | None = None,
-    ) -> Cutout:
-        """The largest rectangle of the result's shape; what stands over on one side is left out.
+    ) -> Crop:
+        """The largest rectangle with the aspect ratio of the result; the longer side of the image is cropped.
 
         Args:
-            whole: width and height of the picture.
-            size: of the result, in pixels: the side of a square, or width and height.
-            crop: "center", or "random" along the side that stands over, drawn from `generator`.
-            flip: mirror it; this is the decision, not a permission: who calls has drawn it.
+            whole: width and height of the image.
+            size: of the result in pixels: the side of a square, or width and height.
+            crop: where the longer side is cropped: "center", or "random", which is drawn from `generator`.
+            flip: whether to mirror the result. The caller draws it.
+            generator: for crop "random".
         """
         to_width, to_height = (size, size) if isinstance(size, int) else size
         width, height = whole
@@ -52,33 +53,33 @@ class Cutout:
         return cls(whole=whole, box=box, size=(to_width, to_height), flip=flip)
 
     def image(self, image: Image.Image) -> torch.Tensor:
-        """The part of an RGB picture as float32 [3, height, width] in [-1, 1], resized with antialiasing (bicubic)."""
+        """Crop an RGB image and resize it (bicubic, antialiased) to float32 [3, height, width] in [-1, 1]."""
         return image_to_tensor(self._cut(image, Image.Resampling.BICUBIC))
 
-    def map(self, picture: Image.Image) -> torch.Tensor:
-        """The same part of a map, which may have another resolution, as float32 [1, height, width] of its own values.
+    def map(self, image: Image.Image) -> torch.Tensor:
+        """Crop the same part of a map to float32 [1, height, width], without interpolating its values.
 
         Args:
-            picture: of one channel (modes 1, L, P, I, I;16, F): class numbers or depths; nothing is interpolated.
+            image: the map, of one channel (modes 1, L, P, I, I;16, F), such as class numbers or depths. Its resolution
+                may differ from the image's.
 
         Raises:
-            ValueError: it has several channels.
+            ValueError: the map has several channels.
         """
-        if len(picture.getbands()) != 1:
-            raise ValueError(f"a map must have one channel, this has {''.join(picture.getbands())}; convert it")
-        x, y = picture.width / self.whole[0], picture.height / self.whole[1]
+        if len(image.getbands()) != 1:
+            raise ValueError(f"a map must have one channel, this one has {''.join(image.getbands())}; convert it")
+        x, y = image.width / self.whole[0], image.height / self.whole[1]
         left, top, right, bottom = self.box
-        scaled = Cutout(
-            whole=picture.size, box=(left * x, top * y, right * x, bottom * y), size=self.size, flip=self.flip
-        )
-        values = np.asarray(scaled._cut(picture, Image.Resampling.NEAREST)).astype(np.float32)
+        scaled = Crop(whole=image.size, box=(left * x, top * y, right * x, bottom * y), size=self.size, flip=self.flip)
+        values = np.asarray(scaled._cut(image, Image.Resampling.NEAREST)).astype(np.float32)
         return torch.from_numpy(values)[None]  # [1, height, width]
 
     @property
     def frame(self) -> tuple[float, ...]:
-        """Height and width of the whole, top and left of the part in pixels of the result, its height and width.
+        """Size, crop and target size, on which SDXL is conditioned (Podell et al. 2023, section 2.2).
 
-        So SDXL is told of size and crop (Podell et al. 2023, section 2.2). Of a mirrored picture left is as it is seen.
+        Height and width of the image; top and left of the crop in pixels of the result; height and width of the result.
+        For a mirrored image, left is counted in the mirrored image.
         """
         (width, height), (left, top, right, _) = self.whole, self.box
         scale = self.size[0] / (right - left)
@@ -89,7 +90,7 @@ class Cutout:
         left, top, right, bottom = self.box
         if (right - left, bottom - top) == self.size and all(float(side).is_integer() for side in self.box):
             image = image if self.size == image.size else image.crop(tuple(map(int, self.box)))
-        else:  # the crop as the resize's source box: the same pixels, and a 1 x 50000 strip needs no huge intermediate
+        else:  # cropping by the box of the resize gives equal pixels without a huge intermediate for a 1 x 50000 image
             image = image.resize(self.size, resampling, box=self.box)
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self.flip else image
 
@@ -101,5 +102,5 @@ def fit(
     flip: bool = False,
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
-    """An RGB picture's cutout as float32 [3, height, width] in [-1, 1]; the arguments are those of `covering`."""
-    return Cutout.covering(image.size, size, crop, flip, generator).image(image)
+    """Crop and resize an RGB image to float32 [3, height, width] in [-1, 1]; arguments as in `Crop.covering`."""
+    return Crop.covering(image.size, size, crop, flip, generator).image(image)

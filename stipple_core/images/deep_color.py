@@ -1,7 +1,6 @@
-"""Pixels of more than 8 bits per channel as 8-bit ones: 65535 becomes 255, and nothing is clipped.
+"""Conversion of images with more than 8 bits per channel to 8 bits: values are scaled by 1/257 and rounded.
 
-Pillow turns 16-bit gray into color by clipping it at 255, and of 16-bit color it drops the low bytes. Here both are
-scaled by 1/257 and rounded.
+Pillow clips 16-bit gray at 255 when it converts it to color, and drops the low bytes of 16-bit color.
 """
 
 from __future__ import annotations
@@ -14,30 +13,30 @@ from PIL import Image
 
 NATIVE, FOREIGN = (";16L", ";16B") if sys.byteorder == "little" else (";16B", ";16L")
 COLORS = ("RGB", "RGBA", "RGBX", "CMYK")
-# raw mode -> the one that keeps the other byte of each number. The gray of LA is read as if its bytes were colors
 BITS, PLANAR = 258, 284  # TIFF tags
+# raw mode -> the mode that reads the other byte of each value. The bytes of LA are read as if they were colors
 LOW_BYTES = {f"{color}{order}": f"{color}{other}" for color in COLORS for order, other in
              ((";16L", ";16B"), (";16B", ";16L"), (";16N", FOREIGN))} | {"LA;16B": "RGBA"}  # fmt: skip
 
 
 def raw_mode(image: Image.Image) -> str:
-    """How an opened file, not yet loaded, stores its pixels, in Pillow's words, such as "RGB;16B"; "" if unknown."""
+    """Pillow's raw mode of a file that is opened but not loaded, such as "RGB;16B"; "" if unknown."""
     arguments = image.tile[0].args if image.tile else ""
     first = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
     return first if isinstance(first, str) else ""
 
 
 def is_planar(image: Image.Image) -> bool:
-    """Whether a file is a TIFF with one deep channel after another, which Pillow reads as if they had 8 bits."""
+    """Whether a file is a TIFF that stores 16-bit channels one after another, which Pillow reads as 8-bit."""
     return image.format == "TIFF" and image.tag_v2.get(PLANAR) == 2 and max(image.tag_v2.get(BITS, (1,))) > 8
 
 
 def load_deep_color(image: Image.Image, reopen: Callable[[], Image.Image]) -> Image.Image:
-    """The 8-bit RGB, RGBX, RGBA or CMYK image of a file whose raw mode is in LOW_BYTES.
+    """Load a file whose raw mode is in LOW_BYTES as an 8-bit RGB, RGBX, RGBA or CMYK image.
 
     Args:
-        image: the file as opened, not loaded.
-        reopen: opens it once more; the two read the high and the low bytes.
+        image: the opened file, not loaded.
+        reopen: opens the file a second time, to read the low bytes.
     """
     mode = raw_mode(image)
     transparent = image.info.get("transparency")
@@ -59,7 +58,7 @@ def load_deep_color(image: Image.Image, reopen: Callable[[], Image.Image]) -> Im
 
 
 def narrow_gray(image: Image.Image, bits: int = 16) -> Image.Image:
-    """Gray of 9 to 16 bits, loaded, as 8-bit L, or LA where one value is transparent."""
+    """Convert a loaded gray image of 9 to 16 bits to 8-bit L, or to LA if one value is transparent."""
     values = np.asarray(image).astype(np.int64)
     gray = _narrow(np.clip(values, 0, 2**bits - 1), bits)
     transparent = image.info.get("transparency")
@@ -73,6 +72,6 @@ def _replaced(arguments: str | tuple, mode: str) -> str | tuple:
 
 
 def _narrow(values: np.ndarray, bits: int = 16) -> Image.Image:
-    """Numbers [H, W] of that many bits as an 8-bit image: scaled and rounded, in whole numbers."""
+    """Scale and round values [H, W] of `bits` bits to an 8-bit image, in integer arithmetic."""
     top = 2**bits - 1
     return Image.fromarray(((values * 510 + top) // (2 * top)).astype(np.uint8))

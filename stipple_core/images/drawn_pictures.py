@@ -1,7 +1,7 @@
-"""Generated pictures on disk: PNG files numbered, never overwritten, that tell how they were made.
+"""Generated images on disk: numbered PNG files that are never overwritten and contain their settings.
 
-Two text chunks tell it: `parameters` in the words of AUTOMATIC1111's web UI, which other programs show and search, and
-a JSON record with everything needed to make the picture again.
+Each file has two text chunks: `parameters` in the format of AUTOMATIC1111's web UI, which other programs display and
+search, and a JSON record with all settings needed to generate the image again.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from stipple_core.files.atomic import writing
+from stipple_core.files.hashing import file_sha256
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -40,18 +43,18 @@ A1111_SAMPLERS = {
 
 
 def check_writable(folder: Path) -> None:
-    """Raise a ValueError unless pictures can be written to `folder`, which need not exist yet. Makes nothing."""
+    """Raise a ValueError unless files can be written to `folder`, which need not exist. Creates nothing."""
     existing = folder
     while not existing.exists():
         existing = existing.parent
     if not existing.is_dir():
-        raise ValueError(f"outdir {folder} can't be made, because {existing} is a file; give another --outdir")
+        raise ValueError(f"outdir {folder} can't be made, because {existing} is a file; use another --outdir")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"outdir {folder} can't be written to, because {existing} is read-only; give another --outdir")
+        raise ValueError(f"outdir {folder} can't be written to, because {existing} is read-only; use another --outdir")
 
 
 def encode_png(image: Image.Image, texts: Mapping[str, str]) -> bytes:
-    """A PNG file's bytes, with text chunks ahead of the pixels; lone surrogates in them become `?`."""
+    """Encode an image as PNG with text chunks before the pixels. Lone surrogates in the texts become `?`."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
@@ -63,10 +66,10 @@ def encode_png(image: Image.Image, texts: Mapping[str, str]) -> bytes:
 
 
 def write_numbered(data: bytes, folder: Path, prefix: str = "", digits: int = 5) -> Path:
-    """Write to `folder`/PREFIXnnnnn.png, n being one more than the highest number there; never over another file.
+    """Write to `folder`/PREFIXnnnnn.png, with a number one higher than the highest in the folder; return the path.
 
-    Two processes may write to one folder: creating the file is exclusive, and whoever comes second takes the next
-    number. A file that can't be written whole is removed.
+    Several processes may write to one folder: files are created exclusively, and the number is increased if the file
+    exists. A file that can't be written completely is removed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     numbered = re.compile(re.escape(prefix) + r"(\d+)[^/]*\.png", re.ASCII)
@@ -89,20 +92,19 @@ def write_numbered(data: bytes, folder: Path, prefix: str = "", digits: int = 5)
 
 
 def replace_file(data: bytes, path: Path) -> None:
-    """Put new contents into a file of ours in one step: who watches it never sees half a picture."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_bytes(data)
-    os.replace(unfinished, path)
+    """Write a file atomically, so that a program that displays it never sees an incomplete image."""
+    with writing(path) as file:
+        file.write(data)
 
 
 def a1111_parameters(picture: Mapping[str, Any], model: str, model_hash: str) -> str:
-    """How a picture was made, in the words of AUTOMATIC1111's web UI.
+    """The settings of an image in the format of AUTOMATIC1111's web UI.
 
     Args:
-        picture: prompt, negative_prompt, steps, sampler, guidance_scale, seed, width, height, eta; where there is an
-            image, its strength.
-        model: its name.
-        model_hash: as `model_hash` gives it.
+        picture: prompt, negative_prompt, steps, sampler, guidance_scale, seed, width, height, eta, and with a source
+            image also `image` and `strength`.
+        model: the model's name.
+        model_hash: the result of `model_hash`.
     """
     values = {
         "Steps": picture["steps"],
@@ -122,49 +124,52 @@ def a1111_parameters(picture: Mapping[str, Any], model: str, model_hash: str) ->
 
 
 def _quoted(value: Any) -> str:
-    """A value as it is, or as a JSON string where it holds what separates values."""
+    """A value as text, or as a JSON string if it contains a separator."""
     text = str(value)
     return json.dumps(text, ensure_ascii=False) if set(text) & set(",:\n") else text
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The JSON record of a PNG file.
+    """Return the JSON record of a PNG file.
 
     Raises:
-        FileNotFoundError, ValueError: in one line: no such file, not a PNG, or no record in it.
+        FileNotFoundError: the file does not exist.
+        ValueError: it is not a PNG, or has no record.
     """
     from PIL import Image
 
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; give a PNG file that a drawing command wrote")
+        raise FileNotFoundError(f"{path} does not exist; use a PNG file that a drawing command wrote")
     try:
         with Image.open(path, formats=("PNG",)) as image:
             text = image.info.get(RECORD)
     except Exception as error:  # damaged chunks: Pillow raises SyntaxError, ValueError, OSError, struct.error
-        raise ValueError(f"{path} is not a readable PNG file ({type(error).__name__}); give another") from None
+        raise ValueError(f"{path} is not a readable PNG file ({type(error).__name__}); use another") from None
     if text is None:
-        raise ValueError(f"{path} does not say how it was made; give a PNG file that a drawing command wrote")
+        raise ValueError(f"{path} does not contain its settings; use a PNG file that a drawing command wrote")
     try:
         record = json.loads(text)
     except (ValueError, RecursionError):
         record = None
     if not isinstance(record, dict):
-        raise ValueError(f"{path} has a record that is not readable; give a PNG file that a drawing command wrote")
+        raise ValueError(f"{path} has a record that is not readable; use a PNG file that a drawing command wrote")
     return record
 
 
 def model_hash(model: Path) -> str:
-    """Ten hex digits that tell models apart: from name, size, first and last MiB of every weights file in a folder.
+    """Ten hexadecimal digits that identify a model: a hash of name, size, first and last MiB of its weight files.
 
-    They lie in its subfolders, or where there are none in itself. Of a single file the name does not count.
+    Training changes all weights, so this is enough; reading a large model completely would take longer than sampling.
 
-    Training changes all weights, so that is enough; reading all of a large model would take longer than a picture.
+    Args:
+        model: a single weight file, whose name is ignored, or a folder with weight files in its subfolders or in
+            itself.
     """
     import hashlib
 
     digest, mebibyte = hashlib.sha256(), 1 << 20
-    found = (sorted(path for path in model.glob(depth) if path.suffix in WEIGHTS) for depth in ("*/*", "*"))
-    for path in [model] if model.is_file() else next(filter(None, found), []):
+    by_depth = (sorted(path for path in model.glob(depth) if path.suffix in WEIGHTS) for depth in ("*/*", "*"))
+    for path in [model] if model.is_file() else next(filter(None, by_depth), []):
         size = path.stat().st_size
         digest.update(f"{path.relative_to(model).as_posix()} {size}".encode())
         with open(path, "rb") as file:
@@ -175,7 +180,5 @@ def model_hash(model: Path) -> str:
 
 
 def file_hash(path: Path) -> str:
-    """Ten hex digits that tell a file from another that has its name."""
-    import hashlib
-
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:10]
+    """The first ten hexadecimal digits of a file's SHA-256."""
+    return file_sha256(path)[:10]

@@ -1,15 +1,13 @@
-"""Arrays on disk that are mapped, not read: .npy files written atomically, and rows of unequal length over them.
+"""Memory-mapped arrays: .npy files that are written atomically, and arrays with rows of unequal length.
 
-Why .npy and not safetensors: both map, but numpy's rows are views without a call into another library for each (a
-latent in 7 us against 44 us), every array carries its own header, and `allow_pickle=False` leaves nothing to execute.
+.npy is used instead of safetensors because numpy reads a row as a view, without a call into another library (a latent
+takes 7 us instead of 44 us). Every array has its own header, and `allow_pickle=False` makes reading safe.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import IO, Any
 
 import numpy as np
 
@@ -18,7 +16,7 @@ from stipple_core.files.atomic import writing
 
 @dataclass(frozen=True, slots=True)
 class Ragged:
-    """Rows of unequal length, packed: row i is values[starts[i]:starts[i + 1]]."""
+    """Rows of unequal length in one array: row i is values[starts[i]:starts[i + 1]]."""
 
     values: np.ndarray  # [total, ...]
     starts: np.ndarray  # [rows + 1] int64
@@ -31,45 +29,36 @@ class Ragged:
 
 
 def pack(rows: Sequence[np.ndarray]) -> Ragged:
-    """Rows [l_i, ...] of one dtype as a Ragged; there must be at least one row."""
+    """Pack at least one row [l_i, ...] of one dtype into a Ragged."""
     starts = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
     return Ragged(np.concatenate(rows), starts)
 
 
 def save_array(path: str, array: np.ndarray) -> None:
-    """Write an array as .npy, atomically and durably."""
-    _save(path, lambda file: np.save(file, array, allow_pickle=False))
-
-
-def save_json(path: str, value: Any) -> None:
-    """Write JSON, atomically and durably."""
-    _save(path, lambda file: file.write(json.dumps(value, indent=1).encode()))
+    """Write an array as .npy, atomically and durably. Raises OSError, naming the file."""
+    try:
+        with writing(path) as file:
+            np.save(file, array, allow_pickle=False)
+    except OSError as error:
+        if error.filename is None:  # numpy's error has neither number nor file name
+            raise OSError(f"{path} can't be written ({error}); is the disk full?") from None
+        raise
 
 
 def save_ragged(path: str, ragged: Ragged) -> None:
-    """Write PATH.npy and PATH.starts.npy."""
+    """Write a Ragged as PATH.npy and PATH.starts.npy."""
     save_array(f"{path}.npy", ragged.values)
     save_array(f"{path}.starts.npy", ragged.starts)
 
 
 def map_array(path: str) -> np.ndarray:
-    """A .npy file as a read-only array on the page cache; ValueError if it is damaged or cut short."""
+    """Memory-map a .npy file as a read-only array. Raises ValueError if it is damaged or truncated."""
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)  # np.memmap's own slicing is slow
+        return np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)  # slicing an np.memmap is slow
     except (ValueError, EOFError) as error:
-        raise ValueError(f"{path} is damaged ({error}); run stipple cache again, which makes it anew") from None
+        raise ValueError(f"{path} is damaged ({error}); run stipple cache again, which writes it anew") from None
 
 
 def map_ragged(path: str) -> Ragged:
-    """What `save_ragged` wrote, mapped."""
+    """Memory-map what `save_ragged` wrote."""
     return Ragged(map_array(f"{path}.npy"), map_array(f"{path}.starts.npy"))
-
-
-def _save(path: str, write: Callable[[IO[bytes]], Any]) -> None:
-    try:
-        with writing(path) as file:
-            write(file)
-    except OSError as error:
-        if error.filename is None:  # numpy tells how many bytes, not where
-            raise OSError(f"{path} can't be written ({error}); is the disk full?") from None
-        raise

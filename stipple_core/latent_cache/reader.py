@@ -1,22 +1,7 @@
-"""The latent cache: posterior moments of every picture and the context of every caption, in memory-mapped shards.
+"""Reading a latent cache: memory-mapped posterior moments of all images and contexts of all captions.
 
-    key.json                what the cache is made of; written first
-    moments-00000000.npy    of records 0 to n-1 in a row, each [1 or 2, 2c, h, w]; the second is the mirror image
-    contexts-00000000.npy   [tokens of n captions, d] float16, with .starts.npy [n + 1]: the tokens that the mask keeps
-    ...-00000000.json       beside each part, written after it: the part is complete, and its SHA-256
-    sizes.npy, ends.npy     [records, 2]: (h, w) of each record's moments, (0, 0) where it has none and is left out;
-                            [records]: where its numbers end, counted over all parts
-    moments_sums.npy        [records, 1 or 2], and contexts_sums.npy [captions, 1]: the CRC-32 of each row, checked when
-                            it is read
-    captions, templates     the distinct captions, and which of them belong to which record
-    index.json              written last, when all parts are there
-
-Parts are ranges of records, not of processes: any number of processes can go on where others were stopped. A
-caption's context is stored once, however many pictures share it. `CachedLatents` draws caption and flip by the
-addresses that `ImageDataset` uses. Pictures that could not be decoded are left out, as if they had never been there.
-
-Precision: moments are float32 by default and so exactly those that were added; "float16" halves the files at a relative
-error of 2^-11 (mean 1.0 is off by 0.0005 at most). Contexts are always float16.
+`CachedLatents` draws captions and flips by the same addresses as `ImageDataset`. Images that could not be decoded are
+omitted. `stipple_core.latent_cache.cache_files` describes the files.
 """
 
 from __future__ import annotations
@@ -32,30 +17,27 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from stipple_core.data.dataset import draw_flip, draw_nested
+from stipple_core.data.dataset import draw_flip, draw_from_nested
 from stipple_core.latent_cache.arrays import map_array, map_ragged
-from stipple_core.latent_cache.writer import (
+from stipple_core.latent_cache.cache_files import (
     FORMAT,
-    OWN_KEYS,
-    ShardWriter,
+    WRITER_KEYS,
     as_json,
     check_key,
     part_path,
     parts,
-    read_json,
+    read_cache_json,
     row_sum,
 )
 from stipple_core.randomness import generator
 
-__all__ = ["CachedBatch", "CachedLatents", "CachedSample", "DamagedCache", "ShardWriter", "cached_collate"]
-
 
 @dataclass(frozen=True, slots=True)
 class CachedSample:
-    """What training needs of one captioned image."""
+    """One captioned image, as moments and context."""
 
-    moments: torch.Tensor  # [2c, h, w] float32; of the mirror image, where a flip was drawn
-    tokens: torch.Tensor | None  # [L, d] float16; None where contexts are not kept
+    moments: torch.Tensor  # [2c, h, w] float32; of the mirrored image if a flip was drawn
+    tokens: torch.Tensor | None  # [L, d] float16; None if contexts are not stored
     index: int  # among the usable records
     caption: str
 
@@ -65,49 +47,50 @@ class CachedBatch:
     """Cached samples of one micro-batch, their contexts padded to the longest."""
 
     moments: torch.Tensor  # [B, 2c, h, w] float32
-    tokens: torch.Tensor | None  # [B, L, d] float32, zero where masked; None where contexts are not kept
+    tokens: torch.Tensor | None  # [B, L, d] float32, zero where masked; None if contexts are not stored
     mask: torch.Tensor | None  # [B, L] bool, true where there is a token
     indices: torch.Tensor  # [B] int64
     captions: list[str]
 
     def pin_memory(self) -> CachedBatch:
-        """Called by the loader, so that the copy to a GPU does not wait."""
+        """Move the tensors to pinned memory; called by the loader for asynchronous copies to a GPU."""
         pinned = replace(self, moments=self.moments.pin_memory())
         return pinned if self.tokens is None else replace(pinned, tokens=self.tokens.pin_memory())
 
 
 class DamagedCache(ValueError):
-    """What is read from a latent cache is not what was written."""
+    """A row of a latent cache does not have the checksum that was written with it."""
 
 
 class CachedLatents(Dataset):
-    """A finished latent cache: `cache[epoch, index]` is a CachedSample. Opening maps the files and reads none of them.
+    """A complete latent cache: `cache[epoch, index]` is a CachedSample. Opening it maps the files without reading them.
 
-    `index` counts the usable records, in the order of all records; `usable` [N] has their numbers among these.
+    `index` counts the usable records; `usable` [N] contains their numbers among all records.
 
     Args:
-        folder: of the cache.
-        expected_key: what the cache has to be made of; None takes it as it is.
+        folder: the folder of the cache.
+        expected_key: the key that the cache must have. None accepts any.
         seed: the run's seed, from which captions and flips are drawn.
 
-    Raises FileNotFoundError if the cache is missing or not complete; ValueError, naming what changed, if its key is
-    another, or if it is damaged.
+    Raises:
+        FileNotFoundError: the cache is missing or incomplete.
+        ValueError: its key differs (the message names the entries), or it is damaged.
     """
 
     def __init__(self, folder: str, expected_key: Mapping[str, Any] | None = None, seed: int = 0):
         path = os.path.join(folder, "index.json")
         if not os.path.exists(path):
-            raise FileNotFoundError(f"{folder} is no complete latent cache (no index.json); run stipple cache")
-        index, self.key = read_json(path), read_json(os.path.join(folder, "key.json"))
+            raise FileNotFoundError(f"{folder} is not a complete latent cache (no index.json); run stipple cache")
+        index, self.key = read_cache_json(path), read_cache_json(os.path.join(folder, "key.json"))
         if index["format"] != FORMAT:
-            raise ValueError(f"latent cache {folder} has format {index['format']}, not {FORMAT}; make it again")
+            raise ValueError(f"latent cache {folder} has format {index['format']}, not {FORMAT}; make a new one")
         self.part_size = self.key["part_size"]
         if expected_key is not None:
-            own = {name: self.key[name] for name in OWN_KEYS}
-            check_key(folder, self.key, {**own, **as_json(expected_key)})
+            of_writer = {name: self.key[name] for name in WRITER_KEYS}
+            check_key(folder, self.key, {**of_writer, **as_json(expected_key)})
         self.folder, self.seed = folder, seed
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # each mapped file keeps a descriptor: 3 per part
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # each mapped file needs a descriptor, 3 per part
         self.sizes = map_array(os.path.join(folder, "sizes.npy"))  # [records, 2]
         self.usable = np.flatnonzero(self.sizes[:, 0])
         self.flips, self.channels = index["flips"] == 2, index["channels"]
@@ -128,22 +111,22 @@ class CachedLatents(Dataset):
         return len(self.usable)
 
     def __reduce__(self) -> tuple:
-        return CachedLatents, (self.folder, None, self.seed)  # workers map the files anew: pickling would copy them
+        return CachedLatents, (self.folder, None, self.seed)  # workers map the files again instead of copying them
 
     def __getitem__(self, address: tuple[int, int]) -> CachedSample:
         epoch, index = address
         record = int(self.usable[index])
         flip = self.flips and draw_flip(self.seed, epoch, index)
-        number = int(draw_nested(self.captions_of(record), generator(self.seed, "caption", epoch, index)))
+        number = int(draw_from_nested(self.captions_of(record), generator(self.seed, "caption", epoch, index)))
         tokens = None if self.null_tokens is None else self.context(number)
         return CachedSample(self.moments(record, flip), tokens, index, self.caption(number))
 
     def buckets(self) -> np.ndarray:
-        """The bucket [N] of each usable record: the number of its size among all sizes, in order of width."""
+        """The bucket [N] of each usable record: the number of its size among all sizes, ordered by width."""
         return np.unique(self.sizes[self.usable][:, ::-1], axis=0, return_inverse=True)[1].ravel()
 
     def moments(self, record: int, flip: bool = False) -> torch.Tensor:
-        """A record's posterior moments [2c, h, w], or its mirror image's; float32. Raises DamagedCache."""
+        """Posterior moments [2c, h, w] of a record, or of its mirrored image; float32. Raises DamagedCache."""
         part, (height, width) = record // self.part_size, self.sizes[record].tolist()
         area = self.channels * height * width
         end = int(self._ends[record]) - self._end(part * self.part_size)
@@ -153,15 +136,15 @@ class CachedLatents(Dataset):
         return torch.from_numpy(values.astype(np.float32).reshape(self.channels, height, width))
 
     def captions_of(self, record: int) -> list[np.ndarray]:
-        """Numbers of a record's captions: an array for each template."""
+        """The numbers of a record's captions, one array for each template."""
         return [self._templates[template] for template in range(self._records[record], self._records[record + 1])]
 
     def caption(self, number: int) -> str:
-        """A caption's text."""
+        """The text of a caption."""
         return self._captions[number].tobytes().decode()
 
     def context(self, number: int) -> torch.Tensor:
-        """A caption's tokens [L, d], float16."""
+        """The tokens [L, d] of a caption, float16. Raises DamagedCache."""
         part, row = divmod(number, self.part_size)
         tokens = np.array(self._contexts[part][row])
         self._check("contexts", number, tokens, 0)
@@ -171,10 +154,10 @@ class CachedLatents(Dataset):
         if row_sum(values) != self._sums[kind][row, view]:
             first = row // self.part_size * self.part_size
             path = part_path(self.folder, kind, range(first, first + 1))
-            raise DamagedCache(f"{path}.npy is damaged at row {row - first}; run stipple cache again, which mends it")
+            raise DamagedCache(f"{path}.npy is damaged at row {row - first}; run stipple cache again to fix it")
 
     def _end(self, stop: int) -> int:
-        """How many numbers the first `stop` records have."""
+        """The number of values of the first `stop` records."""
         return int(self._ends[stop - 1]) if stop else 0
 
     def _map_moments(self) -> list[np.ndarray]:
@@ -188,7 +171,7 @@ class CachedLatents(Dataset):
 
 
 def cached_collate(samples: Sequence[CachedSample]) -> CachedBatch:
-    """Cached samples as a CachedBatch."""
+    """Combine samples to a batch, with contexts padded to the longest."""
     moments = torch.from_numpy(np.stack([sample.moments.numpy() for sample in samples]))  # [B, 2c, h, w]
     indices = torch.tensor([sample.index for sample in samples])
     captions = [sample.caption for sample in samples]

@@ -1,1 +1,1 @@
-"""Fast arithmetic for layers that `autoencoder` and `ldm` share: it knows no model."""
+"""Fast convolution and normalization for the layers of `autoencoder` and `ldm`."""

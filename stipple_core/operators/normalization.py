@@ -1,4 +1,4 @@
-"""Group normalization followed by SiLU, which begins every convolution of the networks here."""
+"""Group normalization followed by SiLU, the activation before each convolution of the networks."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from torch import Tensor, nn
 
 
 def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    """SiLU of the normalized x [B, C, H, W]; without gradients in one piece of memory instead of two."""
+    """SiLU of the normalized x [B, C, H, W]; computed in place if gradients are disabled."""
     return F.silu(norm(x), inplace=not torch.is_grad_enabled())

@@ -1,4 +1,4 @@
-"""Claims about the autoencoder: its numerics against diffusers, its scale, its files."""
+"""The autoencoder: agreement with diffusers, the scale of latents, files."""
 
 import json
 
@@ -60,7 +60,7 @@ def images(batch=2, height=16, width=24, seed=0, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_the_papers_autoencoders_have_their_numbers_of_parameters(name):
+def test_the_autoencoders_of_the_paper_have_its_numbers_of_parameters(name):
     options, count = PAPER[name]
     with torch.device("meta"):
         autoencoder = Autoencoder(AutoencoderConfig(**options))
@@ -76,64 +76,64 @@ VARIANTS = [
 
 
 @pytest.mark.parametrize("regularizer, attention_levels, mid_attention", VARIANTS)
-def test_diffusers_reads_what_we_write_and_agrees_in_outputs_and_gradients(
+def test_diffusers_loads_saved_autoencoders_with_equal_outputs_and_gradients(
     regularizer, attention_levels, mid_attention, tmp_path
 ):
     diffusers = pytest.importorskip("diffusers")
-    ours = small(regularizer, attention_levels=attention_levels, mid_attention=mid_attention)
-    ours.save(tmp_path)
-    theirs, report = getattr(diffusers, {"kl": "AutoencoderKL", "vq": "VQModel"}[regularizer]).from_pretrained(
+    autoencoder = small(regularizer, attention_levels=attention_levels, mid_attention=mid_attention)
+    autoencoder.save(tmp_path)
+    reference, report = getattr(diffusers, {"kl": "AutoencoderKL", "vq": "VQModel"}[regularizer]).from_pretrained(
         tmp_path / "vae", output_loading_info=True
     )
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    ours, theirs, x = ours.double(), theirs.double(), images(dtype=torch.float64)
-    x_ours, x_theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
-    mine, other = ours(x_ours).images, theirs(x_theirs).sample
-    assert (mine - other).norm() < 1e-5 * other.norm()
+    autoencoder, reference, x = autoencoder.double(), reference.double(), images(dtype=torch.float64)
+    x_1, x_2 = x.clone().requires_grad_(), x.clone().requires_grad_()
+    output, expected = autoencoder(x_1).images, reference(x_2).sample
+    assert (output - expected).norm() < 1e-5 * expected.norm()
     weight = torch.randn(x.shape, dtype=torch.float64)
-    (mine * weight).sum().backward()
-    (other * weight).sum().backward()
-    assert (x_ours.grad - x_theirs.grad).norm() < 1e-5 * x_theirs.grad.norm()
-    gradients = dict(theirs.named_parameters())
-    for name, parameter in ours.named_parameters():
-        if not name.startswith("quantize"):  # the codebook loss reaches the codes, not the image
+    (output * weight).sum().backward()
+    (expected * weight).sum().backward()
+    assert (x_1.grad - x_2.grad).norm() < 1e-5 * x_2.grad.norm()
+    gradients = dict(reference.named_parameters())
+    for name, parameter in autoencoder.named_parameters():
+        if not name.startswith("quantize"):  # codes have gradients only of the codebook loss
             assert (parameter.grad - gradients[name].grad).norm() <= 1e-5 * gradients[name].grad.norm() + 1e-9, name
 
 
 @pytest.mark.parametrize("regularizer", ["kl", "vq"])
-def test_we_read_what_diffusers_writes(regularizer, tmp_path):
+def test_autoencoders_of_diffusers_are_loaded(regularizer, tmp_path):
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     options = dict(block_out_channels=(16, 32), norm_num_groups=8, latent_channels=4, layers_per_block=1)
     options |= dict(down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"))
     options |= dict(up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D"))
     if regularizer == "kl":
-        theirs = diffusers.AutoencoderKL(**options, shift_factor=0.3)
+        reference = diffusers.AutoencoderKL(**options, shift_factor=0.3)
     else:
-        theirs = diffusers.VQModel(**options, num_vq_embeddings=64)
-    theirs.save_pretrained(tmp_path / "vae")
-    ours, x = Autoencoder.load(tmp_path), images()
-    assert torch.allclose(ours(x).images, theirs(x).sample, atol=1e-5)
-    assert ours.scaling_factor == 0.18215
-    assert ours.shift_factor == (0.3 if regularizer == "kl" else 0.0)
-    latents = ours.encode(x).mode()
-    assert torch.allclose(ours.decode(latents), theirs(x).sample, atol=1e-4)
+        reference = diffusers.VQModel(**options, num_vq_embeddings=64)
+    reference.save_pretrained(tmp_path / "vae")
+    autoencoder, x = Autoencoder.load(tmp_path), images()
+    assert torch.allclose(autoencoder(x).images, reference(x).sample, atol=1e-5)
+    assert autoencoder.scaling_factor == 0.18215
+    assert autoencoder.shift_factor == (0.3 if regularizer == "kl" else 0.0)
+    latents = autoencoder.encode(x).mode()
+    assert torch.allclose(autoencoder.decode(latents), reference(x).sample, atol=1e-4)
 
 
-def test_encode_gives_diffusers_latents_times_its_scaling_factor(tmp_path):
+def test_latents_are_those_of_diffusers_times_its_scaling_factor(tmp_path):
     diffusers = pytest.importorskip("diffusers")
-    ours, x = small(), images()
-    ours.set_scale(torch.tensor([0.1, -0.2, 0.3, 0.0]), 0.5)
-    ours.save(tmp_path)
-    theirs = diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae")
-    expected = theirs.encode(x).latent_dist
-    assert theirs.config.shift_factor is None
-    assert torch.allclose(ours.encode(x).mode(), expected.mean * theirs.config.scaling_factor, atol=1e-5)
-    assert torch.allclose(ours.encode(x).variance, expected.var * theirs.config.scaling_factor**2, rtol=1e-4)
+    autoencoder, x = small(), images()
+    autoencoder.set_scale(torch.tensor([0.1, -0.2, 0.3, 0.0]), 0.5)
+    autoencoder.save(tmp_path)
+    reference = diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae")
+    expected, scale = reference.encode(x).latent_dist, reference.config.scaling_factor
+    assert reference.config.shift_factor is None
+    assert torch.allclose(autoencoder.encode(x).mode(), expected.mean * scale, atol=1e-5)
+    assert torch.allclose(autoencoder.encode(x).variance, expected.var * scale**2, rtol=1e-4)
 
 
 @pytest.mark.parametrize("regularizer", ["kl", "vq"])
-def test_setting_the_scale_changes_no_reconstruction_and_makes_latents_unit_scale(regularizer):
+def test_set_scale_makes_latents_unit_scale_and_keeps_reconstructions(regularizer):
     autoencoder, x = small(regularizer).double(), images(batch=8, dtype=torch.float64)
     before = autoencoder(x).images
     statistics = LatentStatistics(autoencoder.latent_channels)
@@ -158,7 +158,7 @@ def test_statistics_are_those_of_sampled_latents():
     assert statistics.std == pytest.approx(samples.var(dim=(0, 2, 3)).mean().sqrt().item(), rel=0.01)
 
 
-def test_statistics_without_data_and_a_scale_of_zero_are_refused():
+def test_statistics_without_data_and_a_scale_of_zero_are_errors():
     with pytest.raises(ValueError, match="0 batches"):
         _ = LatentStatistics(4).mean
     with pytest.raises(ValueError, match="std 0.0 is not a positive"):
@@ -179,7 +179,7 @@ def test_save_and_load_give_the_same_autoencoder_bit_for_bit(regularizer, tmp_pa
     assert all(parameter.requires_grad for parameter in again.parameters())
 
 
-def test_half_precision_files_are_half_as_big_and_close(tmp_path):
+def test_half_precision_files_have_half_the_size_and_close_results(tmp_path):
     autoencoder, x = small(), images()
     autoencoder.save(tmp_path / "full")
     autoencoder.save(tmp_path / "half", dtype=torch.float16)
@@ -200,25 +200,25 @@ CHANGES = [
     ({"use_quant_conv": False}, "'use_quant_conv' .* is False; only True"),
     ({"down_block_types": ["DownBlock2D"] * 3}, "'DownBlock2D' is unknown"),
     ({"up_block_types": ["AttnUpDecoderBlock2D"] * 3}, "do not mirror"),
-    ({"_class_name": "AutoencoderTiny"}, "'AutoencoderTiny' is not an autoencoder"),
+    ({"_class_name": "AutoencoderTiny"}, "'AutoencoderTiny' is not a supported autoencoder"),
     ({"layers_per_block": 2}, "does not fit its configuration: .* is missing"),
 ]
 
 
 @pytest.mark.parametrize("changes, message", CHANGES)
-def test_files_that_do_not_fit_are_refused_by_name(changes, message, tmp_path):
+def test_the_error_for_unsupported_files_names_the_option(changes, message, tmp_path):
     small().save(tmp_path)
     change_options(tmp_path, **changes)
     with pytest.raises(ValueError, match=message):
         Autoencoder.load(tmp_path)
 
 
-def test_a_folder_without_an_autoencoder_is_named(tmp_path):
+def test_a_folder_without_an_autoencoder_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="no config.json in"):
         Autoencoder.load(tmp_path)
 
 
-def test_sizes_that_do_not_divide_are_refused_with_the_mend():
+def test_the_error_for_an_indivisible_size_suggests_sizes():
     with pytest.raises(ValueError, match=r"image size 18 is not divisible by 4 \(autoencoder .*\); use 16 or 20"):
         small().encode(images(height=18))
 
@@ -232,7 +232,7 @@ BAD_OPTIONS = [
 
 
 @pytest.mark.parametrize("options, message", BAD_OPTIONS)
-def test_bad_options_are_refused(options, message):
+def test_invalid_options_are_errors(options, message):
     with pytest.raises(ValueError, match=message):
         AutoencoderConfig(**(SMALL | options))
 
@@ -246,7 +246,7 @@ def test_latents_of_a_codebook_are_quantized_when_decoded():
     assert torch.allclose(autoencoder.decode(nudged), autoencoder(x).images, atol=1e-4)
 
 
-def test_noise_samples_the_posterior_and_none_takes_its_mode():
+def test_noise_samples_the_posterior_and_none_uses_its_mode():
     autoencoder, x = small(), images()
     noise = torch.randn(2, 4, 4, 6)
     sampled = autoencoder.decode(autoencoder.posterior(x).sample(noise))
@@ -255,7 +255,7 @@ def test_noise_samples_the_posterior_and_none_takes_its_mode():
 
 
 @pytest.mark.parametrize("regularizer", ["kl", "vq"])
-def test_low_precision_keeps_posteriors_in_float32(regularizer):
+def test_posteriors_are_float32_in_low_precision(regularizer):
     autoencoder, x = small(regularizer), images()
     expected = autoencoder(x)
     with torch.autocast("cpu", torch.bfloat16):
@@ -268,7 +268,7 @@ def test_low_precision_keeps_posteriors_in_float32(regularizer):
     assert torch.equal(decoded, mixed.images) and low.images.dtype == torch.bfloat16
 
 
-def test_checkpointing_and_channels_last_change_no_gradient():
+def test_checkpointing_and_channels_last_do_not_change_gradients():
     autoencoder, x = small(attention_levels=(False, True, True)).double(), images(dtype=torch.float64)
     gradients = []
     for checkpointing, layout in ((False, torch.contiguous_format), (True, torch.channels_last)):
@@ -280,7 +280,7 @@ def test_checkpointing_and_channels_last_change_no_gradient():
     assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(*gradients, strict=True))
 
 
-def test_preview_matrix_recovers_colors_that_are_linear_in_the_latents():
+def test_the_preview_matrix_recovers_colors_that_are_linear_in_the_latents():
     latents = torch.randn(4, 4, 6, 6, generator=torch.Generator().manual_seed(0))
     matrix = 0.1 * torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
     small_images = preview(latents, matrix)
@@ -290,12 +290,12 @@ def test_preview_matrix_recovers_colors_that_are_linear_in_the_latents():
 
 
 @pytest.mark.parametrize("saved", [torch.float32, torch.float16])
-def test_a_fingerprint_is_the_same_in_whatever_precision_weights_are_saved_and_opened(tmp_path, saved):
+def test_the_fingerprint_does_not_depend_on_the_precision_of_files_and_weights(tmp_path, saved):
     torch.manual_seed(0)
-    ours = Autoencoder(AutoencoderConfig(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4))
-    ours.save(tmp_path, saved)
+    autoencoder = Autoencoder(AutoencoderConfig(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4))
+    autoencoder.save(tmp_path, saved)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        assert Autoencoder.load(tmp_path, dtype=dtype).fingerprint() == ours.fingerprint()
+        assert Autoencoder.load(tmp_path, dtype=dtype).fingerprint() == autoencoder.fingerprint()
     with torch.no_grad():
-        ours.quant_conv.weight.mul_(1.01)
-    assert Autoencoder.load(tmp_path).fingerprint() != ours.fingerprint()
+        autoencoder.quant_conv.weight.mul_(1.01)
+    assert Autoencoder.load(tmp_path).fingerprint() != autoencoder.fingerprint()

@@ -1,4 +1,4 @@
-"""Claims about the losses of the first stage and its discriminator."""
+"""The losses of the autoencoder and of its discriminator."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def parts(regularizer="kl", seed=0):
     return autoencoder, discriminator, torch.rand(2, 3, 16, 16, dtype=torch.float64) * 2 - 1
 
 
-def test_kl_objective_is_ldms_divided_by_the_number_of_values():
+def test_the_kl_loss_is_that_of_ldm_divided_by_the_number_of_values():
     autoencoder, _, x = parts()
     reconstruction = autoencoder(x)
     ldm = (x - reconstruction.images).abs().sum() / 2 + 1e-6 * reconstruction.posterior.kl().sum() / 2
@@ -31,7 +31,7 @@ def test_kl_objective_is_ldms_divided_by_the_number_of_values():
     assert loss.total.item() == pytest.approx(ldm.item() / (3 * 16 * 16))
 
 
-def test_codebook_loss_enters_in_full():
+def test_the_codebook_loss_is_not_scaled():
     autoencoder, _, x = parts("vq")
     reconstruction = autoencoder(x)
     loss = generator_loss(x, reconstruction, LossConfig())
@@ -39,7 +39,7 @@ def test_codebook_loss_enters_in_full():
     assert loss.total.item() == pytest.approx(loss.pixel.item() + reconstruction.codebook_loss.item())
 
 
-def test_perceptual_distance_is_weighed_and_trained_through():
+def test_the_perceptual_distance_is_weighted_and_has_gradients():
     autoencoder, _, x = parts()
     reconstruction = autoencoder(x)
 
@@ -52,7 +52,7 @@ def test_perceptual_distance_is_weighed_and_trained_through():
     assert autoencoder.encoder.conv_in.weight.grad.norm() > 0
 
 
-def test_adaptive_weight_balances_gradients_at_the_last_layer():
+def test_the_adaptive_weight_balances_gradients_at_the_last_layer():
     autoencoder, discriminator, x = parts()
     reconstruction = autoencoder(x)
     nll = (x - reconstruction.images).abs().mean()
@@ -66,7 +66,7 @@ def test_adaptive_weight_balances_gradients_at_the_last_layer():
     assert huge.item() == 1e4
 
 
-def test_adversarial_term_is_ldms():
+def test_the_adversarial_term_is_that_of_ldm():
     autoencoder, discriminator, x = parts()
     reconstruction = autoencoder(x)
     plain = generator_loss(x, reconstruction, LossConfig())
@@ -77,12 +77,12 @@ def test_adversarial_term_is_ldms():
     assert loss.feature_matching is None
 
 
-def test_hinge_loss_is_zero_for_sure_verdicts_and_one_for_none():
+def test_the_hinge_loss_is_zero_for_confident_logits_and_one_for_zero_logits():
     assert discriminator_loss(torch.full((2, 1, 3, 3), 1.5), torch.full((2, 1, 3, 3), -1.5)) == 0.0
     assert discriminator_loss(torch.zeros(2, 1, 3, 3), torch.zeros(2, 1, 3, 3)) == 1.0
 
 
-def test_feature_matching_is_zero_on_the_image_itself_and_teaches_the_autoencoder_only():
+def test_feature_matching_is_zero_for_equal_images_and_trains_only_the_autoencoder():
     autoencoder, discriminator, x = parts()
     assert feature_matching(discriminator(x)[1], discriminator(x)[1]) == 0.0
     image_features = [feature.detach().requires_grad_() for feature in discriminator(x)[1]]
@@ -92,7 +92,7 @@ def test_feature_matching_is_zero_on_the_image_itself_and_teaches_the_autoencode
     assert autoencoder.last_layer.grad.norm() > 0
 
 
-def test_scalars_are_the_parts_that_there_are_without_gradient():
+def test_scalars_are_the_terms_in_use_without_gradients():
     autoencoder, discriminator, x = parts()
     reconstruction = autoencoder(x)
     adversary = Adversary(*discriminator(reconstruction.images), discriminator(x)[1])
@@ -103,7 +103,7 @@ def test_scalars_are_the_parts_that_there_are_without_gradient():
 
 
 @pytest.mark.parametrize("layers, pixels", [(1, 16), (2, 34), (3, 70)])
-def test_a_logit_sees_the_promised_number_of_pixels(layers, pixels):
+def test_the_receptive_field_of_a_logit_is_the_documented_one(layers, pixels):
     discriminator = PatchDiscriminator(DiscriminatorConfig(channels=4, layers=layers, norm="batch")).eval()
     x = torch.zeros(1, 3, 128, 128, requires_grad=True)
     logits, features = discriminator(x)
@@ -112,20 +112,20 @@ def test_a_logit_sees_the_promised_number_of_pixels(layers, pixels):
     assert seen.sum() == pixels and len(features) == layers + 1
 
 
-def test_group_norm_judges_images_one_by_one_and_batch_norm_does_not():
+def test_logits_depend_on_the_batch_with_batch_norm_and_not_with_group_norm():
     x = torch.rand(4, 3, 32, 32) * 2 - 1
-    for norm, alone in (("group", True), ("batch", False)):
+    for norm, independent in (("group", True), ("batch", False)):
         discriminator = PatchDiscriminator(DiscriminatorConfig(channels=8, layers=2, norm=norm))
         logits = discriminator(x)[0]
-        assert torch.allclose(logits[:2], discriminator(x[:2])[0], atol=1e-6) is alone
+        assert torch.allclose(logits[:2], discriminator(x[:2])[0], atol=1e-6) is independent
 
 
-def test_unknown_norm_is_refused():
+def test_an_unknown_norm_is_an_error():
     with pytest.raises(ValueError, match="norm 'layer' is unknown; use one of group, batch"):
         PatchDiscriminator(DiscriminatorConfig(norm="layer"))
 
 
-def test_a_discriminator_learns_to_tell_sharp_from_blurred():
+def test_a_discriminator_learns_to_distinguish_sharp_from_blurred():
     torch.manual_seed(0)
     discriminator = PatchDiscriminator(DiscriminatorConfig(channels=8, layers=2))
     optimizer = torch.optim.Adam(discriminator.parameters(), lr=2e-3)

@@ -1,4 +1,4 @@
-"""Claims about the perceptual distances, and the features trained on the images at hand."""
+"""Perceptual distances, and the network of features that is trained on the training images."""
 
 import itertools
 
@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from autoencoder.losses.lpips import LPIPS, VGG16, VGG16_STAGES
 from autoencoder.losses.perceptual import PERCEPTUAL, MultiScaleSSIM, PerceptualConfig, make_perceptual
+from autoencoder.losses.similarity import ssim
 from autoencoder.losses.trained_features import (
     DEGRADATIONS,
     FeatureConfig,
@@ -21,7 +22,7 @@ LOCAL = [kind for kind in PERCEPTUAL if kind not in ("none", "lpips")]
 
 
 def drawings(count=8, size=32, seed=0):
-    """Random rectangles on white, above black ground, [count, 3, size, size]."""
+    """Random rectangles on white with a black strip at the bottom, [count, 3, size, size]."""
     g = torch.Generator().manual_seed(seed)
     images = torch.ones(count, 3, size, size)
     for image in images:
@@ -56,7 +57,7 @@ def linear_file(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", LOCAL)
-def test_distance_is_zero_on_the_image_and_grows_with_noise(kind):
+def test_the_distance_of_an_image_to_itself_is_zero_and_grows_with_noise(kind):
     torch.manual_seed(0)
     distance, images = make_perceptual(PerceptualConfig(kind=kind)), drawings()
     noise = torch.randn_like(images)
@@ -67,7 +68,7 @@ def test_distance_is_zero_on_the_image_and_grows_with_noise(kind):
 
 
 @pytest.mark.parametrize("kind", LOCAL)
-def test_distance_judges_each_sample_alone(kind):
+def test_the_distance_of_a_sample_does_not_depend_on_its_batch(kind):
     torch.manual_seed(0)
     distance, images = make_perceptual(PerceptualConfig(kind=kind)), drawings()
     others = images + 0.1 * torch.randn_like(images)
@@ -89,12 +90,10 @@ def test_gradient_descent_on_a_distance_approaches_the_image(kind):
     assert distance(images, guess).sum().item() < 0.6 * start
 
 
-def test_single_scale_of_ms_ssim_is_ssim():
-    from autoencoder.losses.similarity import ssim
-
-    images = drawings(size=16)  # room for one scale only
+def test_ms_ssim_with_one_scale_is_ssim():
+    images = drawings(size=16)  # large enough for one scale only
     others = (images + 0.1 * torch.randn_like(images)).clamp(-1, 1)
-    assert torch.allclose(1 - MultiScaleSSIM()(images, others), ssim(images, others), atol=1e-4)
+    assert torch.allclose(1 - MultiScaleSSIM()(images, others), ssim(images, others), atol=1e-6)
 
 
 def test_ms_ssim_keeps_its_precision_under_autocast():
@@ -105,12 +104,12 @@ def test_ms_ssim_keeps_its_precision_under_autocast():
     assert torch.equal(mixed, MultiScaleSSIM()(images, others))
 
 
-def test_ms_ssim_refuses_images_smaller_than_its_window():
+def test_images_smaller_than_the_window_of_ms_ssim_are_an_error():
     with pytest.raises(ValueError, match="image size 8 is below the SSIM window; use at least 11"):
         MultiScaleSSIM()(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 8))
 
 
-def test_focal_frequency_weighs_the_worst_frequency_with_its_full_square():
+def test_focal_frequency_has_weight_1_for_the_worst_frequency():
     wave = torch.cos(torch.arange(16) * torch.pi / 2).expand(1, 3, 16, 16)
     distance = PERCEPTUAL["focal_frequency"](PerceptualConfig())
     spectrum = torch.fft.rfft2(wave, norm="ortho").abs().square()
@@ -139,7 +138,7 @@ def test_lpips_is_the_weighted_difference_of_unit_features(vgg_file, linear_file
     assert torch.allclose(lpips(images, others), expected, rtol=1e-4)
 
 
-def test_lpips_is_trained_through_and_frozen(vgg_file, linear_file):
+def test_lpips_is_frozen_and_has_gradients_for_reconstructions(vgg_file, linear_file):
     lpips, images = LPIPS.load(vgg_file, linear_file), drawings(count=2)
     others = images.clone().requires_grad_()
     lpips(images, others + 0.1).sum().backward()
@@ -147,21 +146,21 @@ def test_lpips_is_trained_through_and_frozen(vgg_file, linear_file):
     assert not any(parameter.requires_grad for parameter in lpips.parameters())
 
 
-def test_missing_lpips_weights_say_where_to_get_them(vgg_file, tmp_path):
+def test_the_error_for_missing_lpips_weights_tells_where_to_get_them(vgg_file, tmp_path):
     with pytest.raises(FileNotFoundError, match="VGG16 weights, and None is not a file; get vgg16-397923af.pth"):
         make_perceptual(PerceptualConfig(kind="lpips"))
     with pytest.raises(FileNotFoundError, match="LPIPS weights, and .* is not a file; get lpips/weights/v0.1/vgg.pth"):
         LPIPS.load(vgg_file, str(tmp_path / "absent.pth"))
 
 
-def test_wrong_lpips_weights_are_refused(vgg_file, linear_file):
-    with pytest.raises(ValueError, match="holds no VGG16"):
+def test_wrong_lpips_weights_are_an_error(vgg_file, linear_file):
+    with pytest.raises(ValueError, match="does not contain VGG16"):
         LPIPS.load(linear_file, linear_file)
-    with pytest.raises(ValueError, match="holds no lin0.model.1.weight"):
+    with pytest.raises(ValueError, match="does not contain lin0.model.1.weight"):
         LPIPS.load(vgg_file, vgg_file)
 
 
-def test_unknown_distance_is_refused():
+def test_an_unknown_distance_is_an_error():
     with pytest.raises(ValueError, match="'vgg' is unknown; use one of none, lpips"):
         make_perceptual(PerceptualConfig(kind="vgg"))
 
@@ -174,27 +173,29 @@ def trained(seed=0, steps=5):
     return network, train_features(network, images, config, torch.Generator().manual_seed(7))
 
 
-def test_training_features_depends_on_the_generator_and_images_alone():
+def test_training_features_depends_only_on_generator_and_images():
     (network, losses), (other, other_losses) = trained(0), trained(1)
     assert losses == other_losses
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), other.parameters(), strict=True))
     assert not any(parameter.requires_grad for parameter in network.parameters())
 
 
-def test_training_features_learns_something():
+def test_training_features_decreases_the_loss():
     _, losses = trained(steps=80)
     assert sum(losses[-10:]) < 0.85 * sum(losses[:10])
 
 
-def test_trained_features_survive_their_state_dict():
+def test_trained_features_are_restored_from_their_state_dict():
     distance, images = FeatureDistance(trained()[0]), drawings()
     others = images + 0.1
     again = FeatureDistance(FeatureNetwork(FeatureConfig(channels=(8, 8, 16))))
     again.load_state_dict(distance.state_dict())
+    for loaded, own in zip(again.parameters(), distance.parameters(), strict=True):
+        assert torch.equal(loaded, own) and loaded.stride() == own.stride()  # other strides take other kernels
     assert torch.equal(again(images, others), distance(images, others))
 
 
-def test_disturbing_turns_and_degrades_each_image_as_told():
+def test_disturb_rotates_and_degrades_each_image_as_specified():
     images = drawings(count=4)
     none, blur = list(DEGRADATIONS).index("none"), list(DEGRADATIONS).index("blur 3")
     turns, kinds = torch.tensor([0, 1, 2, 0]), torch.tensor([none, none, none, blur])

@@ -1,4 +1,4 @@
-"""Claims about the posterior and the codebook."""
+"""The posterior and the codebook."""
 
 import math
 
@@ -13,7 +13,7 @@ def random_posterior(*shape, seed=0):
     return Posterior.from_moments(torch.randn(shape, generator=g, dtype=torch.float64))
 
 
-def test_kl_is_torch_distributions_kl_summed_per_sample():
+def test_kl_equals_that_of_torch_distributions_summed_per_sample():
     posterior = random_posterior(3, 8, 4, 5)
     normal = torch.distributions.Normal(posterior.mean, (0.5 * posterior.logvar).exp())
     expected = torch.distributions.kl_divergence(normal, torch.distributions.Normal(0.0, 1.0)).sum(dim=(1, 2, 3))
@@ -38,7 +38,7 @@ def test_moments_round_trip():
     assert torch.equal(again.mean, posterior.mean) and torch.equal(again.logvar, posterior.logvar)
 
 
-def test_log_variance_is_clamped_but_a_point_stays_a_point():
+def test_log_variances_are_clamped_except_those_of_points():
     moments = torch.tensor([0.0, 0.0, 0.0, -100.0, 100.0, -math.inf]).reshape(1, 6, 1, 1)
     assert Posterior.from_moments(moments).logvar.flatten().tolist() == [-30.0, 20.0, -math.inf]
 
@@ -49,7 +49,7 @@ def test_a_sample_of_a_point_is_its_mode_exactly():
     assert torch.equal(posterior.sample(torch.randn_like(mean)), posterior.mode())
 
 
-def test_affine_posterior_is_the_posterior_of_affine_latents():
+def test_affine_is_the_posterior_of_affine_latents():
     posterior, noise = random_posterior(2, 8, 3, 3), torch.randn(2, 4, 3, 3, dtype=torch.float64)
     assert torch.allclose(posterior.affine(0.7, 3.0).sample(noise), (posterior.sample(noise) - 0.7) * 3.0)
 
@@ -61,11 +61,11 @@ def codebook(size=32, channels=4, commitment=0.25):
     return quantizer
 
 
-def test_each_latent_gets_its_nearest_code(monkeypatch):
+def test_each_latent_is_replaced_by_its_nearest_code(monkeypatch):
     quantizer, latents = codebook(), torch.randn(2, 4, 5, 6)
     expected = torch.cdist(flatten(latents), quantizer.embedding.weight).argmin(dim=1).reshape(2, 5, 6)
     assert torch.equal(quantizer(latents).indices, expected)
-    monkeypatch.setattr("autoencoder.regularizer.CHUNK", 32 * 7)  # seven latents at a time
+    monkeypatch.setattr("autoencoder.networks.regularizer.CHUNK", 32 * 7)  # seven latents at a time
     assert torch.equal(quantizer(latents).indices, expected)
 
 
@@ -76,14 +76,14 @@ def test_codes_are_fixed_points():
     assert torch.equal(quantized.indices, indices) and quantized.loss.item() == 0.0
 
 
-def test_gradient_goes_straight_through():
+def test_the_gradient_is_straight_through():
     quantizer, latents = codebook(), torch.randn(2, 4, 5, 6, requires_grad=True)
     weight = torch.randn(2, 4, 5, 6)
     (gradient,) = torch.autograd.grad((quantizer(latents).latents * weight).sum(), latents)
     assert torch.equal(gradient, weight)
 
 
-def test_commitment_weighs_the_encoders_term_and_not_the_codebooks():
+def test_the_commitment_weight_multiplies_the_term_of_the_encoder():
     latents = torch.randn(2, 4, 5, 6, requires_grad=True)
     gradients = {}
     for beta in (0.25, 1.0):
@@ -93,7 +93,7 @@ def test_commitment_weighs_the_encoders_term_and_not_the_codebooks():
     assert torch.allclose(gradients[0.25][1], gradients[1.0][1])
 
 
-def test_revival_moves_dead_codes_only_and_onto_candidates():
+def test_revive_replaces_only_unused_codes_by_candidates():
     codes, candidates = torch.randn(8, 4), torch.randn(20, 4)
     before, counts = codes.clone(), torch.tensor([3, 0, 1, 0, 0, 7, 1, 2])
     assert len(revive(codes, counts, candidates, torch.Generator().manual_seed(0))) == 3
@@ -103,7 +103,7 @@ def test_revival_moves_dead_codes_only_and_onto_candidates():
     assert len(moved.unique(dim=0)) == 3
 
 
-def test_revival_depends_on_its_arguments_alone():
+def test_revive_depends_only_on_its_arguments():
     codes = torch.randn(8, 4)
     copies = [codes.clone(), codes.clone()]
     for i, copy in enumerate(copies):
@@ -112,7 +112,7 @@ def test_revival_depends_on_its_arguments_alone():
     assert torch.equal(*copies)
 
 
-def test_revival_with_few_candidates_serves_as_many_codes():
+def test_revive_replaces_as_many_codes_as_there_are_candidates():
     codes = torch.zeros(8, 4)
     assert len(revive(codes, torch.zeros(8), torch.ones(3, 4), torch.Generator())) == 3
     assert codes.sum().item() == 12.0

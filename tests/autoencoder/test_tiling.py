@@ -1,4 +1,4 @@
-"""Encoding and decoding in tiles give what whole pictures give, whatever the memory."""
+"""Encoding and decoding in tiles equals that of the whole image, for any memory."""
 
 import math
 
@@ -13,19 +13,19 @@ from stipple_core.operators.winograd import lay_out
 
 KINDS = {
     "KL": dict(regularizer="kl"),
-    "VQ, attention on the way": dict(regularizer="vq", codebook_size=32, attention_levels=(False, True, False)),
+    "VQ, attention in a level": dict(regularizer="vq", codebook_size=32, attention_levels=(False, True, False)),
 }
-MEMORY = {  # of what the whole picture takes: which layers run whole, in tiles and kept, in tiles and made again
+MEMORY = {  # fraction of the memory for the whole image
     "coarse levels whole, tiles kept": 0.8,
-    "tiles made again": 0.35,
+    "tiles computed again": 0.35,
     "smallest tiles": 0.01,
 }
-SHAPE = (26, 18)  # latents: 104 x 72 pixels, several tiles even of the largest kind
+SHAPE = (26, 18)  # of latents; 104 x 72 pixels are several tiles even of the largest size
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def exact(request) -> Autoencoder:
-    """In float64, where rounding hides nothing; norms of all levels do something."""
+    """An autoencoder in float64, with random biases and norms."""
     torch.manual_seed(0)
     config = AutoencoderConfig(
         block_out_channels=(8, 16, 16), layers_per_block=1, norm_num_groups=4, **KINDS[request.param]
@@ -38,12 +38,12 @@ def exact(request) -> Autoencoder:
 
 
 def whole(network, x) -> int:
-    """The least memory for which nothing is cut."""
+    """The smallest memory for which no tiles are used."""
     return tiling.LIVE * largest(network, x)
 
 
 def record(module) -> list[torch.Size]:
-    """The sizes of all that a module makes from here on."""
+    """A list to which the sizes of all further outputs of a module are appended."""
     sizes = []
     module.register_forward_hook(lambda module, inputs, output: sizes.append(output.shape))
     return sizes
@@ -51,18 +51,18 @@ def record(module) -> list[torch.Size]:
 
 @pytest.mark.parametrize("share", MEMORY.values(), ids=MEMORY)
 @torch.no_grad()
-def test_tiles_give_what_the_whole_gives(exact, share, monkeypatch):
+def test_tiles_equal_the_whole_image(exact, share, monkeypatch):
     monkeypatch.setattr(tiling, "LEAST_TILE", 16)
     latents = torch.randn(2, 4, *SHAPE, dtype=torch.float64)
     images = torch.rand(1, 3, 4 * SHAPE[0], 4 * SHAPE[1], dtype=torch.float64) * 2 - 1
-    for network, given in ((exact.decoder, latents), (exact.encoder, images)):
+    for network, x in ((exact.decoder, latents), (exact.encoder, images)):
         runs = record(network.conv_in if network is exact.encoder else network.conv_out)
-        result = tiling.run(network, given, int(share * whole(network, given)))
-        assert len(runs) > len(given)  # it did work in tiles
-        torch.testing.assert_close(result, network(given), rtol=0, atol=1e-10)
+        result = tiling.run(network, x, int(share * whole(network, x)))
+        assert len(runs) > len(x)  # tiles were used
+        torch.testing.assert_close(result, network(x), rtol=0, atol=1e-10)
 
 
-def test_pictures_that_fit_are_computed_whole_bit_for_bit(exact):
+def test_images_that_fit_into_the_memory_are_computed_whole(exact):
     latents = torch.randn(1, 4, 8, 8, dtype=torch.float64)
     before = exact.memory
     try:
@@ -72,14 +72,14 @@ def test_pictures_that_fit_are_computed_whole_bit_for_bit(exact):
             exact.memory = whole(exact.decoder, latents)
             assert torch.equal(exact.decode(latents), plain)
             exact.memory -= 1
-            assert not torch.equal(exact.decode(latents), plain)  # last bits: now it is in tiles
-        assert exact.decode(latents).requires_grad  # with gradients never
+            assert not torch.equal(exact.decode(latents), plain)  # tiles differ in last bits
+        assert exact.decode(latents).requires_grad  # no tiles with gradients
     finally:
         exact.memory = before
 
 
 @torch.no_grad()
-def test_in_float32_with_fast_operators_it_is_far_within_a_step_of_a_byte():
+def test_tiles_in_float32_differ_by_less_than_a_tenth_of_an_8_bit_step():
     torch.manual_seed(0)
     autoencoder = lay_out(Autoencoder(AutoencoderConfig(block_out_channels=(96, 96), layers_per_block=1)).eval())
     latents = torch.randn(1, 4, 40, 48)
@@ -94,16 +94,16 @@ def test_in_float32_with_fast_operators_it_is_far_within_a_step_of_a_byte():
 
 
 @torch.no_grad()
-def test_tiles_that_are_each_normalized_alone_would_be_seen(exact):
-    """The claims above are not empty: what blending of tiles starts from is another picture."""
+def test_tiles_normalized_separately_would_differ_visibly(exact):
+    """The claims above are not trivial: tiles that are normalized separately and blended give another image."""
     latents = torch.randn(1, 4, 6, 48, dtype=torch.float64)
-    latents[..., 24:] += 4  # such as a bright sky over a dark street
-    alone, together = (exact.decoder(part)[..., :32] for part in (latents[..., :24], latents))  # far from the cut
-    assert (alone - together).abs().max() > 10 / 127.5
+    latents[..., 24:] += 4  # like a bright sky over a dark street
+    separate, together = (exact.decoder(part)[..., :32] for part in (latents[..., :24], latents))  # far from the cut
+    assert (separate - together).abs().max() > 10 / 127.5
 
 
 @torch.no_grad()
-def test_the_memory_decides_the_tiles(exact):
+def test_the_memory_determines_the_size_of_tiles(exact):
     latents = torch.randn(1, 4, 64, 64, dtype=torch.float64)
     sides = [tiling._Tiling(exact.decoder, latents, 2**power).side for power in range(16, 28)]
     assert sides == sorted(sides) and sides[0] == tiling.LEAST_TILE < sides[-1]
@@ -111,7 +111,7 @@ def test_the_memory_decides_the_tiles(exact):
 
 
 @pytest.mark.parametrize("zoom", [0.5, 1.0, 2.0])
-def test_any_part_of_a_pending_map_is_that_part_of_the_whole(zoom):
+def test_any_part_of_a_pending_map_equals_the_part_of_the_whole(zoom):
     torch.manual_seed(0)
     convolution = torch.nn.Conv2d(2, 3, 3, stride=2 if zoom < 1 else 1, padding=0 if zoom < 1 else 1)
 
@@ -121,9 +121,9 @@ def test_any_part_of_a_pending_map_is_that_part_of_the_whole(zoom):
         return convolution(torch.nn.functional.pad(x, (0, 1, 0, 1)) if zoom < 1 else x)
 
     x = torch.randn(1, 2, 12, 20)
-    once = Local(run=run, channels=3, zoom=zoom)
+    layer = Local(run=run, channels=3, zoom=zoom)
     with torch.no_grad():
-        features, expected = Features(x).then(once), run(x)
+        features, expected = Features(x).then(layer), run(x)
         assert features.shape == expected.shape[1:]
         _, height, width = features.shape
         for top in range(height):
@@ -141,9 +141,9 @@ def test_tiles_cover_a_map_once():
     assert (features.kept == 1).all()
 
 
-@pytest.mark.parametrize("given", ["0", "-1", "nan", "inf", "much"])
-def test_a_memory_that_is_no_positive_number_of_gib_is_refused_in_one_line(given):
-    with pytest.raises(ValueError, match=f"decode memory {given} must be") as error:
-        opening._bytes(given)
+@pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "much"])
+def test_a_memory_that_is_not_a_positive_number_of_gib_is_an_error(text):
+    with pytest.raises(ValueError, match=f"decode memory {text} must be") as error:
+        opening._bytes(text)
     assert "\n" not in str(error.value)
     assert opening._bytes("0.5") == 2**29

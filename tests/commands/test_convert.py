@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from autoencoder import Autoencoder
-from ldm.formats.model_folder import open_model, save_model
+from ldm.formats.model_folder import save_model
+from ldm.formats.opening import open_model
 from ldm.formats.single_file import save_first_stage, save_single_file
 from stipple.commands.convert import main
 from stipple_core.files.weights import read_weights, write_weights
@@ -74,7 +75,7 @@ def test_converting_a_file_to_a_folder_and_back_keeps_all_tensors(sources, tmp_p
 FAULTS = {
     "truncated.safetensors": "is not a readable safetensors file",
     "web page.ckpt": "is not a readable file of torch.save",
-    "pickled.ckpt": "holds more than tensors, and reading it would run code of its maker's",
+    "pickled.ckpt": "contains more than tensors, and reading it would run code",
     "flat.safetensors": r"other numbers or dimensions: (\S* is \[3\];? ?){5}; and 3 more",
     "nan.safetensors": r"the UNet does not fit its configuration: conv_in.weight has values that are not finite",
     "misshapen.safetensors": r"input_blocks.1.0.in_layers.0.weight is \[7\], not \[64\]; (\S* is .*){4}; and 3 more",
@@ -114,7 +115,7 @@ def test_existing_targets_and_unknown_flags_are_refused(sources, tmp_path, capsy
     assert "must end in .safetensors" in refused(capsys, tmp_path / "taken", tmp_path / "x.ckpt")
     assert "--precision" in refused(capsys, sources / "good.safetensors", tmp_path / "m", "--precision", "fp8")
     assert "heads of a UNet" in refused(capsys, sources / "good.safetensors", tmp_path / "m")  # without its YAML config
-    assert "is this the folder of a whole model" in refused(capsys, tmp_path / "taken", tmp_path / "x.safetensors")
+    assert "is the model folder complete" in refused(capsys, tmp_path / "taken", tmp_path / "x.safetensors")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["taken"]
 
 

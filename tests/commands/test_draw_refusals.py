@@ -93,13 +93,16 @@ BAD = {
     "empty prompt file": (["--from-file", "{tmp}/file"], "there is no prompt"),
     "binary prompt file": (["--from-file", "{tmp}/binary"], "prompt file {tmp}/binary is not UTF-8 text"),
     "broken line": (["--from-file", "{tmp}/broken.jsonl"], "{tmp}/broken.jsonl line 2 begins with {{ but is not"),
-    "unknown key": (["--from-file", "{tmp}/key.jsonl"], "line 1 has 'step', which is no setting; did you mean steps?"),
+    "unknown key": (
+        ["--from-file", "{tmp}/key.jsonl"],
+        "line 1 has 'step', which is not a setting; did you mean steps?",
+    ),
     "line without": (["--from-file", "{tmp}/without.jsonl"], "{tmp}/without.jsonl line 1 has no prompt"),
     "wrong type": (["--from-file", "{tmp}/type.jsonl"], "steps 'few' is not a whole number"),
     "wrong count": (["--from-file", "{tmp}/count.jsonl"], "num_images 'two' must be a whole number"),
     "like nothing": (["--like", "{tmp}/none.png"], "{tmp}/none.png does not exist"),
     "like a text": (["--like", "{tmp}/binary"], "{tmp}/binary is not a readable PNG file"),
-    "like any picture": (["--like", "{tmp}/plain.png"], "{tmp}/plain.png does not say how it was made"),
+    "like any picture": (["--like", "{tmp}/plain.png"], "{tmp}/plain.png does not contain its settings"),
     "like no JSON": (["--like", "{tmp}/odd.png"], "{tmp}/odd.png has a record that is not readable"),
     "like no picture": (["--like", "{tmp}/none-in.png"], "the record in {tmp}/none-in.png has no prompt"),
     "like a wrong one": (["--like", "{tmp}/wrong.png"], "place 3 must be between 0 and batch - 1"),
@@ -144,7 +147,7 @@ def test_a_read_only_outdir_is_refused(run, monkeypatch, capsys):
     monkeypatch.setattr("os.access", lambda path, mode: not mode & os.W_OK)  # the superuser can write everywhere
     with pytest.raises(SystemExit, match="2"):
         run("a heart")
-    assert "is read-only; give another --outdir" in capsys.readouterr().err
+    assert "is read-only; use another --outdir" in capsys.readouterr().err
 
 
 def test_a_full_disk_ends_in_one_line_and_leaves_no_half_picture(run, tmp_path, monkeypatch, capsys):

@@ -7,7 +7,6 @@ from PIL import Image
 import stipple.commands.draw as draw
 import stipple.commands.img2img as img2img
 from ldm import TextToImage
-from ldm.sampling.plan import walked
 from stipple_core.resources import resource
 from tests.helpers.drawn import build, folder_of, photo, pixels, record, refused, run
 
@@ -43,7 +42,7 @@ def test_strength_selects_the_share_of_the_last_steps(model, steps, strength, ta
     (whole,) = model.plan("a heart", steps=steps)
     (picture,) = model.plan("a heart", image=photo(32, 32), steps=steps, strength=strength)
     assert model.steps(picture) == taken
-    times = [walked(model, one).tolist() for one in (whole, picture)]
+    times = [model.sampling_times(one).tolist() for one in (whole, picture)]
     assert times[1] == times[0][steps - taken :]
 
 
@@ -104,7 +103,7 @@ BAD = {
         ["{tmp}/photo.png", "a", "--map", "m.png"],
         "map m.png is given, and this model reads none; leave it out",
     ),
-    "resample": (["{tmp}/photo.png", "a", "--resample", "3"], "resample 3 goes with a given mask, and there is none"),
+    "resample": (["{tmp}/photo.png", "a", "--resample", "3"], "resample 3 requires mask; set it, or leave it out"),
     "noise": (["{tmp}/photo.png", "a", "--noise-level", ".3"], "noise level 0.3 is for models that enlarge; leave it"),
 }
 

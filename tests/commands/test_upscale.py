@@ -8,8 +8,7 @@ import stipple.commands.upscale as upscale
 from conditioning import Unconditional
 from conditioning.formats.unet_inputs import with_hints
 from conditioning.hints.degradation import DegradationConfig
-from conditioning.hints.hints import HINTS
-from conditioning.readers.spatial import SpatialConfig
+from conditioning.hints.hints import HINTS, SpatialConfig
 from tests.helpers.drawn import build, folder_of, photo, pixels, refused, run
 
 

@@ -1,11 +1,11 @@
-"""Claims about conditioners without text: a class number is its row, the empty prompt the null class or nothing."""
+"""Tests of conditioners without text: tables of classes, and unconditional models."""
 
 import json
 
 import pytest
 import torch
 
-from conditioning import ClassConditioner, Conditioner, Unconditional, conditioner_from_compvis, load_conditioner
+from conditioning import ClassConditioner, Unconditional, conditioner_from_compvis, load_conditioner
 from conditioning.formats.compvis_conditioner import conditioner_to_compvis
 
 
@@ -24,15 +24,15 @@ def test_a_class_number_is_its_row_and_the_empty_prompt_the_null_class(table):
     assert torch.equal(context.tokens, table[[207, 1000, 0]][:, None]) and context.mask is None
     assert torch.equal(conditioner.null(3).tokens, table[[1000] * 3][:, None])
     assert (conditioner.context_dim, conditioner.max_length, conditioner.cut("207")) == (8, 1, "")
-    tokens = conditioner.tokenize(["207", ""])  # as training takes it
+    tokens = conditioner.tokenize(["207", ""])  # as in training
     assert torch.equal(conditioner(tokens.ids, tokens.mask).tokens, context.tokens[:2])
 
 
 @pytest.mark.parametrize("rows", (1001, 1000))
-def test_classes_survive_the_disk_and_a_single_file(table, rows, tmp_path):
+def test_classes_load_back_equal_from_a_folder_and_a_single_file(table, rows, tmp_path):
     conditioner = conditioner_of(table[:rows])
     conditioner.save(tmp_path)
-    loaded = Conditioner.load(tmp_path)
+    loaded = load_conditioner(tmp_path)
     assert loaded.fingerprint() == conditioner.fingerprint() and loaded.null_class == conditioner.null_class
     assert torch.equal(conditioner_to_compvis(loaded)["embedding.weight"], table[:rows])
     conditioner.save(tmp_path, dtype=torch.float16)
@@ -50,30 +50,30 @@ def test_only_a_trainable_table_gets_gradients(table, tmp_path):
 @pytest.mark.parametrize(
     ("rows", "prompt", "message"),
     (
-        (1001, "a cat", "prompt 'a cat' is no class of this model; give a number from 0 to 999"),
-        (1001, "1000", "prompt '1000' is no class of this model; give a number from 0 to 999"),  # the null class
-        (1000, "1000", "prompt '1000' is no class of this model; give a number from 0 to 999"),
-        (1000, "-1", "prompt '-1' is no class"),
-        (1000, "²", "prompt '²' is no class"),
-        (1000, "", "none of this model's 1000 classes is the null class.*give a class number and guidance_scale 1"),
+        (1001, "a cat", "prompt 'a cat' is not a class of this model; use a number from 0 to 999"),
+        (1001, "1000", "prompt '1000' is not a class of this model; use a number from 0 to 999"),  # the null class
+        (1000, "1000", "prompt '1000' is not a class of this model; use a number from 0 to 999"),
+        (1000, "-1", "prompt '-1' is not a class"),
+        (1000, "²", "prompt '²' is not a class"),
+        (1000, "", "this model has 1000 classes but no null class.*use a class number and guidance_scale 1"),
     ),
 )
-def test_a_prompt_that_is_no_class_is_one_line(table, rows, prompt, message):
+def test_a_prompt_that_is_not_a_class_raises_in_one_line(table, rows, prompt, message):
     with pytest.raises(ValueError, match=message) as caught:
         conditioner_of(table[:rows]).encode([prompt])
     assert "\n" not in str(caught.value)
 
 
-def test_an_unconditional_model_is_told_nothing(tmp_path):
+def test_the_context_of_an_unconditional_model_has_no_fields(tmp_path):
     conditioner = conditioner_from_compvis({})
     assert isinstance(conditioner, Unconditional) and conditioner.context_dim is None
     assert conditioner.encode(["", " "]).tokens is None and conditioner.null(2).tokens is None
-    with pytest.raises(ValueError, match="prompt 'a cat' is of no use: this model is unconditional; leave it empty"):
+    with pytest.raises(ValueError, match="prompt 'a cat' can't be used: this model is unconditional; leave it empty"):
         conditioner.encode(["a cat"])
     assert conditioner_to_compvis(conditioner) == {}
 
 
-def test_a_model_folder_without_a_text_encoder_is_unconditional_only_if_its_index_says_so(tmp_path):
+def test_a_model_folder_is_unconditional_only_if_its_index_names_no_text_encoder(tmp_path):
     with pytest.raises(FileNotFoundError, match="no config.json"):
         load_conditioner(tmp_path)
     Unconditional().save(tmp_path)
@@ -87,13 +87,13 @@ def test_a_model_folder_without_a_text_encoder_is_unconditional_only_if_its_inde
         load_conditioner(tmp_path)
 
 
-def test_a_broken_table_is_one_line_that_names_it(table, tmp_path):
+def test_a_broken_table_raises_in_one_line_that_names_it(table, tmp_path):
     conditioner_of(table).save(tmp_path)
     path = tmp_path / "text_encoder/config.json"
     config = json.loads(path.read_text())
     for changes, message in (
         ({"num_classes": 10}, r"embedding.weight is \[1001, 8\], not \[10, 8\]"),
-        ({"num_classes": "x"}, "no classes"),
+        ({"num_classes": "x"}, "does not describe a table of classes"),
     ):
         path.write_text(json.dumps({**config, **changes}))
         with pytest.raises(ValueError, match=message) as caught:

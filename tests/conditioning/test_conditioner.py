@@ -1,11 +1,11 @@
-"""Claims about any conditioner: it survives disk and odd text, prompts ignore their batch, mistakes are one line."""
+"""Tests of all text encoders: storage, unusual text, independence of the batch, and error messages."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
-from conditioning import Conditioner, ConditionerConfig, TransformerConfig, build_conditioner
+from conditioning import ConditionerConfig, TextConditioner, TransformerConfig, build_conditioner, load_conditioner
 from tests.helpers.small_encoders import CAPTIONS, build_scratch, save_bert, save_open_clip, save_t5
 
 ODD = [
@@ -37,11 +37,11 @@ def open_clip_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def scratch() -> Conditioner:
+def scratch() -> TextConditioner:
     return build_scratch()
 
 
-def build(kind: str, request: pytest.FixtureRequest, **options) -> Conditioner:
+def build(kind: str, request: pytest.FixtureRequest, **options) -> TextConditioner:
     if kind == "scratch":
         return request.getfixturevalue("scratch")
     if kind == "open_clip":
@@ -54,33 +54,33 @@ def build(kind: str, request: pytest.FixtureRequest, **options) -> Conditioner:
 def test_a_saved_conditioner_loads_back_equal(kind, request, tmp_path):
     conditioner = build(kind, request)
     conditioner.save(tmp_path)
-    loaded = Conditioner.load(tmp_path)
+    loaded = load_conditioner(tmp_path)
     prompts = ["a small red heart", *ODD]
     with torch.no_grad():
-        ours, theirs = (c(*vars(c.tokenize(prompts)).values()) for c in (conditioner, loaded))
-    assert torch.equal(ours.tokens, theirs.tokens)
-    assert (ours.mask is None) == (theirs.mask is None) and loaded.max_length == conditioner.max_length
-    assert loaded.fingerprint() == Conditioner.load(tmp_path).fingerprint()
+        before, after = (c(*vars(c.tokenize(prompts)).values()) for c in (conditioner, loaded))
+    assert torch.equal(before.tokens, after.tokens)
+    assert (before.mask is None) == (after.mask is None) and loaded.max_length == conditioner.max_length
+    assert loaded.fingerprint() == load_conditioner(tmp_path).fingerprint()
     loaded.save(tmp_path / "again")
     for file in ("text_encoder/config.json", "text_encoder/model.safetensors", "tokenizer/tokenizer.json"):
         assert (tmp_path / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_half_precision_on_disk_is_float32_in_memory_unless_asked(kind, request, tmp_path):
+def test_half_precision_on_disk_is_float32_in_memory_by_default(kind, request, tmp_path):
     conditioner = build(kind, request)
     conditioner.save(tmp_path, dtype=torch.float16)
-    loaded = Conditioner.load(tmp_path)
+    loaded = load_conditioner(tmp_path)
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
-    asked = {p.dtype for p in Conditioner.load(tmp_path, dtype=torch.float16).parameters()}
-    assert asked == ({torch.float16, torch.float32} if kind == "t5" else {torch.float16})  # T5's `wo` would overflow
+    dtypes = {p.dtype for p in load_conditioner(tmp_path, dtype=torch.float16).parameters()}
+    assert dtypes == ({torch.float16, torch.float32} if kind == "t5" else {torch.float16})  # T5's `wo` would overflow
     difference = loaded.encode(["a red heart"]).tokens - conditioner.encode(["a red heart"]).tokens
     assert difference.abs().max() < 0.02
     assert loaded.fingerprint() != conditioner.fingerprint()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_odd_text_neither_crashes_nor_changes_the_shape(kind, request):
+def test_unusual_text_is_encoded_with_the_same_shape(kind, request):
     conditioner = build(kind, request)
     context = conditioner.encode(ODD)
     assert context.tokens.shape == (len(ODD), conditioner.max_length, conditioner.context_dim)
@@ -92,21 +92,21 @@ def test_odd_text_neither_crashes_nor_changes_the_shape(kind, request):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_cut_names_the_words_that_do_not_fit(kind, request):
+def test_cut_returns_the_words_that_do_not_fit(kind, request):
     conditioner = build(kind, request)
     words = ["heart"] * 200
     cut = conditioner.cut(" ".join(words))
     assert cut and set(cut.split()) == {"heart"}
-    kept = len(words) - len(cut.split())
-    assert conditioner.cut(" ".join(words[:kept])) == ""
-    short, long = conditioner.tokenize([" ".join(words[:kept]), " ".join(words)]).ids
-    assert torch.equal(short, long) or kind in ("t5", "scratch")  # those may keep a piece of the next word
+    fitting = len(words) - len(cut.split())
+    assert conditioner.cut(" ".join(words[:fitting])) == ""
+    short, long = conditioner.tokenize([" ".join(words[:fitting]), " ".join(words)]).ids
+    assert torch.equal(short, long) or kind in ("t5", "scratch")  # these may include a piece of the next word
     assert len(conditioner.cut("red heart " * 10**5)) > 900_000
     assert conditioner.cut("") == "" and conditioner.cut("a red heart") == ""
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_prompt_does_not_depend_on_its_batch(kind, request):
+def test_the_context_of_a_prompt_does_not_depend_on_its_batch(kind, request):
     conditioner = build(kind, request)
     prompts = ["a red heart", "a small dark blue circle, circle again", "", "a red heart"]
     with torch.no_grad():
@@ -141,18 +141,21 @@ MISTAKES = {
     "unknown layer": (dict(layer="first"), "layer 'first' is unknown; use one of last, penultimate"),
     "no folder": (dict(name="./nowhere/at/all"), "./nowhere/at/all does not exist"),
     "no network": (dict(name="openai/clip-vit-large-patch14"), "hf download openai/clip-vit-large-patch14"),
-    "no captions": (dict(kind="scratch"), "needs captions"),
+    "no captions": (dict(kind="scratch"), "requires captions"),
     "small vocabulary": (dict(kind="scratch", scratch=TransformerConfig(vocab_size=99)), "must be at least 514"),
     "heads": (dict(kind="scratch", scratch=TransformerConfig(width=30, heads=4)), "not divisible by 4 heads"),
-    "unknown architecture": (dict(kind="open_clip", name="ViT-Z-9"), "no architecture 'ViT-Z-9'; near it: "),
+    "unknown architecture": (dict(kind="open_clip", name="ViT-Z-9"), "no architecture 'ViT-Z-9'; similar ones: "),
     "no tag": (dict(kind="open_clip", name="RN50"), "needs `pretrained`: a file, random, or one of openai"),
-    "weights of open_clip": (dict(kind="open_clip", name="RN50", pretrained="cc12m"), "give `pretrained` a downloaded"),
+    "weights of open_clip": (
+        dict(kind="open_clip", name="RN50", pretrained="cc12m"),
+        "set `pretrained` to a",
+    ),
     "norm": (dict(name="x", final_norm=False), "open_clip only"),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line_that_names_the_mend(mistake, monkeypatch):
+def test_a_mistake_raises_in_one_line_that_names_the_fix(mistake, monkeypatch):
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -164,7 +167,7 @@ def test_a_mistake_is_one_line_that_names_the_mend(mistake, monkeypatch):
     assert caught.value.__cause__ is None and caught.value.__suppress_context__ or caught.value.__context__ is None
 
 
-def test_a_broken_folder_is_one_line_that_names_it(bert, tmp_path):
+def test_a_broken_folder_raises_in_one_line_that_names_it(bert, tmp_path):
     def attempt(message: str, error: type[Exception]) -> None:
         with pytest.raises(error) as caught:
             build_conditioner(ConditionerConfig(name=str(tmp_path)))
@@ -184,12 +187,12 @@ def test_a_broken_folder_is_one_line_that_names_it(bert, tmp_path):
     attempt("is not a readable safetensors file", ValueError)
 
 
-def test_a_length_that_the_encoder_has_no_positions_for_is_refused(bert):
+def test_invalid_lengths_and_prompts_raise(bert):
     with pytest.raises(ValueError, match="max_length 25 exceeds the text encoder's 24 positions; use at most 24"):
         build_conditioner(ConditionerConfig(name=str(bert), max_length=25))
-    with pytest.raises(ValueError, match="needs at least 3"):
+    with pytest.raises(ValueError, match="requires at least 3"):
         build_conditioner(ConditionerConfig(name=str(bert), max_length=2))
     with pytest.raises(ValueError, match="must be text, not int"):
         build_conditioner(ConditionerConfig(name=str(bert))).encode([7])
-    with pytest.raises(ValueError, match="no prompts"):
+    with pytest.raises(ValueError, match="prompts is empty"):
         build_conditioner(ConditionerConfig(name=str(bert))).encode([])

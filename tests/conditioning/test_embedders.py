@@ -1,4 +1,4 @@
-"""Embedders: what open_clip and transformers say, at one scale, from their names or from what a model folder keeps."""
+"""Tests of embedders: embeddings of open_clip and transformers at unit scale, and storage in model folders."""
 
 import json
 
@@ -28,15 +28,15 @@ def images(side: int = 32) -> torch.Tensor:
     return torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
-def test_points_are_those_of_open_clip_at_unit_scale(config, embedder):
+def test_embeddings_equal_those_of_open_clip_at_unit_scale(config, embedder):
     import open_clip
 
     model = open_clip.create_model(config.name).eval()
     mean, std = (torch.tensor(model.visual.preprocess_cfg[name]).reshape(-1, 1, 1) for name in ("mean", "std"))
-    theirs = model.encode_image(((images() + 1) / 2 - mean) / std), model.encode_text(_ids(20))
-    for ours, wanted in zip((embedder.images(images()), embedder.texts(PROMPTS)), theirs, strict=True):
-        torch.testing.assert_close(ours, F.normalize(wanted, dim=-1) * 4)  # sqrt(16)
-        torch.testing.assert_close(ours.square().mean(1), torch.ones(2))
+    expected = model.encode_image(((images() + 1) / 2 - mean) / std), model.encode_text(_ids(20))
+    for points, raw in zip((embedder.images(images()), embedder.texts(PROMPTS)), expected, strict=True):
+        torch.testing.assert_close(points, F.normalize(raw, dim=-1) * 4)  # sqrt(16)
+        torch.testing.assert_close(points.square().mean(1), torch.ones(2))
 
 
 def _ids(length: int) -> torch.Tensor:
@@ -45,7 +45,7 @@ def _ids(length: int) -> torch.Tensor:
     return SimpleTokenizer(context_length=length)(PROMPTS)
 
 
-def test_points_are_those_of_transformers(tmp_path):
+def test_embeddings_equal_those_of_transformers(tmp_path):
     from transformers import CLIPConfig, CLIPModel
 
     torch.manual_seed(0)
@@ -55,30 +55,30 @@ def test_points_are_those_of_transformers(tmp_path):
     config.text_config.projection_dim = config.vision_config.projection_dim = 16
     model = CLIPModel(config).eval()
     model.save_pretrained(tmp_path)
-    ours = build_embedder(EmbedderConfig(kind="transformers", name=str(tmp_path)))
-    mean, std = (torch.tensor(ours.config.network[name]).reshape(-1, 1, 1) for name in ("mean", "std"))
+    built = build_embedder(EmbedderConfig(kind="transformers", name=str(tmp_path)))
+    mean, std = (torch.tensor(built.config.network[name]).reshape(-1, 1, 1) for name in ("mean", "std"))
     with torch.no_grad():
-        theirs = model(input_ids=_ids(77), pixel_values=((images() + 1) / 2 - mean) / std)
-    again = build_embedder(ours.config)
-    again.load_state_dict(ours.state_dict())
-    for embedder in (ours, again):
-        torch.testing.assert_close(embedder.images(images()), F.normalize(theirs.image_embeds, dim=-1) * 4)
-        torch.testing.assert_close(embedder.texts(PROMPTS), F.normalize(theirs.text_embeds, dim=-1) * 4)
+        expected = model(input_ids=_ids(77), pixel_values=((images() + 1) / 2 - mean) / std)
+    again = build_embedder(built.config)
+    again.load_state_dict(built.state_dict())
+    for embedder in (built, again):
+        torch.testing.assert_close(embedder.images(images()), F.normalize(expected.image_embeds, dim=-1) * 4)
+        torch.testing.assert_close(embedder.texts(PROMPTS), F.normalize(expected.text_embeds, dim=-1) * 4)
 
 
-def test_gradients_reach_the_pictures_and_never_the_weights(embedder):
-    seen = images().requires_grad_()
-    embedder.images(seen)[:, 0].sum().backward()
-    assert seen.grad.abs().sum() > 0
+def test_gradients_reach_images_but_not_weights(embedder):
+    pixels = images().requires_grad_()
+    embedder.images(pixels)[:, 0].sum().backward()
+    assert pixels.grad.abs().sum() > 0
     assert all(weight.grad is None and not weight.requires_grad for weight in embedder.parameters())
 
 
-def test_what_lies_beside_the_middle_square_is_not_seen(embedder):
+def test_only_the_center_square_is_embedded(embedder):
     wide = F.pad(images(), (8, 8), value=0.3)
     torch.testing.assert_close(embedder.images(wide), embedder.images(images()))
 
 
-def test_a_model_folder_holds_all_that_is_needed_to_build_it_again(embedder):
+def test_config_and_weights_are_enough_to_rebuild_an_embedder(embedder):
     shape = json.loads(json.dumps(embedder.config.network))
     with torch.device("meta"):
         again = build_embedder(EmbedderConfig(name="gone", network=shape))
@@ -88,30 +88,30 @@ def test_a_model_folder_holds_all_that_is_needed_to_build_it_again(embedder):
     assert again.fingerprint() == embedder.fingerprint() == again.half().fingerprint()
 
 
-def test_one_tower_alone_is_kept_where_the_other_is_not_needed(config, embedder):
-    sees, reads = build_embedder(config, reads=False), build_embedder(config, sees=False)
+def test_an_unused_tower_is_removed(config, embedder):
+    sees, reads = build_embedder(config, texts=False), build_embedder(config, images=False)
     torch.testing.assert_close(sees.images(images()), embedder.images(images()))
     torch.testing.assert_close(reads.texts(PROMPTS), embedder.texts(PROMPTS))
     count = [sum(weight.numel() for weight in each.parameters()) for each in (sees, reads, embedder)]
     assert count[0] + count[1] == count[2]
 
 
-def test_embeddings_are_latents_of_measured_scale_and_back(config, tmp_path):
-    embedder = build_embedder(config, reads=False)
+def test_embeddings_are_converted_to_latents_and_back(config, tmp_path):
+    embedder = build_embedder(config, texts=False)
     points = embedder.images(images())
-    made = ImageEmbeddings(embedder, mean=torch.full((16,), 0.2), std=torch.full((16,), 0.5))
-    made.save(tmp_path)
+    space = ImageEmbeddings(embedder, mean=torch.full((16,), 0.2), std=torch.full((16,), 0.5))
+    space.save(tmp_path)
     again = open_autoencoder(tmp_path)
     latents = again.encode(images()).mode()
-    assert latents.shape == (2, 16, 1, 1) and again.downsampling == 32 and again.fingerprint() == made.fingerprint()
+    assert latents.shape == (2, 16, 1, 1) and again.downsampling == 32 and again.fingerprint() == space.fingerprint()
     torch.testing.assert_close(latents.flatten(1), (points - 0.2) / 0.5)
-    torch.testing.assert_close(again.points(latents), points)
+    torch.testing.assert_close(again.embeddings(latents), points)
     with pytest.raises(ValueError, match="embeddings, not pictures"):
         again.decode(latents)
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
+    ("config", "message"),
     [
         (dict(kind="siglip"), "embedder kind 'siglip' is unknown; use one of open_clip, transformers"),
         (dict(), "an embedder needs `name`"),
@@ -120,11 +120,11 @@ def test_embeddings_are_latents_of_measured_scale_and_back(config, tmp_path):
         (dict(kind="transformers", name="/nowhere"), "can't be loaded"),
     ],
 )
-def test_a_mistake_is_told_in_one_line(config, said):
-    with pytest.raises((ValueError, FileNotFoundError), match=said) as raised:
+def test_a_mistake_raises_in_one_line(config, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as raised:
         build_embedder(EmbedderConfig(**config))
     assert "\n" not in str(raised.value)
 
 
-def test_an_embedder_is_a_module_that_never_trains(embedder):
+def test_an_embedder_never_enters_training_mode(embedder):
     assert isinstance(embedder, nn.Module) and not embedder.train(True).training

@@ -1,4 +1,4 @@
-"""Claims about two text encoders and the frame: the folder is SDXL's, and diffusers makes the same picture of it."""
+"""Tests of two text encoders and the frame: folders in SDXL's layout, from which diffusers draws the same picture."""
 
 import copy
 import json
@@ -13,10 +13,11 @@ from conditioning.interface.inputs import ConditionInputs
 from conditioning.readers.frame import FrameConfig
 from conditioning.text.two_encoders import SecondEncoderConfig
 from ldm.formats.diffusers.scheduler import Scheduling
-from ldm.networks.unet import UNet, UNetConfig
+from ldm.networks.unet import UNet
+from ldm.networks.unet_config import UNetConfig
 from ldm.pipeline import TextToImage
 from ldm.sampling.settings import Settings
-from ldm.schedules.registry import ScheduleConfig
+from ldm.schedules.base import ScheduleConfig
 from stipple.stages.ldm.trainable import InversionConfig, LoraConfig, make_trainable
 from stipple_core.data.records.records import Record
 from tests.helpers.tiny_runs import launch, run_here
@@ -47,7 +48,7 @@ def model() -> TextToImage:
     torch.manual_seed(0)
     small = AutoencoderConfig(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, mid_attention=False)
     unet = UNet(SHAPE)
-    for parameter in unet.parameters():  # else a new network says 0, whatever it is told
+    for parameter in unet.parameters():  # the output of a new network is 0 for any input
         torch.nn.init.normal_(parameter, std=0.2)
     scheduling = Scheduling(schedule=ScheduleConfig(name="scaled_linear"), prediction="noise", spacing="leading")
     conditioner = build_conditioner(CONFIG, CAPTIONS)
@@ -65,20 +66,20 @@ def folder(model, tmp_path_factory) -> str:
 def test_diffusers_draws_the_same_picture_from_the_folder(model, folder, recwarn):
     from diffusers import StableDiffusionXLPipeline
 
-    theirs = StableDiffusionXLPipeline.from_pretrained(folder)
-    theirs.set_progress_bar_config(disable=True)
+    diffusers_model = StableDiffusionXLPipeline.from_pretrained(folder)
+    diffusers_model.set_progress_bar_config(disable=True)
     z = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(7))
-    size = {"height": 8, "width": 8}
-    expected = theirs(CAPTIONS[0], negative_prompt="", latents=z, num_inference_steps=3, guidance_scale=3.0, **size)
+    options = {"num_inference_steps": 3, "guidance_scale": 3.0, "height": 8, "width": 8}
+    expected = diffusers_model(CAPTIONS[0], negative_prompt="", latents=z, **options)
     opened = TextToImage.load(folder)
-    (ours,) = opened(CAPTIONS[0], seed=7)
-    difference = np.abs(np.asarray(ours, float) - np.asarray(expected.images[0], float))
-    assert difference.max() <= 1 and np.asarray(ours).std() > 5
+    (drawn,) = opened(CAPTIONS[0], seed=7)
+    difference = np.abs(np.asarray(drawn, float) - np.asarray(expected.images[0], float))
+    assert difference.max() <= 1 and np.asarray(drawn).std() > 5
     frames = torch.tensor([[8.0, 8, 0, 0, 8, 8], [8, 8, 2, 0, 8, 8]])
     with torch.no_grad():
-        told = opened.conditioner.encode([CAPTIONS[0]] * 2, ConditionInputs(prompts=[CAPTIONS[0]] * 2, frame=frames))
-        said = opened.unet(z.expand(2, -1, -1, -1), torch.tensor([500.0, 500]), told)
-    assert (said[0] - said[1]).abs().max() > 1e-3  # the frame is read
+        context = opened.conditioner.encode([CAPTIONS[0]] * 2, ConditionInputs(prompts=[CAPTIONS[0]] * 2, frame=frames))
+        output = opened.unet(z.expand(2, -1, -1, -1), torch.tensor([500.0, 500]), context)
+    assert (output[0] - output[1]).abs().max() > 1e-3  # the frame is read
 
 
 def test_tokens_and_pooled_output_are_those_of_transformers(model, folder):
@@ -98,7 +99,7 @@ def test_tokens_and_pooled_output_are_those_of_transformers(model, folder):
     torch.testing.assert_close(context.vector[:, :24], states[1].text_embeds, rtol=0, atol=1e-5)
 
 
-def test_both_encoders_learn_with_the_frames_of_random_crops(settings_of_runs, autoencoder, tmp_path):
+def test_both_encoders_are_trained_with_the_frames_of_random_crops(settings_of_runs, autoencoder, tmp_path):
     few = ["trainer.steps=2", "trainer.save_every=2", "trainer.batch_size=4", "samples.every=0", "validation.every=0"]
     data = ["data.folder=tests/pictures", "data.crop=random", "data.validation=0.2", f"autoencoder={autoencoder}"]
     run = f"run={tmp_path}/run"
@@ -109,7 +110,7 @@ def test_both_encoders_learn_with_the_frames_of_random_crops(settings_of_runs, a
     assert index["text_encoder_2"] == ["transformers", "CLIPTextModelWithProjection"]
 
 
-def test_the_frame_is_told_as_diffusers_embeds_it(model):
+def test_the_frame_is_embedded_as_in_diffusers(model):
     from diffusers.models.embeddings import Timesteps
 
     context = model.conditioner.encode([""], ConditionInputs(prompts=[""], frame=FRAME))
@@ -117,18 +118,15 @@ def test_the_frame_is_told_as_diffusers_embeds_it(model):
     torch.testing.assert_close(context.vector[0, 24:], embedded)
 
 
-def test_both_encoders_survive_the_disk(model, folder):
+def test_both_encoders_load_back_equal(model, folder):
     with torch.no_grad():
-        loaded = (
-            load_conditioner(folder)
-            .eval()
-            .encode(CAPTIONS, ConditionInputs(prompts=CAPTIONS, frame=FRAME.expand(2, -1)))
-        )
-        before = model.conditioner.encode(CAPTIONS, ConditionInputs(prompts=CAPTIONS, frame=FRAME.expand(2, -1)))
+        inputs = ConditionInputs(prompts=CAPTIONS, frame=FRAME.expand(2, -1))
+        loaded = load_conditioner(folder).eval().encode(CAPTIONS, inputs)
+        before = model.conditioner.encode(CAPTIONS, inputs)
     assert torch.equal(loaded.tokens, before.tokens) and torch.equal(loaded.vector, before.vector)
 
 
-def test_a_folder_that_says_so_has_zeros_for_the_empty_prompt(folder, tmp_path):
+def test_force_zeros_for_empty_prompt_in_a_folder_is_applied(folder, tmp_path):
     import shutil
 
     path = shutil.copytree(folder, tmp_path / "zeros")
@@ -145,12 +143,12 @@ def test_a_folder_that_says_so_has_zeros_for_the_empty_prompt(folder, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "class"}, "conditioner.kind 'class' is no text encoder"),
-        ({"layer": "penultimate"}, "layer and final_norm are for one text encoder"),
+        ({"kind": "class"}, "conditioner.kind 'class' is not a text encoder"),
+        ({"layer": "penultimate"}, "layer and final_norm can't be set for two text encoders"),
         ({"scratch": TransformerConfig(vocab_size=560, width=16, layers=1, heads=2, max_length=8)}, "8 and 77 tokens"),
     ],
 )
-def test_two_encoders_that_do_not_go_together_are_one_line(change, message):
+def test_options_that_two_encoders_can_not_have_raise_in_one_line(change, message):
     from dataclasses import replace
 
     with pytest.raises(ValueError, match=message) as error:
@@ -158,14 +156,14 @@ def test_two_encoders_that_do_not_go_together_are_one_line(change, message):
     assert "\n" not in str(error.value)
 
 
-def test_all_that_learns_of_both_encoders_gets_a_gradient():
-    """Or DistributedDataParallel waits for it for good."""
+def test_all_trainable_parameters_of_both_encoders_get_gradients():
+    """DistributedDataParallel would wait for missing gradients forever."""
     conditioner = build_conditioner(CONFIG, CAPTIONS)
-    learns = {name: p for name, p in conditioner.named_parameters() if p.requires_grad}
+    trained = {name: p for name, p in conditioner.named_parameters() if p.requires_grad}
     context = conditioner.encode(CAPTIONS, ConditionInputs(prompts=CAPTIONS, frame=FRAME.expand(2, -1)))
     (context.tokens.square().sum() + context.vector.square().sum()).backward()
-    assert [name for name, p in learns.items() if p.grad is None] == []
-    assert any(".first." in name for name in learns) and any("layers.0" in name for name in learns)
+    assert [name for name, p in trained.items() if p.grad is None] == []
+    assert any(".first." in name for name in trained) and any("layers.0" in name for name in trained)
 
 
 @pytest.mark.slow
@@ -178,18 +176,18 @@ def test_two_processes_train_both_encoders(autoencoder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("said", "told"),
+    ("options", "message"),
     [
         ({"lora": LoraConfig(targets=["to_q"], text_encoder=True)}, "text_encoder=true is for models with one text"),
         (
             {"inversion": InversionConfig(token="<toy>", initial="red")},
-            "a new word is for models with one text encoder",
+            "a new word requires a model with exactly one text encoder",
         ),
     ],
     ids=["lora", "inversion"],
 )
-def test_what_only_one_text_encoder_can_learn_is_refused_for_two(model, said, told):
-    learning = make_trainable(**{"lora": None, "inversion": None, **said}, source="FOLDER")
-    seen = [Record("a.png", "a.png", (("a <toy>",),), 1)]
-    with pytest.raises(ValueError, match=told):
-        learning.prepare(copy.deepcopy(model), seen, 0)
+def test_fine_tuning_of_one_text_encoder_raises_for_two(model, options, message):
+    fine_tuning = make_trainable(**{"lora": None, "inversion": None, **options}, source="FOLDER")
+    records = [Record("a.png", "a.png", (("a <toy>",),), 1)]
+    with pytest.raises(ValueError, match=message):
+        fine_tuning.prepare(copy.deepcopy(model), records, 0)

@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: which shapes, which picture in which, and global batches that are each of one shape."""
+"""Aspect-ratio buckets: their shapes, the assignment of images, and global batches of one shape each."""
 
 from __future__ import annotations
 
@@ -11,25 +11,28 @@ import pytest
 import torch
 from PIL import Image
 
-from stipple_core.data.dataset import DataConfig, ImageDataset, collate, make_loader, scan
-from stipple_core.data.order import Order, Turns
+from stipple_core.data.dataset import ImageDataset, collate
+from stipple_core.data.loader import make_loader
+from stipple_core.data.order import BucketSchedule, Order
 from stipple_core.data.records.buckets import BucketConfig, assign, bucket_shapes, check_step
+from stipple_core.data.records.data_config import DataConfig
 from stipple_core.data.records.records import Record
-from stipple_core.data.verify import Memory, inspect, read_sizes
+from stipple_core.data.sources.scan import scan
+from stipple_core.data.verify import InspectionCache, inspect, read_sizes
 
 
 @pytest.mark.parametrize(("size", "step", "aspect"), [(256, 64, 2.0), (256, 32, 4.0), (512, 64, 2.0), (32, 8, 3.0)])
-def test_shapes_are_multiples_of_the_step_within_area_and_aspect_and_hold_each_turned(size, step, aspect):
+def test_shapes_are_multiples_of_the_step_within_area_and_aspect_ratio(size, step, aspect):
     shapes = bucket_shapes(size, BucketConfig(step=step, max_aspect=aspect))
     assert (size, size) in shapes and len(shapes) > 1
     for width, height in shapes:
         assert width % step == height % step == 0 and 0 < width * height <= size**2
         assert max(width, height) <= aspect * min(width, height) and (height, width) in shapes
-        assert (min(width, height) + step) * max(width, height) > size**2  # no more would fit
+        assert (min(width, height) + step) * max(width, height) > size**2  # no larger side fits
     assert bucket_shapes(size, BucketConfig(step=step, max_aspect=1.0)) == [(size, size)]
 
 
-def test_shapes_that_cannot_be_are_refused_with_the_mend():
+def test_errors_in_shapes_suggest_a_fix():
     with pytest.raises(ValueError, match="data.image_size 100 is not a multiple of data.buckets.step 64; use .*128"):
         DataConfig(folder="x", image_size=100, buckets=BucketConfig())
     with pytest.raises(ValueError, match="data.buckets.step 48 is not a multiple of 64 .here.; use 64"):
@@ -39,7 +42,7 @@ def test_shapes_that_cannot_be_are_refused_with_the_mend():
             BucketConfig(**options)
 
 
-def test_a_picture_is_in_the_bucket_of_the_nearest_aspect_ratio():
+def test_an_image_is_assigned_to_the_nearest_aspect_ratio():
     shapes = bucket_shapes(256, BucketConfig(step=32, max_aspect=3.0))
     sizes = np.random.default_rng(0).integers(1, 3000, (500, 2))
     buckets = assign([tuple(size) for size in sizes], shapes)
@@ -49,7 +52,7 @@ def test_a_picture_is_in_the_bucket_of_the_nearest_aspect_ratio():
     assert [assign([shape], shapes).shape(0) for shape in shapes] == shapes
 
 
-SIZES = [60, 21, 16, 5, 2, 1]  # records of the buckets: of many batches, of one, and of less than one
+SIZES = [60, 21, 16, 5, 2, 1]  # records in the buckets: for many batches, for one, and for less than one
 
 
 def of(sizes=SIZES) -> np.ndarray:
@@ -64,7 +67,7 @@ def stream(buckets, world: int = 1, micro: int = 12, start: int = 0, steps: int 
     return [turns[i : i + 12] for i in range(0, len(turns), 12)]
 
 
-def test_every_global_batch_is_of_one_bucket_whatever_the_split_and_wherever_it_resumes():
+def test_every_global_batch_is_of_one_bucket_for_any_processes_and_start():
     buckets = of()
     whole = stream(buckets)
     assert all(len({buckets[address.index] for address in batch}) == 1 for batch in whole)
@@ -75,9 +78,9 @@ def test_every_global_batch_is_of_one_bucket_whatever_the_split_and_wherever_it_
         assert stream(buckets, 2, 3, start, min(start + 3, 110)) == whole[start : start + 3]
 
 
-def test_no_record_is_seen_more_often_than_another():
+def test_all_records_are_used_equally_often():
     buckets = of()
-    rounds = 12  # after as many as a batch has places, every bucket has been through its records that often
+    rounds = 12  # as many as a batch has samples: after them, each bucket has used its records that often
     steps = rounds * sum(SIZES) // 12
     seen = Counter(address for batch in stream(buckets, steps=steps) for address in batch)
     assert set(seen.values()) == {1}  # no address twice
@@ -85,7 +88,7 @@ def test_no_record_is_seen_more_often_than_another():
     assert set(counts.values()) == {rounds} and len(counts) == len(buckets)
 
 
-def test_one_bucket_for_all_is_the_order_of_none():
+def test_a_single_bucket_gives_the_order_without_buckets():
     assert stream([0] * 50) == [batch for batch in stream_without(50)] == stream([3] * 50)
 
 
@@ -93,17 +96,17 @@ def stream_without(size: int) -> list[list]:
     return list(Order(size, 12, 12, seed=7, steps=110))
 
 
-def test_whose_turn_it_is_depends_on_the_step_alone():
+def test_the_bucket_depends_only_on_seed_and_step():
     steps = np.random.default_rng(0).permutation(300).tolist()
-    turns = Turns(SIZES, 12, seed=3)
-    asked = {step: turns(step) for step in steps}
-    assert [asked[step] for step in range(300)] == [Turns(SIZES, 12, seed=3)(step) for step in range(300)]
-    for bucket in range(len(SIZES)):  # the batches of a bucket follow each other
-        assert [n for b, n in (asked[step] for step in range(300)) if b == bucket] == list(
-            range(sum(b == bucket for b, _ in asked.values()))
+    schedule = BucketSchedule(SIZES, 12, seed=3)
+    drawn = {step: schedule(step) for step in steps}
+    assert [drawn[step] for step in range(300)] == [BucketSchedule(SIZES, 12, seed=3)(step) for step in range(300)]
+    for bucket in range(len(SIZES)):  # the batches of a bucket are consecutive
+        assert [n for b, n in (drawn[step] for step in range(300)) if b == bucket] == list(
+            range(sum(b == bucket for b, _ in drawn.values()))
         )
-    assert [Turns(SIZES, 12, seed=4)(step) for step in range(300)] != [asked[step] for step in range(300)]
-    assert Turns([10**6, 3], 12)(10**8)[0] == 0  # nothing is counted up to there
+    assert [BucketSchedule(SIZES, 12, seed=4)(step) for step in range(300)] != [drawn[step] for step in range(300)]
+    assert BucketSchedule([10**6, 3], 12)(10**8)[0] == 0  # computed without a loop over steps
 
 
 def folder_of(tmp_path: Path, sizes: list[tuple[int, int]]) -> Path:
@@ -118,19 +121,19 @@ def dataset_of(folder: Path, **options) -> ImageDataset:
         folder=str(folder), image_size=32, validation=0.0, buckets=BucketConfig(step=8, max_aspect=2.0), **options
     )
     records = scan(config, captioned=False).train
-    sizes = [(look.width, look.height) for look in inspect(records, Memory(f"{folder}/none"))]
+    sizes = [(each.width, each.height) for each in inspect(records, InspectionCache(f"{folder}/none"))]
     return ImageDataset(records, config, seed=5, buckets=assign(sizes, bucket_shapes(32, config.buckets)))
 
 
-def test_images_have_the_shape_of_their_bucket_and_lose_only_what_stands_over(tmp_path):
+def test_images_have_the_shape_of_their_bucket_and_only_the_longer_side_is_cropped(tmp_path):
     dataset = dataset_of(folder_of(tmp_path, [(64, 64), (96, 60), (60, 96), (400, 40), (1, 90)]))
     shapes = [tuple(dataset.picture(index).shape) for index in range(5)]
     assert shapes == [(3, 32, 32), (3, 24, 40), (3, 40, 24), (3, 24, 40), (3, 40, 24)]
-    wide = dataset.picture(1)[0, 10]  # 96 x 60 cut to 40 x 24: the height is all there, 96 x 57.6 cover it
+    wide = dataset.picture(1)[0, 10]  # 96 x 60 becomes 40 x 24: almost all of the width is used
     assert wide[0] < -0.95 and wide[-1] > 0.95
 
 
-def test_loaders_give_batches_of_one_shape_alike_with_workers(tmp_path):
+def test_loaders_give_equal_batches_with_and_without_workers(tmp_path):
     draw = np.random.default_rng(0)
     sizes = [(int(w), int(h)) for w, h in draw.integers(20, 90, (40, 2))]
     dataset = dataset_of(folder_of(tmp_path, sizes), flip=True, crop="random")
@@ -142,20 +145,20 @@ def test_loaders_give_batches_of_one_shape_alike_with_workers(tmp_path):
         assert torch.equal(a.images, collate([dataset[address] for address in reversed(addresses)][::-1]).images)
 
 
-def test_who_stands_in_for_a_bad_picture_takes_its_shape(tmp_path):
+def test_a_replacement_has_the_shape_of_the_unusable_image(tmp_path):
     dataset = dataset_of(folder_of(tmp_path, [(64, 64)] * 4 + [(96, 60)] * 4))
     wanted = tuple(dataset.picture(6).shape)
-    (tmp_path / "006.png").write_bytes(b"gone bad since")
+    (tmp_path / "006.png").write_bytes(b"damaged")
     assert {tuple(dataset[epoch, 6].image.shape) for epoch in range(8)} == {wanted}
     assert list(dataset.skipped) == [6]
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_sizes_are_those_of_upright_pictures(tmp_path, form, orientation):
+def test_sizes_are_those_of_upright_images(tmp_path, form, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.new("RGB", (20, 10)).save(tmp_path / "a.png", form, exif=exif)
     records = [Record(str(tmp_path / "a.png"), "a.png", (("",),), 1)]
-    header, whole = read_sizes(records)[0], inspect(records, Memory(str(tmp_path)))[0]
+    header, whole = read_sizes(records)[0], inspect(records, InspectionCache(str(tmp_path)))[0]
     assert header == whole and (whole.width > whole.height) == (orientation < 5)

@@ -1,4 +1,4 @@
-"""Captions: templates over columns, and text made clean."""
+"""Captions: templates over columns, and text cleaning."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ from collections.abc import Iterator
 
 import pytest
 
-from stipple_core.data.dataset import DataConfig, Record, draw_caption
+from stipple_core.data.dataset import draw_caption
 from stipple_core.data.records.captions import MAX_LENGTH, clean, columns_of, expand
+from stipple_core.data.records.data_config import DataConfig
+from stipple_core.data.records.records import Record
 from stipple_core.randomness import generator
 
 
 @pytest.mark.parametrize("template", ["{", "{}", "{a!r}", "{a:>9}", "a}"])
-def test_malformed_templates_are_refused(template):
+def test_malformed_templates_are_errors(template):
     with pytest.raises(ValueError, match="caption template"):
         DataConfig(folder="x", captions=[template])
 
 
-def test_templates_read_columns_and_never_attributes():
+def test_templates_use_columns_and_never_attributes():
     assert columns_of("{{{a.__class__}}} {b[0]} {b[0]}") == ("a.__class__", "b[0]")
     row = {"a.__class__": "A", "b[0]": ["x", "y"], "a": "no"}
     assert expand("{{{a.__class__}}} {b[0]}", ("a.__class__", "b[0]"), row) == ("{A} x", "{A} y")
@@ -46,20 +48,20 @@ def test_cleaning_text_is_idempotent_and_keeps_emoji_and_accents():
             clean(text)
 
 
-def test_what_is_no_text_is_replaced_and_what_is_too_long_is_cut():
+def test_invalid_characters_are_replaced_and_long_text_is_truncated():
     assert clean("a\0b\x1b\x7f\x85c") == "a b c"
     assert clean("a\ud800b\udc00") == "a\ufffdb\ufffd" and clean("\ud83d\ude00") == "\N{GRINNING FACE}"
     assert clean("x" * 1_000_000) == "x" * MAX_LENGTH
     assert clean("word " * 10_000) == ("word " * (MAX_LENGTH // 5)).strip()
 
 
-def test_long_runs_of_accents_take_no_quadratic_time():
+def test_long_runs_of_accents_do_not_take_quadratic_time():
     started = time.perf_counter()
-    clean("a" + "\u0301\u0323" * 500_000)  # a second and a half per 100,000 if all were brought into order
+    clean("a" + "\u0301\u0323" * 500_000)  # sorting them all takes 1.5 seconds for 100,000
     assert time.perf_counter() - started < 3
 
 
-def test_any_text_becomes_one_line_of_nfc_that_stays_as_it_is_and_that_a_tokenizer_can_encode():
+def test_any_text_becomes_one_line_of_encodable_nfc_and_cleaning_is_idempotent():
     for text in random_texts(2_000):
         check(text)
 
@@ -71,7 +73,7 @@ def test_a_million_texts_become_one_line_of_nfc():
 
 
 def random_texts(count: int) -> Iterator[str]:
-    """Texts of ordinary, combining, control, private, half and unassigned characters."""
+    """Texts of ordinary, combining, control, private, surrogate and unassigned characters."""
     draw = random.Random(0)
     ranges = [(32, 126), (0, 160), (0x300, 0x370), (0x1100, 0x1200), (0xD7F0, 0xE010), (0xFB00, 0xFFFF), (0, 0x10FFFF)]
     for _ in range(count):
@@ -79,7 +81,7 @@ def random_texts(count: int) -> Iterator[str]:
 
 
 def check(text: str) -> None:
-    """`clean` gives what its docstring says."""
+    """Check what the docstring of `clean` specifies."""
     try:
         cleaned = clean(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Folders of captioned images: what is found, and that each damaged thing is skipped with its reason."""
+"""Folders of captioned images: all captions are found, and each unusable entry is skipped with its reason."""
 
 from __future__ import annotations
 
@@ -10,41 +10,17 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from stipple_core.data.records.data_config import DataConfig
 from stipple_core.data.records.records import fingerprint, write_skipped
 from stipple_core.data.sources.scan import scan
+from tests.helpers.data_sources import captions_by_name, folder_config, make_folder, reasons
 
 PICTURES = Path(__file__).parents[2] / "tests" / "pictures"
 
 
-def config(folder, **options) -> DataConfig:
-    return DataConfig(
-        **{"folder": str(folder), "image_size": 16, "validation": 0.0, "max_bad_fraction": 1.0, **options}
-    )
-
-
-def make_folder(folder: Path, rows: list, names: tuple[str, ...] = ("a.png", "b.png", "c.png")) -> Path:
-    """A folder with solid pictures and a metadata.jsonl; rows are dicts, or raw bytes of a line."""
-    for number, name in enumerate(names):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (8, 8), (number * 20, 0, 0)).save(folder / name)
-    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
-    (folder / "metadata.jsonl").write_bytes(b"\n".join(lines))
-    return folder
-
-
-def named(records) -> dict[str, tuple]:
-    return {record.name: record.captions for record in records.train}
-
-
-def reasons(records) -> dict[str, str]:
-    return {skip.path: skip.reason for skip in records.skipped}
-
-
-def test_real_pictures_with_metadata_and_sidecars_are_all_found():
-    records = scan(config(PICTURES, captions=["{text}", "{name}", "{keywords}, {style} style"]))
+def test_images_with_metadata_and_sidecars_are_all_found():
+    records = scan(folder_config(PICTURES, captions=["{text}", "{name}", "{keywords}, {style} style"]))
     assert len(records.train) == 42 and not records.skipped
-    captions = named(records)
+    captions = captions_by_name(records)
     assert captions["photos/lemon.webp"] == (("a photo of lemon in a grocery store",),)
     text, name, keywords = captions["noto/1f419.webp"]
     assert (text, name) == (("octopus, noto style",), ("octopus",))
@@ -60,18 +36,18 @@ def test_csv_and_jsonl_give_the_same_records(tmp_path):
     lines = [f'"{name}.png","a ""{name}"", yes",{tone or ""}' for name, tone in tones.items()]
     (tmp_path / "csv" / "metadata.csv").write_text("\ufefffile_name,text,tone\r\n" + "\r\n".join(lines), "utf-8")
     for where in ({}, {"tone": ["x", None]}, {"tone": ["y"]}):
-        assert named(scan(config(tmp_path / "csv", where=where))) == named(
-            scan(config(tmp_path / "jsonl", where=where))
+        assert captions_by_name(scan(folder_config(tmp_path / "csv", where=where))) == captions_by_name(
+            scan(folder_config(tmp_path / "jsonl", where=where))
         )
 
 
-def test_metadata_at_any_level_names_files_from_its_own_folder_and_the_nearest_wins(tmp_path):
+def test_metadata_files_are_relative_to_their_folder_and_the_nearest_is_used(tmp_path):
     rows = [{"file_name": "z/a.png", "text": "far"}, {"file_name": "z/y/b.png", "text": "only"}]
     make_folder(tmp_path, rows, ("z/a.png", "z/y/b.png", "z/c.png"))
     near = [{"file_name": "a.png", "text": "near"}, {"file_name": "./y/../c.png", "text": "c"}]
     (tmp_path / "z" / "metadata.jsonl").write_text("\n".join(map(json.dumps, near)))
-    records = scan(config(tmp_path))
-    assert named(records) == {"z/a.png": (("near",),), "z/y/b.png": (("only",),), "z/c.png": (("c",),)}
+    records = scan(folder_config(tmp_path))
+    assert captions_by_name(records) == {"z/a.png": (("near",),), "z/y/b.png": (("only",),), "z/c.png": (("c",),)}
     assert "duplicate" in reasons(records)["metadata.jsonl:1"]
 
 
@@ -82,13 +58,13 @@ def test_lines_of_a_sidecar_are_captions_and_fill_a_missing_text(tmp_path):
     (tmp_path / "a.txt").write_text("\ufefffirst\n\n second \n", "utf-8")
     (tmp_path / "b.txt").write_text("not this one")
     (tmp_path / "c.txt").write_text("c")
-    captions = named(scan(config(tmp_path, captions=["{text}, {style}", "{text}"])))
+    captions = captions_by_name(scan(folder_config(tmp_path, captions=["{text}, {style}", "{text}"])))
     assert captions["a.png"] == (("first, flat", "second, flat"), ("first", "second"))
     assert captions["b.png"] == (("b, round",), ("b",))
-    assert captions["c.png"] == (("c",),)  # the template that lacks a column is left out
+    assert captions["c.png"] == (("c",),)  # the template with a missing column is not used
 
 
-def test_rows_are_kept_by_the_values_of_their_columns(tmp_path):
+def test_where_selects_rows_by_the_values_of_columns(tmp_path):
     rows = [
         {"file_name": "a.png", "text": "a", "tone": None, "flag": False, "words": ["x", "y"], "size": 3},
         {"file_name": "b.png", "text": "b", "tone": "dark", "flag": True, "words": ["y"], "size": 4},
@@ -106,30 +82,30 @@ def test_rows_are_kept_by_the_values_of_their_columns(tmp_path):
         ({"flag": [0]}, ""),
     ]:
         if kept:
-            records = scan(config(tmp_path, where=where))
-            assert "".join(name[0] for name in named(records)) == kept and not records.skipped
+            records = scan(folder_config(tmp_path, where=where))
+            assert "".join(name[0] for name in captions_by_name(records)) == kept and not records.skipped
         else:
-            with pytest.raises(ValueError, match="nothing passes data.where"):
-                scan(config(tmp_path, where=where))
+            with pytest.raises(ValueError, match="no row matches data.where"):
+                scan(folder_config(tmp_path, where=where))
 
 
-def test_an_empty_folder_and_a_file_are_told_as_what_they_are(tmp_path):
-    with pytest.raises(ValueError, match="no usable captioned image in .*: there is no picture in it"):
-        scan(config(tmp_path))
+def test_an_empty_folder_and_a_file_are_different_errors(tmp_path):
+    with pytest.raises(ValueError, match="no usable captioned image in .*: it contains no image"):
+        scan(folder_config(tmp_path))
     (tmp_path / "list.txt").write_text("a")
-    with pytest.raises(NotADirectoryError, match="list.txt is a file; give its folder"):
-        scan(config(tmp_path / "list.txt"))
+    with pytest.raises(NotADirectoryError, match="list.txt is a file; use its folder"):
+        scan(folder_config(tmp_path / "list.txt"))
 
 
-def test_misspelt_columns_are_errors_that_name_the_nearest(tmp_path):
+def test_misspelled_columns_are_errors_that_name_the_nearest(tmp_path):
     make_folder(tmp_path, [{"file_name": "a.png", "text": "a", "style": "x"}])
     with pytest.raises(ValueError, match="'styel'.*did you mean style"):
-        scan(config(tmp_path, captions=["{text}, {styel}"]))
+        scan(folder_config(tmp_path, captions=["{text}, {styel}"]))
     with pytest.raises(ValueError, match="data.where.*'colour'.*columns are file_name, style, text"):
-        scan(config(tmp_path, where={"colour": ["x"]}))
+        scan(folder_config(tmp_path, where={"colour": ["x"]}))
 
 
-def test_every_damaged_row_is_skipped_with_its_reason_and_costs_nothing_else(tmp_path):
+def test_every_damaged_row_is_skipped_with_its_reason(tmp_path):
     bad = {
         b'{"file_name": "b.png", "text"': "not JSON",
         b"[1, 2]": "not a JSON object",
@@ -143,30 +119,30 @@ def test_every_damaged_row_is_skipped_with_its_reason_and_costs_nothing_else(tmp
         b'{"file_name": "c.png", "text": "' + b"x" * (1 << 20) + b'"}': "more than 1048576 bytes",
     }
     folder = make_folder(tmp_path / "data", [{"file_name": "a.png", "text": "good"}, *bad])
-    records = scan(config(folder))
-    assert named(records) == {"a.png": (("good",),)}
-    got = reasons(records)
+    records = scan(folder_config(folder))
+    assert captions_by_name(records) == {"a.png": (("good",),)}
+    skipped = reasons(records)
     for line, reason in enumerate(bad.values(), 2):
-        assert reason in got.pop(f"metadata.jsonl:{line}")
-    assert set(got) == {"b.png", "c.png"} and all("no caption" in reason for reason in got.values())
+        assert reason in skipped.pop(f"metadata.jsonl:{line}")
+    assert set(skipped) == {"b.png", "c.png"} and all("no caption" in reason for reason in skipped.values())
 
 
 @pytest.mark.parametrize("name", ["../a.png", "q/../../a.png", "/etc/passwd"])
-def test_a_row_that_leads_out_of_the_folder_is_an_error_that_names_its_line(tmp_path, name):
+def test_a_row_with_a_file_outside_the_folder_is_an_error_that_names_the_line(tmp_path, name):
     make_folder(tmp_path, [{"file_name": "a.png", "text": "x"}, {"file_name": name, "text": "x"}])
-    with pytest.raises(ValueError, match=r"metadata.jsonl:2: file_name .* leads out of the data folder"):
-        scan(config(tmp_path))
+    with pytest.raises(ValueError, match=r"metadata.jsonl:2: file_name .* is outside the data folder"):
+        scan(folder_config(tmp_path))
 
 
 def test_every_row_without_a_caption_is_skipped_with_its_reason(tmp_path):
     columns = {"b": "", "c": "  ", "d": None, "g": [], "h": {"x": 1}}
     rows = [{"file_name": f"{name}.png", "text": text} for name, text in {"a": "good", **columns}.items()]
-    records = scan(config(make_folder(tmp_path, rows, tuple(row["file_name"] for row in rows))))
-    assert set(named(records)) == {"a.png"}
-    got = reasons(records)
-    assert set(got) == {f"{name}.png" for name in columns}
+    records = scan(folder_config(make_folder(tmp_path, rows, tuple(row["file_name"] for row in rows))))
+    assert set(captions_by_name(records)) == {"a.png"}
+    skipped = reasons(records)
+    assert set(skipped) == {f"{name}.png" for name in columns}
     for name in "bcdgh":
-        assert "missing or empty" in got[f"{name}.png"]
+        assert "missing or empty" in skipped[f"{name}.png"]
 
 
 def test_every_damaged_sidecar_is_skipped_with_its_reason(tmp_path):
@@ -174,11 +150,11 @@ def test_every_damaged_sidecar_is_skipped_with_its_reason(tmp_path):
     contents = {"a": b"good", "c": b" \n", "d": b"x" * (2 << 20), "e": b"\0"}
     for name, content in contents.items():
         (tmp_path / f"{name}.txt").write_bytes(content)
-    records = scan(config(tmp_path))
-    assert set(named(records)) == {"a.png"}
-    got = reasons(records)
-    assert "empty" in got["c.txt"] and "more than" in got["d.txt"]
-    assert "no caption" in got["b.png"] and "empty" in got["e.png"] and "no caption" in got["f.png"]
+    records = scan(folder_config(tmp_path))
+    assert set(captions_by_name(records)) == {"a.png"}
+    skipped = reasons(records)
+    assert "empty" in skipped["c.txt"] and "more than" in skipped["d.txt"]
+    assert "no caption" in skipped["b.png"] and "empty" in skipped["e.png"] and "no caption" in skipped["f.png"]
 
 
 def test_damaged_csv_lines_are_skipped_with_their_reason(tmp_path):
@@ -186,10 +162,10 @@ def test_damaged_csv_lines_are_skipped_with_their_reason(tmp_path):
     (tmp_path / "metadata.jsonl").unlink()
     huge = b"b.png," + b"x" * 200_000
     (tmp_path / "metadata.csv").write_bytes(b"file_name,text\na.png,one,two\n" + huge + b"\nc.png,good\n")
-    records = scan(config(tmp_path))
-    assert named(records) == {"c.png": (("good",),)}
-    got = reasons(records)
-    assert "3 cells" in got["metadata.csv:2"] and "not CSV" in got["metadata.csv:3"]
+    records = scan(folder_config(tmp_path))
+    assert captions_by_name(records) == {"c.png": (("good",),)}
+    skipped = reasons(records)
+    assert "3 cells" in skipped["metadata.csv:2"] and "not CSV" in skipped["metadata.csv:3"]
 
 
 def test_empty_files_directories_and_hidden_files_never_become_records(tmp_path):
@@ -199,47 +175,51 @@ def test_empty_files_directories_and_hidden_files_never_become_records(tmp_path)
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
     (tmp_path / ".hidden.png").write_bytes(b"x")
     (tmp_path / "loop").symlink_to(tmp_path)
-    records = scan(config(tmp_path))
-    assert set(named(records)) == {"a.png"}
-    got = reasons(records)
-    assert got["empty.png"] == "empty file" and got["dir.png"] == "a directory, not a file" and "gone.png" in got
-    assert ".hidden.png" not in got
+    records = scan(folder_config(tmp_path))
+    assert set(captions_by_name(records)) == {"a.png"}
+    skipped = reasons(records)
+    assert (
+        skipped["empty.png"] == "empty file"
+        and skipped["dir.png"] == "a directory, not a file"
+        and "gone.png" in skipped
+    )
+    assert ".hidden.png" not in skipped
 
 
-def test_small_pictures_are_skipped_where_asked(tmp_path):
+def test_images_below_min_size_are_skipped(tmp_path):
     make_folder(tmp_path, [{"file_name": name, "text": "x"} for name in ("a.png", "b.png", "c.png")])
     Image.new("RGB", (9, 400)).save(tmp_path / "b.png")
     (tmp_path / "c.png").write_bytes(b"no image")
-    records = scan(config(tmp_path, min_size=9))
-    assert set(named(records)) == {"b.png"}
+    records = scan(folder_config(tmp_path, min_size=9))
+    assert set(captions_by_name(records)) == {"b.png"}
     assert "min_size 9" in reasons(records)["a.png"] and "not an image" in reasons(records)["c.png"]
 
 
 def test_too_many_bad_files_stop_the_run(tmp_path):
     make_folder(tmp_path, [{"file_name": "a.png", "text": "x"}])
     with pytest.raises(ValueError, match="2 of 3 entries.*max_bad_fraction 0.5.*b.png: no caption"):
-        scan(config(tmp_path, max_bad_fraction=0.5))
-    assert len(scan(config(tmp_path, max_bad_fraction=0.7)).train) == 1
+        scan(folder_config(tmp_path, max_bad_fraction=0.5))
+    assert len(scan(folder_config(tmp_path, max_bad_fraction=0.7)).train) == 1
 
 
 def test_missing_and_empty_folders_are_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
-        scan(config(tmp_path / "nowhere"))
+        scan(folder_config(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="no usable captioned image"):
-        scan(config(tmp_path))
+        scan(folder_config(tmp_path))
 
 
 @pytest.mark.parametrize(
     "options", [{"crop": "left"}, {"image_size": 0}, {"validation": 1.0}], ids=lambda o: next(iter(o))
 )
-def test_wrong_options_are_refused_by_name(options):
+def test_errors_in_options_name_the_option(options):
     with pytest.raises(ValueError, match=f"data.{next(iter(options))}"):
-        config("x", **options)
+        folder_config("x", **options)
 
 
-def test_skips_are_written_as_json_lines(tmp_path):
+def test_skipped_entries_are_written_as_json_lines(tmp_path):
     make_folder(tmp_path, [{"file_name": "a.png", "text": "x"}])
-    records = scan(config(tmp_path))
+    records = scan(folder_config(tmp_path))
     write_skipped(records.skipped, str(tmp_path / "skipped.jsonl"))
     lines = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert lines == [dataclasses.asdict(skip) for skip in records.skipped] and len(lines) == 2
@@ -249,20 +229,20 @@ def test_the_split_depends_on_names_only(tmp_path):
     names = tuple(f"{number}.png" for number in range(200))
     rows = [{"file_name": name, "text": name} for name in names]
     make_folder(tmp_path, rows, names)
-    full = scan(config(tmp_path, validation=0.2))
+    full = scan(folder_config(tmp_path, validation=0.2))
     held_out = {record.name for record in full.validation}
     assert 20 < len(held_out) < 60 and len(full.train) + len(held_out) == 200
-    half = scan(config(tmp_path, validation=0.2, where={"text": list(names[:100])}))
+    half = scan(folder_config(tmp_path, validation=0.2, where={"text": list(names[:100])}))
     assert {record.name for record in half.validation} == held_out & set(names[:100])
-    more = scan(config(tmp_path, validation=0.3))
+    more = scan(folder_config(tmp_path, validation=0.3))
     assert held_out < {record.name for record in more.validation}
 
 
-def test_the_fingerprint_sees_names_captions_and_sizes(tmp_path):
-    records = scan(config(PICTURES)).train
-    assert fingerprint(records) == fingerprint(scan(config(PICTURES)).train)
+def test_the_fingerprint_depends_on_names_captions_and_sizes(tmp_path):
+    records = scan(folder_config(PICTURES)).train
+    assert fingerprint(records) == fingerprint(scan(folder_config(PICTURES)).train)
     shutil.copytree(PICTURES, tmp_path / "copy")
-    assert fingerprint(scan(config(tmp_path / "copy")).train) == fingerprint(records)
+    assert fingerprint(scan(folder_config(tmp_path / "copy")).train) == fingerprint(records)
     for change in ({"name": "x"}, {"captions": (("x",),)}, {"bytes": 1}):
         assert fingerprint([dataclasses.replace(records[0], **change), *records[1:]]) != fingerprint(records)
 
@@ -271,5 +251,5 @@ def test_an_autoencoder_needs_no_captions(tmp_path):
     make_folder(tmp_path, [], ("a.png", "sub/b.png", "c.png"))
     (tmp_path / "sub" / "b.txt").write_text("a caption")
     (tmp_path / "c.png").write_bytes(b"")
-    records = scan(config(tmp_path), captioned=False)
-    assert list(named(records)) == ["a.png", "sub/b.png"] and list(reasons(records)) == ["c.png"]
+    records = scan(folder_config(tmp_path), captioned=False)
+    assert list(captions_by_name(records)) == ["a.png", "sub/b.png"] and list(reasons(records)) == ["c.png"]

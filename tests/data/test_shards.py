@@ -1,308 +1,287 @@
-"""The latent cache: what was added comes back; it is complete or refused; training from it sees what images show."""
+"""Shards: patterns, names relative to the data, URLs read by ranges, and commands that are run once."""
 
 from __future__ import annotations
 
-import dataclasses
+import functools
+import http.server
 import json
-import os
-import pickle
+import shutil
+import threading
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
-from stipple_core.data.dataset import DataConfig, ImageDataset, Order, make_loader, scan
-from stipple_core.latent_cache.arrays import map_array, map_ragged, pack, save_ragged
-from stipple_core.latent_cache.reader import CachedLatents, DamagedCache, ShardWriter, cached_collate
+from stipple_core.data.sources.scan import scan
+from stipple_core.data.sources.shard_patterns import expand_braces
+from stipple_core.data.sources.shards import find_shards
+from tests.helpers.data_sources import captioned_image, make_tar, png_image, reasons, shard_config
 
-PICTURES = Path(__file__).parents[2] / "tests" / "pictures"
-KEY = {"autoencoder": "abc", "image_size": 16, "templates": ("{text}", "{keywords}"), "flip": True}
-OPTIONS = DataConfig(
-    folder=str(PICTURES),
-    image_size=16,
-    captions=["{text}", "{keywords}"],
-    validation=0.0,
-    flip=True,
-    max_bad_fraction=0.5,
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    """Serves the files of a folder with range requests, which the standard library's handler ignores."""
+
+    ranges = True
+    refused = 0  # how many further requests are answered with 503
+    broken: dict[str, int] = {}  # status code by path
+    requested: list[str] = []
+
+    def do_GET(self):
+        type(self).requested.append(self.headers.get("Range") or "all")
+        if status := self.broken.get(self.path):
+            return self.send_error(status)
+        if type(self).refused:
+            type(self).refused -= 1
+            return self.send_error(503)
+        requested_range = self.headers.get("Range")
+        if not requested_range or not self.ranges:
+            return super().do_GET()
+        data = Path(self.translate_path(self.path)).read_bytes()
+        first, _, last = requested_range.removeprefix("bytes=").partition("-")
+        part = data[int(first) : int(last) + 1 if last else None]
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {first}-{int(first) + len(part) - 1}/{len(data)}")
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        self.wfile.write(part)
+
+    def do_HEAD(self):
+        if status := self.broken.get(self.path):
+            return self.send_error(status)
+        super().do_HEAD()
+
+    def end_headers(self):
+        if self.ranges:
+            self.send_header("Accept-Ranges", "bytes")
+        super().end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A folder, its address, and the handler's settings."""
+    pytest.importorskip("aiohttp")
+
+    class Settings(Handler):
+        requested: list[str] = []
+
+    (tmp_path / "www").mkdir()
+    served = functools.partial(Settings, directory=str(tmp_path / "www"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), served) as listening:
+        thread = threading.Thread(target=listening.serve_forever)
+        thread.start()
+        yield tmp_path / "www", f"http://127.0.0.1:{listening.server_port}", Settings
+        listening.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "texts"),
+    [
+        ("a", ["a"]),
+        ("{0..2}", ["0", "1", "2"]),
+        ("x{08..11}.tar", ["x08.tar", "x09.tar", "x10.tar", "x11.tar"]),
+        ("{000..002}", ["000", "001", "002"]),
+        ("{3..1}", ["3", "2", "1"]),
+        ("{a,b}/{0..1}", ["a/0", "a/1", "b/0", "b/1"]),
+        ("{a,}{}", ["a{}", "{}"]),
+        ("{x", ["{x"]),
+    ],
 )
-RECORDS = scan(OPTIONS).train
+def test_braces_are_expanded_as_in_a_shell(pattern, texts):
+    assert expand_braces(pattern) == texts
 
 
-def moments_of(index: int, flips: bool = True) -> torch.Tensor:
-    """[1 or 2, 2c, h, w]: the picture itself stands for its moments, so that cache and images can be compared."""
-    dataset = ImageDataset(RECORDS, OPTIONS)
-    image = dataset.picture(index)
-    return torch.stack([image, image.flip(-1)] if flips else [image])
+def test_a_range_of_a_billion_shards_is_an_error():
+    for pattern in ("{0..999999999}", "{0..9999}{0..9999}"):
+        with pytest.raises(ValueError, match="more than 1000000 shards"):
+            expand_braces(pattern)
 
 
-def context_of(caption: str) -> torch.Tensor:
-    """[l, d], of as many tokens as the caption has words."""
-    return torch.tensor([[len(word), ord(word[0]) / 8, 0.5] for word in caption.split()])
+def test_names_are_relative_to_the_folder_before_the_pattern(tmp_path):
+    for name in ("a/0.tar", "a/1.tar", "b/0.tar"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+
+    def names(*patterns: str) -> list[str]:
+        return [shard.name for shard in find_shards([f"{tmp_path}/{pattern}" for pattern in patterns], "unused")]
+
+    assert names("a/{0..1}.tar") == names("a/*.tar") == names("a/1.tar", "a/0.tar") == ["0.tar", "1.tar"]
+    assert names("{a,b}/0.tar") == ["a/0.tar", "b/0.tar"] and names("**/*.tar") == ["a/0.tar", "a/1.tar", "b/0.tar"]
+    assert names("a/0.tar", "a/*.tar") == ["0.tar", "1.tar"]
+    with pytest.raises(ValueError, match=r"two shards called 0.tar: .*; name them in one pattern"):
+        names("a/0.tar", "b/0.tar")
+    with pytest.raises(ValueError, match="matches no file"):
+        names("c/*.tar")
 
 
-def fill(writer: ShardWriter, unusable: tuple[int, ...] = (), flips: bool = True) -> list[range]:
-    made = []
-    for part in writer.missing("moments"):
-        writer.add_moments(part, [None if i in unusable else moments_of(i, flips) for i in part])
-        made.append(part)
-    for part in writer.missing("contexts"):
-        writer.add_contexts(part, [context_of(writer.captions[number]) for number in part])
-        made.append(part)
-    return made
+def test_a_missing_shard_of_a_range_is_skipped_by_name(tmp_path):
+    (tmp_path / "00.tar").write_bytes(make_tar(captioned_image("a")))
+    records = scan(shard_config(tmp_path, shards=str(tmp_path / "{00..02}.tar")))
+    assert len(records.train) == 1 and reasons(records) == {"01.tar": "no such file", "02.tar": "no such file"}
 
 
-def make_cache(folder, unusable: tuple[int, ...] = (), flips: bool = True, **options) -> str:
-    writer = ShardWriter(str(folder), 0, KEY, RECORDS, **{"part_size": 16, **options})
-    fill(writer, unusable, flips)
-    writer.close(torch.full((2, 3), 0.25))
-    return str(folder)
+def test_urls_are_read_by_ranges_like_local_files(server, tmp_path):
+    folder, address, handler = server
+    for number in range(2):
+        big = [("big.bin", bytes(9 << 20))]
+        members = (
+            [member for key in "abc" for member in captioned_image(f"{number}{key}", number)]
+            + big
+            + captioned_image("z")
+        )
+        (folder / f"{number}.tar").write_bytes(make_tar(members))
+    remote = scan(shard_config(tmp_path, shards=f"{address}/{{0..2}}.tar"))
+    local = scan(shard_config(tmp_path, shards=f"{folder}/{{0..2}}.tar"))
+    assert remote.skipped == local.skipped and len(remote.skipped) == 1
+    assert [(r.name, r.captions, r.bytes) for r in remote.train] == [(r.name, r.captions, r.bytes) for r in local.train]
+    for one, other in zip(remote.train, local.train, strict=True):
+        assert one.open().read() == other.open().read()
+    handler.requested.clear()
+    record = scan(shard_config(tmp_path, shards=f"{address}/{{0..1}}.tar")).train[0]
+    record.open()
+    first = record.place
+    assert [each for each in handler.requested if each != "all"][-1] == f"bytes={first}-{first + record.bytes - 1}"
 
 
-def test_ragged_rows_come_back(tmp_path):
-    rows = [np.arange(n * 2, dtype=np.float16).reshape(n, 2) for n in (3, 0, 1, 5)]
-    save_ragged(str(tmp_path / "x"), pack(rows))
-    mapped = map_ragged(str(tmp_path / "x"))
-    assert len(mapped) == 4 and all((mapped[i] == row).all() for i, row in enumerate(rows))
-    assert not mapped.values.flags.writeable
+def test_short_network_failures_are_retried_and_long_ones_are_errors(server, tmp_path, monkeypatch):
+    folder, address, handler = server
+    monkeypatch.setattr("stipple_core.data.sources.remote_files.time.sleep", lambda _: None)
+    (folder / "0.tar").write_bytes(make_tar(captioned_image("a")))
+    record = scan(shard_config(tmp_path, shards=f"{address}/0.tar")).train[0]
+    handler.refused = 2
+    assert record.open().read() == png_image()
+    handler.refused = 99
+    with pytest.raises(OSError, match="can't be read after 5 tries"):
+        record.open()
 
 
-@pytest.mark.parametrize(("dtype", "error"), [("float32", 0.0), ("float16", 2.0**-11)])
-def test_what_was_added_comes_back(tmp_path, dtype, error):
-    cache = CachedLatents(make_cache(tmp_path, dtype=dtype), KEY)
-    assert len(cache) == 42 and cache.flips and cache.channels == 3
-    for index in range(42):
-        for flip in (False, True):
-            assert (cache.moments(index, flip) - moments_of(index)[int(flip)]).abs().max() <= error
-        for numbers, texts in zip(cache.captions_of(index), RECORDS[index].captions, strict=True):
-            assert tuple(cache.caption(number) for number in numbers) == texts
-            for number, text in zip(numbers, texts, strict=True):
-                assert torch.equal(cache.context(number).float(), context_of(text))
-    assert torch.equal(cache.null_tokens, torch.full((2, 3), 0.25))
+@pytest.mark.parametrize("status", [503, 403, 404, 410])
+def test_a_shard_is_missing_only_if_the_server_reports_it_as_missing(status, server, tmp_path, monkeypatch):
+    folder, address, handler = server
+    waits = []
+    monkeypatch.setattr("stipple_core.data.sources.remote_files.time.sleep", waits.append)
+    (folder / "0.tar").write_bytes(make_tar(captioned_image("a")))
+    handler.broken = {"/1.tar": status}
+    options = shard_config(tmp_path, shards=f"{address}/{{0..1}}.tar")
+    if status in (404, 410):
+        assert reasons(scan(options)) == {"1.tar": "no such file"} and not waits
+    else:
+        with pytest.raises(OSError, match=rf"1.tar can't be read after 5 tries: .*{status}"):
+            scan(options)
+        assert len(waits) == 4
 
 
-@pytest.mark.parametrize("flips", [True, False])
-def test_training_from_the_cache_sees_what_training_from_images_sees(tmp_path, flips):
-    options = DataConfig(**{**vars(OPTIONS), "flip": flips})
-    images = ImageDataset(RECORDS, options, seed=7)
-    cache = CachedLatents(make_cache(tmp_path, flips=flips), KEY, seed=7)
-    order = Order(42, 16, 8, seed=7, steps=12)
-    for batch, cached in zip(
-        make_loader(images, order), make_loader(cache, order, collate=cached_collate), strict=True
+def test_an_unreachable_server_is_an_error(tmp_path, monkeypatch):
+    pytest.importorskip("aiohttp")
+    monkeypatch.setattr("stipple_core.data.sources.remote_files.time.sleep", lambda _: None)
+    for host in ("127.0.0.1:9", "no-such-host.invalid"):
+        with pytest.raises(OSError, match="a.tar can't be read after 5 tries"):
+            scan(shard_config(tmp_path, shards=f"http://{host}/a.tar"))
+
+
+def test_a_folder_as_a_shard_is_an_error(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"data.shards .* is a folder; use a pattern of its files, such as '.*/\*.tar'"
     ):
-        assert torch.equal(batch.images, cached.moments)
-        assert batch.captions == cached.captions and torch.equal(batch.indices, cached.indices)
+        scan(shard_config(tmp_path, shards=f"{tmp_path}/"))
 
 
-@pytest.mark.parametrize("unusable", [(3, 17), tuple(range(16)), (41,)])
-def test_unusable_records_are_left_out_as_if_they_had_never_been_there(tmp_path, unusable):
-    good = [record for index, record in enumerate(RECORDS) if index not in unusable]
-    images = ImageDataset(good, OPTIONS, seed=7)
-    cache = CachedLatents(make_cache(tmp_path / "cache", unusable), KEY, seed=7)
-    assert len(cache) == len(good) and [RECORDS[number] for number in cache.usable] == good
-    for address in [(epoch, index) for epoch in range(3) for index in range(len(good))]:
-        assert torch.equal(images[address].image, cache[address].moments)
-        assert images[address].caption == cache[address].caption
+def test_a_server_without_ranges_is_an_error_and_can_be_read_by_a_pipe(server, tmp_path):
+    folder, address, handler = server
+    handler.ranges = False
+    members = [member for n in range(100) for member in captioned_image(f"{n:03d}", n)]
+    for filling in (0, 20 << 20):
+        (folder / "0.tar").write_bytes(make_tar([*members, ("z.bin", bytes(filling)), *captioned_image("z")]))
+        with pytest.raises(ValueError, match="use pipe:curl"):
+            for record in scan(shard_config(tmp_path, shards=f"{address}/0.tar")).train:
+                record.open()
+    read = "python3 -c 'import sys, urllib.request as u; sys.stdout.buffer.write(u.urlopen(sys.argv[1]).read())'"
+    records = scan(shard_config(tmp_path, shards=f"pipe:{read} {address}/0.tar"))
+    assert len(records.train) == 101 and records.train[3].name == "0.tar/003.png"
+    assert records.train[3].open().read() == png_image(3)
 
 
-def test_moments_of_several_sizes_come_back(tmp_path):
-    sizes = [(4 + index % 3, 8 - index % 5) for index in range(len(RECORDS))]
-    moments = [torch.randn(2, 6, *size) for size in sizes]
-    writer = ShardWriter(str(tmp_path), 0, KEY, RECORDS, part_size=16, contexts=False)
-    for part in writer.missing("moments"):
-        writer.add_moments(part, [moments[index] for index in part])
-    writer.close(None)
-    cache = CachedLatents(str(tmp_path), KEY)
-    assert cache.sizes.tolist() == [list(size) for size in sizes]
-    for index, each in enumerate(moments):
-        assert torch.equal(torch.stack([cache.moments(index), cache.moments(index, flip=True)]), each)
+def test_fsspec_file_systems_are_read_and_support_patterns(tmp_path):
+    import fsspec
+
+    system = fsspec.filesystem("memory")
+    for number in range(3):
+        with system.open(f"/shards/{number}.tar", "wb") as file:
+            file.write(make_tar(captioned_image("a", number)))
+    for pattern in ("memory://shards/{0..2}.tar", "memory://shards/*.tar"):
+        records = scan(shard_config(tmp_path, shards=pattern))
+        assert [record.name for record in records.train] == ["0.tar/a.png", "1.tar/a.png", "2.tar/a.png"]
+        assert records.train[2].open().read() == png_image(2)
 
 
-def test_a_cache_without_contexts_gives_captions(tmp_path):
-    writer = ShardWriter(str(tmp_path), 0, KEY, RECORDS, part_size=16, contexts=False)
-    assert writer.missing("contexts") == []
-    fill(writer)
-    writer.close(None)
-    cache = CachedLatents(str(tmp_path), KEY)
-    assert not list(tmp_path.glob("contexts*")) and cache.null_tokens is None
-    batch = cached_collate([cache[0, index] for index in range(4)])
-    assert batch.tokens is None and batch.mask is None
-    images = ImageDataset(RECORDS, OPTIONS)
-    assert batch.captions == [images[0, index].caption for index in range(4)]
-
-
-@pytest.mark.parametrize("name", ["moments-00000016.npy", "contexts-00000000.npy", "contexts-00000000.starts.npy"])
-def test_a_part_with_a_flipped_bit_is_made_again_and_no_other(tmp_path, name):
-    folder = make_cache(tmp_path)
-    whole = (tmp_path / name).read_bytes()
-    damaged = bytearray(whole)
-    damaged[-7] ^= 4
-    (tmp_path / name).write_bytes(damaged)
-    writer = ShardWriter(folder, 0, KEY, RECORDS, part_size=16)
-    assert [part.start for part in fill(writer)] == [int(name.split("-")[1][:8])]
-    assert (tmp_path / name).read_bytes() == whole
-
-
-@pytest.mark.parametrize("name", ["moments-00000016.npy", "contexts-00000000.npy"])
-def test_a_flipped_bit_is_found_when_its_row_is_read(tmp_path, name):
-    folder = make_cache(tmp_path)
-    damaged = bytearray((tmp_path / name).read_bytes())
-    damaged[-3] ^= 4  # in the last row
-    (tmp_path / name).write_bytes(damaged)
-    cache, part = CachedLatents(folder), range(16, 32)
-    read = {"moments": lambda row: cache.moments(row, flip=True), "contexts": cache.context}[name.split("-")[0]]
-    last = part[-1] if "moments" in name else 15
-    read(last - 1)
-    with pytest.raises(DamagedCache, match=f"{name} is damaged at row 15; run stipple cache again"):
-        read(last)
-
-
-@pytest.mark.parametrize("text", ["", "{", '{"stop": 32}', '{"sha256": null}', "[" * 5000])
-def test_a_part_with_a_damaged_marker_is_made_again(tmp_path, text):
-    folder = make_cache(tmp_path)
-    (tmp_path / "moments-00000016.json").write_text(text)
-    assert [part.start for part in fill(ShardWriter(folder, 0, KEY, RECORDS, part_size=16))] == [16]
-
-
-def test_batches_are_padded_and_masked(tmp_path):
-    cache = CachedLatents(make_cache(tmp_path), KEY)
-    samples = [cache[0, index] for index in range(12)]
-    batch = cached_collate(samples)
-    lengths = [len(sample.caption.split()) for sample in samples]
-    assert batch.mask.sum(1).tolist() == lengths and batch.tokens.shape == (12, max(lengths), 3)
-    assert batch.tokens.dtype == torch.float32 and batch.moments.shape == (12, 3, 16, 16)
-    assert (batch.tokens[~batch.mask] == 0).all()
-    for row, sample in enumerate(samples):
-        assert torch.equal(batch.tokens[row, : lengths[row]], context_of(sample.caption))
-
-
-@pytest.mark.parametrize("world", [2, 3])
-def test_any_number_of_processes_make_the_same_files(tmp_path, world):
-    alone, shared = make_cache(tmp_path / "alone"), tmp_path / "shared"
-    writers = [ShardWriter(str(shared), rank, KEY, RECORDS, world=world, part_size=16) for rank in range(world)]
-    parts = [part for writer in writers for part in fill(writer)]
-    assert len(parts) == -(-42 // 16) + -(-len(writers[0].captions) // 16)
-    for writer in reversed(writers):
-        writer.close(torch.full((2, 3), 0.25))
-    files = sorted(os.listdir(alone))
-    assert sorted(os.listdir(shared)) == files
-    assert all((shared / name).read_bytes() == (tmp_path / "alone" / name).read_bytes() for name in files)
-
-
-def test_finished_parts_are_not_made_again_and_others_are(tmp_path):
-    writer = ShardWriter(str(tmp_path), 0, KEY, RECORDS, part_size=16)
-    first, *rest = writer.missing("moments")
-    writer.add_moments(first, torch.zeros(16, 2, 3, 16, 16))
-    (tmp_path / "moments-00000016.npy").write_bytes(b"half a file, without its marker")
-    (tmp_path / "moments-00000016.npy.tmp-1").write_bytes(b"left by a killed process")
-    resumed = ShardWriter(str(tmp_path), 0, KEY, RECORDS, world=1, part_size=16)
-    assert resumed.missing("moments") == rest
-    fill(resumed)
-    resumed.close(torch.zeros(1, 3))
-    cache = CachedLatents(str(tmp_path), KEY)
-    assert (cache.moments(3) == 0).all() and torch.equal(cache.moments(20), moments_of(20)[0])
-    assert not list(tmp_path.glob("*.tmp-*"))
-    assert fill(ShardWriter(str(tmp_path), 0, KEY, RECORDS, part_size=16)) == []
-
-
-def test_a_cache_without_all_its_parts_is_refused(tmp_path):
-    writer = ShardWriter(str(tmp_path), 0, KEY, RECORDS, world=2, part_size=16)
-    fill(writer)
-    with pytest.raises(ValueError, match="lacks moments 16 to 31"):
-        writer.close(torch.zeros(1, 3))
-    with pytest.raises(FileNotFoundError, match="no complete latent cache"):
-        CachedLatents(str(tmp_path), KEY)
-
-
-def test_a_cache_of_something_else_is_refused_by_what_changed(tmp_path):
-    folder = make_cache(tmp_path)
-    for change, message in [
-        ({"autoencoder": "xyz"}, "autoencoder was 'abc', is 'xyz'"),
-        ({"new": 1}, "new was None, is 1"),
-    ]:
+def test_a_command_is_run_once_and_its_failure_is_an_error(tmp_path):
+    for number in range(2):
+        (tmp_path / f"{number}.tar").write_bytes(make_tar(captioned_image("a", number)))
+    command = f"pipe:echo x >> {tmp_path}/runs; cat {tmp_path}/{{0..1}}.tar"
+    for _ in range(2):
+        records = scan(shard_config(tmp_path, shards=command))
+        assert [record.name for record in records.train] == ["0.tar/a.png", "1.tar/a.png"]
+        assert records.train[1].open().read() == png_image(1)
+    assert (tmp_path / "runs").read_text() == "x\nx\n"
+    for command, message in (("cat nowhere.tar", "exit code 1: .*No such file"), ("cat 0.tar; exit 7", "exit code 7")):
         with pytest.raises(ValueError, match=message):
-            CachedLatents(folder, {**KEY, **change})
-        with pytest.raises(ValueError, match=message):
-            ShardWriter(folder, 0, {**KEY, **change}, RECORDS, part_size=16)
-    with pytest.raises(ValueError, match="flip was True, is None"):
-        CachedLatents(folder, {name: value for name, value in KEY.items() if name != "flip"})
-    with pytest.raises(ValueError, match="part_size was 16, is 1024"):
-        ShardWriter(folder, 0, KEY, RECORDS)
-    with pytest.raises(ValueError, match="pictures was"):
-        ShardWriter(folder, 0, KEY, RECORDS[1:], part_size=16)
-    with pytest.raises(ValueError, match="made otherwise: captions was '[0-9a-f]+', is '[0-9a-f]+'; make it again"):
-        others = [dataclasses.replace(record, captions=(("x",),)) for record in RECORDS]
-        ShardWriter(folder, 0, KEY, others, part_size=16)
-    with pytest.raises(ValueError, match="made otherwise: pictures was"):
-        CachedLatents(folder, {**KEY, "pictures": "of another folder"})
-    assert len(CachedLatents(folder)) == 42
+            scan(shard_config(tmp_path, shards=f"pipe:cd {tmp_path}; {command}"))
+    assert not list((tmp_path / "index").glob("*.tmp"))
 
 
-def test_damaged_parts_are_named(tmp_path):
-    folder = make_cache(tmp_path)
-    part = tmp_path / "moments-00000016.npy"
-    np.save(tmp_path / "shorter.npy", np.load(part)[:-1])
-    for data in (part.read_bytes()[:5000], (tmp_path / "shorter.npy").read_bytes()):
-        part.write_bytes(data)
-        with pytest.raises(ValueError, match="moments-00000016.npy is damaged"):
-            CachedLatents(folder)
+def test_an_unknown_protocol_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="nothing://x/0.tar can't be opened"):
+        scan(shard_config(tmp_path, shards="nothing://x/0.tar"))
 
 
-def test_pickles_are_never_loaded(tmp_path):
-    np.save(tmp_path / "x.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    with pytest.raises(ValueError, match="damaged"):
-        map_array(str(tmp_path / "x.npy"))
+def test_an_indexed_url_is_not_read_again(server, tmp_path):
+    folder, address, handler = server
+    (folder / "0.tar").write_bytes(make_tar(captioned_image("a")))
+    options = shard_config(tmp_path, shards=f"{address}/0.tar")
+    first = scan(options)
+    handler.requested.clear()
+    assert list(scan(options).train) == list(first.train)
+    assert not [each for each in handler.requested if each.startswith("bytes=") and each != "bytes=0-0"]
+    lines = next((tmp_path / "index").glob("*.jsonl")).read_text().splitlines()
+    assert json.loads(lines[0])["shard"] == f"{address}/0.tar" and json.loads(lines[-1]) == {"end": 1}
 
 
-def test_values_that_are_not_finite_never_reach_the_disk(tmp_path):
-    writer = ShardWriter(str(tmp_path), 0, KEY, RECORDS, dtype="float16", part_size=16)
-    part = writer.missing("moments")[0]
-    for value in (float("nan"), 1e6):  # 1e6 is infinite in float16
-        moments = torch.zeros(16, 2, 3, 4, 4)
-        moments[5, 1, 2, 3, 3] = value
-        with pytest.raises(ValueError, match="not finite"):
-            writer.add_moments(part, moments)
-        assert writer.missing("moments")[0] == part
-    with pytest.raises(ValueError, match="16 rows, not 15"):
-        writer.add_moments(part, torch.zeros(15, 2, 3, 4, 4))
-    with pytest.raises(ValueError, match="'int8'"):
-        ShardWriter(str(tmp_path / "x"), 0, KEY, RECORDS, dtype="int8")
+def test_output_that_is_not_a_complete_tar_is_not_stored(tmp_path):
+    (tmp_path / "0.tar").write_bytes(make_tar(captioned_image("a")))
+    (tmp_path / "404").write_text("<!DOCTYPE html><title>404 Not Found</title>" * 20)
+    (tmp_path / "half").write_bytes((tmp_path / "0.tar").read_bytes()[:700])
+    (tmp_path / "members").write_bytes((tmp_path / "0.tar").read_bytes()[:1024])
+    for wrong in ("cat 404", "cat half", "cat members", "true", "gzip -c 0.tar"):
+        (tmp_path / "now").write_text(wrong)
+        for _ in range(2):
+            with pytest.raises(
+                ValueError, match="did not write a complete tar, so its output is not stored: "
+            ) as raised:
+                scan(shard_config(tmp_path, shards=f"pipe:cd {tmp_path}; sh now"))
+            assert "\n" not in str(raised.value)
+    (tmp_path / "now").write_text("cat 0.tar")
+    assert len(scan(shard_config(tmp_path, shards=f"pipe:cd {tmp_path}; sh now")).train) == 1
+    assert not list((tmp_path / "index").glob("*.tmp*"))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_the_point_posterior_of_a_codebook_is_kept_and_a_mean_of_minus_infinity_refused(dtype, tmp_path):
-    writer = ShardWriter(str(tmp_path), 0, KEY, RECORDS, dtype=dtype)
-    part = writer.missing("moments")[0]
-    moments = torch.zeros(len(part), 1, 4, 2, 2)
-    moments[:, :, 2:] = -torch.inf  # the log-variances
-    writer.add_moments(part, moments)
-    stored = map_array(os.path.join(tmp_path, "moments-00000000.npy")).reshape(-1, 1, 4, 2, 2)
-    assert np.isneginf(stored[:, :, 2:]).all() and (stored[:, :, :2] == 0).all()
-    for place, value in ((0, -torch.inf), (3, torch.inf), (3, torch.nan)):
-        wrong = moments.clone()
-        wrong[0, 0, place] = value
-        with pytest.raises(ValueError, match="not finite"):
-            writer.add_moments(part, wrong)
+@pytest.mark.skipif(shutil.which("bash") is None, reason="only bash has pipefail")
+def test_a_command_fails_if_any_part_of_its_pipeline_fails(tmp_path):
+    (tmp_path / "0.tar").write_bytes(make_tar(captioned_image("a")))
+    with pytest.raises(ValueError, match="exit code 3"):
+        scan(shard_config(tmp_path, shards=f"pipe:(cat {tmp_path}/0.tar; exit 3) | cat"))
+    records = scan(shard_config(tmp_path, shards=f"pipe:cd {tmp_path}; touch '{{x,y}}'; ls {{x,y}} >&2 && cat 0.tar"))
+    assert len(records.train) == 1  # braces are not expanded
 
 
-def test_opening_reads_nothing_and_pickling_copies_nothing(tmp_path):
-    cache = CachedLatents(make_cache(tmp_path), KEY, seed=3)
-    assert all(isinstance(part.base, np.memmap) for part in cache._moments)
-    pickled = pickle.dumps(cache)
-    assert len(pickled) < 1000
-    assert torch.equal(pickle.loads(pickled)[4, 5].moments, cache[4, 5].moments)
-
-
-def test_caches_load_through_workers(tmp_path):
-    cache = CachedLatents(make_cache(tmp_path), KEY, seed=3)
-    order = Order(42, 8, 8, seed=3, steps=4)
-    alone = list(make_loader(cache, order, collate=cached_collate))
-    for a, b in zip(alone, make_loader(cache, order, workers=2, collate=cached_collate), strict=True):
-        assert torch.equal(a.moments, b.moments) and torch.equal(a.tokens, b.tokens) and a.captions == b.captions
-
-
-def test_the_index_says_what_there_is(tmp_path):
-    make_cache(tmp_path, unusable=(3, 40))
-    index = json.loads((tmp_path / "index.json").read_text())
-    assert index == {"format": 2, "records": 42, "captions": 103, "contexts": True, "flips": 2, "channels": 3}
-    assert np.flatnonzero(np.load(tmp_path / "sizes.npy")[:, 0] == 0).tolist() == [3, 40]
+def test_errors_in_stored_output_name_the_file(tmp_path):
+    (tmp_path / "0.tar").write_bytes(make_tar(captioned_image("a")))
+    command = f"pipe:cat {tmp_path}/0.tar"
+    scan(shard_config(tmp_path, shards=command))
+    (stored,) = (tmp_path / "index").glob("*.tar")
+    stored.write_bytes(stored.read_bytes()[:1600])  # truncated
+    (skip,) = [
+        skip for skip in scan(shard_config(tmp_path, shards=command), captioned=False).skipped if "/" not in skip.path
+    ]
+    assert skip.path == "0.tar" and f"stored in {stored}: delete that file" in skip.reason

@@ -1,4 +1,4 @@
-"""Rows with pictures: parquet files and Hugging Face datasets, the same records as from any other source."""
+"""Parquet files and Hugging Face datasets: they give the same records as other sources."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from stipple_core.data.records.data_config import DataConfig
 from stipple_core.data.sources.scan import scan
 from stipple_core.images.images import UnusableImage, load_image
-from tests.data.test_tar import picture, reasons
+from tests.helpers.data_sources import png_image, reasons, shard_config
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -24,8 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def config(place: Path, **options) -> DataConfig:
-    given = {"shards": str(place / "*.parquet"), "index": str(place / "index"), "image_size": 16, "validation": 0.0}
-    return DataConfig(**{**given, "max_bad_fraction": 1.0, **options})
+    return shard_config(place, **{"shards": str(place / "*.parquet"), **options})
 
 
 def as_struct(data: bytes) -> dict:
@@ -34,7 +33,7 @@ def as_struct(data: bytes) -> dict:
 
 def rows(count: int, form=bytes) -> list[dict]:
     return [
-        {"picture": form(picture(i)), "text": f"t{i}", "tags": ["x", f"y{i}"], "meta": {"style": "ab"[i % 2]}}
+        {"picture": form(png_image(i)), "text": f"t{i}", "tags": ["x", f"y{i}"], "meta": {"style": "ab"[i % 2]}}
         for i in range(count)
     ]
 
@@ -46,14 +45,14 @@ def write(path: Path, table: list[dict], **options) -> None:
 @pytest.mark.parametrize(
     "form", [lambda data: data, lambda data: {"bytes": data, "path": None}], ids=["bytes", "struct"]
 )
-def test_each_row_is_a_record_whose_columns_make_captions(tmp_path, form):
+def test_each_row_is_a_record_with_captions_from_its_columns(tmp_path, form):
     write(tmp_path / "b.parquet", rows(5, form), row_group_size=2)
     write(tmp_path / "a.parquet", rows(3, form))
     templates = ["{text}, {meta.style}", "{tags}"]
     records = scan(config(tmp_path, captions=templates)).train
     assert [r.name for r in records] == [f"a.parquet:{i}" for i in range(3)] + [f"b.parquet:{i}" for i in range(5)]
     for number, record in zip([*range(3), *range(5)], records, strict=True):
-        assert record.open().read() == picture(number) and record.bytes == len(picture(number))
+        assert record.open().read() == png_image(number) and record.bytes == len(png_image(number))
         assert record.captions == ((f"t{number}, {'ab'[number % 2]}",), ("x", f"y{number}"))
     kept = scan(config(tmp_path, where={"meta.style": ["b"], "tags": ["y1", "y3"]})).train
     assert [record.name for record in kept] == ["a.parquet:1", "b.parquet:1", "b.parquet:3"]
@@ -67,16 +66,16 @@ def test_rows_are_unpacked_once_and_again_when_the_file_changes(tmp_path):
     before = unpacked.stat().st_mtime_ns, unpacked.stat().st_ino
     scan(config(tmp_path))
     assert (unpacked.stat().st_mtime_ns, unpacked.stat().st_ino) == before
-    os.truncate(unpacked, unpacked.stat().st_size // 2)  # a file that a full disk cut short
+    os.truncate(unpacked, unpacked.stat().st_size // 2)  # truncated by a full disk
     from stipple_core.data.sources.tables import _map
 
     _map.cache_clear()  # as in another process
-    assert scan(config(tmp_path)).train[2].open().read() == picture(2)
+    assert scan(config(tmp_path)).train[2].open().read() == png_image(2)
     write(tmp_path / "a.parquet", rows(4))
     assert len(scan(config(tmp_path)).train) == 4
 
 
-def test_bad_rows_and_bad_files_are_skipped_by_file_and_row(tmp_path):
+def test_bad_rows_and_files_are_skipped_by_name(tmp_path):
     table = rows(6, as_struct)
     table[0]["picture"] = None
     table[1]["picture"] = {"bytes": None, "path": None}
@@ -91,32 +90,32 @@ def test_bad_rows_and_bad_files_are_skipped_by_file_and_row(tmp_path):
     names = ["a", "cut", "empty", "middle", "gone"]
     records = scan(config(tmp_path, shards=[str(tmp_path / f"{name}.parquet") for name in names]))
     assert [record.name for record in records.train][:1] == ["a.parquet:5"]
-    got = reasons(records)
-    assert [got[f"a.parquet:{row}"].split(":")[0] for row in range(5)] == [
-        "no picture in this row", "no picture in this row", "no picture in this row", "empty file", "no caption",
+    skipped = reasons(records)
+    assert [skipped[f"a.parquet:{row}"].split(":")[0] for row in range(5)] == [
+        "no image in this row", "no image in this row", "no image in this row", "empty file", "no caption",
     ]  # fmt: skip
-    assert "not a readable parquet file" in got["cut.parquet"] and "not a readable" in got["empty.parquet"]
-    assert "not a readable" in got["middle.parquet"] and got["gone.parquet"] == "no such file"
+    assert "not a readable parquet file" in skipped["cut.parquet"] and "not a readable" in skipped["empty.parquet"]
+    assert "not a readable" in skipped["middle.parquet"] and skipped["gone.parquet"] == "no such file"
     assert len(scan(config(tmp_path, shards=str(tmp_path / "a.parquet")), captioned=False).train) == 2
 
 
-def test_a_column_of_pictures_is_found_or_asked_for(tmp_path):
-    table = [{"left": picture(1), "right": picture(2), "text": "x"}]
+def test_the_column_of_images_is_found_or_requested(tmp_path):
+    table = [{"left": png_image(1), "right": png_image(2), "text": "x"}]
     write(tmp_path / "a.parquet", table)
-    with pytest.raises(ValueError, match="left, right could all hold the pictures; say which by data.image_column"):
+    with pytest.raises(ValueError, match="left, right could all contain the images; choose one by data.image_column"):
         scan(config(tmp_path))
-    assert scan(config(tmp_path, image_column="right")).train[0].open().read() == picture(2)
-    with pytest.raises(ValueError, match="data.image_column text of .* holds no pictures; use left or right"):
+    assert scan(config(tmp_path, image_column="right")).train[0].open().read() == png_image(2)
+    with pytest.raises(ValueError, match="data.image_column text of .* does not contain images; use left or right"):
         scan(config(tmp_path, image_column="text"))
     write(tmp_path / "a.parquet", [{"text": "x"}])
-    with pytest.raises(ValueError, match="none of text holds the pictures"):
+    with pytest.raises(ValueError, match="none of the columns text contains images"):
         scan(config(tmp_path))
 
 
 def test_saved_datasets_and_their_parquet_files_give_the_same_records(tmp_path):
     datasets = pytest.importorskip("datasets")
     labels = datasets.ClassLabel(names=["cat", "dog"])
-    table = {"image": [{"bytes": picture(i), "path": None} for i in range(7)], "label": [i % 2 for i in range(7)]}
+    table = {"image": [{"bytes": png_image(i), "path": None} for i in range(7)], "label": [i % 2 for i in range(7)]}
     features = datasets.Features({"image": datasets.Image(), "label": labels})
     saved = datasets.Dataset.from_dict(table, features=features)
     saved.to_parquet(str(tmp_path / "a.parquet"))
@@ -133,38 +132,38 @@ def test_saved_datasets_and_their_parquet_files_give_the_same_records(tmp_path):
         assert [record.captions[0][0] for record in records] == [
             f"a photo of a {['cat', 'dog'][i % 2]}" for i in range(7)
         ]
-        assert [record.open().read() for record in records] == [picture(i) for i in range(7)], name
-        assert [record.bytes for record in records] == [len(picture(i)) for i in range(7)]
+        assert [record.open().read() for record in records] == [png_image(i) for i in range(7)], name
+        assert [record.bytes for record in records] == [len(png_image(i)) for i in range(7)]
     assert [r.name for r in scan(sources["saved"]).train] == [f"saved:{i}" for i in range(7)]
     with pytest.raises(ValueError, match=r"no split validation; use data.split=train or test"):
         scan(config(tmp_path, shards=[], dataset=str(tmp_path / "dict"), split="validation", captions=captions))
 
 
-def test_a_cell_that_names_a_file_is_that_file(tmp_path):
+def test_a_cell_with_a_path_is_read_from_the_file(tmp_path):
     datasets = pytest.importorskip("datasets")
-    (tmp_path / "x.png").write_bytes(picture(3))
+    (tmp_path / "x.png").write_bytes(png_image(3))
     saved = datasets.Dataset.from_dict({"image": [str(tmp_path / "x.png")], "text": ["x"]})
     saved = saved.cast_column("image", datasets.Image())
     saved.save_to_disk(str(tmp_path / "saved"))
     record = scan(config(tmp_path, shards=[], dataset=str(tmp_path / "saved"))).train[0]
-    assert load_image(record.open()).size == (8, 8) and record.bytes == len(picture(3))
+    assert load_image(record.open()).size == (8, 8) and record.bytes == len(png_image(3))
 
 
-def test_records_of_tables_open_in_a_process_that_knows_nothing_but_them(tmp_path):
+def test_pickled_records_of_tables_can_be_opened_in_another_process(tmp_path):
     datasets = pytest.importorskip("datasets")
     write(tmp_path / "a.parquet", rows(3))
     datasets.Dataset.from_list(rows(3)).save_to_disk(str(tmp_path / "saved"))
-    found = [scan(config(tmp_path)).train[2]]
-    found.append(scan(config(tmp_path, shards=[], dataset=str(tmp_path / "saved"))).train[2])
+    records = [scan(config(tmp_path)).train[2]]
+    records.append(scan(config(tmp_path, shards=[], dataset=str(tmp_path / "saved"))).train[2])
     code = (
         "import pickle, sys; print([r.open().read().hex() for r in pickle.load(sys.stdin.buffer)] == [sys.argv[1]] * 2)"
     )
-    command = [sys.executable, "-c", code, picture(2).hex()]
-    done = subprocess.run(command, input=pickle.dumps(found), cwd=ROOT, capture_output=True)
+    command = [sys.executable, "-c", code, png_image(2).hex()]
+    done = subprocess.run(command, input=pickle.dumps(records), cwd=ROOT, capture_output=True)
     assert done.stdout == b"True\n", done.stderr
 
 
-def test_a_dataset_that_cannot_be_had_is_told_in_one_line(tmp_path, monkeypatch):
+def test_a_missing_dataset_is_an_error_of_one_line(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     (tmp_path / "nothing").mkdir()
@@ -174,25 +173,25 @@ def test_a_dataset_that_cannot_be_had_is_told_in_one_line(tmp_path, monkeypatch)
         assert "\n" not in str(raised.value)
 
 
-def test_a_missing_package_is_told_with_the_command_that_installs_it(tmp_path, monkeypatch):
+def test_the_error_for_a_missing_package_has_the_command_that_installs_it(tmp_path, monkeypatch):
     write(tmp_path / "a.parquet", rows(1))
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ValueError, match=r"pip install 'stipple\[datasets\]'"):
         scan(config(tmp_path))
 
 
-def test_a_null_cell_is_unusable_and_no_crash(tmp_path):
+def test_an_empty_cell_is_an_unusable_image(tmp_path):
     from stipple_core.data.sources.tables import ArrowFile
 
     write(tmp_path / "a.parquet", [{"picture": None, "text": "x"}, *rows(1)])
     record = scan(config(tmp_path)).train[0]
     assert isinstance(record.source, ArrowFile)
-    with pytest.raises(UnusableImage, match="no picture"):
+    with pytest.raises(UnusableImage, match="no image"):
         record.source.open(0, 1)
     assert json.loads(json.dumps(record.captions)) == [["t0"]]
 
 
-def test_an_unpacking_that_fails_leaves_no_temporary_file(tmp_path, monkeypatch):
+def test_a_failed_unpacking_leaves_no_temporary_file(tmp_path, monkeypatch):
     write(tmp_path / "a.parquet", rows(3))
 
     class Full(pyarrow.ipc.RecordBatchStreamWriter):

@@ -1,4 +1,4 @@
-"""Verification before training: what can't be used is known beforehand, remembered, and shared over processes."""
+"""The data check: unusable images are found before training, results are cached, and processes share the work."""
 
 from __future__ import annotations
 
@@ -17,14 +17,24 @@ import pytest
 from PIL import Image
 
 import stipple_core.data.verify
-from stipple_core.data.dataset import DataConfig, Records, Skip, scan
-from stipple_core.data.records.records import Record, SkipLog, merge_skipped, read_skipped, totals, write_skipped
-from stipple_core.data.verify import Inspection, Memory, inspect, without_bad
+from stipple_core.data.records.data_config import DataConfig
+from stipple_core.data.records.records import (
+    Record,
+    Records,
+    Skip,
+    SkipLog,
+    merge_skipped,
+    read_skipped,
+    totals,
+    write_skipped,
+)
+from stipple_core.data.sources.scan import scan
+from stipple_core.data.verify import Inspection, InspectionCache, drop_unusable, inspect
 from stipple_core.images.images import UnusableImage, load_image
 
 
 def folder_of(tmp_path: Path, count: int = 12) -> Path:
-    """Pictures of growing width, of which 3 and 7 are damaged."""
+    """Images of increasing width; 3 and 7 are damaged."""
     folder = tmp_path / "data"
     folder.mkdir()
     for number in range(count):
@@ -41,7 +51,7 @@ def scanned(folder: Path, **options) -> tuple[DataConfig, Records]:
 
 @pytest.fixture
 def decoded(monkeypatch) -> list[str]:
-    """The names of the pictures that were decoded."""
+    """The names of the images that were decoded."""
     names = []
 
     def decode(record):
@@ -53,80 +63,82 @@ def decoded(monkeypatch) -> list[str]:
     return names
 
 
-def test_what_cannot_be_decoded_is_found_and_removed_with_its_reason(tmp_path):
+def test_undecodable_images_are_removed_with_their_reason(tmp_path):
     config, records = scanned(folder_of(tmp_path))
-    looks = inspect(records.train, Memory(str(tmp_path / "run")))
-    assert [look.width for look in looks] == [1, 2, 3, 0, 5, 6, 7, 0, 9, 10, 11, 12]
-    assert "known format" in looks[3].reason and "can't be decoded" in looks[7].reason
-    left = without_bad(records, looks, [], config)
-    assert [record.name for record in left.train] == [f"{n:02}.png" for n in range(12) if n not in (3, 7)]
-    assert left.skipped == [Skip("03.png", looks[3].reason), Skip("07.png", looks[7].reason)]
+    inspections = inspect(records.train, InspectionCache(str(tmp_path / "run")))
+    assert [each.width for each in inspections] == [1, 2, 3, 0, 5, 6, 7, 0, 9, 10, 11, 12]
+    assert "known format" in inspections[3].reason and "can't be decoded" in inspections[7].reason
+    remaining = drop_unusable(records, inspections, [], config)
+    assert [record.name for record in remaining.train] == [f"{n:02}.png" for n in range(12) if n not in (3, 7)]
+    assert remaining.skipped == [Skip("03.png", inspections[3].reason), Skip("07.png", inspections[7].reason)]
 
 
-def test_the_shares_of_processes_make_up_the_whole(tmp_path):
+def test_the_shares_of_all_processes_are_the_whole_result(tmp_path):
     _, records = scanned(folder_of(tmp_path))
-    whole = inspect(records.train, Memory(str(tmp_path / "run")))
+    whole = inspect(records.train, InspectionCache(str(tmp_path / "run")))
     for world in (2, 3, 5, 20):
-        shares = [inspect(records.train, Memory(str(tmp_path / str(world)), r), (r, world)) for r in range(world)]
+        shares = [
+            inspect(records.train, InspectionCache(str(tmp_path / str(world)), r), (r, world)) for r in range(world)
+        ]
         assert [shares[i % world][i // world] for i in range(12)] == whole
 
 
-def test_what_is_known_is_not_decoded_again_until_it_changes(tmp_path, decoded):
+def test_checked_images_are_not_decoded_again_until_they_change(tmp_path, decoded):
     folder = folder_of(tmp_path)
     _, records = scanned(folder)
-    memories = [Memory(str(tmp_path / "run"), rank) for rank in (0, 1)]
+    caches = [InspectionCache(str(tmp_path / "run"), rank) for rank in (0, 1)]
     for rank in (0, 1):  # written by two processes, read by one
-        inspect(records.train, memories[rank], (rank, 2))
-        memories[rank].flush()
+        inspect(records.train, caches[rank], (rank, 2))
+        caches[rank].flush()
     assert sorted(decoded) == [record.name for record in records.train]
     decoded.clear()
-    looks = inspect(records.train, Memory(str(tmp_path / "run")))
-    assert not decoded and looks[4] == Inspection(5, 8) and looks[3].reason and looks[7].reason
+    inspections = inspect(records.train, InspectionCache(str(tmp_path / "run")))
+    assert not decoded and inspections[4] == Inspection(5, 8) and inspections[3].reason and inspections[7].reason
     Image.new("RGB", (30, 8)).save(folder / "03.png")  # another size
     stat = os.stat(folder / "05.png")
     os.utime(folder / "05.png", ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))  # another time
-    again = inspect(scanned(folder)[1].train, Memory(str(tmp_path / "run")))
+    again = inspect(scanned(folder)[1].train, InspectionCache(str(tmp_path / "run")))
     assert decoded == ["03.png", "05.png"] and again[3] == Inspection(30, 8)
 
 
-def test_torn_lines_of_a_killed_run_are_not_read_and_spoil_no_other(tmp_path, decoded):
+def test_incomplete_lines_of_a_killed_run_are_ignored(tmp_path, decoded):
     _, records = scanned(folder_of(tmp_path))
-    memory = Memory(str(tmp_path))
-    inspect(records.train, memory)
-    memory.flush()
+    cache = InspectionCache(str(tmp_path))
+    inspect(records.train, cache)
+    cache.flush()
     path = tmp_path / "verified-0.jsonl"
     path.write_bytes(path.read_bytes()[:-20])
     decoded.clear()
-    memory = Memory(str(tmp_path))
-    inspect(records.train, memory)
-    memory.flush()
+    cache = InspectionCache(str(tmp_path))
+    inspect(records.train, cache)
+    cache.flush()
     assert decoded == ["11.png"]
     decoded.clear()
     path.write_bytes(path.read_bytes() + b'null\n[1]\n{"name": 3}\n\xff\n{"name": "x", "bytes": "y", "modified": 1}\n')
-    inspect(records.train, Memory(str(tmp_path)))
+    inspect(records.train, InspectionCache(str(tmp_path)))
     assert not decoded
 
 
-def test_a_short_verification_writes_nothing_before_the_run_begins_and_a_long_one_does(tmp_path, monkeypatch):
+def test_only_a_long_check_writes_results_before_the_run_begins(tmp_path, monkeypatch):
     _, records = scanned(folder_of(tmp_path))
-    inspect(records.train, Memory(str(tmp_path / "run")))
+    inspect(records.train, InspectionCache(str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
-    monkeypatch.setattr(stipple_core.data.verify, "PATIENCE", -1)
+    monkeypatch.setattr(stipple_core.data.verify, "WRITE_EVERY", -1)
     monkeypatch.setattr(stipple_core.data.verify, "CHUNK", 5)
-    inspect(records.train, Memory(str(tmp_path / "run")))
+    inspect(records.train, InspectionCache(str(tmp_path / "run")))
     lines = [json.loads(line) for line in (tmp_path / "run" / "verified-0.jsonl").read_text().split("\n") if line]
     assert [line["name"] for line in lines] == [record.name for record in records.train]
 
 
-def test_more_bad_ones_than_allowed_are_an_error(tmp_path):
+def test_too_many_unusable_images_are_an_error(tmp_path):
     config, records = scanned(folder_of(tmp_path), max_bad_fraction=0.1)
-    looks = inspect(records.train, Memory(str(tmp_path / "run")))
+    inspections = inspect(records.train, InspectionCache(str(tmp_path / "run")))
     with pytest.raises(ValueError, match="2 of 12 entries .* more than data.max_bad_fraction 0.1: 03.png: not an im"):
-        without_bad(records, looks, [], config)
-    without_bad(records, looks, [], dataclasses.replace(config, max_bad_fraction=0.17))
+        drop_unusable(records, inspections, [], config)
+    drop_unusable(records, inspections, [], dataclasses.replace(config, max_bad_fraction=0.17))
 
 
-def test_totals_count_kinds_of_reasons_and_skips_are_read_back_once(tmp_path):
+def test_totals_count_kinds_of_reasons_and_skips_are_read_without_duplicates(tmp_path):
     skips = [Skip("a", "empty file"), Skip("b", "too small: 3 x 4"), Skip("c", "too small: 5 x 1"), Skip("\udcff", "x")]
     assert totals(skips) == "2 too small, 1 empty file, 1 x" and totals([]) == ""
     assert totals([Skip("a", "compressed; give 'pipe:gunzip < SHARD', or unpack it")]) == "1 compressed"
@@ -134,16 +146,16 @@ def test_totals_count_kinds_of_reasons_and_skips_are_read_back_once(tmp_path):
     assert read_skipped(str(tmp_path / "skipped.jsonl")) == skips
 
 
-def looked(records, run: Path) -> list[Inspection]:
-    """One run's looks, remembered."""
-    memory = Memory(str(run))
-    looks = inspect(records, memory)
-    memory.flush()
-    return looks
+def checked(records, run: Path) -> list[Inspection]:
+    """The inspections of a run, which are written to its cache."""
+    cache = InspectionCache(str(run))
+    inspections = inspect(records, cache)
+    cache.flush()
+    return inspections
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO, errno.ESTALE, errno.EACCES, errno.ENOMEM])
-def test_a_fault_of_the_system_ends_the_verification_by_name_and_is_not_remembered(tmp_path, monkeypatch, number):
+def test_a_system_error_names_the_file_and_is_not_cached(tmp_path, monkeypatch, number):
     _, records = scanned(folder_of(tmp_path))
 
     def fail(source, *_):
@@ -153,14 +165,14 @@ def test_a_fault_of_the_system_ends_the_verification_by_name_and_is_not_remember
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match=os.strerror(number)) as raised:
         patch.setattr(stipple_core.data.verify, "load_image", fail)
-        memory = Memory(str(tmp_path / "run"))
-        inspect(records.train, memory)
+        cache = InspectionCache(str(tmp_path / "run"))
+        inspect(records.train, cache)
     assert raised.value.filename == str(tmp_path / "data" / "05.png")
-    memory.flush()
-    assert looked(records.train, tmp_path / "run")[5] == Inspection(6, 8)
+    cache.flush()
+    assert checked(records.train, tmp_path / "run")[5] == Inspection(6, 8)
 
 
-def test_a_codec_without_memory_is_asked_again(tmp_path, monkeypatch):
+def test_an_image_is_checked_again_if_the_codec_was_out_of_memory(tmp_path, monkeypatch):
     _, records = scanned(folder_of(tmp_path))
 
     def fail(_):
@@ -168,22 +180,22 @@ def test_a_codec_without_memory_is_asked_again(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(stipple_core.data.verify, "load_image", fail)
-        assert looked(records.train, tmp_path / "run")[5].reason
-    assert looked(records.train, tmp_path / "run")[5] == Inspection(6, 8)
+        assert checked(records.train, tmp_path / "run")[5].reason
+    assert checked(records.train, tmp_path / "run")[5] == Inspection(6, 8)
 
 
-def test_a_change_of_the_mode_alone_is_a_change(tmp_path, decoded):
+def test_an_image_is_checked_again_if_only_its_permissions_change(tmp_path, decoded):
     folder = folder_of(tmp_path)
     _, records = scanned(folder)
-    looked(records.train, tmp_path / "run")
+    checked(records.train, tmp_path / "run")
     decoded.clear()
-    time.sleep(0.02)  # clocks of file systems are coarse
+    time.sleep(0.02)  # file systems have coarse clocks
     (folder / "04.png").chmod(0o640)
-    looked(records.train, tmp_path / "run")
+    checked(records.train, tmp_path / "run")
     assert decoded == ["04.png"]
 
 
-def test_a_picture_that_is_replaced_while_it_is_looked_at_is_looked_at_again(tmp_path, monkeypatch):
+def test_an_image_that_is_replaced_while_it_is_checked_is_checked_again(tmp_path, monkeypatch):
     folder = folder_of(tmp_path)
     size = (folder / "04.png").stat().st_size
     _, records = scanned(folder)
@@ -197,43 +209,43 @@ def test_a_picture_that_is_replaced_while_it_is_looked_at_is_looked_at_again(tmp
 
     with monkeypatch.context() as patch:
         patch.setattr(stipple_core.data.verify, "load_image", replace)
-        assert looked(records.train, tmp_path / "run")[4] == Inspection(5, 8)
-    assert looked(records.train, tmp_path / "run")[4].reason
+        assert checked(records.train, tmp_path / "run")[4] == Inspection(5, 8)
+    assert checked(records.train, tmp_path / "run")[4].reason
 
 
 @dataclasses.dataclass(frozen=True)
 class Remote:
-    """A shard behind a URL, whose server tells an etag."""
+    """A shard behind a URL whose server sends an etag."""
 
     path: str = "https://x/0.tar"
     etag = ["a"]
     data = [b"no image"]
-    asked: ClassVar[list] = []
+    requests: ClassVar[list] = []
 
     def open(self, place: int, size: int) -> io.BytesIO:
         return io.BytesIO(self.data[0])
 
     def state(self) -> dict:
-        self.asked.append(self.path)
+        self.requests.append(self.path)
         return {"bytes": 10240, "etag": self.etag[0]}
 
 
-def test_a_shard_that_was_uploaded_again_is_looked_at_again_and_asked_once(tmp_path, decoded):
+def test_a_shard_that_was_uploaded_again_is_checked_again_with_one_request(tmp_path, decoded):
     source, good = Remote(), io.BytesIO()
     Image.new("RGB", (5, 8)).save(good, "PNG")
     records = [Record(source.path, f"0.tar/{number}.png", (), 9, source, 512 * number) for number in range(3)]
-    assert all(look.reason for look in looked(records, tmp_path)) and len(source.asked) == 1
-    source.data[0] = good.getvalue()  # of the same size, says the index
-    assert all(look.reason for look in looked(records, tmp_path)) and len(decoded) == 3
+    assert all(each.reason for each in checked(records, tmp_path)) and len(source.requests) == 1
+    source.data[0] = good.getvalue()  # of the same size in the index
+    assert all(each.reason for each in checked(records, tmp_path)) and len(decoded) == 3
     source.etag[0] = "b"
-    assert looked(records, tmp_path) == [Inspection(5, 8)] * 3
+    assert checked(records, tmp_path) == [Inspection(5, 8)] * 3
     decoded.clear()
     elsewhere = Remote("https://y/0.tar")
-    looked([dataclasses.replace(record, path=elsewhere.path, source=elsewhere) for record in records], tmp_path)
+    checked([dataclasses.replace(record, path=elsewhere.path, source=elsewhere) for record in records], tmp_path)
     assert len(decoded) == 3
 
 
-def test_skips_of_earlier_runs_stay_when_others_are_merged(tmp_path):
+def test_merging_keeps_skipped_entries_of_earlier_runs(tmp_path):
     path = str(tmp_path / "skipped.jsonl")
     merge_skipped([Skip("a", "x")], path)
     with open(path, "ab") as file:
@@ -247,7 +259,7 @@ def test_skips_of_earlier_runs_stay_when_others_are_merged(tmp_path):
     assert log.append(Skip("a", "x")) == 1
 
 
-def test_an_append_waits_for_that_of_another_process_and_sees_it(tmp_path):
+def test_an_append_waits_for_another_process_and_reads_its_entry(tmp_path):
     path = tmp_path / "skipped.jsonl"
     log = SkipLog(str(path))
     with ThreadPoolExecutor(1) as pool, open(path, "a") as file:

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and locks on disks that know none."""
+"""Atomic writes, and locks on file systems that do not support them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from stipple_core.files.atomic import locked, writing
 
 
-def test_a_file_has_its_name_only_when_it_is_whole(tmp_path):
+def test_a_file_gets_its_name_only_when_it_is_complete(tmp_path):
     path = tmp_path / "a"
     path.write_bytes(b"old")
     with writing(path) as file:
@@ -30,7 +30,7 @@ def test_a_file_has_its_name_only_when_it_is_whole(tmp_path):
 
 
 def test_two_writers_at_a_time_never_share_a_temporary_file(tmp_path, monkeypatch):
-    """Not even of the same process number, on two machines or in two containers."""
+    """Not even with equal process numbers on two machines or in two containers."""
     path = tmp_path / "a"
     with writing(path) as first, writing(path) as second:
         monkeypatch.setattr(socket, "gethostname", lambda: "other-node")
@@ -41,7 +41,7 @@ def test_two_writers_at_a_time_never_share_a_temporary_file(tmp_path, monkeypatc
     assert path.read_bytes() == b"0" * 9 and os.listdir(tmp_path) == ["a"]
 
 
-def test_what_a_killed_process_left_is_removed_and_what_may_be_in_use_is_not(tmp_path):
+def test_leftovers_of_a_killed_process_are_removed_and_files_in_use_are_not(tmp_path):
     code = "import os, sys; sys.path.insert(0, sys.argv[1]); from stipple_core.files.atomic import writing\n"
     code += "with writing(sys.argv[2]) as file: file.write(b'x'); file.flush(); os.kill(os.getpid(), 9)"
     path = tmp_path / "a"
@@ -62,7 +62,7 @@ def test_an_error_of_a_write_names_the_file(tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
-def test_a_file_system_without_locks_is_warned_of_once_and_used(tmp_path, monkeypatch, capsys, number):
+def test_a_file_system_without_locks_is_used_with_one_warning(tmp_path, monkeypatch, capsys, number):
     def unknown(*_):
         raise OSError(number, os.strerror(number))
 

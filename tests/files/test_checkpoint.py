@@ -1,4 +1,4 @@
-"""State on disk: what goes in comes out, a crash at any moment leaves a whole checkpoint, nothing is pickled."""
+"""Checkpoints: state is read back equal, a crash at any moment leaves a complete folder, and nothing is pickled."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stipple_core.files import checkpoint_folder as checkpoint
 
 
 def write(folder: Path, text: str) -> None:
-    """A folder of two files and a subfolder, made by `write_folder`."""
+    """Write a folder of two files and a subfolder by `write_folder`."""
 
     def fill(path: Path) -> None:
         (path / "weights").write_text(text * 100)
@@ -46,7 +46,7 @@ def damage(path: Path) -> None:
     path.write_bytes(data)
 
 
-def test_tensors_and_numbers_come_back_as_they_went(tmp_path):
+def test_state_is_read_back_equal(tmp_path):
     shared = torch.randn(3, 3)
     state = {
         "weights": {"a.b/c": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last), "t": shared.T},
@@ -69,7 +69,7 @@ def test_tensors_and_numbers_come_back_as_they_went(tmp_path):
     assert [type(value) for value in back["numbers"]] == [type(value) for value in state["numbers"]]
 
 
-def test_nothing_is_pickled_and_nothing_unpickled(tmp_path, monkeypatch):
+def test_nothing_is_pickled_or_unpickled(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("pickle was used")
 
@@ -83,7 +83,7 @@ def test_nothing_is_pickled_and_nothing_unpickled(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, "0o644"), (0o077, "0o600"), (0o002, "0o664")])
-def test_those_may_read_what_was_written_whom_the_umask_lets(umask, mode, tmp_path):
+def test_files_have_the_permissions_of_the_umask(umask, mode, tmp_path):
     before = os.umask(umask)
     try:
         checkpoint.write_folder(tmp_path / "state", lambda path: checkpoint.save_state(path, {"a": torch.zeros(2)}))
@@ -93,17 +93,17 @@ def test_those_may_read_what_was_written_whom_the_umask_lets(umask, mode, tmp_pa
     assert {oct(path.stat().st_mode & 0o777) for path in (tmp_path / "state").iterdir()} == {mode}
 
 
-def test_a_file_of_another_process_that_is_not_to_be_seen_is_not_sealed_away(tmp_path):
+def test_a_file_of_another_process_that_is_not_visible_is_an_error(tmp_path):
     def share(path: Path) -> dict[str, str]:
         checkpoint.save_state(path, {"weights": torch.zeros(2)})
         return {"state-1.safetensors": "0" * 64}
 
-    with pytest.raises(OSError, match="a disk that all share.*state-1.safetensors"):
+    with pytest.raises(OSError, match="a shared disk.*state-1.safetensors"):
         checkpoint.write_folder(tmp_path / "step-0000001", share)
     assert names(tmp_path) == []
 
 
-def test_folders_that_are_made_for_a_checkpoint_are_durable_by_their_names(tmp_path, monkeypatch):
+def test_new_parent_folders_of_a_checkpoint_are_made_durable(tmp_path, monkeypatch):
     synced = []
 
     def fsync(handle: int) -> None:
@@ -114,7 +114,7 @@ def test_folders_that_are_made_for_a_checkpoint_are_durable_by_their_names(tmp_p
     assert {str(tmp_path), f"{tmp_path}/runs", f"{tmp_path}/runs/run", f"{tmp_path}/runs/run/state"} <= set(synced)
 
 
-def test_what_is_neither_tensor_nor_json_is_refused_by_its_name(tmp_path):
+def test_a_value_that_is_neither_tensor_nor_json_is_an_error_that_names_it(tmp_path):
     with pytest.raises(TypeError, match="/parts/0: a Path|/parts/0: a PosixPath"):
         checkpoint.save_state(tmp_path, {"parts": [Path("x")]})
 
@@ -133,8 +133,8 @@ def test_a_failed_write_leaves_the_folder_as_it_was(tmp_path):
     assert checkpoint.problem(tmp_path / "model") is None
 
 
-def test_a_crash_at_any_call_leaves_the_old_or_the_new_folder_whole(tmp_path):
-    """A forked process dies, as of SIGKILL, at the n-th call that touches the disk; for every n."""
+def test_a_crash_at_any_call_leaves_the_old_or_the_new_folder_complete(tmp_path):
+    """A forked process exits at the n-th call that changes the disk, for every n."""
     outcomes = []
     for n in range(1000):
         folder = tmp_path / str(n)
@@ -156,7 +156,7 @@ def test_a_crash_at_any_call_leaves_the_old_or_the_new_folder_whole(tmp_path):
 
 
 def _die_at_call(n: int) -> None:
-    """Replace the calls that touch the disk by ones that end this process without a word at the n-th of them."""
+    """Patch the calls that change the disk so that the n-th one ends this process at once."""
     calls = iter(range(n))
 
     def mortal(call):
@@ -173,37 +173,37 @@ def _die_at_call(n: int) -> None:
     Path.write_text = mortal(Path.write_text)
 
 
-def test_files_are_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
+def test_files_are_flushed_to_disk_before_the_folder_is_renamed(tmp_path, monkeypatch):
     log = []
     monkeypatch.setattr(os, "fsync", lambda handle, real=os.fsync: (log.append("fsync"), real(handle)))
     monkeypatch.setattr(os, "rename", lambda a, b, real=os.rename: (log.append("rename"), real(a, b)))
     write(tmp_path / "model", "x")
-    # two files, the manifest, the inner folder, the temporary folder; the name; the parent folder
+    # two files, the manifest, the inner folder, the temporary folder; the rename; the parent folder
     assert log == ["fsync"] * 5 + ["rename", "fsync"]
 
 
-@pytest.mark.parametrize("harm", ["a bit", "the end", "a file", "the manifest", "half the manifest"])
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(harm, tmp_path, capsys):
+@pytest.mark.parametrize("damage_kind", ["a bit", "the end", "a file", "the manifest", "half the manifest"])
+def test_a_damaged_newest_checkpoint_is_reported_and_the_previous_one_used(damage_kind, tmp_path, capsys):
     steps(tmp_path, 1, 2, 10)
     newest = tmp_path / "step-0000010"
     assert checkpoint.newest_valid(tmp_path) == newest and capsys.readouterr().err == ""
-    if harm == "a bit":
+    if damage_kind == "a bit":
         damage(newest / "weights")
-    elif harm == "the end":
+    elif damage_kind == "the end":
         os.truncate(newest / "weights", 10)
-    elif harm == "a file":
+    elif damage_kind == "a file":
         (newest / "inner" / "config.json").unlink()
-    elif harm == "the manifest":
+    elif damage_kind == "the manifest":
         (newest / "manifest.json").unlink()
     else:
         os.truncate(newest / "manifest.json", 30)
     assert checkpoint.newest_valid(tmp_path) == tmp_path / "step-0000002"
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and f"checkpoint {newest} is not used: " in said
-    assert {"a bit": "weights is damaged", "a file": "config.json is missing"}.get(harm, "") in said
+    output = capsys.readouterr().err
+    assert output.count("\n") == 1 and f"checkpoint {newest} is not used: " in output
+    assert {"a bit": "weights is damaged", "a file": "config.json is missing"}.get(damage_kind, "") in output
 
 
-def test_without_a_valid_checkpoint_there_is_none(tmp_path, capsys):
+def test_newest_valid_returns_none_if_no_checkpoint_is_valid(tmp_path, capsys):
     assert checkpoint.newest_valid(tmp_path / "missing") is None
     steps(tmp_path, 1)
     damage(tmp_path / "step-0000001" / "manifest.json")
@@ -219,7 +219,7 @@ def test_pruning_keeps_the_newest_valid_ones_and_never_fewer_than_two(tmp_path):
 
 
 @pytest.mark.parametrize("put", ["a file", "a link"])
-def test_a_file_or_a_link_in_the_place_of_a_folder_leaves_nothing_aside(put, tmp_path):
+def test_a_file_or_link_at_the_path_of_a_folder_is_replaced_and_removed(put, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     folder, aside = tmp_path / "model", tmp_path / ".tmp-old-model"
     for place in (folder, aside):
@@ -231,8 +231,8 @@ def test_a_file_or_a_link_in_the_place_of_a_folder_leaves_nothing_aside(put, tmp
     assert sorted(os.listdir(tmp_path)) == ["elsewhere", "model"]
 
 
-def test_an_incomplete_checkpoint_does_not_count_among_those_kept(tmp_path):
-    """Sizes are looked at; sums are not, which would read everything at each save."""
+def test_an_incomplete_checkpoint_does_not_count_as_kept(tmp_path):
+    """Only sizes are compared: sums would require reading everything at each save."""
     steps(tmp_path, 1, 2, 3, 4)
     os.truncate(tmp_path / "step-0000004" / "weights", 10)
     os.truncate(tmp_path / "step-0000001" / "weights", 10)
@@ -240,10 +240,10 @@ def test_an_incomplete_checkpoint_does_not_count_among_those_kept(tmp_path):
     assert [int(name[5:]) for name in names(tmp_path)] == [2, 3, 4]
 
 
-def test_what_an_interrupted_write_left_is_cleared_and_what_it_moved_aside_put_back(tmp_path):
+def test_leftovers_of_an_interrupted_write_are_removed_and_moved_folders_restored(tmp_path):
     steps(tmp_path, 1, 2, 3)
-    os.rename(tmp_path / "step-0000002", tmp_path / ".tmp-old-step-0000002")  # killed before the new one had its name
-    write(tmp_path / ".tmp-old-step-0000003", "older")  # killed after it
+    os.rename(tmp_path / "step-0000002", tmp_path / ".tmp-old-step-0000002")  # killed before the new folder was renamed
+    write(tmp_path / ".tmp-old-step-0000003", "older")  # killed after the rename
     (tmp_path / ".tmp-step-0000004").mkdir()
     (tmp_path / ".tmp-step-0000004" / "half").write_text("half")
     checkpoint.clear_temporaries(tmp_path)

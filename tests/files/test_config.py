@@ -1,4 +1,4 @@
-"""Configs: what is written is read back, and each mistake is one line that names the key."""
+"""Configs: a saved config is read back equal, and each error is one line that names the key."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_saved_configs_are_read_back_equal(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["c.yaml"]
 
 
-def test_dicts_of_configs_are_plain():
+def test_to_dict_returns_plain_values():
     assert to_dict(Run(folder="x"))["network"]["channels"] == [32, 64]
 
 
@@ -75,7 +75,7 @@ def test_numbers_in_scientific_notation_are_numbers(tmp_path):
     assert config.steps == 100_000 and isinstance(config.steps, int)
 
 
-def test_whole_numbers_do_for_floats():
+def test_whole_numbers_are_read_as_floats_where_floats_are_expected():
     assert isinstance(load_config(Run, None, ["folder=x", "learning_rate=1"]).learning_rate, float)
 
 
@@ -84,14 +84,14 @@ def test_whole_numbers_do_for_floats():
     [
         ("stpes=3", "unknown config key stpes; did you mean steps?"),
         ("network.chanels=[1]", "unknown config key network.chanels; did you mean network.channels?"),
-        ("zzzz=1", "the keys there are folder, steps"),
+        ("zzzz=1", "the valid keys are folder, steps"),
         ("steps=many", "steps is 'many'; it must be a whole number"),
         ("steps=1.5", "steps is 1.5; it must be a whole number"),
         ("steps=true", "steps is True; it must be a whole number"),
         ("steps=null", "steps is None; it must be a whole number"),
         ("compile=1", "compile is 1; it must be true or false"),
         ("folder=012", "it must be text; put it in quotes"),
-        ("network=3", "network is 3; it must hold the keys of Network"),
+        ("network=3", "network is 3; it must be a mapping with the keys of Network"),
         ("network.channels=[1,x]", "network.channels[1] is 'x'"),
         ("network.channels=5", "network.channels is 5; it must be a list"),
         ("network.size=[1,2,3]", "must have 2 values"),
@@ -105,14 +105,14 @@ def test_whole_numbers_do_for_floats():
         ("steps=[1", "can't be read"),
     ],
 )
-def test_wrong_overrides_are_one_line_that_names_the_key(override, message):
+def test_errors_in_overrides_are_one_line_that_names_the_key(override, message):
     with pytest.raises(ValueError) as caught:
         load_config(Run, None, ["folder=x", override])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_missing_values_are_named():
+def test_a_missing_value_is_named():
     with pytest.raises(ValueError, match="config key folder has no value"):
         load_config(Run, None, [])
     with pytest.raises(ValueError, match="config key folder has no value"):
@@ -122,21 +122,21 @@ def test_missing_values_are_named():
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefghi", "bcdefghij", strict=True)
 )
-HOSTILE = {
+MALICIOUS = {
     "a billion laughs": LAUGHS,
-    "an alias of itself": "a: &a [*a]\n",
+    "a recursive alias": "a: &a [*a]\n",
     "depth": "a: " + "{a: " * 2000 + "1" + "}" * 2000,
     "many keys": "".join(f"k{i}: 1\n" for i in range(20_000)),
-    "a name of python": "folder: !!python/name:os.system\n",
-    "an object of python": "folder: !!python/object/new:os.system [id]\n",
+    "a Python name": "folder: !!python/name:os.system\n",
+    "a Python object": "folder: !!python/object/new:os.system [id]\n",
     "two documents": "folder: x\n---\nfolder: y\n",
     "a tab": "\tfolder: x\n",
-    "half a character": 'folder: "\\ud800"\n',
+    "a lone surrogate": 'folder: "\\ud800"\n',
     "a number of 5,000 digits": "steps: 1" + "0" * 5000 + "\n",
     "no key": "null: x\n",
     "a key that is a list": "? [a]\n: b\n",
-    "an interpolation of itself": "folder: ${folder}\n",
-    "an open interpolation": "folder: ${steps\n",
+    "a recursive interpolation": "folder: ${folder}\n",
+    "an unclosed interpolation": "folder: ${steps\n",
     "an octal number": "folder: 012\n",
     "not a number": "folder: x\nlearning_rate: .nan\n",
     "infinity": "folder: x\nlearning_rate: .inf\n",
@@ -144,9 +144,9 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_files_are_one_line_and_quick(name, tmp_path):
-    path, started = write(tmp_path, HOSTILE[name]), time.monotonic()
+@pytest.mark.parametrize("name", MALICIOUS)
+def test_malicious_files_are_an_error_of_one_line_within_seconds(name, tmp_path):
+    path, started = write(tmp_path, MALICIOUS[name]), time.monotonic()
     with pytest.raises(ValueError) as caught:
         load_config(Run, path)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600 and time.monotonic() - started < 3
@@ -156,7 +156,7 @@ OVERRIDES = ["folder=" + "[" * 5000, "a" + "{a:" * 3000, "a." * 3000 + "a=1", "f
 
 
 @pytest.mark.parametrize("override", [*OVERRIDES, "folder=!!python/name:x", "learning_rate=.nan", "steps=1e400"])
-def test_hostile_overrides_are_one_line_and_quick(override):
+def test_malicious_overrides_are_an_error_of_one_line_within_seconds(override):
     started = time.monotonic()
     with pytest.raises(ValueError) as caught:
         load_config(Run, None, [override])
@@ -175,33 +175,33 @@ def test_hostile_overrides_are_one_line_and_quick(override):
     ],
     ids=["duplicate key", "open bracket", "list", "python tag", "NUL", "5000 brackets"],
 )
-def test_unreadable_files_are_one_line(tmp_path, text):
+def test_unreadable_files_are_an_error_of_one_line(tmp_path, text):
     with pytest.raises(ValueError, match="config file .*config.yaml") as caught:
         load_config(Run, write(tmp_path, text))
     assert "\n" not in str(caught.value)
 
 
-def test_bytes_that_are_not_text_are_one_line(tmp_path):
+def test_binary_files_are_an_error_of_one_line(tmp_path):
     (tmp_path / "c.yaml").write_bytes(b"\xff\xfe\x00\xd8 folder: x")
     with pytest.raises(ValueError, match="not readable YAML"):
         load_config(Run, str(tmp_path / "c.yaml"))
 
 
-def test_missing_and_huge_files_are_refused(tmp_path):
+def test_missing_and_huge_files_are_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing.yaml does not exist"):
         load_config(Run, str(tmp_path / "nothing.yaml"))
     with pytest.raises(ValueError, match="at most"):
         load_config(Run, write(tmp_path, "#" * (1 << 21)))
 
 
-def test_an_empty_file_leaves_the_defaults(tmp_path):
+def test_an_empty_file_gives_the_defaults(tmp_path):
     assert load_config(Network, write(tmp_path, "")) == Network()
 
 
 @pytest.mark.parametrize(
     "error", [ValueError("bad\n  value"), FileNotFoundError(2, "No such file", "x.yaml"), OSError("y")]
 )
-def test_users_mistakes_are_one_line_and_exit_code_2(error, capsys):
+def test_user_errors_are_printed_in_one_line_with_exit_code_2(error, capsys):
     with pytest.raises(SystemExit) as caught, one_line_errors():
         raise error
     assert caught.value.code == 2
@@ -209,11 +209,11 @@ def test_users_mistakes_are_one_line_and_exit_code_2(error, capsys):
     assert printed.startswith("error: ") and printed.count("\n") == 1
 
 
-def test_our_own_bugs_keep_their_traceback():
+def test_internal_errors_keep_their_traceback():
     with pytest.raises(TypeError), one_line_errors():
-        raise TypeError("ours")
+        raise TypeError("a bug")
 
 
-def test_frozen_configs_stay_frozen():
+def test_configs_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         load_config(Run, None, ["folder=x"]).steps = 3

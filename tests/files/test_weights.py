@@ -1,4 +1,4 @@
-"""Claims about weight files: every kind reads the same, no code of a file's maker runs, faults are one line."""
+"""Weight files: all formats read alike, code in a file is never run, and each error is one line."""
 
 import errno
 import json
@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 
 import stipple_core.files.safetensors_file
+from stipple_core.files.json_file import read_json, write_json
 from stipple_core.files.weights import (
     averaged_keys,
     find_weights,
@@ -23,10 +24,8 @@ from stipple_core.files.weights import (
     outline,
     place,
     read_folder,
-    read_json,
     read_metadata,
     read_weights,
-    write_json,
     write_weights,
 )
 
@@ -43,7 +42,7 @@ def same(a, b):
 
 
 def save_as(kind, weights, folder):
-    """Write weights in one of the ways others do."""
+    """Write weights in one of the formats that are in use."""
     if kind == "safetensors":
         path = folder / "x.safetensors"
         write_weights(weights, path)
@@ -55,23 +54,23 @@ def save_as(kind, weights, folder):
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bare", "nested", "legacy"])
-def test_every_kind_of_file_gives_the_same_tensors(kind, tmp_path):
+def test_every_format_gives_the_same_tensors(kind, tmp_path):
     assert same(read_weights(save_as(kind, tensors(), tmp_path)), tensors())
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bare", "nested", "legacy"])
-def test_only_wanted_tensors_are_read_and_the_outline_tells_of_them_all(kind, tmp_path):
-    given = tensors() | {"half": torch.ones(2, dtype=torch.float16), "steps": torch.tensor(3)}
-    path = save_as(kind, given, tmp_path)
-    assert same(read_weights(path, lambda name: name == "half"), {"half": given["half"]})
-    told = outline(path)
-    assert all(value.is_meta for value in told.values())
-    described = [{name: (value.shape, value.dtype) for name, value in state.items()} for state in (told, given)]
+def test_only_wanted_tensors_are_read_and_the_outline_has_them_all(kind, tmp_path):
+    weights = tensors() | {"half": torch.ones(2, dtype=torch.float16), "steps": torch.tensor(3)}
+    path = save_as(kind, weights, tmp_path)
+    assert same(read_weights(path, lambda name: name == "half"), {"half": weights["half"]})
+    shapes = outline(path)
+    assert all(value.is_meta for value in shapes.values())
+    described = [{name: (value.shape, value.dtype) for name, value in state.items()} for state in (shapes, weights)]
     assert described[0] == described[1]
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bare"])
-def test_tensors_are_their_own_after_reading_whatever_becomes_of_the_file(kind, tmp_path):
+def test_tensors_do_not_depend_on_the_file_after_reading(kind, tmp_path):
     path = save_as(kind, tensors(), tmp_path)
     weights = read_weights(path)
     with open(path, "r+b") as file:
@@ -79,13 +78,13 @@ def test_tensors_are_their_own_after_reading_whatever_becomes_of_the_file(kind, 
     assert same(weights, tensors())
 
 
-def test_a_tensor_that_repeats_one_number_takes_no_memory(tmp_path):
+def test_an_expanded_tensor_takes_no_memory(tmp_path):
     torch.save({"a": torch.ones(1).expand(1 << 40)}, tmp_path / "x.ckpt")
     assert read_weights(tmp_path / "x.ckpt")["a"].shape == (1 << 40,)
 
 
 @pytest.mark.parametrize("other", [tensors(20, seed=1), tensors(3), {"a": torch.zeros(3)}, None])
-def test_a_file_that_is_replaced_while_it_is_read_is_an_error_and_no_mixture(other, tmp_path, monkeypatch):
+def test_a_file_replaced_while_it_is_read_is_an_error_and_never_a_mixture(other, tmp_path, monkeypatch):
     path, opened = tmp_path / "x.safetensors", []
     write_weights(tensors(20), path)
     safe_open = stipple_core.files.safetensors_file.safe_open
@@ -103,19 +102,19 @@ def test_a_file_that_is_replaced_while_it_is_read_is_an_error_and_no_mixture(oth
     assert "\n" not in str(caught.value)
 
 
-def test_written_files_are_whole_readable_by_all_and_carry_their_metadata(tmp_path):
+def test_written_files_are_complete_readable_by_all_and_have_their_metadata(tmp_path):
     tied = torch.randn(2, 3)
-    given = {"a": tied, "b": tied, "t": torch.randn(3, 2).T, "half": torch.ones(2, dtype=torch.float16)}
+    weights = {"a": tied, "b": tied, "t": torch.randn(3, 2).T, "half": torch.ones(2, dtype=torch.float16)}
     path = tmp_path / "x.safetensors"
-    write_weights(given, path, {"modelspec.title": "x"})
-    assert same(read_weights(path), given)
+    write_weights(weights, path, {"modelspec.title": "x"})
+    assert same(read_weights(path), weights)
     assert read_metadata(path) == {"format": "pt", "modelspec.title": "x"}
     assert stat.S_IMODE(path.stat().st_mode) == 0o644
     assert [entry.name for entry in tmp_path.iterdir()] == ["x.safetensors"]
 
 
-def shards(weights, folder, suffix, variant, count=2):
-    """Shards and their index, under the names of diffusers and transformers."""
+def write_parts(weights, folder, suffix, variant, count=2):
+    """Write several weight files and their index, under the names of diffusers and transformers."""
     stem, middle = STEM, f".{variant}" if variant else ""
     where = {}
     for i in range(count):
@@ -129,10 +128,10 @@ def shards(weights, folder, suffix, variant, count=2):
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
 @pytest.mark.parametrize("variant", [None, "fp16"])
-@pytest.mark.parametrize("sharded", [False, True])
-def test_folders_are_read_whole_or_in_shards_with_or_without_a_variant(suffix, variant, sharded, tmp_path):
-    if sharded:
-        shards(tensors(), tmp_path, suffix, variant)
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_folders_are_read_from_one_file_or_several_with_or_without_a_variant(suffix, variant, in_parts, tmp_path):
+    if in_parts:
+        write_parts(tensors(), tmp_path, suffix, variant)
     else:
         path = tmp_path / ".".join(filter(None, (STEM, variant, suffix)))
         torch.save(tensors(), path) if suffix == "bin" else write_weights(tensors(), path)
@@ -154,37 +153,39 @@ def test_the_plain_file_comes_before_variants_and_safetensors_before_pickles(tmp
     assert same(read_folder(tmp_path, STEM, "fp16"), tensors(seed=3))
 
 
-def test_a_variant_that_is_not_there_is_named_with_those_that_are(tmp_path):
+def test_the_error_for_a_missing_variant_names_the_available_ones(tmp_path):
     for variant in ("fp16", "non_ema"):
         write_weights(tensors(), tmp_path / f"{STEM}.{variant}.safetensors")
     with pytest.raises(FileNotFoundError, match=rf"no {STEM}.bf16.safetensors in .*there are .*fp16.safetensors"):
         find_weights(tmp_path, STEM, "bf16")
     with pytest.raises(FileNotFoundError, match="there are .*non_ema"):
         find_weights(tmp_path, STEM)  # which of the two?
-    with pytest.raises(FileNotFoundError, match="is this the folder of a whole model"):
+    with pytest.raises(FileNotFoundError, match="is the model folder complete"):
         find_weights(tmp_path / "nowhere", STEM)
 
 
-def test_a_missing_shard_is_named(tmp_path):
-    shards(tensors(), tmp_path, "safetensors", None)
+def test_a_missing_file_of_an_index_is_named(tmp_path):
+    write_parts(tensors(), tmp_path, "safetensors", None)
     (tmp_path / f"{STEM}-00002-of-00002.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="names .*-00002-of-00002.safetensors, which is not there"):
+    with pytest.raises(FileNotFoundError, match="names .*-00002-of-00002.safetensors, which does not exist"):
         read_folder(tmp_path, STEM)
 
 
-NO_INDEX = ["{", "[]", "[" * 100_000, "{}", '{"weight_map": 3}', '{"weight_map": {"a": ["../x.safetensors"]}}']
+BAD_INDEXES = ["{", "[]", "[" * 100_000, "{}", '{"weight_map": 3}', '{"weight_map": {"a": ["../x.safetensors"]}}']
 
 
-@pytest.mark.parametrize("text", [*NO_INDEX, '{"weight_map": {"a": "../x.safetensors"}}'])
-def test_an_index_that_is_none_or_leads_elsewhere_is_refused(text, tmp_path):
+@pytest.mark.parametrize("text", [*BAD_INDEXES, '{"weight_map": {"a": "../x.safetensors"}}'])
+def test_an_index_that_is_malformed_or_names_other_folders_is_refused(text, tmp_path):
     (tmp_path / f"{STEM}.safetensors.index.json").write_text(text)
-    with pytest.raises(ValueError, match="not readable|no JSON object|no index of shards|not a file beside") as caught:
+    with pytest.raises(
+        ValueError, match="not readable|a JSON object|not an index of weight files|not a file in the same folder"
+    ) as caught:
         read_folder(tmp_path, STEM)
     assert "\n" not in str(caught.value)
 
 
-class Hostile:
-    """Runs a command when it is unpickled."""
+class Malicious:
+    """An object that runs a command when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -195,13 +196,13 @@ class Hostile:
 
 @pytest.mark.parametrize("kind", ["in the weights", "beside them", "legacy", "bare pickle"])
 def test_code_in_a_pickle_is_not_run(kind, tmp_path):
-    bomb, path = Hostile(tmp_path / "ran"), tmp_path / "x.ckpt"
+    bomb, path = Malicious(tmp_path / "ran"), tmp_path / "x.ckpt"
     value = {"state_dict": tensors(), "extra": bomb} if kind == "beside them" else {"state_dict": {"a": bomb}}
     if kind == "bare pickle":
         path.write_bytes(pickle.dumps(value, protocol=2))
     else:
         torch.save(value, path, _use_new_zipfile_serialization=kind != "legacy")
-    with pytest.raises(ValueError, match=r"would run code of its maker's \((posix|nt).system\); if you") as caught:
+    with pytest.raises(ValueError, match=r"would run code \((posix|nt).system\); if you") as caught:
         read_weights(path)
     assert "\n" not in str(caught.value) and not (tmp_path / "ran").exists()
 
@@ -209,7 +210,7 @@ def test_code_in_a_pickle_is_not_run(kind, tmp_path):
 def test_classes_of_lightning_beside_the_weights_are_neither_needed_nor_run(tmp_path, monkeypatch):
     name = "pytorch_lightning.callbacks.model_checkpoint"
     module = types.ModuleType(name)
-    module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": name, "__setstate__": Hostile})
+    module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": name, "__setstate__": Malicious})
     callback = module.ModelCheckpoint()
     callback.best = 1.0
     with monkeypatch.context() as patch:
@@ -232,7 +233,7 @@ OVERFLOW = json.dumps({"a": {"dtype": "F32", "shape": [2**40, 2**40], "data_offs
 DAMAGED = {
     "empty": b"",
     "json": b'{"a": 1}',
-    "a page of the web": b"<!DOCTYPE html><html>not found</html>",
+    "a web page": b"<!DOCTYPE html><html>not found</html>",
     "header bomb": struct.pack("<Q", 10**12) + b"{}",
     "nested header": header("[" * 100_000),
     "overflowing shape": header(OVERFLOW) + b"0000",
@@ -241,7 +242,7 @@ DAMAGED = {
 
 @pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])
 @pytest.mark.parametrize("name", DAMAGED)
-def test_files_of_something_else_are_one_line(name, suffix, tmp_path):
+def test_other_contents_are_an_error_of_one_line(name, suffix, tmp_path):
     path = tmp_path / f"x.{suffix}"
     path.write_bytes(DAMAGED[name])
     with pytest.raises(ValueError, match=rf"x\.{suffix} .*") as caught:
@@ -260,8 +261,8 @@ def test_a_header_of_500000_empty_tensors_is_refused_at_once(tmp_path):
         assert time.monotonic() - started < 1
 
 
-def test_a_name_that_a_header_has_twice_is_named(tmp_path):
-    """The library takes the last one, another program may take the first."""
+def test_a_duplicate_name_in_a_header_is_named(tmp_path):
+    """The library reads the last one; another program may read the first."""
     entry = '"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
     (tmp_path / "x.safetensors").write_bytes(header("{" + f"{entry},{entry}" + "}") + b"\0\0\x80?")
     with pytest.raises(ValueError, match="it names 'a' twice"):
@@ -276,17 +277,17 @@ def test_placing_refuses_numbers_that_are_not_finite_and_names_the_first_five(dt
     bad = [name for name in weights if name != "0.weight"]
     for name in bad:
         weights[name].view(-1)[-1] = number if number == math.nan or dtype.itemsize > 1 else math.nan
-    told = "; ".join(f"{name} has values that are not finite" for name in bad[:5])
-    with pytest.raises(ValueError, match=f"^here.ckpt does not fit its configuration: {told}; and 2 more$"):
+    expected = "; ".join(f"{name} has values that are not finite" for name in bad[:5])
+    with pytest.raises(ValueError, match=f"^here.ckpt does not fit its configuration: {expected}; and 2 more$"):
         place(module, weights, "here.ckpt")
 
 
-def test_placing_takes_numbers_whose_sum_is_too_large(tmp_path):
+def test_placing_accepts_numbers_whose_sum_overflows(tmp_path):
     module = torch.nn.Linear(4, 4)
     place(module, {name: torch.full_like(value, 3e38) for name, value in module.state_dict().items()}, "x")
 
 
-def test_a_full_disk_is_an_error_of_the_disk(tmp_path, monkeypatch):
+def test_a_full_disk_is_an_os_error_that_names_the_file(tmp_path, monkeypatch):
     def full(*_, **__):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
@@ -294,10 +295,11 @@ def test_a_full_disk_is_an_error_of_the_disk(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left") as caught:
         write_weights(tensors(), tmp_path / "x.safetensors")
     assert caught.value.errno == errno.ENOSPC and not list(tmp_path.iterdir())
+    assert caught.value.filename == str(tmp_path / "x.safetensors")
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "nested", "legacy"])
-def test_truncated_files_are_one_line_wherever_they_end(kind, tmp_path):
+def test_a_file_truncated_anywhere_is_an_error_of_one_line(kind, tmp_path):
     path = save_as(kind, tensors(), tmp_path)
     whole = path.read_bytes()
     for size in range(0, len(whole), max(1, len(whole) // 12)):
@@ -309,19 +311,25 @@ def test_truncated_files_are_one_line_wherever_they_end(kind, tmp_path):
 
 @pytest.mark.parametrize(
     "value, message",
-    [([1, 2], "holds no weights by name"), ({}, "holds no weights"), ({"a": 3}, "'a' is a int, not a tensor")],
+    [
+        ([1, 2], "does not contain a state dict"),
+        ({}, "does not contain a state dict"),
+        ({"a": 3}, "'a' is a int, not a tensor"),
+    ],
 )
-def test_what_is_no_state_dict_is_refused(value, message, tmp_path):
+def test_other_objects_than_state_dicts_are_refused(value, message, tmp_path):
     torch.save(value, tmp_path / "x.pt")
     with pytest.raises(ValueError, match=message):
         read_weights(tmp_path / "x.pt")
 
 
-def test_absent_files_and_other_suffixes_are_named(tmp_path):
+def test_missing_files_and_unknown_suffixes_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="gone.ckpt does not exist"):
         read_weights(tmp_path / "gone.ckpt")
     (tmp_path / "x.onnx").write_bytes(b"x")
-    with pytest.raises(ValueError, match="x.onnx is not a weight file; give one of .safetensors"):
+    with pytest.raises(
+        ValueError, match="x.onnx is not a weight file; use a file with one of the suffixes .safetensors"
+    ):
         read_weights(tmp_path / "x.onnx")
 
 
@@ -349,7 +357,7 @@ def test_placing_refuses_numbers_that_are_not_floating_point_where_some_are_need
         place(module, module.state_dict() | {"weight": torch.zeros(2, dtype=dtype)}, "x")
 
 
-def test_placing_fills_a_module_that_has_no_memory_yet():
+def test_placing_fills_a_module_on_meta():
     full = torch.nn.Linear(3, 2)
     with torch.device("meta"):
         empty = torch.nn.Linear(3, 2)
@@ -357,9 +365,9 @@ def test_placing_fills_a_module_that_has_no_memory_yet():
     assert same(empty.state_dict(), full.state_dict())
 
 
-def test_weights_at_odd_places_are_moved_and_others_stay_where_they_are():
+def test_unaligned_weights_are_copied_and_aligned_ones_are_not():
     full = torch.nn.Linear(16, 16)
-    for offset in (0, 1):  # memory that torch allots begins at a multiple of 64 bytes
+    for offset in (0, 1):  # PyTorch aligns memory to 64 bytes
         views = {name: torch.empty(value.numel() + offset)[offset:] for name, value in full.state_dict().items()}
         weights = {name: views[name].view_as(value).copy_(value) for name, value in full.state_dict().items()}
         with torch.device("meta"):
@@ -370,7 +378,7 @@ def test_weights_at_odd_places_are_moved_and_others_stay_where_they_are():
         assert same(module.state_dict(), full.state_dict())
 
 
-def test_averages_are_taken_for_all_weights_or_none():
+def test_averages_are_used_for_all_weights_or_none():
     keys = ["model.a.weight", "b.bias"]
     averages = ["model_ema.aweight", "model_ema.bbias"]
     assert averaged_keys(keys, keys) == dict(zip(keys, keys, strict=True))
@@ -379,13 +387,13 @@ def test_averages_are_taken_for_all_weights_or_none():
         averaged_keys(keys, keys + averages[:1])
 
 
-def test_json_is_read_as_written_and_anything_else_is_one_line(tmp_path):
+def test_json_is_read_as_written_and_anything_else_is_an_error_of_one_line(tmp_path):
     path = tmp_path / "x.json"
     write_json({"b": [1, None], "a": "ü"}, path)
     assert read_json(path) == {"a": "ü", "b": [1, None]} and [*tmp_path.iterdir()] == [path]
     for data in (b"{", b"\xff", b"[" * 100_000, b"[1]", b"3", b""):
         path.write_bytes(data)
-        with pytest.raises(ValueError, match="is not readable JSON|holds no JSON object") as caught:
+        with pytest.raises(ValueError, match="is not readable JSON|does not contain a JSON object") as caught:
             read_json(path)
         assert "\n" not in str(caught.value)
     with pytest.raises(FileNotFoundError, match="^nothing here$"):

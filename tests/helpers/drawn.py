@@ -12,8 +12,9 @@ from PIL import Image, ImageDraw
 
 from conditioning.classes.class_conditioner import ClassConditioner, Unconditional
 from conditioning.hints.degradation import DegradationConfig
+from conditioning.hints.hints import SpatialConfig
 from conditioning.readers.combined import CombinedConditioner
-from conditioning.readers.spatial import SpatialConfig, SpatialReader
+from conditioning.readers.spatial import SpatialReader
 from ldm.pipeline import TextToImage
 from tests.helpers.small_encoders import build_scratch
 from tests.helpers.small_models import build_model_of

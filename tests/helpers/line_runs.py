@@ -16,8 +16,9 @@ import yaml
 from torch import Tensor, nn
 
 from stipple.training.optimization.ema import Ema, EmaConfig
-from stipple.training.optimization.optimizer import OptimizerConfig
-from stipple.training.trainer import Trainer, TrainerConfig
+from stipple.training.optimization.update_rules import OptimizerConfig
+from stipple.training.trainer import Trainer
+from stipple.training.trainer_config import TrainerConfig
 
 OPTIMIZER = OptimizerConfig(learning_rate=0.1, warmup_steps=3, schedule="cosine", clip_norm=1.0)
 SLOPE = torch.tensor([3.0, -2.0], dtype=torch.float64)

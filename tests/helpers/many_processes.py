@@ -1,56 +1,94 @@
-"""Runs of the real scripts in several processes, forked from one that has torch and the scripts loaded.
+"""Runs of the real scripts in processes that are forked from one that has torch and the scripts loaded.
 
-`python many_processes.py < RUNS`, where RUNS is JSON: a list of [processes, environment, command], done one after the
-other. The processes find each other through gloo on this machine. What they print goes to the folder of their run.
+It is started once for a session of tests, and so what a run costs is its work, not seconds of imports for each of its
+processes. The processes of a run find each other through gloo on this machine, as `accelerate launch` lets them. That
+the launcher does so, too, is for `tiny_runs.start` and `launch` to show.
 """
 
 from __future__ import annotations
 
+import atexit
+import functools
 import importlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # what `accelerate launch` sets for fsdp.yaml
-LOADED = (  # modules
-    *("torch.distributed.fsdp", "transformers", "accelerate"),
-    *("stipple.commands.train", "stipple.commands.train_autoencoder"),
-)
+LOADED = ("torch._dynamo", "torch.distributed.fsdp", "transformers.models.clip.modeling_clip", "accelerate")
+LOADED += ("stipple.commands.train_autoencoder", "stipple.commands.cache", "stipple.commands.train", "txt2img")
+SECONDS = 600  # the longest life of a process
 
 Run = tuple[int, dict[str, str], Sequence[str]]
 
 
-def run_all(runs: Sequence[Run]) -> list[float]:
-    """Do the runs, each with a `run=FOLDER` in its command; their seconds. AssertionError with what one said."""
+class Ended(NamedTuple):
+    """What the processes of a run leave."""
+
+    codes: list[int]  # by rank; negative: the signal
+    out: str
+    err: str
+
+
+def run_all(runs: Sequence[Run]) -> None:
+    """Do the runs [processes, environment, command] one after the other. AssertionError where one fails."""
+    for processes, environment, command in runs:
+        succeed(*command, processes=processes, environment=environment)
+
+
+def succeed(*command: str, processes: int = 1, environment: Mapping[str, str] | None = None) -> str:
+    """Do a run in so many processes; what it prints. AssertionError where it fails."""
+    codes, out, err = run_forked(*command, processes=processes, environment=environment)
+    assert not any(codes), f"{command}: exit codes {codes}\n{out[-2000:]}{err[-4000:]}"
+    return out
+
+
+def run_forked(*command: str, processes: int = 1, environment: Mapping[str, str] | None = None) -> Ended:
+    """Do a run in so many processes, well or not."""
+    from tests.helpers.tiny_runs import SETTINGS
+
+    parent = _parent()
+    with tempfile.TemporaryDirectory() as folder:
+        request = [processes, os.environ | SETTINGS | dict(environment or {}), list(command), folder]
+        parent.stdin.write(json.dumps(request) + "\n")
+        parent.stdin.flush()
+        codes = json.loads(parent.stdout.readline())
+        return Ended(codes, *(Path(folder, name).read_text() for name in ("out", "err")))
+
+
+@functools.cache
+def _parent() -> subprocess.Popen:
     from tests.helpers.tiny_runs import ROOT, SETTINGS
 
-    paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    done = subprocess.run(
-        [sys.executable, __file__], input=json.dumps(runs), capture_output=True, text=True, cwd=ROOT,
-        env=os.environ | SETTINGS | paths,
+    paths = {"PYTHONPATH": str(ROOT)}
+    started = subprocess.Popen(
+        [sys.executable, __file__], cwd=ROOT, env=os.environ | SETTINGS | paths, text=True, stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return [float(line) for line in done.stdout.splitlines()]
+    atexit.register(started.stdin.close)  # and it ends
+    return started
 
 
-def _fork(rank: int, world: int, port: int, environment: dict[str, str], command: Sequence[str], log: Path) -> int:
+def _fork(environment: dict[str, str], command: Sequence[str], folder: str) -> int:
     child = os.fork()
     if child:
         return child
     code = 1
     try:
-        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(handle, 1)
-        os.dup2(handle, 2)
-        address = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-        address |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in address.items()} if world > 1 else {})
+        signal.alarm(SECONDS)
+        for descriptor, name in ((0, os.devnull), (1, f"{folder}/out"), (2, f"{folder}/err")):
+            flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
+            os.dup2(os.open(name, flags), descriptor)
+        os.environ.clear()
         os.environ.update(environment)
+        sys.argv = list(command)
         importlib.import_module(command[0].removesuffix(".py")).main(command[1:])
         code = 0
     except SystemExit as end:
@@ -61,6 +99,7 @@ def _fork(rank: int, world: int, port: int, environment: dict[str, str], command
         traceback.print_exception(error)
     finally:
         sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
 
 
@@ -70,17 +109,30 @@ def _free_port() -> int:
         return found.getsockname()[1]
 
 
+def _do(processes: int, environment: dict[str, str], command: Sequence[str], folder: str) -> list[int]:
+    """Exit codes of the processes of one run; where one of them fails, the others are killed."""
+    for name in ("out", "err"):
+        Path(folder, name).touch()
+    group = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+    children = {}
+    for rank in range(processes):
+        address = {"RANK": rank, "LOCAL_RANK": rank, **group} if processes > 1 else {}
+        children[_fork(environment | {name: str(value) for name, value in address.items()}, command, folder)] = None
+    while None in children.values():
+        child, status = os.wait()
+        children[child] = os.waitstatus_to_exitcode(status)
+        if children[child]:
+            for other in [process for process, code in children.items() if code is None]:
+                os.kill(other, signal.SIGKILL)
+    return list(children.values())
+
+
 def _main() -> None:
     for name in LOADED:
         importlib.import_module(name)
-    for world, environment, command in json.load(sys.stdin):
-        folder = Path(next(word for word in command if word.startswith("run=")).removeprefix("run="))
-        log, port, began = folder.with_suffix(".log"), _free_port(), time.monotonic()
-        children = [_fork(rank, world, port, environment, command, log) for rank in range(world)]
-        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-        if any(codes):
-            sys.exit(f"{' '.join(command)}: exit codes {codes}\n{log.read_text()[-3000:]}")
-        print(time.monotonic() - began)
+    for line in sys.stdin:
+        print(json.dumps(_do(*json.loads(line))), flush=True)
 
 
 if __name__ == "__main__":

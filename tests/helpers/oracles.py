@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ldm.denoising.prediction import target
-from ldm.schedules.registry import Schedule, ScheduleConfig, make_schedule
+from ldm.schedules.base import Schedule, ScheduleConfig
+from ldm.schedules.registry import make_schedule
 
 CONFIGS = {
     "scaled_linear": ScheduleConfig(),

@@ -5,18 +5,20 @@ from pathlib import Path
 import torch
 
 from autoencoder import Autoencoder, AutoencoderConfig
-from conditioning.build import AnyConditioner
 from conditioning.classes.class_conditioner import ClassConditioner, Unconditional
 from conditioning.encoders.clip import Clip, clip_config
 from conditioning.encoders.ldm_bert import LdmBert, ldm_bert_config
 from conditioning.formats.unet_inputs import with_hints
+from conditioning.interface.conditioner import Conditioner
 from conditioning.layouts.layout_tokenizer import LayoutTokenizer
-from conditioning.text.text_conditioner import Conditioner
+from conditioning.text.text_conditioner import TextConditioner
 from conditioning.tokenizers.known_tokenizers import bert_tokenizer, clip_tokenizer
 from ldm.formats.diffusers.scheduler import Scheduling
-from ldm.formats.model_folder import Parts
-from ldm.networks.unet import UNet, UNetConfig
-from ldm.schedules.registry import ScheduleConfig, make_schedule
+from ldm.formats.model_parts import ModelParts
+from ldm.networks.unet import UNet
+from ldm.networks.unet_config import UNetConfig
+from ldm.schedules.base import ScheduleConfig
+from ldm.schedules.registry import make_schedule
 
 PLAIN = ("unconditional", "churches", "semantic", "holes", "enlarging")  # no prompts, no cross-attention
 KINDS = ("sd1", "sd2", "inpainting", "depth", "bert", "class", *PLAIN, "layout")
@@ -47,13 +49,13 @@ def save_words(folder: Path) -> Path:
     return folder
 
 
-def clip(activation: str) -> Conditioner:
+def clip(activation: str) -> TextConditioner:
     """Stable Diffusion 1's (quick_gelu) or 2's (gelu) text encoder, two layers of width 64."""
     sizes = dict(hidden_size=WIDTH, intermediate_size=128, num_hidden_layers=2, num_attention_heads=1)
     sizes |= dict(vocab_size=49408, max_position_embeddings=77, hidden_act=activation, projection_dim=WIDTH)
     sizes |= dict(bos_token_id=49406, eos_token_id=49407, pad_token_id=49407 if activation == "quick_gelu" else 0)
     pad = "<|endoftext|>" if activation == "quick_gelu" else "!"
-    return Conditioner(clip_tokenizer(77, pad), Clip(clip_config({"model_type": "clip_text_model"} | sizes)), False)
+    return TextConditioner(clip_tokenizer(77, pad), Clip(clip_config({"model_type": "clip_text_model"} | sizes)), False)
 
 
 def bert_encoder(words: int) -> LdmBert:
@@ -62,16 +64,16 @@ def bert_encoder(words: int) -> LdmBert:
     return LdmBert(ldm_bert_config(sizes))
 
 
-def conditioner(kind: str, folder: Path) -> AnyConditioner:
+def conditioner(kind: str, folder: Path) -> Conditioner:
     """What prompts are read by."""
     if kind == "bert":
-        return Conditioner(bert_tokenizer(save_words(folder), 20), bert_encoder(30522), False)
+        return TextConditioner(bert_tokenizer(save_words(folder), 20), bert_encoder(30522), False)
     if kind == "class":
         return ClassConditioner(torch.zeros(1001, WIDTH), 1000)
     if kind in PLAIN:
         return Unconditional()
     if kind == "layout":
-        return Conditioner(LayoutTokenizer(8192, 20), bert_encoder(8192), False)
+        return TextConditioner(LayoutTokenizer(8192, 20), bert_encoder(8192), False)
     return clip("gelu" if kind == "sd2" else "quick_gelu")
 
 
@@ -82,7 +84,7 @@ def randomize(module: torch.nn.Module) -> None:
         value.copy_(torch.randn(value.shape) * scale + (0.5 if value.ndim < 2 else 0.0))
 
 
-def build_parts(kind: str, folder: Path, seed: int = 0) -> Parts:
+def build_parts(kind: str, folder: Path, seed: int = 0) -> ModelParts:
     """A model of one of KINDS; `folder` is for its tokenizer."""
     torch.manual_seed(seed)
     kl = kind in (*TEXT, "churches")
@@ -104,7 +106,7 @@ def build_parts(kind: str, folder: Path, seed: int = 0) -> Parts:
     )
     mapper = torch.randn(4, 182, 1, 1) if kind == "semantic" else None
     told = with_hints(told, extra, autoencoder.latent_channels, autoencoder.downsampling, mapper).eval()
-    return Parts(autoencoder, unet, told, scheduling)
+    return ModelParts(autoencoder, unet, told, scheduling)
 
 
 def write_yaml(folder: Path, text: str = YAML) -> Path:

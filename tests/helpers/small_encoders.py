@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from conditioning import Conditioner, ConditionerConfig, TransformerConfig, build_conditioner
+from conditioning import ConditionerConfig, TextConditioner, TransformerConfig, build_conditioner
 
 COLORS, SHAPES = ("red", "green", "blue", "dark blue"), ("heart", "circle", "smiling face", "Café", "naïve cat")
 CAPTIONS = [f"a {size} {c} {s}, {s} again" for size in ("large", "small") for c in COLORS for s in SHAPES]
@@ -60,7 +60,7 @@ def save_open_clip(folder: Path) -> Path:
     return folder
 
 
-def build_scratch() -> Conditioner:
+def build_scratch() -> TextConditioner:
     """A transformer from scratch with the tokenizer learnt from CAPTIONS."""
     return build_conditioner(ConditionerConfig(kind="scratch", scratch=SCRATCH), CAPTIONS, seed=3)
 

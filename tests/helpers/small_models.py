@@ -6,12 +6,13 @@ import torch
 
 from autoencoder import Autoencoder, AutoencoderConfig
 from conditioning import ConditionerConfig, build_conditioner
-from conditioning.build import AnyConditioner
+from conditioning.interface.conditioner import Conditioner
 from ldm.formats.diffusers.scheduler import Scheduling
-from ldm.networks.unet import UNet, UNetConfig
+from ldm.networks.unet import UNet
+from ldm.networks.unet_config import UNetConfig
 from ldm.pipeline import TextToImage
 from ldm.sampling.settings import Settings
-from ldm.schedules.registry import ScheduleConfig
+from ldm.schedules.base import ScheduleConfig
 from tests.helpers.small_encoders import build_scratch, save_bert
 
 SIDE = 32  # pixels that the models claim to be trained on
@@ -38,7 +39,7 @@ def build_model(
 
 
 def build_model_of(
-    conditioner: AnyConditioner, regularizer: str = "kl", prediction: str = "noise", **schedule
+    conditioner: Conditioner, regularizer: str = "kl", prediction: str = "noise", **schedule
 ) -> TextToImage:
     """A model in evaluation mode that is told what a conditioner says."""
     torch.manual_seed(1)

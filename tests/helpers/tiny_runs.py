@@ -22,8 +22,11 @@ SETTINGS = {  # one thread, for the order of every sum to be the same; nothing i
 
 
 def start(*command: str, processes: int = 0, **options) -> subprocess.Popen:
-    """A script of ours, or a module of a command, as a process; under `accelerate launch` where `processes` is not 0."""
-    launch = ["-m", "accelerate.commands.accelerate_cli", "launch"] if processes else []
+    """A script of ours, or a module of a command, as a process; under `accelerate launch` where `processes` is not 0.
+
+    By its other name, `accelerate-launch`, which needs 3 seconds less: the first imports all commands of accelerate.
+    """
+    launch = ["-m", "accelerate.commands.launch"] if processes else []
     if processes > 1:
         launch += ["--multi_gpu", "--num_processes", str(processes), "--main_process_port", "0"]
     module = [] if command[0].endswith(".py") else ["-m"]

@@ -1,4 +1,4 @@
-"""The races run: on tiny shapes each prints a table with a ratio, once the contenders' results were found equal."""
+"""The benchmarks run: on tiny shapes, each prints a table with a ratio after comparing the contenders' results."""
 
 import importlib
 import io
@@ -26,7 +26,7 @@ FOLDER = ("text_to_picture", "peak_memory", "training_step")
 
 @pytest.fixture
 def same_process(monkeypatch):
-    """What a benchmark starts as a process runs in this one: importing takes seconds each time."""
+    """Run the processes of benchmarks in this one, because imports take seconds each time."""
 
     def run_script(*command: str) -> tuple[str, float, float]:
         printed, began = io.StringIO(), time.perf_counter()
@@ -42,7 +42,7 @@ def same_process(monkeypatch):
 
 
 @pytest.mark.parametrize("name", RACES)
-def test_a_race_prints_a_table_with_a_ratio(name, same_process, tmp_path_factory, capsys, monkeypatch):
+def test_a_benchmark_prints_a_table_with_a_ratio(name, same_process, tmp_path_factory, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     threads = torch.get_num_threads()
     flags = ["--tiny", "--rounds", "1", "--threads", str(threads), *RACES[name]]
@@ -71,20 +71,20 @@ def test_ratios_are_those_of_neighbors_in_time():
     assert contest.ratios([1.0, 4.0, 3.0], [2.0, 4.0, 2.0]) == "1.00 (0.50 - 1.50)"
 
 
-def test_a_race_of_unequal_results_is_refused():
+def test_a_benchmark_of_unequal_results_is_refused():
     with pytest.raises(RuntimeError, match="nothing to compare"):
         contest.require_equal(torch.ones(4), torch.full((4,), 1.001), "ones")
     contest.require_equal(torch.ones(4), torch.full((4,), 1.00001), "ones")
 
 
-def test_a_contender_of_its_own_process_hands_back_what_it_printed_last(monkeypatch):
+def test_a_contender_in_its_own_process_returns_its_last_printed_line(monkeypatch):
     monkeypatch.setattr(
-        processes, "run_script", lambda *command: (f"noise\n{json.dumps({'said': command[-1]})}\n", 0, 0)
+        processes, "run_script", lambda *command: (f"noise\n{json.dumps({'batch': command[-1]})}\n", 0, 0)
     )
-    assert processes.contend("peak_memory", "--batch", 3) == {"said": "3"}
+    assert processes.contend("peak_memory", "--batch", 3) == {"batch": "3"}
 
 
-def test_the_race_of_loaders_prints_images_per_second_of_each(tmp_path, capsys):
+def test_the_benchmark_of_loaders_prints_images_per_second(tmp_path, capsys):
     loading = importlib.import_module("benchmarks.speed.loading")
     threads = torch.get_num_threads()
     loading.main(["--tiny", "--rounds", "1", "--threads", "1", "--workers", "0", "--workdir", str(tmp_path)])
@@ -96,16 +96,16 @@ def test_the_race_of_loaders_prints_images_per_second_of_each(tmp_path, capsys):
     assert all(int(row.split("|")[2].replace(",", "")) > 0 for row in rows[1:])
 
 
-def test_what_many_gpus_need_is_counted_from_the_configs(capsys):
+def test_the_needs_of_many_gpus_are_computed_from_the_configs(capsys):
     importlib.import_module("benchmarks.speed.scaling").main(["--gigabytes", "0.001", "--images", "1e6"])
-    told = capsys.readouterr().out
-    assert "1,000,000 pictures: 100 shards" in told
-    assert "| txt2img-1p4b | 872.3 M | 0.55 | 7.0 GB |" in told  # the paper's parameters, 8 bytes for each
-    assert "| txt2img-small | 0.0 TB | 0.0 TB | 4.0 GB |" in told
+    output = capsys.readouterr().out
+    assert "1,000,000 pictures: 100 shards" in output
+    assert "| txt2img-1p4b | 872.3 M | 0.55 | 7.0 GB |" in output  # the parameters of the paper, 8 bytes each
+    assert "| txt2img-small | 0.0 TB | 0.0 TB | 4.0 GB |" in output
 
 
 @pytest.mark.parametrize("way", ["decode", "encode"])
-def test_large_pictures_in_tiles_are_compared_with_the_whole(way, same_process, capsys):
+def test_large_images_in_tiles_are_compared_with_the_whole(way, same_process, capsys):
     flags = ["--tiny", "--sizes", "64", "--memory", "0", "0.0005", "--way", way, "--threads", "1"]
     threads = torch.get_num_threads()
     importlib.import_module("benchmarks.speed.large_pictures").main(flags)

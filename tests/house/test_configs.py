@@ -1,4 +1,4 @@
-"""The recipes in configs/: each is read, built, counted, and fits what it is to be used with."""
+"""The recipes in configs/: each is valid, has the expected size, and fits the recipes that it is used with."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from conditioning.build import ConditionerConfig
 from conditioning.encoders.scratch import random_transformer, train_tokenizer
 from conditioning.readers.frame import FrameReader
 from conditioning.readers.spatial import SpatialReader
-from conditioning.text.text_conditioner import Conditioner
+from conditioning.text.text_conditioner import TextConditioner
 from ldm.denoising.denoiser import Denoiser
 from ldm.formats.diffusers.network_kinds import KINDS, folder_of
 from ldm.networks.unet import UNet
@@ -26,7 +26,7 @@ from ldm.sampling.settings import Settings
 from ldm.schedules.registry import make_schedule
 from stipple.stages.autoencoder.autoencoder_run import AutoencoderRunConfig
 from stipple.stages.ldm.ldm_run import LdmRunConfig, config_from_init
-from stipple.training.optimization.optimizer import SCHEDULES, learning_rate
+from stipple.training.optimization.update_rules import SCHEDULES, learning_rate
 from stipple_core.config import load_config, save_config
 
 ROOT = Path(__file__).parents[2]
@@ -69,7 +69,7 @@ def read_ldm(name: str, *overrides: str) -> LdmRunConfig:
 
 
 def of_shipped_model(values: dict) -> dict:
-    """What a recipe takes from the model that it goes on from, where that is here."""
+    """The defaults that a recipe takes from the model of init_from, if that is in the repository."""
     return config_from_init(values) if (ROOT / str(values.get("init_from"))).is_dir() else {}
 
 
@@ -78,7 +78,7 @@ def count(network: nn.Module) -> int:
 
 
 def leaves(value, key: str = "") -> list[tuple[str, object]]:
-    """(dotted key, value) of all that is not a mapping or a list."""
+    """(dotted key, value) of all values that are not mappings or lists."""
     if isinstance(value, dict):
         return [leaf for k, v in value.items() for leaf in leaves(v, f"{key}.{k}")]
     if isinstance(value, list):
@@ -87,7 +87,7 @@ def leaves(value, key: str = "") -> list[tuple[str, object]]:
 
 
 def all_keys(value) -> list:
-    """Every key of every mapping within."""
+    """All keys of all nested mappings."""
     if isinstance(value, dict):
         return [*value, *(key for item in value.values() for key in all_keys(item))]
     return [key for item in value for key in all_keys(item)] if isinstance(value, list) else []
@@ -98,7 +98,7 @@ def encoder_width(name: str) -> int:
 
 
 def of_prompts(config: ConditionerConfig) -> tuple[int, int]:
-    """Widths of the tokens and of the vector that the conditioner of prompts makes; 0: none."""
+    """Widths of the tokens and of the vector of the prompt conditioner; 0: none."""
     if config.kind in ("transformers", "open_clip"):
         return encoder_width(config.name), 0
     if config.kind == "class" and config.classes.encoded_as == "vector":
@@ -107,8 +107,8 @@ def of_prompts(config: ConditionerConfig) -> tuple[int, int]:
     return widths.get(config.kind, 0), 0
 
 
-def told(config: ConditionerConfig) -> tuple[int, int, int]:
-    """Widths of the tokens, of the vector and of the latents that a conditioner of this config makes; 0: none."""
+def context_widths(config: ConditionerConfig) -> tuple[int, int, int]:
+    """Widths of the tokens, the vector and the latents of the conditioner of a config; 0: none."""
     (tokens, vector), latents = of_prompts(config), 0
     with torch.device("meta"):
         readers = [kind(part) for kind, part in ((SpatialReader, config.spatial), (FrameReader, config.frame)) if part]
@@ -127,22 +127,22 @@ def told(config: ConditionerConfig) -> tuple[int, int, int]:
 # -- YAML --------------------------------------------------------------------------------------------------------------
 
 
-def test_there_is_a_recipe_for_each_of_the_papers_autoencoders():
+def test_each_autoencoder_of_the_paper_has_a_recipe():
     assert set(PARAMETERS) == set(LARGE)
     assert {"tiny", "emoji"} <= set(AUTOENCODERS) and {"tiny", "emoji"} <= set(LDMS)
     assert {"txt2img-1p4b", "text2img-256", "txt2img-small"} <= set(LDMS)
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_every_yaml_reader_sees_the_same_numbers_words_and_keys(path):
+def test_all_yaml_readers_read_the_same_values_and_keys(path):
     text = path.read_text("utf-8")
-    assert text.startswith("# "), "a recipe opens with what it is"
+    assert text.startswith("# "), "a recipe starts with a comment that describes it"
     plain = yaml.safe_load(text)
     assert plain == OmegaConf.to_container(OmegaConf.create(text))  # PyYAML reads 1e-4 as text, OmegaConf as a number
     assert all(isinstance(key, str) for key in all_keys(plain))  # on, off, yes and no are truth values
     for key, value in leaves(plain):
         if isinstance(value, str) and key not in (".gpu_ids", ".samples.prompts"):
-            with pytest.raises(ValueError):  # a word: learning rates are not to be texts
+            with pytest.raises(ValueError):  # text that is no number
                 float(value)
     assert not re.search(r":\s*\d+_\d", text), "1_000 is a number to YAML 1.1 only"
 
@@ -156,7 +156,7 @@ def test_a_recipe_is_read_back_equal_from_the_run_folder(script, tmp_path):
         assert load_config(type(config), path) == config
 
 
-def test_a_large_recipe_asks_for_the_data_folder_by_name():
+def test_a_large_recipe_without_a_data_folder_names_the_key():
     for script, cls, name in [("autoencoder", AutoencoderRunConfig, "kl-f8"), ("ldm", LdmRunConfig, "txt2img-small")]:
         with pytest.raises(ValueError, match=r"data\.folder has no value; set it .* data\.folder="):
             load_config(cls, str(CONFIGS / script / f"{name}.yaml"), [])
@@ -198,7 +198,7 @@ def test_the_papers_first_stages_are_trained_as_in_the_paper(name):
 
 
 @pytest.mark.parametrize("name", FROM_SCRATCH)
-def test_the_network_of_a_second_stage_can_be_built_and_its_schedule_goes_with_its_prediction(name):
+def test_the_network_of_a_second_stage_can_be_built_and_its_schedule_fits_its_prediction(name):
     config = read_ldm(name)
     with torch.device("meta"):
         network = KINDS[folder_of(config.network)].build(config.network)
@@ -206,13 +206,13 @@ def test_the_network_of_a_second_stage_can_be_built_and_its_schedule_goes_with_i
     Denoiser(network, schedule, config.diffusion.prediction)
     Settings(sampler=config.samples.sampler, steps=config.samples.steps)
     assert config.optimizer.schedule in SCHEDULES and config.save_precision in ("fp32", "fp16")
-    assert not (schedule.ends_in_pure_noise and config.diffusion.weighting == "min_snr")  # would not learn t = 1
+    assert not (schedule.ends_in_pure_noise and config.diffusion.weighting == "min_snr")  # would not train t = 1
 
 
 @pytest.mark.parametrize("name", FROM_SCRATCH)
-def test_a_network_is_built_for_what_its_conditioner_tells_it(name):
+def test_a_network_has_the_widths_of_its_conditioner(name):
     config = read_ldm(name)
-    tokens, vector, latents = told(config.conditioner)
+    tokens, vector, latents = context_widths(config.conditioner)
     if config.conditioner.second is not None:
         pytest.skip("two text encoders: test_two_encoders.py")
     assert (config.network.cross_attention_dim or 0, config.network.vector_dim or 0) == (tokens, vector)
@@ -223,7 +223,7 @@ def test_a_network_is_built_for_what_its_conditioner_tells_it(name):
 def test_a_second_stage_fits_the_recipe_of_the_autoencoder_that_it_names(name):
     config = read_ldm(name)
     recipes = {f"{read_autoencoder(other).run}/model": read_autoencoder(other).autoencoder for other in AUTOENCODERS}
-    recipes |= {"runs/layouts-autoencoder/model": read_autoencoder("shapes").autoencoder}  # on other pictures
+    recipes |= {"runs/layouts-autoencoder/model": read_autoencoder("shapes").autoencoder}  # on other images
     first = recipes.get(config.autoencoder)
     f, channels = (1, 3) if config.autoencoder == "pixels" else (first.downsampling, first.code_channels)
     assert config.unet.out_channels == channels
@@ -238,9 +238,9 @@ def test_a_text_transformer_from_scratch_can_be_built(name):
     tokenizer = train_tokenizer(["a red heart", "a green heart"], 600, scratch.max_length)
     with torch.device("meta"):
         encoder = random_transformer(scratch, tokenizer, seed=0)
-    conditioner = Conditioner(tokenizer, encoder, use_mask=False, trainable=True)
+    conditioner = TextConditioner(tokenizer, encoder, use_mask=False, trainable=True)
     assert (conditioner.context_dim, conditioner.max_length) == (scratch.width, scratch.max_length)
-    blocks = 12 * scratch.layers * scratch.width**2  # 4 matrices of attention, 8 of the network behind it
+    blocks = 12 * scratch.layers * scratch.width**2  # 4 matrices of attention, 8 of the feed-forward network
     assert blocks < count(encoder) < 1.2 * blocks + 2**21
 
 
@@ -272,19 +272,19 @@ def test_unets_have_the_parameters_of_the_published_models(name, overrides, para
 @pytest.mark.parametrize(
     "name, parameters",
     [
-        ("lcm-sd1", 859_520_964 + 256 * 320),  # Stable Diffusion 1, told the guidance scale
+        ("lcm-sd1", 859_520_964 + 256 * 320),  # Stable Diffusion 1 with an embedding of the guidance scale
         ("inpaint-text", 859_535_364),
         ("depth", 865_913_604),
     ],
 )
-def test_unets_of_recipes_that_go_on_from_a_model_have_the_parameters_of_the_published_ones(name, parameters):
+def test_unets_of_fine_tuning_recipes_have_the_parameters_of_the_published_models(name, parameters):
     path = str(CONFIGS / "ldm" / f"{name}.yaml")
     config = load_config(LdmRunConfig, path, ["data.folder=FOLDER", "data.maps=null"])
     with torch.device("meta"):
         assert count(UNet(config.unet)) == parameters
 
 
-def test_the_paper_reads_captions_by_32_layers_over_77_tokens():
+def test_the_text_encoder_of_the_paper_has_32_layers_and_77_tokens():
     for name, width in [("txt2img-1p4b", 1280), ("text2img-256", 640)]:
         scratch = read_ldm(name).conditioner.scratch
         assert (scratch.layers, scratch.max_length, scratch.width) == (32, 77, width)
@@ -303,13 +303,13 @@ def launch(name: str):
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_accelerate_reads_its_configs(name):
     config = launch(name)
-    assert config.mixed_precision == "no"  # the run's own trainer.precision decides; a bare no would be False
+    assert config.mixed_precision == "no"  # trainer.precision decides; an unquoted no would be False
     assert config.num_processes % config.num_machines == 0
     several = config.distributed_type.value in ("MULTI_GPU", "FSDP")
     assert several == (config.num_processes > 1)
 
 
-def test_accelerate_configs_are_for_as_many_processes_as_their_names_say():
+def test_accelerate_configs_have_the_number_of_processes_in_their_names():
     processes = {name: (launch(name).num_processes, launch(name).num_machines) for name in LAUNCHES}
     assert processes == {
         "cpu": (1, 1), "one_gpu": (1, 1), "eight_gpus": (8, 1), "two_nodes": (16, 2), "fsdp": (8, 1)
@@ -327,7 +327,7 @@ def test_a_large_recipe_divides_its_batch_over_one_and_eight_gpus_and_over_two_n
 # -- documents ---------------------------------------------------------------------------------------------------------
 
 
-def test_every_config_that_a_document_a_script_or_a_recipe_mentions_exists():
+def test_every_config_that_a_page_a_script_or_a_recipe_mentions_exists():
     places = [*ROOT.glob("*.md"), *ROOT.glob("*.py"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("*/*.py"), *ALL]
     mentioned = {
         (name, path.relative_to(ROOT))
@@ -339,7 +339,7 @@ def test_every_config_that_a_document_a_script_or_a_recipe_mentions_exists():
     assert not [(name, str(path)) for name, path in mentioned if not (ROOT / name).is_file()]
 
 
-def test_every_command_and_override_that_a_recipes_comment_suggests_is_read():
+def test_every_command_and_override_in_the_comments_of_recipes_is_valid():
     scripts = {"autoencoder": AutoencoderRunConfig, "ldm": LdmRunConfig}
     commands = r"stipple [\w-]+\s+(?:--config_file \S+\s+)?--config (configs/(\w+)/\S+\.yaml)((?:\s+[a-z_.]+=\S+)*)"
     for path in [path for path in ALL if path.parent.name in scripts]:

@@ -1,14 +1,16 @@
-"""The order of the rooms, enforced by reading imports: a module imports from its own room and from rooms before it.
+"""The layering of packages: a module imports from its own room and from rooms before it.
 
-`ROOMS` lists every folder with code, from the bottom up. Inside a room, and over all files, no imports run in a circle,
-also where they stand inside functions or under TYPE_CHECKING.
+`ROOMS` lists every folder with modules, from the bottom up. Imports inside functions and under TYPE_CHECKING count too.
+Each test names all offenders at once.
 """
 
-import ast
-from functools import cache
-from pathlib import Path
+from __future__ import annotations
 
-import pytest
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 ROOMS = [
@@ -55,137 +57,179 @@ ROOMS = [
     "stipple/stages/autoencoder",
     "stipple/stages/ldm",
     "stipple/stages/classifier",
-    "stipple/cli",  # the front door's machinery: parsing, launching
-    "stipple/commands/drawing",  # what the drawing commands share
+    "stipple/cli",  # command lines and launching
+    "stipple/commands/drawing",  # what drawing commands share
     "stipple/commands",
     "stipple",
     ".",  # the scripts at the root
 ]
-APART = [  # rooms, with all in them, that know nothing of each other although one comes before the other
+APART = [  # rooms, with all rooms in them, that do not import each other although one comes before the other
     ("conditioning", "autoencoder"),
     ("stipple/training", "autoencoder"),
     ("stipple/training", "conditioning"),
     ("stipple/training", "ldm"),
 ]
-MOST_MODULES = 15  # of one room
-OURS = {"autoencoder", "conditioning", "ldm", "stipple", "stipple_core"}
+MAX_MODULES = 15  # of one room
+PACKAGES = {"autoencoder", "conditioning", "ldm", "stipple", "stipple_core"}
+COMMAND_ROOMS = {".", "stipple", "stipple/commands", "stipple/commands/drawing", "stipple/cli"}
 HEAVY = {"transformers", "open_clip", "tokenizers", "diffusers"}
-FILES = sorted(path for room in ROOMS for path in (ROOT / room).glob("*.py"))
-MODULES = {
-    str(path.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__"): path for path in FILES
-}
+SHARED_NAMES = {"__init__", "__main__", "registry", "base"}  # module names that several rooms may have
 
 
-def statements(source: str) -> list[ast.Import | ast.ImportFrom]:
-    """Every import of a source text, also inside functions."""
-    return [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import | ast.ImportFrom)]
+@dataclass(frozen=True)
+class Module:
+    """A source file and its imports."""
+
+    path: str  # relative to the root
+    tree: ast.Module
+
+    @property
+    def room(self) -> str:
+        return str(Path(self.path).parent)
+
+    @property
+    def stem(self) -> str:
+        return Path(self.path).stem
+
+    @property
+    def dotted(self) -> str:
+        return self.path.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+
+    @cached_property
+    def imports(self) -> frozenset[str]:
+        """Dotted names of all imports, also inside functions."""
+        return imports(ast.walk(self.tree))
+
+    @cached_property
+    def top_imports(self) -> frozenset[str]:
+        """Dotted names of the imports at the top level of the module."""
+        return imports(self.tree.body)
 
 
-def imports(source: str) -> set[str]:
-    """Dotted names of all that a source text imports; a relative import comes as it is."""
-    found = set()
-    for node in statements(source):
+def imports(nodes: Iterator[ast.AST] | list[ast.stmt]) -> frozenset[str]:
+    """Dotted names of what import statements import; a relative import keeps its dots."""
+    names = set()
+    for node in nodes:
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        else:
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
             module = "." * node.level + (node.module or "")
-            found |= {f"{module}.{alias.name}" for alias in node.names} | {module}
-    return found
+            names |= {f"{module}.{alias.name}" for alias in node.names} | {module}
+    return frozenset(names)
 
 
-@cache
-def imported_modules(path: Path) -> frozenset[Path]:
-    """The files of ours that a file imports; a name of a package's `__init__` counts as the package's."""
-    found = {MODULES[name] for name in imports(path.read_text()) if name in MODULES}
-    return frozenset(found - {path, path.with_name("__init__.py")})
+def packages(names: frozenset[str]) -> set[str]:
+    return {name.split(".")[0] for name in names}
 
 
-def room(path: Path) -> str:
-    return str(path.parent.relative_to(ROOT))
+def sources() -> Iterator[Path]:
+    yield from ROOT.glob("*.py")
+    for package in PACKAGES:
+        yield from (ROOT / package).rglob("*.py")
 
 
-def name(path: Path) -> str:
-    return str(path.relative_to(ROOT))
+MODULES = [Module(str(path.relative_to(ROOT)), ast.parse(path.read_text("utf-8"))) for path in sorted(sources())]
+BY_NAME = {module.dotted: module for module in MODULES}
 
 
-def test_every_folder_with_code_is_a_room_in_the_list():
-    folders = {room(path) for package in OURS for path in (ROOT / package).rglob("*.py")}
-    assert folders | {"."} == set(ROOMS)
+def imported_modules(module: Module) -> list[Module]:
+    """The modules of ours that a module imports; a name of a package's `__init__` counts as the package's."""
+    init = f"{module.room}/__init__.py"
+    found = [BY_NAME[name] for name in sorted(module.imports) if name in BY_NAME]
+    return [other for other in found if other.path not in (module.path, init)]
 
 
-@pytest.mark.parametrize("path", FILES, ids=name)
-def test_a_module_imports_from_its_own_room_and_from_rooms_before_it(path):
-    own = ROOMS.index(room(path))
-    above = [name(other) for other in imported_modules(path) if ROOMS.index(room(other)) > own]
-    assert path.name == "__init__.py" or not above
+def test_every_folder_with_modules_is_a_room_in_the_list():
+    rooms = {module.room for module in MODULES if module.stem != "__init__"}
+    packages_alone = {module.room for module in MODULES} - rooms  # an `__init__.py` with nothing but a docstring
+    missing, empty = sorted(rooms - set(ROOMS)), sorted(set(ROOMS) - rooms - packages_alone)
+    assert not missing, f"add these folders to ROOMS, in their order: {missing}"
+    assert not empty, f"these folders in ROOMS have no modules: {empty}"
+
+
+def test_a_module_imports_from_its_own_room_and_from_rooms_before_it():
+    order = {room: place for place, room in enumerate(ROOMS)}
+    above = [
+        f"{module.path} imports {other.path}"
+        for module in MODULES
+        if module.stem != "__init__"
+        for other in imported_modules(module)
+        if order.get(other.room, -1) > order.get(module.room, len(ROOMS))
+    ]
+    assert not above, "\n".join(above)
 
 
 def test_no_imports_run_in_a_circle():
     done, circles = set(), []
 
-    def walk(path: Path, way: tuple[Path, ...]) -> None:
-        if path in way:
-            circles.append([name(each) for each in way[way.index(path) :]])
-        elif path not in done:
-            for other in imported_modules(path):
-                walk(other, (*way, path))
-            done.add(path)
+    def visit(module: Module, path: tuple[str, ...]) -> None:
+        if module.path in path:
+            circles.append(" -> ".join([*path[path.index(module.path) :], module.path]))
+        elif module.path not in done:
+            for other in imported_modules(module):
+                visit(other, (*path, module.path))
+            done.add(module.path)
 
-    for path in FILES:
-        walk(path, ())
-    assert not circles
-
-
-@pytest.mark.parametrize(("lower", "upper"), APART)
-def test_some_rooms_know_nothing_of_each_other(lower, upper):
-    for one, other in ((lower, upper), (upper, lower)):
-        for path in (ROOT / one).rglob("*.py"):
-            assert not [name(each) for each in imported_modules(path) if name(each).startswith(f"{other}/")], name(path)
+    for module in MODULES:
+        visit(module, ())
+    assert not circles, "\n".join(circles)
 
 
-@pytest.mark.parametrize("folder", ROOMS)
-def test_a_room_has_few_modules(folder):
-    assert len([path for path in (ROOT / folder).glob("*.py") if path.name != "__init__.py"]) <= MOST_MODULES
-
-
-def test_a_module_has_a_name_of_its_own():
-    names = [
-        path.stem
-        for path in FILES
-        if room(path) != "." and path.stem not in ("__init__", "__main__", "registry", "base")
+def test_rooms_that_are_apart_do_not_import_each_other():
+    both_ways = [pair for lower, upper in APART for pair in ((lower, upper), (upper, lower))]
+    wrong = [
+        f"{module.path} imports {other.path}"
+        for one, another in both_ways
+        for module in MODULES
+        if module.path.startswith(f"{one}/")
+        for other in imported_modules(module)
+        if other.path.startswith(f"{another}/")
     ]
-    assert sorted(names) == sorted(set(names))
+    assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("path", FILES, ids=name)
-def test_only_commands_read_a_command_line(path):
-    if room(path) not in (".", "stipple", "stipple/cli", "stipple/commands", "stipple/commands/drawing"):
-        assert "argparse" not in {found.split(".")[0] for found in imports(path.read_text())}
+def test_no_room_has_too_many_modules():
+    counts = {room: sum(module.room == room and module.stem != "__init__" for module in MODULES) for room in ROOMS}
+    crowded = {room: count for room, count in counts.items() if count > MAX_MODULES}
+    assert not crowded, f"more than {MAX_MODULES} modules: {crowded}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=name)
-def test_imports_are_absolute(path):
-    assert not [found for found in imports(path.read_text()) if found.startswith(".")]
+def test_every_module_has_a_name_of_its_own():
+    paths: dict[str, list[str]] = {}
+    for module in MODULES:
+        if module.room != "." and module.stem not in SHARED_NAMES:
+            paths.setdefault(module.stem, []).append(module.path)
+    shared = {stem: same for stem, same in paths.items() if len(same) > 1}
+    assert not shared, f"modules with the same name: {shared}"
 
 
-@pytest.mark.parametrize("package", sorted(OURS))
-def test_importing_a_package_itself_imports_nothing_heavy(package):
-    """Names of `__init__.py` that need torch or transformers must be fetched when they are used."""
-    source = (ROOT / package / "__init__.py").read_text()
-    top = {alias.name for node in ast.parse(source).body if isinstance(node, ast.Import) for alias in node.names}
-    top |= {node.module for node in ast.parse(source).body if isinstance(node, ast.ImportFrom)}
-    assert not {found.split(".")[0] for found in top} & {"torch", "numpy", *HEAVY}
+def test_only_commands_read_a_command_line():
+    wrong = [
+        module.path for module in MODULES if module.room not in COMMAND_ROOMS and "argparse" in packages(module.imports)
+    ]
+    assert not wrong, f"argparse is only for commands: {wrong}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=name)
-def test_heavy_text_encoders_are_imported_only_where_used(path):
-    """So that `--help` answers at once."""
-    body = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
-    at_import = imports("\n".join(ast.unparse(node) for node in body))
-    assert not {found.split(".")[0] for found in at_import} & HEAVY
+def test_imports_are_absolute():
+    wrong = [module.path for module in MODULES if any(name.startswith(".") for name in module.imports)]
+    assert not wrong, f"relative imports: {wrong}"
 
 
-def test_the_rule_would_notice_a_breach():
-    breach = "def f():\n    from autoencoder.networks import Encoder\n"
-    breach += "import argparse\nfrom . import x\nfrom ldm import unet\n"
-    assert {"autoencoder.networks", "argparse", ".", "ldm.unet"} <= imports(breach)
+def test_importing_a_package_imports_nothing_heavy():
+    """Names of `__init__.py` that need torch or transformers must be imported when they are used."""
+    inits = [BY_NAME[package] for package in sorted(PACKAGES)]
+    wrong = [module.path for module in inits if packages(module.top_imports) & {"torch", "numpy", *HEAVY}]
+    assert not wrong, f"heavy imports: {wrong}"
+
+
+def test_heavy_libraries_are_imported_only_where_they_are_used():
+    """Then `--help` answers at once."""
+    wrong = [module.path for module in MODULES if packages(module.top_imports) & HEAVY]
+    assert not wrong, f"import {sorted(HEAVY)} inside functions: {wrong}"
+
+
+def test_the_rules_see_imports_inside_functions_and_relative_ones():
+    source = "def f():\n    from autoencoder.networks import Encoder\n"
+    source += "import argparse\nfrom . import x\nfrom ldm import unet\n"
+    found = imports(ast.walk(ast.parse(source)))
+    assert {"autoencoder.networks", "argparse", ".", "ldm.unet"} <= found

@@ -1,4 +1,4 @@
-"""Prompt recall measures what it says: on features whose recall is known, and on a small model from end to end."""
+"""Prompt recall, on features with a known recall and on a small model from end to end."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ from tests.helpers.small_models import build_model
 ROOT = Path(__file__).parents[2]
 PICTURES = str(ROOT / "tests/pictures")
 ALL = torch.arange(50)
-pytestmark = pytest.mark.filterwarnings("ignore:a prompt is longer")  # the small model's tokenizer knows few words
+pytestmark = pytest.mark.filterwarnings("ignore:a prompt is longer")  # the tokenizer of the small model has few words
 
 
 def features(count: int = 50, seed: int = 0) -> torch.Tensor:
@@ -30,24 +30,24 @@ def cases(seed: int = 0, count: int = 200):
     return choose_cases(records, read_metadata(PICTURES), count, seed), records
 
 
-def test_references_themselves_are_recalled_always():
+def test_references_are_always_recalled():
     found = recall(features(), features(), ALL)
     assert (found.at_1.value, found.at_5.value, found.median_rank) == (1, 1, 1)
 
 
-def test_a_model_that_always_draws_the_same_picture_is_at_chance_exactly():
+def test_a_model_that_always_draws_the_same_image_is_exactly_at_chance():
     found = recall(features(1, seed=1).expand(50, -1), features(), ALL)
     assert (found.at_1.value, found.at_5.value, found.median_rank) == (1 / 50, 5 / 50, 25.5)
 
 
-def test_pictures_that_ignore_their_prompts_are_within_the_interval_around_chance():
+def test_images_that_ignore_their_prompts_are_within_the_interval_around_chance():
     references, right = features(200), torch.arange(200).repeat(20)
     found = recall(features(4000, seed=1), references, right)
     assert found.at_1.low < 1 / 200 < found.at_1.high
     assert found.at_5.low < 5 / 200 < found.at_5.high
 
 
-def test_shuffled_pictures_lose_their_recall():
+def test_shuffled_images_are_not_recalled():
     assert recall(features(), features(), ALL.roll(1)).at_1.value == 0
 
 
@@ -57,7 +57,7 @@ def test_recall_does_not_depend_on_the_order_of_references():
     assert recall(queries, references, ALL) == recall(queries, references[order], order.argsort())
 
 
-def test_a_tie_earns_nothing():
+def test_a_tie_does_not_count_as_recalled():
     assert ranks(torch.zeros(3, 7), torch.arange(3)).tolist() == [7, 7, 7]
 
 
@@ -66,13 +66,13 @@ def test_distances_are_mean_squared_differences():
     assert torch.allclose(distances(a, b), (a[:, None] - b[None]).square().mean(2))
 
 
-def test_small_pictures_are_means_of_areas():
+def test_small_images_are_means_of_areas():
     images = torch.rand(2, 3, 64, 64)
     assert torch.allclose(small_rgb(images), images.unflatten(3, (16, 4)).unflatten(2, (16, 4)).mean((3, 5)).flatten(1))
 
 
 @pytest.mark.parametrize(("hits", "trials"), [(0, 200), (7, 200), (100, 200), (200, 200)])
-def test_the_interval_is_the_one_at_whose_ends_the_share_is_1_96_deviations_away(hits, trials):
+def test_the_ends_of_the_interval_are_1_96_standard_deviations_from_the_share(hits, trials):
     found = share(hits, trials)
     assert found.low <= found.value <= found.high
     for end in (found.low, found.high):
@@ -80,7 +80,7 @@ def test_the_interval_is_the_one_at_whose_ends_the_share_is_1_96_deviations_away
             assert abs(found.value - end) / (end * (1 - end) / trials) ** 0.5 == pytest.approx(1.96)
 
 
-def test_the_nearest_of_a_training_picture_is_itself_unless_that_is_passed_over():
+def test_the_nearest_training_image_is_the_image_itself_unless_it_is_excluded():
     training = features()
     found = nearest(training[:5], training)
     assert torch.equal(found.index, ALL[:5]) and found.distance.max() == 0
@@ -93,13 +93,13 @@ def test_distance_to_the_nearest_is_in_gray_levels():
     assert nearest(small_rgb(images + 2 * 10 / 255), small_rgb(images)).distance.tolist() == pytest.approx([10, 10])
 
 
-def test_a_blurred_copy_is_told_from_a_pale_picture_that_is_near_to_many():
+def test_a_blurred_copy_is_distinguished_from_a_pale_image_that_is_near_to_many():
     training = features(200)
     copies, pale = training[:20] + 0.2 * features(20, seed=1), training.mean(0, keepdim=True)
     assert nearest(copies, training).ratio.max() < prompt_recall.COPY_RATIO < nearest(pale, training).ratio.min()
 
 
-def test_cases_are_the_same_for_the_same_seed_and_have_distinct_concepts_in_turn_over_styles():
+def test_cases_depend_on_the_seed_alone_and_have_distinct_concepts_in_alternating_styles():
     (first, records), (again, _), (other, _) = cases(), cases(), cases(seed=1)
     rows = read_metadata(PICTURES)
     names = [rows[records[case.index].name]["name"] for case in first]
@@ -109,16 +109,16 @@ def test_cases_are_the_same_for_the_same_seed_and_have_distinct_concepts_in_turn
     assert len(set(styles[:3])) == 3
 
 
-def test_unseen_wordings_are_no_training_caption_and_never_say_the_name():
+def test_unseen_wordings_are_not_training_captions_and_do_not_contain_the_name():
     chosen, records = cases()
     rows, captions = read_metadata(PICTURES), {text for r in records for group in r.captions for text in group}
     for case in chosen:
         row = rows[records[case.index].name]
         assert case.prompts["caption"] in captions
         for kind, count in (("keywords", 3), ("synonyms", 2)):
-            *said, style = case.prompts[kind].split(", ")
+            *keywords, style = case.prompts[kind].split(", ")
             assert case.prompts[kind] not in captions and style == f"{row['style']} style"
-            assert len(said) == count and set(said) <= set(row["keywords"]) - {row["name"]}
+            assert len(keywords) == count and set(keywords) <= set(row["keywords"]) - {row["name"]}
         assert not any(share_a_word(word, row["name"]) for word in case.prompts["synonyms"].split(", ")[:2])
 
 
@@ -140,7 +140,7 @@ def checkpoint(tmp_path_factory):
     return folder / "model"
 
 
-def test_a_gallery_goes_on_where_it_was_and_makes_the_same_pictures(checkpoint, tmp_path):
+def test_an_interrupted_gallery_continues_with_the_same_images(checkpoint, tmp_path):
     from ldm import TextToImage
 
     model, chosen = TextToImage.load(checkpoint), cases()[0][:4]
@@ -155,7 +155,7 @@ def test_a_gallery_goes_on_where_it_was_and_makes_the_same_pictures(checkpoint, 
     assert [path.stat().st_mtime_ns for path in made] == times
 
 
-def test_a_sheet_stays_below_its_limit(tmp_path):
+def test_a_sheet_is_smaller_than_its_limit(tmp_path):
     noise = torch.randint(0, 256, (1000, 1000, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     save_sheet(Image.fromarray(noise.numpy()).resize((1056, 700)), tmp_path / "sheet.webp")
     assert (tmp_path / "sheet.webp").stat().st_size < 400_000

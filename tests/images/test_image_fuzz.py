@@ -1,4 +1,4 @@
-"""Damaged images: whatever the bytes, `load_image` gives RGB pixels or says why not, within its cap on pixels."""
+"""Fuzzing: for any bytes, `load_image` returns RGB pixels or raises UnusableImage, within its limit of pixels."""
 
 from __future__ import annotations
 
@@ -15,44 +15,47 @@ from PIL import Image
 
 import stipple_core.images.images
 from stipple_core.images.images import UnusableImage, load_image, read_size
-from tests.images.test_deep_color import tiff
-from tests.images.test_images import picture, png, stored
+from tests.helpers.image_files import encoded, png_file, random_image, tiff_file
 
-CAP = 1 << 20  # pixels: what passes the real cap may take a second to decode
+CAP = 1 << 20  # pixels; images up to the real limit may take a second to decode
 INTERESTING = (0, 1, 2, 4, 8, 16, 127, 128, 255, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
 
 
 def seeds() -> list[bytes]:
-    """One small file of each kind that Pillow writes, and some that it only reads."""
-    color = picture(20, 16)
+    """One small file of each kind that Pillow writes, and some kinds that it only reads."""
+    color = random_image(20, 16)
     gray, palette, alpha = color.convert("L"), color.quantize(16), color.convert("RGBA")
     deep = np.random.default_rng(0).integers(0, 65536, (16, 20, 3))
     exif = Image.Exif()
     exif[0x0112] = 6
     frames = {"save_all": True, "append_images": [gray.convert("RGB")]}
-    files = [stored(color, "JPEG", exif=exif), stored(color, "JPEG", progressive=True), stored(gray, "JPEG")]
-    files += [stored(color.convert("CMYK"), "JPEG"), stored(color, "MPO", **frames)]
-    files += [stored(image) for image in (color, gray, palette, alpha, color.convert("1"), color.convert("LA"))]
-    files += [stored(color, exif=exif), stored(palette, transparency=3), stored(color, **frames)]
-    files += [png(20, 16, 16, 2, deep.astype(">u2").tobytes(), (b"tRNS", b"\0\1\0\2\0\3"))]
-    files += [png(20, 16, 16, 0, deep[..., 0].astype(">u2").tobytes(), (b"tRNS", b"\0\1"))]
-    files += [stored(color, "WEBP"), stored(alpha, "WEBP", lossless=True, exif=exif), stored(color, "WEBP", **frames)]
+    files = [encoded(color, "JPEG", exif=exif), encoded(color, "JPEG", progressive=True), encoded(gray, "JPEG")]
+    files += [encoded(color.convert("CMYK"), "JPEG"), encoded(color, "MPO", **frames)]
+    files += [encoded(image) for image in (color, gray, palette, alpha, color.convert("1"), color.convert("LA"))]
+    files += [encoded(color, exif=exif), encoded(palette, transparency=3), encoded(color, **frames)]
+    files += [png_file(20, 16, 16, 2, deep.astype(">u2").tobytes(), (b"tRNS", b"\0\1\0\2\0\3"))]
+    files += [png_file(20, 16, 16, 0, deep[..., 0].astype(">u2").tobytes(), (b"tRNS", b"\0\1"))]
     files += [
-        stored(palette, "GIF"),
-        stored(palette, "GIF", interlace=1, transparency=2),
-        stored(color, "GIF", **frames),
+        encoded(color, "WEBP"),
+        encoded(alpha, "WEBP", lossless=True, exif=exif),
+        encoded(color, "WEBP", **frames),
     ]
-    files += [stored(image, "BMP") for image in (color, palette, color.convert("1"), alpha)]
+    files += [
+        encoded(palette, "GIF"),
+        encoded(palette, "GIF", interlace=1, transparency=2),
+        encoded(color, "GIF", **frames),
+    ]
+    files += [encoded(image, "BMP") for image in (color, palette, color.convert("1"), alpha)]
     for compression in (None, "tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg"):
-        files.append(stored(color, "TIFF", compression=compression, exif=exif))
-    files += [stored(color.convert("1"), "TIFF", compression="group4"), stored(color.convert("LAB"), "TIFF")]
-    files += [tiff(deep, order, deflate) for order in "<>" for deflate in (False, True)]
-    files += [stored(Image.fromarray(deep[..., 0].astype(np.uint16)), "TIFF")]
+        files.append(encoded(color, "TIFF", compression=compression, exif=exif))
+    files += [encoded(color.convert("1"), "TIFF", compression="group4"), encoded(color.convert("LAB"), "TIFF")]
+    files += [tiff_file(deep, order, deflate) for order in "<>" for deflate in (False, True)]
+    files += [encoded(Image.fromarray(deep[..., 0].astype(np.uint16)), "TIFF")]
     return [file.getvalue() for file in files]
 
 
 def mutated(draw: random.Random, data: bytes) -> bytes:
-    """Some bytes or numbers replaced, parts cut out or doubled, mostly near the header; PNG checksums mended."""
+    """Replace bytes or numbers, cut out or repeat parts, mostly near the header, and fix most PNG checksums."""
     data = bytearray(data)
     for _ in range(draw.choice((1, 1, 2, 3, 8))):
         at = min(draw.randrange(len(data)), draw.randrange(len(data)))
@@ -76,7 +79,7 @@ def mutated(draw: random.Random, data: bytes) -> bytes:
 
 
 def with_checksums(data: bytearray) -> bytes:
-    """A PNG whose chunks have the right sums, so that what is wrong with them gets past the first look."""
+    """A PNG whose chunks have valid checksums, so that the decoder reads the damaged chunks."""
     at = 8
     while at + 12 <= len(data):
         (length,) = struct.unpack_from(">I", data, at)
@@ -89,7 +92,7 @@ def with_checksums(data: bytearray) -> bytes:
 
 
 def fuzz(count: int, seed: int) -> Counter:
-    """How many inputs came out as pixels, and how many as which kind of reason; anything else raises."""
+    """Count the inputs that were decoded and those that were unusable by kind of reason; any other error is raised."""
     draw, originals, outcomes = random.Random(seed), seeds(), Counter()
     for _ in range(count):
         data = mutated(draw, draw.choice(originals))
@@ -109,18 +112,18 @@ def capped(monkeypatch):
     monkeypatch.setattr(stipple_core.images.images, "MAX_PIXELS", CAP)
 
 
-def test_every_seed_is_a_picture():
+def test_every_seed_is_decoded():
     for data in seeds():
         assert load_image(io.BytesIO(data)).mode == "RGB"
 
 
-def test_damaged_images_are_pixels_or_a_reason(capped):
+def test_damaged_images_are_decoded_or_unusable(capped):
     outcomes = fuzz(4_000, seed=0)
     assert len(outcomes) >= 4 and outcomes["pixels"] > 400 and outcomes["can't be decoded"] > 400
 
 
 @pytest.mark.slow
-def test_a_million_damaged_images_are_pixels_or_a_reason(capped):
+def test_a_million_damaged_images_are_decoded_or_unusable(capped):
     started = time.perf_counter()
     outcomes = fuzz(1_000_000, seed=1)
     print(f"{1_000_000 / (time.perf_counter() - started):.0f} executions per second; {dict(outcomes)}")

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from conditioning.formats.unet_inputs import with_hints
-from conditioning.hints.hints import Files
+from conditioning.hints.hint_files import Files
 from ldm import TextToImage
 from ldm.networks.unet import UNet
 from stipple_core.images.images import image_to_tensor, tensor_to_image
+from tests.helpers.hint_pictures import draw_with_hints
 from tests.helpers.small_models import build_model
 from tests.helpers.tiny_runs import run_here
-from tests.helpers.told_pictures import draw_told
 
 SIDE = 32
 PROMPT, NEGATIVE = "a red heart", "a cat"
@@ -57,7 +57,7 @@ def test_diffusers_opens_our_folder_as_an_inpainting_model_and_draws_the_same(fo
     ).images[0]  # fmt: skip
     hint = model.conditioner.readers["spatial"].hint.of_files(given, SIDE, SIDE, torch.Generator())
     settings = dict(steps=4, guidance_scale=3.0, negative_prompt=NEGATIVE, sampler=model.defaults.sampler)
-    ours = draw_told(model, hint, prompt=PROMPT, **settings)[0]
+    ours = draw_with_hints(model, hint, prompt=PROMPT, **settings)[0]
     assert (127.5 * ours.std()) > 10
     difference = (127.5 * (ours + 1) - 255 * theirs).abs()
     assert difference.mean() < 0.1 and difference.max() < 1
@@ -88,5 +88,5 @@ def test_a_text_model_that_is_shown_a_hint_draws_at_first_as_it_did(tmp_path, se
     settings = dict(steps=2, guidance_scale=3.0, seed=0, sampler="ddim", height=SIDE, width=SIDE)
     before = made(PROMPT, **settings)[0]
     settings.pop("seed")
-    after = draw_told(model, hint, prompt=PROMPT, **{k: v for k, v in settings.items() if k not in ("height", "width")})
+    after = draw_with_hints(model, hint, prompt=PROMPT, **{k: v for k, v in settings.items() if k not in ("height", "width")})
     assert (127.5 * (after[0] - image_to_tensor(before))).abs().max() <= 0.51

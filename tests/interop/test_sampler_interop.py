@@ -14,8 +14,9 @@ from ldm.denoising.denoiser import Denoiser
 from ldm.formats.diffusers.known_schedulers import CLASSES
 from ldm.samplers.registry import SAMPLERS
 from ldm.samplers.spacing import times
-from ldm.samplers.steps import initial_noise, middle, walk
-from ldm.schedules.registry import ScheduleConfig, make_schedule
+from ldm.samplers.steps import initial_noise, middle, step_points
+from ldm.schedules.base import ScheduleConfig
+from ldm.schedules.registry import make_schedule
 
 PREDICTION_TYPES = {"noise": "epsilon", "clean": "sample", "velocity": "v_prediction"}
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -193,7 +194,7 @@ def test_dpmpp_2s_takes_the_steps_of_diffusers_where_it_walks_our_middles(spacin
     """Its steps are network calls, and its middles every other time wherever that lies, so ours are handed to it."""
     schedule = schedule_of(False)
     walked = times(schedule, steps, spacing, SAMPLERS["dpmpp_2s"].time_defaults)
-    points = [p for t, s in walk(walked, schedule) for p in ((t, middle(t, s, schedule)) if s.sigma else (t,))]
+    points = [p for t, s in step_points(walked, schedule) for p in ((t, middle(t, s, schedule)) if s.sigma else (t,))]
     scheduler = diffusers.DPMSolverSinglestepScheduler(**BETAS, prediction_type=PREDICTION_TYPES[prediction])
     scheduler.set_timesteps(len(points))
     scheduler.timesteps = schedule.timestep(torch.tensor([p.time for p in points], dtype=torch.float64)).round().long()

@@ -28,7 +28,8 @@ from ldm.denoising.learned_variance import LearnedVariance
 from ldm.samplers.registry import SAMPLERS
 from ldm.samplers.spacing import times
 from ldm.samplers.steps import initial_noise, noise_like
-from ldm.schedules.registry import ScheduleConfig, make_schedule
+from ldm.schedules.base import ScheduleConfig
+from ldm.schedules.registry import make_schedule
 
 PREDICTION_TYPES = {"noise": "epsilon", "clean": "sample", "velocity": "v_prediction"}
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}

@@ -1,4 +1,4 @@
-"""Winograd's convolution against PyTorch's in float64, its gradients, and the order of memory that switches it on."""
+"""Winograd's convolution and its gradients against PyTorch's in float64, and the memory layout that enables it."""
 
 import pytest
 import torch
@@ -6,9 +6,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from autoencoder import Autoencoder, AutoencoderConfig
-from ldm.networks.unet import UNet, UNetConfig
-from stipple_core.operators import winograd
-from stipple_core.operators.winograd import Convolution, convolve, is_laid_out, keep_transforms, lay_out
+from ldm.networks.unet import UNet
+from ldm.networks.unet_config import UNetConfig
+from stipple_core.operators import winograd_tiles
+from stipple_core.operators.winograd import Convolution, convolve, has_fast_layout, keep_transforms, lay_out
 
 SHAPES = [  # batch, channels, out, height, width
     (1, 96, 96, 4, 4),  # few pixels: one product with all patches
@@ -22,30 +23,30 @@ def relative(value: torch.Tensor, exact: torch.Tensor) -> float:
     return ((value.double() - exact).norm() / exact.norm()).item()
 
 
-@pytest.mark.parametrize("tiles", [winograd.FEWEST_TILES, 12], ids=["one band", "bands"])
+@pytest.mark.parametrize("tiles", [winograd_tiles.FEWEST_TILES, 12], ids=["one band", "bands"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_values_and_gradients_are_those_of_the_definition(shape, tiles, monkeypatch):
-    if tiles == 12:  # bands of rows of one image, and of several images, in a cache of nothing
-        monkeypatch.setattr(winograd, "FEWEST_TILES", tiles)
-        monkeypatch.setattr(winograd, "TILES_IN_CACHE", 0)
-        monkeypatch.setattr(winograd, "FEW_PIXELS", 0)
-        rows, columns = -(-shape[3] // winograd.TILE), -(-shape[4] // winograd.TILE)
-        assert (len(list(winograd._bands(shape[0], rows, columns, 1))) > 1) == (shape[0] * rows * columns > tiles)
+def test_values_and_gradients_equal_the_definition(shape, tiles, monkeypatch):
+    if tiles == 12:  # as for a cache of size 0: bands of rows of one image, and of several images
+        monkeypatch.setattr(winograd_tiles, "FEWEST_TILES", tiles)
+        monkeypatch.setattr(winograd_tiles, "TILES_IN_CACHE", 0)
+        monkeypatch.setattr(winograd_tiles, "FEW_PIXELS", 0)
+        rows, columns = -(-shape[3] // winograd_tiles.TILE), -(-shape[4] // winograd_tiles.TILE)
+        assert (len(list(winograd_tiles.bands(shape[0], rows, columns, 1))) > 1) == (shape[0] * rows * columns > tiles)
     batch, channels, out, height, width = shape
     torch.manual_seed(0)
     x, weight = torch.randn(batch, channels, height, width), torch.randn(out, channels, 3, 3) / channels**0.5
     bias, gradient = torch.randn(out), torch.randn(batch, out, height, width)
-    given = [value.requires_grad_() for value in (x, weight, bias)]
-    exact = [value.detach().double().requires_grad_() for value in given]
-    result, expected = convolve(*given), F.conv2d(*exact, padding=1)
+    inputs = [value.requires_grad_() for value in (x, weight, bias)]
+    exact = [value.detach().double().requires_grad_() for value in inputs]
+    result, expected = convolve(*inputs), F.conv2d(*exact, padding=1)
     assert relative(result, expected) < 5e-6
-    for ours, theirs in zip(
-        torch.autograd.grad(result, given, gradient),
+    for computed, reference in zip(
+        torch.autograd.grad(result, inputs, gradient),
         torch.autograd.grad(expected, exact, gradient.double()),
         strict=True,
     ):
-        assert ours.shape == theirs.shape
-        assert relative(ours, theirs) < 5e-6
+        assert computed.shape == reference.shape
+        assert relative(computed, reference) < 5e-6
 
 
 def test_a_frozen_weight_and_an_absent_bias_get_no_gradient():
@@ -54,20 +55,20 @@ def test_a_frozen_weight_and_an_absent_bias_get_no_gradient():
     assert x.grad is not None and weight.grad is None
 
 
-def test_only_a_weight_that_is_laid_out_takes_the_fast_way(monkeypatch):
+def test_only_a_weight_that_is_laid_out_uses_winograd(monkeypatch):
     convolution, x = Convolution(96, 96), torch.randn(1, 96, 8, 8)
     slow = convolution(x)
     assert torch.equal(slow, F.conv2d(x, convolution.weight, convolution.bias, padding=1))
     lay_out(convolution)
     calls = []
     monkeypatch.setattr(
-        "stipple_core.operators.winograd.convolve", lambda *given: calls.append(given) or convolve(*given)
+        "stipple_core.operators.winograd.convolve", lambda *inputs: calls.append(inputs) or convolve(*inputs)
     )
     assert relative(convolution(x), slow.double()) < 5e-6 and len(calls) == 1
-    assert relative(convolution.double()(x.double()), slow.double()) < 5e-6 and len(calls) == 1  # float64: the slow way
+    assert relative(convolution.double()(x.double()), slow.double()) < 5e-6 and len(calls) == 1  # float64
 
 
-def test_autocast_takes_pytorchs_convolution():
+def test_autocast_uses_pytorchs_convolution():
     convolution, x = lay_out(Convolution(96, 96)), torch.randn(1, 96, 16, 16)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         result = convolution(x)
@@ -75,7 +76,7 @@ def test_autocast_takes_pytorchs_convolution():
     assert result.dtype == torch.bfloat16 and relative(result, exact) < 1e-2  # Winograd in bfloat16 is ten times worse
 
 
-def test_laying_out_changes_nothing_but_the_order_of_memory():
+def test_lay_out_changes_only_the_order_of_memory():
     config = UNetConfig(
         block_out_channels=(96, 96), attention_levels=(False, True), attention_heads=(4,), cross_attention_dim=None
     )
@@ -87,33 +88,35 @@ def test_laying_out_changes_nothing_but_the_order_of_memory():
     assert list(before) == list(after)
     assert all(torch.equal(before[name], after[name]) for name in before)
     laid_out = [
-        name for name, module in unet.named_modules() if isinstance(module, nn.Conv2d) and is_laid_out(module.weight)
+        name
+        for name, module in unet.named_modules()
+        if isinstance(module, nn.Conv2d) and has_fast_layout(module.weight)
     ]
     assert "down_blocks.0.resnets.0.conv1" in laid_out and "conv_out" not in laid_out
 
 
-def test_narrow_convolutions_keep_pytorchs_order():
-    assert not is_laid_out(lay_out(Convolution(32, 32)).weight)
+def test_narrow_convolutions_use_pytorchs_memory_order():
+    assert not has_fast_layout(lay_out(Convolution(32, 32)).weight)
 
 
-def test_the_networks_of_both_stages_agree_with_and_without():
+def test_networks_of_both_stages_agree_with_and_without_lay_out():
     torch.manual_seed(0)
     autoencoder = Autoencoder(AutoencoderConfig(block_out_channels=(96, 128), layers_per_block=1)).eval()
     unet = UNet(UNetConfig(block_out_channels=(96, 128), attention_levels=(False, True), attention_heads=(4,)))
     for parameter in unet.parameters():  # the zero layers, too
         nn.init.normal_(parameter, std=0.5 * parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1)
     images, z, timestep = torch.randn(1, 3, 32, 24), torch.randn(2, 4, 16, 12), torch.tensor([3.0, 700.0])
-    context = Told(torch.randn(2, 5, 1280))
+    context = TokensOnly(torch.randn(2, 5, 1280))
     with torch.no_grad():
         slow = autoencoder(images).images, unet(z, timestep, context)
         lay_out(autoencoder), lay_out(unet)
         fast = autoencoder(images).images, unet(z, timestep, unet.read(context))
-    for ours, exact in zip(fast, slow, strict=True):
-        assert relative(ours, exact.double()) < 1e-5
+    for computed, exact in zip(fast, slow, strict=True):
+        assert relative(computed, exact.double()) < 1e-5
 
 
-class Told:
-    """Tokens, and nothing else."""
+class TokensOnly:
+    """A context with tokens only."""
 
     mask = vector = latents = None
 
@@ -122,23 +125,23 @@ class Told:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_kept_transforms_give_the_same_and_are_made_once_where_they_are_of_use(shape, monkeypatch):
+def test_kept_transforms_give_equal_results_and_are_computed_once(shape, monkeypatch):
     batch, channels, out, height, width = shape
     torch.manual_seed(0)
     convolution = keep_transforms(lay_out(Convolution(channels, out)))
     x = torch.randn(batch, channels, height, width)
     made = []
-    transform = winograd._transform
-    monkeypatch.setattr(winograd, "_transform", lambda weight: made.append(len(weight)) or transform(weight))
+    transform = winograd_tiles.transform
+    monkeypatch.setattr(winograd_tiles, "transform", lambda weight: made.append(len(weight)) or transform(weight))
     with torch.no_grad():
         results = [convolution(x) for _ in range(3)]
-    assert len(made) == (1 if batch * height * width > winograd.FEW_PIXELS else 0)
+    assert len(made) == (1 if batch * height * width > winograd_tiles.FEW_PIXELS else 0)
     expected = F.conv2d(x.double(), convolution.weight.double(), convolution.bias.double(), padding=1)
     assert relative(results[0], expected) < 5e-6
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
-def test_what_is_trained_is_transformed_anew():
+def test_transforms_are_computed_anew_with_gradients():
     convolution = keep_transforms(lay_out(Convolution(96, 96)))
     x = torch.randn(1, 96, 16, 16)
     with torch.no_grad():
@@ -150,8 +153,8 @@ def test_what_is_trained_is_transformed_anew():
 
 
 @pytest.mark.parametrize("options", [dict(kernel_size=(1, 1), bias=False), dict(kernel_size=5), dict(padding=0)])
-def test_other_convolutions_of_its_kind_are_pytorchs_own(options):
-    """peft makes a layer's low-rank halves by the layer's class: of rank 96 or more they would seem to fit."""
+def test_other_kernels_strides_and_paddings_use_pytorchs_convolution(options):
+    """peft makes the low-rank factors of a layer with the layer's class; from rank 96 on they would seem to fit."""
     convolution, x = Convolution(96, 128, **options), torch.randn(2, 96, 16, 16)
     before = F.conv2d(x, convolution.weight, convolution.bias, padding=convolution.padding)
     with torch.no_grad():

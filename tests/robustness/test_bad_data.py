@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from stipple_core.images.images import UnusableImage
+from tests.helpers.image_files import encoded, png_file
 from tests.helpers.tiny_runs import STAGE_1, STAGE_2, files, final_state, launch, run_here
-from tests.images.test_images import png, stored
 
 RNG = np.random.default_rng(0)
 pytestmark = pytest.mark.usefixtures("settings_of_runs")
@@ -32,7 +32,7 @@ def cut(form: str, **options) -> Callable[[], bytes]:
     """The first two thirds of a file."""
 
     def make() -> bytes:
-        data = stored(drawing(64), form, **options).getvalue()
+        data = encoded(drawing(64), form, **options).getvalue()
         return data[: len(data) * 2 // 3]
 
     return make
@@ -42,7 +42,7 @@ def broken_pixels(form: str, **options) -> Callable[[], bytes]:
     """A file with noise a third of the way in."""
 
     def make() -> bytes:
-        data = stored(drawing(64), form, **options).getvalue()
+        data = encoded(drawing(64), form, **options).getvalue()
         start, noise = len(data) // 3, RNG.bytes(len(data) // 3)
         return data[:start] + noise + data[start + len(noise) :]
 
@@ -77,14 +77,14 @@ BAD: dict[str, tuple[Callable[[], bytes | None], str]] = {
     "truncated bmp": (cut("BMP"), "can't be decoded"),
     "truncated tiff": (cut("TIFF"), "can't be decoded"),
     "broken png": (broken_pixels("PNG"), "can't be decoded"),
-    "header only": (lambda: stored(drawing()).getvalue()[:33], "not an image of a known format"),
-    "bomb": (lambda: png(60_000, 60_000, 8, 0, b"").getvalue(), "too many pixels"),
-    "large": (lambda: png(8_000, 7_000, 8, 0, b"").getvalue(), "too many pixels"),
-    "float": (lambda: stored(Image.new("F", (32, 32), 0.5), "TIFF").getvalue(), "pixels have no stated range"),
-    "no pixels": (lambda: png(0, 9, 8, 2, b"").getvalue(), "not an image of a known format"),
-    "too small": (lambda: stored(drawing(7)).getvalue(), "too small"),
-    "too narrow": (lambda: stored(drawing().resize((16, 90))).getvalue(), "too narrow"),
-    "wrong sum": (lambda: wrong_sum(stored(drawing()).getvalue()), "not an image of a known format"),
+    "header only": (lambda: encoded(drawing()).getvalue()[:33], "not an image of a known format"),
+    "bomb": (lambda: png_file(60_000, 60_000, 8, 0, b"").getvalue(), "too many pixels"),
+    "large": (lambda: png_file(8_000, 7_000, 8, 0, b"").getvalue(), "too many pixels"),
+    "float": (lambda: encoded(Image.new("F", (32, 32), 0.5), "TIFF").getvalue(), "pixels have no defined range"),
+    "no pixels": (lambda: png_file(0, 9, 8, 2, b"").getvalue(), "not an image of a known format"),
+    "too small": (lambda: encoded(drawing(7)).getvalue(), "too small"),
+    "too narrow": (lambda: encoded(drawing().resize((16, 90))).getvalue(), "too narrow"),
+    "wrong sum": (lambda: wrong_sum(encoded(drawing()).getvalue()), "not an image of a known format"),
 }
 OPTIONS = ["data.min_size=8", "data.max_aspect=4", "data.image_size=32", "data.validation=0.05", "validation.every=0"]
 
@@ -100,7 +100,7 @@ def make_good(folder: Path, count: int) -> None:
     with open(folder / "metadata.jsonl", "w") as file:
         for number in range(count):
             name = f"{'sub/' * (number % 3 == 0)}{number * 7919 % 100_003:06}.{'webp' if number % 2 else 'png'}"
-            data = stored(drawing(), "WEBP" if number % 2 else "PNG").getvalue()
+            data = encoded(drawing(), "WEBP" if number % 2 else "PNG").getvalue()
             (folder / name).write_bytes(data)
             file.write(json.dumps({"file_name": name, "text": f"drawing {number}"}) + "\n")
 
@@ -149,7 +149,7 @@ def prove(tmp_path: Path, good: int, bad: int, steps: int, capsys) -> None:
         assert set(reported) == set(expected) and not skips(runs[clean])
         for file, reason in expected.items():
             assert reported[file].startswith(reason), (file, reported[file])
-        assert f"{bad} skipped in all" in said
+        assert f"{bad} skipped in total" in said
         assert all(f"{count} {reason}" in said for reason, count in kinds.items())
 
 
@@ -234,7 +234,7 @@ def test_what_went_bad_on_the_way_is_told_of_by_a_run_that_goes_on_and_not_by_on
     known = skips(run)
     capsys.readouterr()
     run_here(*STAGE_1, *options, "trainer.steps=12")  # nothing is left to do
-    assert skips(run) == known and f"{len(known)} skipped in all" in capsys.readouterr().out
+    assert skips(run) == known and f"{len(known)} skipped in total" in capsys.readouterr().out
     run_here(*STAGE_1, *options, "trainer.steps=1", "trainer.resume=false")
     assert len(skips(run)) < len(known)
 
@@ -247,7 +247,7 @@ def test_a_run_that_is_stopped_says_what_it_skipped(tmp_path, capsys):
             *STAGE_1, f"data.folder={tmp_path}/data", f"run={tmp_path}/run", "trainer.max_minutes=0.00001", *OPTIONS
         )
     said = capsys.readouterr().out
-    assert "stopped at step 1" in said and "1 skipped in all" in said
+    assert "stopped at step 1" in said and "1 skipped in total" in said
 
 
 def test_a_disk_that_fails_at_one_picture_ends_the_run_in_one_line_and_leaves_no_trace(tmp_path, capsys, monkeypatch):

@@ -131,7 +131,7 @@ HOSTILE = {  # what is done to the newest checkpoint, and what is said of it
     "a link beside the files": (lambda f: point(f / "more", Path("/etc/passwd")), "more is a symbolic link"),
     "a linked manifest": (lambda f: point(f / "manifest.json", f.parent / OLD / "manifest.json"), "no manifest.json"),
     "a linked checkpoint": (lambda f: point(f, f.parent / OLD), "it is a symbolic link"),
-    "a pipe": (lambda f: os.mkfifo(f / "state-1.safetensors"), "or no file"),
+    "a pipe": (lambda f: os.mkfifo(f / "state-1.safetensors"), "or not a regular file"),
     "a file more": (lambda f: (f / "state-1.safetensors").write_bytes(b""), "is not in its manifest"),
     "a file of the folder above": (rewritten(outside("../secret")), "../secret is missing"),
     "a file of the system": (rewritten(outside("/etc/passwd")), "/etc/passwd is missing"),
@@ -193,6 +193,6 @@ def test_a_state_that_a_stranger_made_up_is_one_line_and_quick(name, saved):
     checkpoint.write_folder(saved / NEW, fill)
     assert checkpoint.newest_valid(saved) == saved / NEW
     started = time.monotonic()
-    with pytest.raises(ValueError, match=f"{NEW}.* get it again|{NEW}.*is no state of ours") as caught:
+    with pytest.raises(ValueError, match=f"{NEW}.* get it again|{NEW}.*does not contain a training state") as caught:
         checkpoint.load_state(saved / NEW)
     assert "\n" not in str(caught.value) and time.monotonic() - started < 3

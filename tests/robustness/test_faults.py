@@ -20,13 +20,15 @@ import torch
 from torch import nn
 
 from stipple.training.optimization.ema import Ema, EmaConfig
-from stipple.training.optimization.optimizer import OptimizerConfig
-from stipple.training.trainer import Trainer, TrainerConfig
+from stipple.training.optimization.update_rules import OptimizerConfig
+from stipple.training.trainer import Trainer
+from stipple.training.trainer_config import TrainerConfig
 from stipple_core.config import save_config
 from stipple_core.data.records.records import Record
 from stipple_core.files import checkpoint_folder as checkpoint
-from stipple_core.files.weights import write_json, write_weights
-from stipple_core.latent_cache.writer import ShardWriter
+from stipple_core.files.json_file import write_json
+from stipple_core.files.weights import write_weights
+from stipple_core.latent_cache.writer import LatentCacheWriter
 from tests.helpers.injection import FAULTS, End, forked
 from tests.helpers.tiny_runs import differing, metrics
 
@@ -227,7 +229,7 @@ RECORDS = [Record(f"/pictures/{i}.png", f"{i}.png", ((f"picture {i}",),), 100 + 
 
 def fill(folder: Path) -> None:
     """A latent cache, in parts of two."""
-    writer = ShardWriter(str(folder), 0, {"image_size": 32}, RECORDS, part_size=2)
+    writer = LatentCacheWriter(str(folder), 0, {"image_size": 32}, RECORDS, part_size=2)
     for part in writer.missing("moments"):
         writer.add_moments(part, [torch.full((1, 8, 2, 2), float(i)) for i in part])
     for part in writer.missing("contexts"):

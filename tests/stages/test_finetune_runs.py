@@ -1,4 +1,4 @@
-"""Claims about fine-tuning runs: what learns is all that is saved, and all that the trainer promises holds."""
+"""Fine-tuning runs: only the trained part is saved, and runs are resumed exactly."""
 
 import gc
 import json
@@ -12,11 +12,13 @@ from safetensors.torch import load_file
 
 from ldm import TextToImage
 from ldm.formats.lora import DIFFUSERS_FILE, KOHYA_FILE, merge, read_lora
-from ldm.formats.model_folder import open_model, save_model
-from stipple_core.files.checkpoint_folder import open_state
+from ldm.formats.model_folder import save_model
+from ldm.formats.opening import open_model
+from stipple_core.files.training_state import open_state
 from stipple_core.images.drawn_pictures import read_record
+from tests.helpers.many_processes import succeed
 from tests.helpers.single_files import build_parts
-from tests.helpers.tiny_runs import differing, files, launch, losses, metrics, run_here
+from tests.helpers.tiny_runs import differing, files, losses, metrics, run_here
 
 SETTINGS = [
     *("data.folder=tests/pictures", "data.validation=0", "trainer.steps=4", "trainer.batch_size=4", "trainer.keep=9"),
@@ -32,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("settings_of_runs")
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    """A small model folder of Stable Diffusion 1's kind."""
+    """A small model folder in the layout of Stable Diffusion 1."""
     folder = tmp_path_factory.mktemp("base")
     save_model(build_parts("sd1", folder / "words"), folder / "sd1")
     return folder / "sd1"
@@ -40,7 +42,7 @@ def base(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request, base, tmp_path_factory):
-    """The product's name, a command that lacks its `run=`, and the folder of its uninterrupted run."""
+    """The name of the product, a command without its `run=`, and the folder of its uninterrupted run."""
     command = ["train_ldm.py", f"init_from={base}", *SETTINGS, *CASES[request.param]]
     folder = tmp_path_factory.mktemp("whole") / "run"
     run_here(*command, f"run={folder}")
@@ -52,7 +54,7 @@ def stop_after_one_step(command, run) -> None:
         run_here(*command, f"run={run}", "trainer.max_minutes=0")
     except SystemExit as stopped:
         assert stopped.code == 0
-    gc.collect()  # with the trainer goes its lock
+    gc.collect()  # releases the lock of the trainer
 
 
 def same(run, whole, product) -> None:
@@ -62,7 +64,7 @@ def same(run, whole, product) -> None:
     assert [name for name in differing(run / product, whole / product) if name != "manifest.json"] == []
 
 
-def test_a_stopped_run_goes_on_bit_for_bit_and_only_what_learns_is_saved(case, base, tmp_path):
+def test_a_run_is_resumed_bit_for_bit_and_saves_only_what_is_trained(case, base, tmp_path):
     product, command, whole = case
     stop_after_one_step(command, tmp_path / "run")
     run_here(*command, f"run={tmp_path / 'run'}")
@@ -76,14 +78,14 @@ def test_a_stopped_run_goes_on_bit_for_bit_and_only_what_learns_is_saved(case, b
 
 
 @pytest.mark.slow
-def test_two_processes_learn_what_one_does(case, tmp_path):
+def test_two_processes_train_the_same_as_one(case, tmp_path):
     product, command, whole = case
     stop_after_one_step(command, tmp_path / "run")
-    launch(*command, f"run={tmp_path / 'run'}", processes=2)
+    succeed(*command, f"run={tmp_path / 'run'}", processes=2)
     assert differing(tmp_path / "run" / "state" / "step-0000004", whole / "state" / "step-0000004") == []
 
 
-def test_the_files_of_a_run_do_what_was_learned(case, base):
+def test_the_saved_files_have_the_effect_of_the_training(case, base):
     product, _, run = case
     model = TextToImage.load(base)
     shown = dict(seed=1, steps=2, sampler="ddim", guidance_scale=2.0)
@@ -99,10 +101,10 @@ def test_the_files_of_a_run_do_what_was_learned(case, base):
         row = load_file(run / "embedding" / "learned_embeds.safetensors")["<toy>"]
         ids = model.conditioner.tokenizer.ids("heart")
         first = model.conditioner.encoder.text_model.embeddings.token_embedding.weight[ids[0]]
-        assert len(ids) == 1 and 0 < (row - first).abs().max() < 0.1  # four steps from there
+        assert len(ids) == 1 and 0 < (row - first).abs().max() < 0.1  # four steps away
 
 
-def test_txt2img_draws_with_both_records_them_and_makes_the_picture_again(base, case, tmp_path, capsys):
+def test_txt2img_draws_with_both_records_them_and_reproduces_the_image(base, case, tmp_path, capsys):
     product, _, run = case
     flags = ["--lora", f"{run}/lora:0.5"] if product == "lora" else ["--embedding", f"{run}/embedding"]
     prompt = ["a <toy>", "--checkpoint", str(base), "--steps", "2", "--outdir", str(tmp_path)]
@@ -116,7 +118,7 @@ def test_txt2img_draws_with_both_records_them_and_makes_the_picture_again(base, 
     assert read_record(tmp_path / "00001.png") == record and product not in read_record(tmp_path / "00002.png")
 
 
-def test_a_changed_file_is_said_and_weight_0_is_the_plain_picture(base, case, tmp_path, capsys):
+def test_a_changed_file_is_reported_and_weight_0_has_no_effect(base, case, tmp_path, capsys):
     product, _, run = case
     if product != "lora":
         pytest.skip("of LoRA")
@@ -132,7 +134,7 @@ def test_a_changed_file_is_said_and_weight_0_is_the_plain_picture(base, case, tm
     assert "was made with lora" in capsys.readouterr().err
 
 
-def test_class_pictures_are_drawn_first_and_learned_beside_the_others_by_weight(base, tmp_path):
+def test_missing_class_images_are_drawn_before_training_and_each_has_its_own_seed(base, tmp_path):
     own, folder = tmp_path / "own", tmp_path / "class"
     own.mkdir()
     for i in range(2):
@@ -150,11 +152,12 @@ def test_class_pictures_are_drawn_first_and_learned_beside_the_others_by_weight(
     assert open_model(tmp_path / "run" / "model").unet is not None
 
 
-def test_class_pictures_weigh_what_is_said_and_are_half_of_all(base, tmp_path):
+def test_class_images_have_their_weight_and_are_half_of_all(base, tmp_path):
+    from stipple.stages.ldm.build_model import captions_of
     from stipple.stages.ldm.ldm_run import LdmRunConfig, config_from_init
-    from stipple.stages.ldm.preservation import with_class
+    from stipple.stages.ldm.preservation import with_class, with_class_captions
     from stipple_core.config import load_config
-    from stipple_core.data.dataset import scan
+    from stipple_core.data.sources.scan import scan
 
     class Main:
         is_main = True
@@ -164,40 +167,42 @@ def test_class_pictures_weigh_what_is_said_and_are_half_of_all(base, tmp_path):
         where.mkdir()
         for i in range(count):
             Image.new("RGB", (16, 16), (50 * i, 40, 30)).save(where / f"{i}.png")
-    given = [f"init_from={base}", f"data.folder={own}", "data.captions=[a sks heart]", "data.validation=0"]
-    given += [f"preservation={{folder: {folder}, prompt: 'a {{heart}}', images: 5, weight: 0.25}}"]
-    config = load_config(LdmRunConfig, None, given, config_from_init)
-    found = with_class(scan(config.data), config, Main(), lambda records: None)
-    assert len(found.train) == 10
-    told = [(record.captions, record.weight) for record in found.train]
-    assert told.count(((("a sks heart",),), 1.0)) == 5 and told.count(((("a {heart}",),), 0.25)) == 5
+    overrides = [f"init_from={base}", f"data.folder={own}", "data.captions=[a sks heart]", "data.validation=0"]
+    overrides += [f"preservation={{folder: {folder}, prompt: 'a {{heart}}', images: 5, weight: 0.25}}"]
+    config = load_config(LdmRunConfig, None, overrides, config_from_init)
+    records = scan(config.data)
+    joined, expected = with_class(records, config, Main(), None), with_class_captions(records, config.preservation)
+    assert len(joined.train) == 10
+    pairs = [(record.captions, record.weight) for record in joined.train]
+    assert pairs.count(((("a sks heart",),), 1.0)) == 5 and pairs.count(((("a {heart}",),), 0.25)) == 5
+    assert captions_of(expected.train) == captions_of(joined.train)
 
 
-def test_what_does_not_go_together_is_one_line_and_nothing_is_written(base, tmp_path, capsys):
-    def said(*arguments) -> str:
+def test_settings_that_exclude_each_other_are_one_line_and_nothing_is_written(base, tmp_path, capsys):
+    def error_of(*arguments) -> str:
         capsys.readouterr()
         with pytest.raises(SystemExit) as caught:
             run_here("train_ldm.py", *SETTINGS, f"run={tmp_path}/run", *arguments)
-        told = capsys.readouterr().err
-        assert caught.value.code == 2 and told.count("\n") == 1
-        return told
+        error = capsys.readouterr().err
+        assert caught.value.code == 2 and error.count("\n") == 1
+        return error
 
     init = f"init_from={base}"
-    assert "give one of them" in said(init, *LORA, *WORD)
-    assert "init_from names none" in said("autoencoder=x", "lora.rank=4")
-    assert "nowhere is the end of no layer's name" in said(init, "lora.targets=[to_q, nowhere]")
-    assert "proj_in can't be adapted" in said(init, "lora.targets=[proj_in]")
-    assert "no caption holds inversion.token <toy>" in said(init, "inversion={token: <toy>, initial: heart}")
-    assert "is in the vocabulary" in said(init, "inversion={token: a</w>, initial: heart}", "data.captions=[a</w>]")
-    assert "preservation goes with init_from" in said("autoencoder=x", "preservation={folder: x, prompt: a}")
-    kept = f"preservation={{folder: {tmp_path}/drawn, prompt: a heart, images: 200}}"
-    assert "nowhere is the end of no layer's name" in said(init, kept, "lora.targets=[nowhere]")
-    assert not (tmp_path / "drawn").exists()  # it is known before any picture is drawn
+    assert "set one of them" in error_of(init, *LORA, *WORD)
+    assert "init_from has no value" in error_of("autoencoder=x", "lora.rank=4")
+    assert "no layer's name ends in nowhere" in error_of(init, "lora.targets=[to_q, nowhere]")
+    assert "proj_in can't be adapted" in error_of(init, "lora.targets=[proj_in]")
+    assert "no caption contains inversion.token <toy>" in error_of(init, "inversion={token: <toy>, initial: heart}")
+    assert "is in the vocabulary" in error_of(init, "inversion={token: a</w>, initial: heart}", "data.captions=[a</w>]")
+    assert "preservation requires init_from" in error_of("autoencoder=x", "preservation={folder: x, prompt: a}")
+    preservation = f"preservation={{folder: {tmp_path}/drawn, prompt: a heart, images: 200}}"
+    assert "no layer's name ends in nowhere" in error_of(init, preservation, "lora.targets=[nowhere]")
+    assert not (tmp_path / "drawn").exists()  # refused before any image is drawn
     assert not (tmp_path / "run").exists()
     assert json.loads((base / "model_index.json").read_text())["_class_name"]
 
 
-def test_a_run_on_another_base_is_told_so(base, case, tmp_path, capsys):
+def test_a_run_that_is_resumed_with_another_base_model_warns(base, case, tmp_path, capsys):
     product, command, _ = case
     if product != "embedding":
         pytest.skip("once is enough")
@@ -212,18 +217,18 @@ def test_a_run_on_another_base_is_told_so(base, case, tmp_path, capsys):
     assert "model that is adapted changed" in capsys.readouterr().out
 
 
-def test_a_network_that_only_a_word_is_learned_through_computes_in_the_precision_of_the_run(base, tmp_path):
+def test_the_frozen_unet_of_textual_inversion_computes_in_the_precision_of_the_run(base, tmp_path):
     seen = set()
 
-    def note(module, told, output) -> None:
-        if isinstance(module, torch.nn.Conv2d) and torch.is_grad_enabled():  # of the UNet; the encoder learns nothing
+    def note(module, inputs, output) -> None:
+        if isinstance(module, torch.nn.Conv2d) and torch.is_grad_enabled():  # of the UNet; the encoder is frozen
             seen.add(output.dtype)
 
     hook = torch.nn.modules.module.register_module_forward_hook(note)
-    AcceleratorState._reset_state()  # which has the precision of this process's first run
+    AcceleratorState._reset_state()  # it has the precision of the first run of this process
     try:
-        given = ["trainer.precision=bf16", "trainer.steps=1", "samples.every=0", f"run={tmp_path}/run"]
-        run_here("train_ldm.py", f"init_from={base}", *SETTINGS, *WORD, *given)
+        overrides = ["trainer.precision=bf16", "trainer.steps=1", "samples.every=0", f"run={tmp_path}/run"]
+        run_here("train_ldm.py", f"init_from={base}", *SETTINGS, *WORD, *overrides)
     finally:
         hook.remove()
         AcceleratorState._reset_state()

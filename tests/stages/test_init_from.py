@@ -1,4 +1,4 @@
-"""Claims about init_from: both trainers go on from folders and single files, with nothing else said about the model."""
+"""init_from: both stages start from folders and single files, which set the defaults of the config."""
 
 import itertools
 import json
@@ -10,9 +10,11 @@ import torch
 import yaml
 
 from autoencoder import Autoencoder
-from ldm.formats.model_folder import open_model, save_model
+from ldm.formats.model_folder import save_model
+from ldm.formats.opening import open_model
 from ldm.formats.single_file import save_first_stage, save_single_file
-from stipple_core.files.checkpoint_folder import problem
+from ldm.sampling.defaults import default_settings
+from stipple_core.files.manifest import problem
 from stipple_core.files.weights import read_weights
 from tests.helpers.single_files import build_parts, write_yaml
 from tests.helpers.tiny_runs import losses, run_here
@@ -33,9 +35,9 @@ pytestmark = pytest.mark.usefixtures("settings_of_runs")
 
 
 @pytest.fixture(scope="module")
-def given(tmp_path_factory) -> Path:
-    """Folders of small models that others might have trained."""
-    folder = tmp_path_factory.mktemp("given")
+def models(tmp_path_factory) -> Path:
+    """Folders and single files of small models."""
+    folder = tmp_path_factory.mktemp("models")
     for kind in ("sd1", "sd2", "inpainting", "unconditional"):
         save_model(build_parts(kind, folder / "words"), folder / kind)
     without = build_parts("class", folder / "words")
@@ -47,50 +49,51 @@ def given(tmp_path_factory) -> Path:
 
 
 def change(a, b) -> float:
-    """The largest difference of two modules' weights."""
-    theirs = b.state_dict()
-    return max((value - theirs[name]).abs().max().item() for name, value in a.state_dict().items())
+    """The largest difference between the weights of two modules."""
+    weights = b.state_dict()
+    return max((value - weights[name]).abs().max().item() for name, value in a.state_dict().items())
 
 
-def test_train_ldm_goes_on_from_a_model_with_nothing_but_a_folder_of_pictures(given, tmp_path, capsys):
-    run_here("train_ldm.py", f"init_from={given}/sd2", PICTURES, f"run={tmp_path}/run", *FEW, "samples.every=2")
+def test_stage_2_starts_from_a_model_with_nothing_but_a_folder_of_images(models, tmp_path, capsys):
+    run_here("train_ldm.py", f"init_from={models}/sd2", PICTURES, f"run={tmp_path}/run", *FEW, "samples.every=2")
     assert f"--checkpoint {tmp_path}/run/model" in capsys.readouterr().out
-    before, after = open_model(given / "sd2"), open_model(tmp_path / "run" / "model")
+    before, after = open_model(models / "sd2"), open_model(tmp_path / "run" / "model")
     assert problem(tmp_path / "run" / "model") is None and len(losses(tmp_path / "run")) == 2
     assert after.unet.config == before.unet.config and after.autoencoder.config == before.autoencoder.config
     assert after.scheduling == before.scheduling and after.scheduling.prediction == "velocity"
-    assert after.settings == replace(before.settings, steps=2) and after.settings.guidance_scale == 7.5
-    assert 0 < change(after.unet, before.unet) < 1e-3  # two steps from there, not from anywhere
+    assert default_settings(after) == replace(default_settings(before), steps=2)
+    assert default_settings(after).guidance_scale == 7.5
+    assert 0 < change(after.unet, before.unet) < 1e-3  # two steps away from the model
     assert change(after.autoencoder, before.autoencoder) == change(after.conditioner, before.conditioner) == 0
 
 
-def test_the_config_that_is_left_behind_resumes_the_run(given, tmp_path):
+def test_the_config_in_the_run_folder_resumes_the_run(models, tmp_path):
     run = tmp_path / "run"
-    run_here("train_ldm.py", f"init_from={given}/sd1", PICTURES, f"run={run}", *FEW, "trainer.steps=1")
+    run_here("train_ldm.py", f"init_from={models}/sd1", PICTURES, f"run={run}", *FEW, "trainer.steps=1")
     config = yaml.safe_load((run / "config.yaml").read_text())
-    assert config["autoencoder"] == config["init_from"] == f"{given}/sd1"
+    assert config["autoencoder"] == config["init_from"] == f"{models}/sd1"
     assert config["unet"]["block_out_channels"] == [64, 128] and config["data"]["image_size"] == 16
     run_here("train_ldm.py", "--config", f"{run}/config.yaml", "trainer.steps=2", f"run={run}")
     assert [step for step, _ in losses(run)] == [1, 2]
     whole = tmp_path / "whole"
-    run_here("train_ldm.py", f"init_from={given}/sd1", PICTURES, f"run={whole}", *FEW)
+    run_here("train_ldm.py", f"init_from={models}/sd1", PICTURES, f"run={whole}", *FEW)
     assert change(open_model(run / "model").unet, open_model(whole / "model").unet) == 0
 
 
-def test_yaml_and_overrides_lie_over_what_the_model_says(given, tmp_path):
+def test_yaml_and_overrides_take_precedence_over_the_model(models, tmp_path):
     from stipple.stages.ldm.ldm_run import LdmRunConfig, config_from_init
     from stipple_core.config import load_config
 
     path = tmp_path / "c.yaml"
     path.write_text("diffusion: {prediction: noise, caption_dropout: 0.2}\nunet: {dropout: 0.1}\n")
-    overrides = [f"init_from={given}/sd2", PICTURES, "data.image_size=32", "unet.sample_size=16"]
+    overrides = [f"init_from={models}/sd2", PICTURES, "data.image_size=32", "unet.sample_size=16"]
     config = load_config(LdmRunConfig, str(path), overrides, config_from_init)
     assert (config.diffusion.prediction, config.diffusion.caption_dropout) == ("noise", 0.2)
     assert config.diffusion.schedule.beta_end == 0.012 and config.unet.use_linear_projection
     assert (config.unet.dropout, config.unet.sample_size, config.data.image_size) == (0.1, 16, 32)
 
 
-def test_a_text_encoder_from_scratch_goes_on_learning_and_a_frozen_one_stays(tmp_path):
+def test_a_text_encoder_that_was_trained_with_its_unet_is_trained_again(tmp_path):
     first, model = tmp_path / "first", tmp_path / "vae"
     build_parts("sd1", tmp_path / "words").autoencoder.save(model)
     text = ["conditioner.kind=scratch", "conditioner.scratch={vocab_size: 600, width: 32, layers: 1, heads: 2}"]
@@ -110,54 +113,96 @@ def test_a_text_encoder_from_scratch_goes_on_learning_and_a_frozen_one_stays(tmp
 def refused(capsys, script, *arguments):
     with pytest.raises(SystemExit) as caught:
         run_here(script, *map(str, arguments))
-    said = capsys.readouterr().err
-    assert caught.value.code == 2 and said.count("\n") == 1
-    return said
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and error.count("\n") == 1
+    return error
 
 
-def test_what_does_not_fit_the_model_is_one_line(given, tmp_path, capsys):
+ADAPTED = ["lora.rank=2", "data.captions=[a heart]"]
+OPENED_ONCE = {
+    "a whole model": [],
+    "LoRA and class images": [*ADAPTED, "preservation={folder: CLASS, prompt: a heart, images: 1}"],
+    "distillation": ["distillation.kind=consistency", "samples.prompts=[a heart]"],
+}
+
+
+@pytest.mark.parametrize("case", OPENED_ONCE)
+def test_a_run_opens_the_model_of_init_from_once(case, models, tmp_path, monkeypatch):
+    opened, autoencoders, load = [], [], Autoencoder.load
+
+    def count(path, *arguments):
+        opened.append(path)
+        return open_model(path, *arguments)
+
+    def count_autoencoders(path, *arguments):
+        autoencoders.append(path)
+        return load(path, *arguments)
+
+    for module in ("stipple.stages.ldm.ldm_run", "ldm.pipeline"):
+        monkeypatch.setattr(f"{module}.open_model", count)
+    monkeypatch.setattr(Autoencoder, "load", count_autoencoders)
+    overrides = [override.replace("CLASS", f"{tmp_path}/class") for override in OPENED_ONCE[case]]
+    run_here("train_ldm.py", f"init_from={models}/sd1", PICTURES, f"run={tmp_path}/run", *FEW, *overrides)
+    assert opened == [f"{models}/sd1"] and len(autoencoders) == 1
+
+
+def test_a_stage_1_run_opens_the_autoencoder_of_init_from_once(models, tmp_path, monkeypatch):
+    opened, load = [], Autoencoder.load
+
+    def count(path, *arguments):
+        opened.append(path)
+        return load(path, *arguments)
+
+    monkeypatch.setattr(Autoencoder, "load", count)
+    run_here("train_autoencoder.py", f"init_from={models}/sd1", PICTURES, f"run={tmp_path}/run", *STAGE_1,
+             "data.image_size=16")  # fmt: skip
+    assert opened == [f"{models}/sd1"]
+
+
+def test_settings_that_do_not_fit_the_model_are_one_line(models, tmp_path, capsys):
     runs = itertools.count()
 
-    def said(*arguments):
+    def error_of(*arguments):
         run = f"run={tmp_path}/run{next(runs)}"
         return refused(capsys, "train_ldm.py", PICTURES, run, *FEW, *arguments)
 
-    sd1 = f"init_from={given}/sd1"
-    wide = said(sd1, "unet.block_out_channels=[64, 64]", "unet.attention_heads=[2]")
+    sd1 = f"init_from={models}/sd1"
+    wide = error_of(sd1, "unet.block_out_channels=[64, 64]", "unet.attention_heads=[2]")
     assert "unet.block_out_channels is (64, 64), not (64, 128); unet.attention_heads is (2, 2), not (4, 4)" in wide
-    assert "unet.norm_eps" in said(sd1, "unet.norm_eps=1e-6")
-    assert "this model is unconditional; leave it empty" in said(f"init_from={given}/unconditional")
-    assert "has no null class" in said(f"init_from={given}/no null")
-    assert "give its YAML, which says num_heads (stipple convert" in said(f"init_from={given}/class.safetensors")
-    assert "nowhere does not exist" in said(f"init_from={tmp_path}/nowhere")
-    assert "init_from" in said("init_from=5", "autoencoder=x")
+    assert "unet.norm_eps" in error_of(sd1, "unet.norm_eps=1e-6")
+    assert "this model is unconditional; leave it empty" in error_of(f"init_from={models}/unconditional")
+    assert "has no null class" in error_of(f"init_from={models}/no null")
+    assert "give its YAML, which says num_heads (stipple convert" in error_of(f"init_from={models}/class.safetensors")
+    assert "nowhere does not exist" in error_of(f"init_from={tmp_path}/nowhere")
+    assert "init_from" in error_of("init_from=5", "autoencoder=x")
     assert not list(tmp_path.glob("run*/model"))
 
 
 @pytest.mark.parametrize("source", ["sd1", "sd1/vae", "vae.safetensors"])
-def test_train_autoencoder_goes_on_from_model_folders_vae_folders_and_single_files(source, given, tmp_path):
-    run_here("train_autoencoder.py", f"init_from={given}/{source}", PICTURES, f"run={tmp_path}/run", *STAGE_1,
+def test_stage_1_starts_from_model_folders_vae_folders_and_single_files(source, models, tmp_path):
+    run_here("train_autoencoder.py", f"init_from={models}/{source}", PICTURES, f"run={tmp_path}/run", *STAGE_1,
              "data.image_size=16")  # fmt: skip
-    before, after = Autoencoder.load(given / "sd1"), Autoencoder.load(tmp_path / "run" / "model")
+    before, after = Autoencoder.load(models / "sd1"), Autoencoder.load(tmp_path / "run" / "model")
     assert {**vars(after.config), "sample_size": 0} == {**vars(before.config), "sample_size": 0}
-    decoder = before.decoder, after.decoder  # the scale's mean goes into the convolutions around the latents
+    decoder = before.decoder, after.decoder  # the mean of latents is folded into the convolutions around them
     assert 0 < change(*decoder) < 1e-3
     assert after.scaling_factor != before.scaling_factor
 
 
-def test_an_autoencoder_of_another_shape_is_one_line(given, tmp_path, capsys):
-    wide = refused(capsys, "train_autoencoder.py", f"init_from={given}/sd1", PICTURES, f"run={tmp_path}/run", *STAGE_1,
+def test_an_autoencoder_of_another_shape_is_one_line(models, tmp_path, capsys):
+    wide = refused(capsys, "train_autoencoder.py", f"init_from={models}/sd1", PICTURES, f"run={tmp_path}/run", *STAGE_1,
                    "autoencoder.layers_per_block=2")  # fmt: skip
     assert "autoencoder.layers_per_block is 2, not 1; leave out what differs" in wide
 
 
-def test_overwriting_the_checkpoint_that_a_run_came_from_does_not_change_its_weights(tmp_path):
-    from stipple.stages.ldm.ldm_parts import make_unet
-    from stipple.stages.ldm.ldm_run import DataConfig, LdmRunConfig
+def test_overwriting_the_file_of_init_from_does_not_change_the_weights_of_a_run(tmp_path):
+    from stipple.stages.ldm.build_model import make_unet
+    from stipple.stages.ldm.ldm_run import LdmRunConfig
+    from stipple_core.data.records.data_config import DataConfig
 
     parts, path, yaml = build_parts("sd1", tmp_path), tmp_path / "model.ckpt", write_yaml(tmp_path)
     save_single_file(parts, tmp_path / "model.safetensors")
-    torch.save({"state_dict": read_weights(tmp_path / "model.safetensors")}, path)  # which is mapped into memory
+    torch.save({"state_dict": read_weights(tmp_path / "model.safetensors")}, path)  # this file is mapped into memory
     init = open_model(path, config_yaml=yaml)
     config = LdmRunConfig(init_from=str(path), data=DataConfig(folder=""), autoencoder="", unet=init.unet.config)
     unet = make_unet(config, init)
@@ -166,22 +211,25 @@ def test_overwriting_the_checkpoint_that_a_run_came_from_does_not_change_its_wei
     assert change(unet, parts.unet) == 0 and all(parameter.requires_grad for parameter in unet.parameters())
 
 
-def test_what_an_inpainting_model_is_shown_begins_with_no_effect_whatever_its_start_was_shown(tmp_path):
+def test_new_input_channels_have_no_effect_at_first(tmp_path):
     from conditioning.build import ConditionerConfig
-    from conditioning.readers.spatial import SpatialConfig
-    from stipple.stages.ldm.ldm_parts import make_unet
-    from stipple.stages.ldm.ldm_run import DataConfig, LdmRunConfig
+    from conditioning.hints.hints import SpatialConfig
+    from stipple.stages.ldm.build_model import make_unet
+    from stipple.stages.ldm.ldm_run import LdmRunConfig
+    from stipple_core.data.records.data_config import DataConfig
 
     init = build_parts("depth", tmp_path)
     torch.nn.init.normal_(init.unet.conv_in.weight)
 
-    def begun(kind: str, channels: int) -> torch.Tensor:
+    def first_weight(kind: str, channels: int) -> torch.Tensor:
         shape = replace(init.unet.config, in_channels=channels)
-        shown = ConditionerConfig(spatial=SpatialConfig(kind=kind))
-        config = LdmRunConfig(init_from="x", data=DataConfig(folder=""), autoencoder="", unet=shape, conditioner=shown)
+        spatial = ConditionerConfig(spatial=SpatialConfig(kind=kind))
+        config = LdmRunConfig(
+            init_from="x", data=DataConfig(folder=""), autoencoder="", unet=shape, conditioner=spatial
+        )
         return make_unet(config, init).conv_in.weight
 
     before = init.unet.conv_in.weight
-    completing, same = begun("inpainting", 9), begun("depth", 5)
+    completing, same = first_weight("inpainting", 9), first_weight("depth", 5)
     assert torch.equal(completing[:, :4], before[:, :4]) and not completing[:, 4:].any()
     assert torch.equal(same, before)

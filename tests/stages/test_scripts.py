@@ -1,4 +1,4 @@
-"""What the training scripts refuse at once, in one line, and what they get through that is not as it should be."""
+"""Training commands refuse invalid configs at once, in one line, and survive damaged or missing images."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def autoencoder(tmp_path_factory) -> str:
 
 
 def refused(capsys, *command: str) -> str:
-    """The one line that a command ends with, and that it ends with exit code 2."""
+    """The error line of a command, which has to end with exit code 2."""
     with pytest.raises(SystemExit) as end:
         run_here(*command)
     lines = capsys.readouterr().err.strip().splitlines()
@@ -51,7 +51,7 @@ def refused(capsys, *command: str) -> str:
         ("data.image_size=30", "30"),
     ],
 )
-def test_stage_1_refuses_what_cannot_work_before_it_begins(tmp_path, capsys, override, words):
+def test_stage_1_refuses_an_invalid_config_before_it_writes_anything(tmp_path, capsys, override, words):
     assert words in refused(capsys, *STAGE_1, f"run={tmp_path / 'run'}", override)
     assert list(tmp_path.iterdir()) == []
 
@@ -72,12 +72,12 @@ def test_stage_1_refuses_what_cannot_work_before_it_begins(tmp_path, capsys, ove
         ("autoencoder=nowhere", "nowhere"),
     ],
 )
-def test_stage_2_refuses_what_cannot_work_before_it_begins(tmp_path, capsys, autoencoder, override, words):
+def test_stage_2_refuses_an_invalid_config_before_it_writes_anything(tmp_path, capsys, autoencoder, override, words):
     assert words in refused(capsys, *STAGE_2, f"autoencoder={autoencoder}", f"run={tmp_path / 'run'}", override)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_refused_command_leaves_the_config_of_the_run_alone(tmp_path, capsys):
+def test_a_refused_command_does_not_change_the_config_in_the_run_folder(tmp_path, capsys):
     run_here(*STAGE_1, f"run={tmp_path}", "trainer.steps=1")
     before = (tmp_path / "config.yaml").read_bytes()
     refused(capsys, *STAGE_1, f"run={tmp_path}", "autoencoder.block_out_channels=[8,16,16]")
@@ -85,7 +85,7 @@ def test_a_refused_command_leaves_the_config_of_the_run_alone(tmp_path, capsys):
 
 
 def small_folder(folder: Path) -> Path:
-    """Three captioned photographs in a folder whose name needs quoting, and one damaged."""
+    """Three captioned photographs and a damaged one, in a folder whose name needs quoting."""
     shutil.copytree(PICTURES, folder)
     (folder / "damaged.jpg").write_bytes(b"\xff\xd8\xff\xe0 no picture")
     (folder / "damaged.txt").write_text('a "damaged" one')
@@ -93,7 +93,7 @@ def small_folder(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("validation", [0, 0.4])
-def test_no_held_out_image_and_damaged_ones_stop_neither_stage(tmp_path, capsys, autoencoder, validation):
+def test_both_stages_train_with_damaged_images_and_without_held_out_ones(tmp_path, capsys, autoencoder, validation):
     data = [f"data.folder={small_folder(tmp_path / 'my pics')}", f"data.validation={validation}"]
     steps = ["trainer.steps=4", "validation.every=2"]
     run_here(*STAGE_1, *data, *steps, f"run={tmp_path / 'a'}")
@@ -104,28 +104,29 @@ def test_no_held_out_image_and_damaged_ones_stop_neither_stage(tmp_path, capsys,
     assert (tmp_path / "b" / "samples" / "step-0000004.png").is_file()
 
 
-def test_the_next_command_can_be_typed_whatever_the_names(tmp_path, capsys, autoencoder):
+def test_the_next_command_is_quoted_so_that_it_runs_with_any_names(tmp_path, capsys, autoencoder):
     folder = small_folder(tmp_path / "my pics")
     run_here(*STAGE_1, f"data.folder={folder}", f"run={tmp_path / 'a b'}", "trainer.steps=1")
     command = shlex.split(capsys.readouterr().out.splitlines()[-1])
     assert command[:2] == ["stipple", "cache"] and f"data.folder={folder}" in command
     config = Path(command[command.index("--config") + 1])
     assert (Path(__file__).parents[2] / config).is_file()
-    run_here("stipple.__main__", *command[1:], f"cache={tmp_path / 'c d'}")
+    run_here("stipple.commands.cache", *command[2:], f"cache={tmp_path / 'c d'}")
     command = shlex.split(capsys.readouterr().out.splitlines()[-1])
     assert command[:2] == ["stipple", "train"]
-    run_here("stipple.__main__", *command[1:], f"run={tmp_path / 'e f'}", "trainer.steps=1", "samples.every=0", "validation.every=0")
+    run = f"run={tmp_path / 'e f'}"
+    run_here("train_ldm.py", *command[2:], run, "trainer.steps=1", "samples.every=0", "validation.every=0")
     command = shlex.split(capsys.readouterr().out.splitlines()[-1])
     assert command[:2] == ["stipple", "draw"] and command[-1] == f"{tmp_path / 'e f'}/model"
 
 
-def test_a_run_that_goes_on_with_other_data_says_so(tmp_path, capsys):
+def test_a_run_that_is_resumed_with_other_data_warns(tmp_path, capsys):
     folder = small_folder(tmp_path / "pictures")
     command = [*STAGE_1, f"data.folder={folder}", f"run={tmp_path / 'run'}", "data.validation=0"]
     run_here(*command, "trainer.steps=1")
     run_here(*command, "trainer.steps=2")
     assert "images and captions changed" not in capsys.readouterr().out
-    (folder / "damaged.jpg").unlink()  # which nothing was learnt from
+    (folder / "damaged.jpg").unlink()  # which the run could not use
     run_here(*command, "trainer.steps=3")
     assert "images and captions changed" not in capsys.readouterr().out
     sorted(folder.glob("*.txt"))[0].with_suffix(".webp").unlink()

@@ -1,4 +1,4 @@
-"""The proof that a class is drawn when it is asked for: ten classes of photographs, judged by a classifier of them.
+"""Proof of class-conditional sampling: ten classes of photographs, evaluated by a classifier of photographs.
 
 STIPPLE_PHOTOS=FOLDER pytest -m slow tests/tasks/test_task_class.py --basetemp=runs/task-class     (docs/tasks/class.md)
 """
@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(photos() is None, reason="STIPPLE_PHOTOS names no folder of photographs"),
 ]
-EACH = 10  # pictures per class
+EACH = 10  # images per class
 SCALES = (1.0, 2.0, 3.0, 5.0)
 
 
@@ -28,7 +28,7 @@ def run(*command: str) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """The set, both stages trained on it, and the judge."""
+    """The set, both stages trained on it, and the evaluation classifier."""
     folder = tmp_path_factory.mktemp("class")
     make_set(photos(), folder / "set")
     torch.set_num_threads(1)
@@ -45,47 +45,48 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def measured(folder) -> dict:
-    return judge(folder)
+    return evaluate(folder)
 
 
-def judge(folder: Path) -> dict:
-    """What the classifier reads in real pictures, in reconstructed ones, and in samples of each class by scale."""
-    judge = Classifier()
-    judge.load_state_dict(torch.load(folder / "classifier.pt", weights_only=True))
-    judge.eval()
+def evaluate(folder: Path) -> dict:
+    """The accuracy of the classifier on real images, on reconstructions, and on samples by guidance scale."""
+    classifier = Classifier()
+    classifier.load_state_dict(torch.load(folder / "classifier.pt", weights_only=True))
+    classifier.eval()
     model, (images, labels) = TextToImage.load(folder / "ldm" / "model"), read_part(folder / "set" / "held_out")
     with torch.no_grad():
         again = torch.cat([model.autoencoder.decode(model.autoencoder.encode(x).mode()) for x in images.split(64)])
-    measured = {"held_out": accuracy(judge, images, labels), "reconstructed": accuracy(judge, again, labels)}
+    measured = {"held_out": accuracy(classifier, images, labels), "reconstructed": accuracy(classifier, again, labels)}
     prompts, asked = [name for name in CLASSES for _ in range(EACH)], torch.arange(len(CLASSES)).repeat_interleave(EACH)
     made = {}
     for scale in SCALES:
         made[scale] = model(prompts, guidance_scale=scale, steps=20, batch_size=50, seed=0)
         drawn = torch.stack([image_to_tensor(image) for image in made[scale]])
-        measured[f"scale {scale:g}"] = accuracy(judge, drawn, asked)
+        measured[f"scale {scale:g}"] = accuracy(classifier, drawn, asked)
         measured[f"scale {scale:g} by class"] = {
-            name: accuracy(judge, drawn[asked == number], asked[asked == number]) for number, name in enumerate(CLASSES)
+            name: accuracy(classifier, drawn[asked == number], asked[asked == number])
+            for number, name in enumerate(CLASSES)
         }
-    measured["shuffled"] = accuracy(judge, drawn, asked.roll(EACH))
+    measured["shuffled"] = accuracy(classifier, drawn, asked.roll(EACH))
     best = max(SCALES, key=lambda scale: measured[f"scale {scale:g}"])
     measured["best scale"] = best
     (folder / "measured.json").write_text(json.dumps(measured, indent=2))
     print(json.dumps(measured, indent=2))
     rows = []
-    for number in range(len(CLASSES)):  # eight samples of the class, and two held-out pictures of it
+    for number in range(len(CLASSES)):  # eight samples of the class, and two held-out photographs of it
         rows += made[best][number * EACH : number * EACH + 8]
         rows += [tensor_to_image(image) for image in images[labels == number][:2]]
     grid([image.resize((64, 64)) for image in rows], 10).save(folder / "samples.webp", quality=85)
     return measured
 
 
-def test_the_judge_knows_real_pictures_that_it_has_not_seen(measured):
+def test_the_classifier_recognizes_held_out_photographs(measured):
     assert measured["held_out"] >= 0.8
 
 
-def test_the_class_that_is_asked_for_is_read_in_four_fifths_of_the_samples(measured):
+def test_the_requested_class_is_recognized_in_four_fifths_of_the_samples(measured):
     assert measured[f"scale {measured['best scale']:g}"] >= 0.8
 
 
-def test_the_classes_of_others_are_not_read(measured):
+def test_other_classes_are_not_recognized(measured):
     assert measured["shuffled"] < 0.2

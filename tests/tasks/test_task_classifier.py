@@ -1,10 +1,11 @@
-"""The proof that a classifier guides: classes drawn by its gradient, by classifier-free guidance, by both, in a table.
+"""Proof of classifier guidance: classes drawn by its gradient, by classifier-free guidance, and by both, in a table.
 
-STIPPLE_CLASS_RUN=runs/class pytest -m slow -n 0 tests/tasks/test_task_classifier.py      the results are in
-docs/tasks/classifier.md
+STIPPLE_CLASS_RUN=runs/class pytest -m slow -n 0 tests/tasks/test_task_classifier.py
+The results are in docs/tasks/classifier.md.
 
-The folder that STIPPLE_CLASS_RUN names holds what tests/tasks/test_task_class.py leaves: set/ (tests/helpers/photo_classes.py) and
-ldm/model, trained by configs/ldm/photos-class.yaml; a classifier of its latents that is there is not trained again.
+The folder STIPPLE_CLASS_RUN has to contain the files of tests/tasks/test_task_class.py: set/, which
+tests/helpers/photo_classes.py writes, and ldm/model, trained with configs/ldm/photos-class.yaml. An existing classifier
+of its latents is not trained again.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.networks.classifier import Classifier as NoisyClassifier
+from ldm.formats.classifier_folder import load_classifier
 from ldm.pipeline import TextToImage
 from ldm.sampling.gradient_guides import ClassifierGuide
 from stipple_core.images.images import grid, image_to_tensor
@@ -26,10 +27,10 @@ from tests.helpers.photo_classes import CLASSES, Classifier, accuracy, read_part
 from tests.helpers.tiny_runs import run_here
 
 RUN = os.environ.get("STIPPLE_CLASS_RUN")
-EACH = 8  # pictures of each class
+EACH = 8  # images of each class
 FREE = {f"classifier-free, w = {w:g}": {"guidance_scale": w} for w in (2.0, 3.0, 5.0)}
 LED = {f"classifier, s = {s:g}": {"guidance_scale": 1.0, "classifier_scale": s} for s in (2.0, 5.0, 10.0)}
-ALONE = {  # the class is told to nobody but the classifier
+ALONE = {  # only the classifier is conditioned on the class
     f"classifier alone, s = {s:g}": {"guidance_scale": 1.0, "classifier_scale": s, "prompt": ""}
     for s in (2.0, 5.0, 10.0)
 }
@@ -43,44 +44,48 @@ WAYS: dict[str, dict] = {
 
 
 def drawn(model: TextToImage, settings: Mapping) -> list[Image.Image]:
-    """EACH pictures of every class, in the order of CLASSES."""
+    """EACH images of every class, in the order of CLASSES."""
     pictures = []
     for name in CLASSES:
-        told = {"prompt": name, "steps": 20, "sampler": "dpmpp_2m", "seed": 1, **settings}
-        told |= {"classifier_class": name} if "classifier_scale" in told else {}
-        pictures += model(**told, num_images=EACH, batch_size=EACH)
+        settings_of_class = {"prompt": name, "steps": 20, "sampler": "dpmpp_2m", "seed": 1, **settings}
+        settings_of_class |= {"classifier_class": name} if "classifier_scale" in settings else {}
+        pictures += model(**settings_of_class, num_images=EACH, batch_size=EACH)
     return pictures
 
 
 @torch.no_grad()
-def features(judge: Classifier, images: Tensor) -> Tensor:
-    """What the judge's last layer reads, [N, 128]."""
-    return torch.cat([judge.layers(part).mean(dim=(2, 3)) for part in images.split(64)])
+def features(classifier: Classifier, images: Tensor) -> Tensor:
+    """The inputs of the last layer of the evaluation classifier, [N, 128]."""
+    return torch.cat([classifier.layers(part).mean(dim=(2, 3)) for part in images.split(64)])
 
 
 def distance(a: Tensor, b: Tensor) -> float:
-    """Fréchet distance of features [N, d], their entries taken as independent: few pictures tell no covariance."""
+    """Fréchet distance of features [N, d] with diagonal covariances, as there are few images."""
     return ((a.mean(0) - b.mean(0)).square() + (a.std(0) - b.std(0)).square()).sum().item()
 
 
 def spread(found: Tensor, labels: Tensor) -> float:
-    """Mean distance of features [N, d] from those of the middle of their class: what is left of variety."""
+    """Mean distance of features [N, d] from the mean of their class: a measure of variety."""
     middles = torch.stack([found[labels == label].mean(0) for label in range(len(CLASSES))])
     return (found - middles[labels]).norm(dim=1).mean().item()
 
 
-def compare(model: TextToImage, judge: Classifier, held_out: tuple[Tensor, Tensor], pictures: dict) -> dict[str, dict]:
-    """By way of guidance: accuracy as the judge reads it, spread within classes, distance from held-out pictures."""
+def compare(
+    model: TextToImage, classifier: Classifier, held_out: tuple[Tensor, Tensor], pictures: dict
+) -> dict[str, dict]:
+    """By kind of guidance: accuracy, spread within classes, and distance from held-out photographs."""
     images, labels = held_out
-    real = features(judge, images)
-    rows = {"real, held out": {"accuracy": accuracy(judge, *held_out), "spread": spread(real, labels), "distance": 0.0}}
+    real = features(classifier, images)
+    rows = {
+        "real, held out": {"accuracy": accuracy(classifier, *held_out), "spread": spread(real, labels), "distance": 0.0}
+    }
     asked = torch.arange(len(CLASSES)).repeat_interleave(EACH)
     for way, settings in WAYS.items():
         pictures[way] = drawn(model, settings)
         made = torch.stack([image_to_tensor(picture) for picture in pictures[way]])
-        found = features(judge, made)
+        found = features(classifier, made)
         rows[way] = {
-            "accuracy": accuracy(judge, made, asked),
+            "accuracy": accuracy(classifier, made, asked),
             "spread": spread(found, asked),
             "distance": distance(found, real),
         }
@@ -88,21 +93,21 @@ def compare(model: TextToImage, judge: Classifier, held_out: tuple[Tensor, Tenso
 
 
 def table(rows: dict[str, dict]) -> str:
-    """Markdown."""
+    """Format the rows as a table in Markdown."""
     lines = ["| guidance | accuracy | spread within a class | feature distance |", "|---|---|---|---|"]
     lines += [f"| {way} | {r['accuracy']:.2f} | {r['spread']:.2f} | {r['distance']:.2f} |" for way, r in rows.items()]
     return "\n".join(lines)
 
 
-def prove(run: Path, judge: Classifier) -> dict[str, dict]:
-    """Guide the model of a run in all ways; the table and some pictures stay in the run folder."""
+def prove(run: Path, classifier: Classifier) -> dict[str, dict]:
+    """Guide the model of a run in all ways, and save the table and some images in the run folder."""
     if not (run / "classifier").is_dir():
         data = [f"data.folder={run / 'set' / 'train'}", f"autoencoder={run / 'autoencoder' / 'model'}"]
         config = ["--config", "configs/classifier/photos-class.yaml"]
         run_here("stipple.commands.train_classifier", *config, *data, f"run={run / 'classifier'}")
     model, pictures = TextToImage.load(run / "ldm" / "model"), {}
-    model.gradient_guides["classifier_scale"] = ClassifierGuide(NoisyClassifier.load(run / "classifier" / "model"))
-    rows = compare(model, judge, read_part(run / "set" / "held_out"), pictures)
+    model.gradient_guides["classifier_scale"] = ClassifierGuide(load_classifier(run / "classifier" / "model"))
+    rows = compare(model, classifier, read_part(run / "set" / "held_out"), pictures)
     (run / "classifier.md").write_text(table(rows) + "\n")
     shown = ["no guidance", "classifier-free, w = 3", "classifier, s = 5", "classifier alone, s = 5"]
     grid([picture for way in shown for picture in pictures[way][::EACH]], len(CLASSES)).save(run / "classifier.png")
@@ -117,16 +122,16 @@ def rows(settings_of_runs) -> dict[str, dict]:
 
 
 @pytest.mark.slow
-def test_a_classifiers_gradient_draws_more_of_the_asked_class_than_no_guidance(rows):
+def test_the_gradient_of_a_classifier_draws_the_requested_class_more_often_than_no_guidance(rows):
     assert max(rows[way]["accuracy"] for way in LED) > rows["no guidance"]["accuracy"] + 0.05
 
 
 @pytest.mark.slow
-def test_a_classifier_alone_chooses_the_class_of_a_model_that_is_told_nothing(rows):
+def test_a_classifier_alone_chooses_the_class_of_an_unconditional_model(rows):
     assert max(rows[way]["accuracy"] for way in ALONE) > 3 / len(CLASSES)
 
 
 @pytest.mark.slow
-def test_guidance_of_either_kind_is_paid_with_variety(rows):
+def test_guidance_of_either_kind_reduces_variety(rows):
     for ways in (FREE, LED):
         assert rows[list(ways)[-1]]["spread"] < rows["no guidance"]["spread"]

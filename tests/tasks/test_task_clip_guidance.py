@@ -1,4 +1,4 @@
-"""The proof of GLIDE's CLIP guidance in small: a model that is told nothing draws what a CLIP leads it to.
+"""Proof of CLIP guidance (GLIDE) at a small scale: an unconditional model draws what a CLIP guides it to.
 
 EMBEDDING_RUNS=FOLDER pytest -m slow tests/tasks/test_task_clip_guidance.py; results are in docs/tasks/classifier.md.
 """
@@ -23,7 +23,7 @@ SCENES = [(each,) for each in OBJECTS]  # 24 single objects
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory) -> dict[float, dict[str, float]]:
-    """By scale: how often the caption that led is the nearest of all to what was drawn, and its color is there."""
+    """By scale: how often the guiding caption is nearest to the drawn image, and how often its color is there."""
     folder = runs.data(runs.folder_of(tmp_path_factory.mktemp("clip-guidance")))
     model, embedder = TextToImage.load(runs.unconditional(folder)), runs.clip(folder)
     open_guides(model, {"clip_guidance": f"local-dir:{folder / 'clip'}"})
@@ -36,7 +36,7 @@ def measured(tmp_path_factory) -> dict[float, dict[str, float]]:
             drawn = F.normalize(embedder.images(torch.stack([image_to_tensor(image) for image in made])), dim=-1)
         nearest = (drawn @ texts.T).argmax(1) == torch.arange(len(captions))
         colors = [
-            any(seen.color == told.color for seen in read(image)) for image, (told,) in zip(made, SCENES, strict=True)
+            any(seen.color == scene.color for seen in read(image)) for image, (scene,) in zip(made, SCENES, strict=True)
         ]
         found[scale] = {"nearest caption": nearest.float().mean().item(), "color": sum(colors) / len(colors)}
         shown += [image.resize((64, 64)) for image in made[:8]]
@@ -47,11 +47,11 @@ def measured(tmp_path_factory) -> dict[float, dict[str, float]]:
 
 
 @pytest.mark.slow
-def test_a_clip_that_has_seen_no_noise_leads_to_its_caption(measured):
+def test_a_clip_trained_without_noise_guides_to_its_caption(measured):
     assert measured[0.0]["nearest caption"] < 0.2  # by chance 1 in 24
     assert measured[1.0]["nearest caption"] > 0.7
 
 
 @pytest.mark.slow
-def test_the_color_is_there_more_often_to_a_judge_that_is_no_clip(measured):
+def test_the_color_is_there_more_often_by_a_measure_without_clip(measured):
     assert measured[1.0]["color"] > measured[0.0]["color"] + 0.2

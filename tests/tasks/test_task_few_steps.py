@@ -1,7 +1,7 @@
-"""The shipped model, distilled to 4 steps, draws what prompts say nearly as often as in 20 guided ones, 5 times sooner.
+"""The shipped model, distilled to 4 steps, follows prompts nearly as often as in 20 guided steps, 5 times faster.
 
-STIPPLE_EMOJI names the folder of emoji that the model was trained on (checkpoints/README.md), STIPPLE_RUNS one where a
-run that was begun is gone on with. docs/tasks/few_steps.md shows what came out.
+STIPPLE_EMOJI is the folder of emoji that the model was trained on (checkpoints/README.md). Runs in the folder
+STIPPLE_RUNS are resumed. The results are in docs/tasks/few_steps.md.
 """
 
 import os
@@ -24,12 +24,12 @@ pytestmark = [
 
 @pytest.mark.parametrize(("kind", "share"), [("emoji-guidance", 0.9), ("emoji-lcm", 0.6)])
 def test_four_steps_of_a_student_keep_the_recall_of_twenty_guided_ones_in_a_fifth_of_the_time(kind, share, tmp_path):
-    """Nine tenths by the student of guidance; that of consistency misses them, and its share only guards the recipe."""
+    """Nine tenths for guidance distillation. Consistency distillation misses them; its share only guards the recipe."""
     folder = Path(os.environ.get("STIPPLE_RUNS") or tmp_path)
-    told = ["--config", f"configs/ldm/{kind}.yaml", f"data.folder={EMOJI}", f"run={folder / kind}"]
-    told += [f"cache={folder / kind}-cache"]
+    arguments = ["--config", f"configs/ldm/{kind}.yaml", f"data.folder={EMOJI}", f"run={folder / kind}"]
+    arguments += [f"cache={folder / kind}-cache"]
     for script in ("stipple.commands.cache", "train_ldm.py"):
-        run_here(script, *told)
+        run_here(script, *arguments)
     teacher = TextToImage.load(ROOT / "checkpoints/emoji")
     student = TextToImage.load(folder / kind / "model")
     config = str(ROOT / "configs/ldm/emoji.yaml")

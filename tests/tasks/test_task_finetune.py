@@ -1,6 +1,6 @@
-"""Proofs of fine-tuning on the shipped model: a style by LoRA, a thing by a new word and by DreamBooth.
+"""Proofs of fine-tuning the shipped model: a style by LoRA, an object by textual inversion and by DreamBooth.
 
-STIPPLE_EMOJI names the folder of the emoji set. Runs are kept in STIPPLE_RUNS, where that is set, and go on from there.
+STIPPLE_EMOJI is the folder of the emoji set. If STIPPLE_RUNS is set, runs are kept in it and resumed.
 """
 
 from __future__ import annotations
@@ -54,16 +54,18 @@ def real() -> Real:
 
 
 def five(*settings: str, run: Path) -> None:
-    """A run on five pictures of one thing that the model was not trained on."""
+    """A run on five images of one object that the model was not trained on."""
     where = json.dumps({"style": SHOWN, "name": [THING], "skin_tone": [None]})
     few = ["diffusion.caption_dropout=0", "ema.decay=0", "optimizer.warmup_steps=5", "trainer.log_every=20"]
     run_here("train_ldm.py", *COMMON, f"data.where={where}", f"run={run}", *few, *settings)
 
 
-def test_a_lora_of_30_pictures_changes_the_style_and_keeps_the_concept(runs, real):
+def test_a_lora_of_30_images_changes_the_style_and_keeps_the_concept(runs, real):
     learned, asked = choose_names(real)
     where = json.dumps({"style": [NEW], "name": learned, "skin_tone": [None]})
-    targets = "lora.targets=[to_q,to_k,to_v,to_out.0,ff.net.0.proj,ff.net.2,conv1,conv2]"  # a style is in convolutions
+    targets = (
+        "lora.targets=[to_q,to_k,to_v,to_out.0,ff.net.0.proj,ff.net.2,conv1,conv2]"  # convolutions matter for styles
+    )
     settings = [f"data.where={where}", "data.captions=['{name}, mono style']", f"run={runs}/lora", "ema.decay=0.99"]
     settings += ["lora.rank=16", "lora.alpha=16", targets, "optimizer.learning_rate=1e-3", "optimizer.warmup_steps=20"]
     settings += ["optimizer.schedule=cosine", "trainer.steps=900", "trainer.batch_size=16", "trainer.save_every=100"]
@@ -81,7 +83,7 @@ def test_a_lora_of_30_pictures_changes_the_style_and_keeps_the_concept(runs, rea
     assert concept[1.0]["nearer_than_another"] >= 0.65 and concept[1.0]["at_5"] >= 0.1  # by chance 0.5 and 0.025
 
 
-def test_a_new_word_means_the_thing(runs, real):
+def test_a_new_word_draws_the_object(runs, real):
     captions = "data.captions=['<santa>, {style} style','<santa>, {style} style','<santa>']"
     word = ["inversion.token=<santa>", "inversion.initial=face", captions, "optimizer.weight_decay=0"]
     five(*word, "optimizer.learning_rate=5e-3", "trainer.steps=200", "trainer.batch_size=4", run=runs / "inversion")
@@ -94,7 +96,7 @@ def test_a_new_word_means_the_thing(runs, real):
     assert after["distance"] < before["distance"]
 
 
-def test_dreambooth_learns_the_thing_and_preservation_keeps_the_class(runs, real):
+def test_dreambooth_learns_the_object_and_preservation_keeps_the_class(runs, real):
     kept = f"preservation={{folder: {runs}/faces, prompt: face, images: 30}}"
     learned, forgotten = {}, {}
     for name, settings in {"alone": ["trainer.batch_size=4"], "kept": ["trainer.batch_size=8", kept]}.items():

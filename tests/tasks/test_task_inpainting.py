@@ -1,4 +1,4 @@
-"""The proof that a model completes pictures: trained from scratch on colored shapes with random masks, in minutes.
+"""Proof of inpainting: a model trained from scratch on colored shapes with random masks, in minutes.
 
 pytest -m slow -n 0 tests/tasks/test_task_inpainting.py --basetemp=runs/inpainting   results: docs/tasks/inpainting.md
 """
@@ -14,44 +14,44 @@ from PIL import Image
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
-from conditioning.hints.hints import Files
+from conditioning.hints.hint_files import Files
 from conditioning.hints.masks import MaskConfig, draw_mask
 from ldm.pipeline import TextToImage
 from stipple_core.images.images import grid, image_to_tensor, tensor_to_image
 from stipple_core.randomness import generator
+from tests.helpers.hint_pictures import draw_with_hints
 from tests.helpers.shapes import PAIRS, SIDE, SINGLES, draw, make_set
 from tests.helpers.tiny_runs import run_here
-from tests.helpers.told_pictures import draw_told
 
-COUNT = 3000  # pictures in the set
-DRAWN = 8  # completions of each hole, of which the mean is judged
-ASKED = 64  # held-out pictures, of scenes that are drawn anew
+COUNT = 3000  # images in the set
+DRAWN = 8  # completions of each hole, whose mean is evaluated
+ASKED = 64  # held-out images of new scenes
 MASKS = MaskConfig(boxes=0.5, strokes=0.5, whole=0.0)
 
 
 def held_out() -> tuple[Tensor, Tensor]:
-    """Pictures [B, 3, 32, 32], and masks [B, 1, 32, 32] that hide a part of what they show."""
+    """Images [B, 3, 32, 32], and masks [B, 1, 32, 32] that hide a part of their shapes."""
     draws, images, masks = random.Random(20261122), [], []
     while len(images) < ASKED:
         image = image_to_tensor(draw(draws.choice(draws.choice((SINGLES, PAIRS))), draws))
         mask = draw_mask(SIDE, SIDE, MASKS, generator(0, "held-out mask", draws.randrange(2**32)))
-        shown = image.amin(0) < 0  # colored, not the white around
+        shown = image.amin(0) < 0  # colored, not the white background
         hidden = (shown & (mask[0] > 0)).sum() / shown.sum()
-        if 0.15 < hidden < 0.85:  # else there is nothing to be completed, or nothing to go by
+        if 0.15 < hidden < 0.85:  # otherwise nothing or everything would be hidden
             images.append(image)
             masks.append(mask)
     return torch.stack(images), torch.stack(masks)
 
 
 def of_the_mean(images: Tensor, masks: Tensor) -> Tensor:
-    """The hole filled with the mean color of what is seen."""
+    """Fill the hole with the mean color of the visible pixels."""
     seen = 1 - masks
     mean = (images * seen).sum((2, 3), keepdim=True) / seen.sum((2, 3), keepdim=True)
     return torch.where(masks > 0, mean, images)
 
 
 def of_the_nearest(images: Tensor, masks: Tensor) -> Tensor:
-    """Each pixel of the hole as the nearest that is seen."""
+    """Fill each pixel of the hole with the nearest visible one."""
     filled = []
     for image, mask in zip(images, masks, strict=True):
         rows, columns = distance_transform_edt(mask[0].numpy(), return_distances=False, return_indices=True)
@@ -60,12 +60,12 @@ def of_the_nearest(images: Tensor, masks: Tensor) -> Tensor:
 
 
 def error_inside(images: Tensor, filled: Tensor, masks: Tensor) -> Tensor:
-    """Root of the mean squared error in the hole, in gray levels: [B]."""
+    """Root mean squared error in the hole, in gray levels: [B]."""
     squares = (127.5 * (images - filled)).square().mean(1, keepdim=True) * masks
     return (squares.sum((1, 2, 3)) / masks.sum((1, 2, 3))).sqrt()
 
 
-def test_fills_change_nothing_outside_and_are_right_where_a_picture_is_of_one_color():
+def test_fills_change_nothing_outside_the_hole_and_are_right_for_a_plain_image():
     images, masks = held_out()
     plain = images.new_tensor([0.5, -0.5, 0.0])[None, :, None, None].expand_as(images)
     for fill in (of_the_mean, of_the_nearest):
@@ -76,17 +76,17 @@ def test_fills_change_nothing_outside_and_are_right_where_a_picture_is_of_one_co
 
 @pytest.fixture(scope="module")
 def filled(tmp_path_factory, settings_of_runs) -> dict[str, Tensor]:
-    """The held-out pictures, completed in four ways: by the mean of the model's completions, one of them, two fills."""
+    """Held-out images, completed in four ways: by the mean of the completions, by one of them, and by two fills."""
     folder = tmp_path_factory.mktemp("inpainting")
     make_set(folder / "set", COUNT, set(), seed=0)
     arguments = ["--config", "configs/ldm/inpaint-small.yaml", f"data.folder={folder / 'set'}"]
     run_here("train_ldm.py", *arguments, f"run={folder / 'run'}")
     model, (images, masks) = TextToImage.load(folder / "run" / "model"), held_out()
     hint = model.conditioner.readers["spatial"].hint
-    given = [Files(image=image, mask=mask) for image, mask in zip(images, masks, strict=True)]
-    hints = torch.cat([hint.of_files(each, SIDE, SIDE, torch.Generator()) for each in given])
-    many = draw_told(model, hints.repeat(DRAWN, 1, 1, 1), steps=4, guidance_scale=1.0)  # [DRAWN B, 3, 32, 32]
-    drawn, one = many.unflatten(0, (DRAWN, ASKED)).mean(0), many[:ASKED]  # the mean: of the least squared error
+    files = [Files(image=image, mask=mask) for image, mask in zip(images, masks, strict=True)]
+    hints = torch.cat([hint.of_files(each, SIDE, SIDE, torch.Generator()) for each in files])
+    many = draw_with_hints(model, hints.repeat(DRAWN, 1, 1, 1), steps=4, guidance_scale=1.0)  # [DRAWN B, 3, 32, 32]
+    drawn, one = many.unflatten(0, (DRAWN, ASKED)).mean(0), many[:ASKED]  # the mean has the least squared error
     ways = {
         "model": torch.where(masks > 0, drawn, images),
         "one": torch.where(masks > 0, one, images),
@@ -98,7 +98,7 @@ def filled(tmp_path_factory, settings_of_runs) -> dict[str, Tensor]:
 
 
 def report(folder: Path, ways: dict[str, Tensor], hints: Tensor, outside: Tensor) -> None:
-    """The measured errors, and some pictures, for docs/tasks/inpainting.md."""
+    """The measured errors, and some images, for docs/tasks/inpainting.md."""
     images, masks = held_out()
     errors = {name: error_inside(images, way, masks) for name, way in ways.items()}
     measured = {name: error.mean().item() for name, error in errors.items()}
@@ -115,7 +115,7 @@ def report(folder: Path, ways: dict[str, Tensor], hints: Tensor, outside: Tensor
 @pytest.mark.slow
 @pytest.mark.parametrize("other", ["mean", "nearest"])
 @pytest.mark.parametrize("way", ["one", "model"])
-def test_the_hole_is_nearer_to_the_truth_than_by_a_simple_fill(way, other, filled):
+def test_completions_are_nearer_to_the_truth_than_a_simple_fill(way, other, filled):
     images, masks = held_out()
     ours, theirs = (error_inside(images, filled[name], masks) for name in (way, other))
     assert ours.mean() < theirs.mean()

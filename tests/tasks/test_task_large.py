@@ -1,8 +1,8 @@
-"""The proof that pictures far larger than those of training are drawn, in little memory and without seams.
+"""Proof that images far larger than those of training are drawn in little memory and without seams.
 
 pytest -m slow tests/tasks/test_task_large.py --basetemp=runs/large      the results are in docs/tasks/large.md
 
-A model is trained on textures of 128 x 128 pixels, and draws 1024 x 1024. TEXTURES_MODEL=FOLDER takes a trained one.
+A model is trained on textures of 128 x 128 pixels, and draws 1024 x 1024. TEXTURES_MODEL=FOLDER uses a trained one.
 """
 
 import json
@@ -40,7 +40,7 @@ pytestmark = pytest.mark.slow
 
 @dataclass(frozen=True)
 class Drawn:
-    """A picture, and what it took."""
+    """An image, and the memory that it took."""
 
     image: Image.Image
     peak: int  # KiB, of the whole process
@@ -54,7 +54,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(folder) -> Path:
-    """A model folder."""
+    """The folder of a model."""
     if "TEXTURES_MODEL" in os.environ:
         return Path(os.environ["TEXTURES_MODEL"])
     make_set(folder / "set", 1200, seed=0)
@@ -70,7 +70,7 @@ def model(folder) -> Path:
 
 @pytest.fixture(scope="module")
 def pictures(model, folder) -> dict[str, dict[str, Drawn]]:
-    """By prompt and way; all of them beside each other in large.png, the numbers in measured.json."""
+    """Images by prompt and way; they are saved side by side in large.png, the numbers in measured.json."""
     drawn = {p: {way: run(model, folder / f"{p} {way}", p, *flags) for way, flags in WAYS.items()} for p in PROMPTS}
     sheet = Image.new("RGB", (len(PROMPTS) * 512, len(WAYS) * 512))
     for i, by_way in enumerate(drawn.values()):
@@ -93,7 +93,7 @@ def pictures(model, folder) -> dict[str, dict[str, Drawn]]:
 
 
 def run(model: Path, outdir: Path, *arguments: str) -> Drawn:
-    """txt2img.py as a process whose memory is the kernel's to count."""
+    """Run txt2img.py as a process whose memory the kernel measures."""
     command = [sys.executable, "txt2img.py", "--checkpoint", str(model), "--outdir", str(outdir), *FLAGS, *arguments]
     began = time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT)
@@ -104,7 +104,7 @@ def run(model: Path, outdir: Path, *arguments: str) -> Drawn:
 
 
 def gradients(image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
-    """Mean difference, in steps of a byte, of each row from the one above it, and of each column from its left."""
+    """Mean difference, in gray levels, of each row from the one above it, and of each column from its left."""
     pixels = np.asarray(image).astype(float)
     return tuple(np.abs(np.diff(pixels, axis=axis)).mean((1 - axis, 2)) for axis in (0, 1))
 
@@ -128,12 +128,12 @@ def detail(image: Image.Image) -> float:
 
 @cache
 def real_detail(prompt: str) -> float:
-    """Of a picture of the same size as the set would have it."""
+    """An image of the same size, drawn as in the set."""
     return detail(draw(prompt, LARGE, np.random.default_rng(1)))
 
 
 def nearest_color(image: Image.Image) -> str:
-    """The color between whose ends the mean of a picture lies nearest."""
+    """The color whose range is nearest to the mean of an image."""
     mean = np.asarray(image).astype(float).mean((0, 1))
     distances = {}
     for name, ends in COLORS.items():
@@ -145,14 +145,14 @@ def nearest_color(image: Image.Image) -> str:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_a_picture_of_1024_takes_less_than_3_gib(pictures, prompt, way):
+def test_an_image_of_1024_pixels_takes_less_than_3_gib(pictures, prompt, way):
     assert pictures[prompt][way].image.size == (LARGE, LARGE)
     assert pictures[prompt][way].peak < LIMIT
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_every_part_of_it_shows_what_was_asked_for(pictures, prompt, way):
+def test_every_part_of_it_shows_the_prompt(pictures, prompt, way):
     image = pictures[prompt][way].image
     boxes = [(x, y, x + SIDE, y + SIDE) for x in range(0, LARGE, SIDE) for y in range(0, LARGE, SIDE)]
     right = [nearest_color(image.crop(box)) == prompt.split()[0] for box in boxes]
@@ -162,7 +162,7 @@ def test_every_part_of_it_shows_what_was_asked_for(pictures, prompt, way):
 
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_borders_of_windows_are_no_steeper_than_elsewhere(pictures, prompt):
-    """By no more than the same lines are in the picture that has no windows, and 3 % for chance."""
+    """Compared with the same lines in the image without windows, with a tolerance of 3 %."""
     ratios = {way: seams(each.image, BORDERS) for way, each in pictures[prompt].items()}
     assert ratios["in windows"] < max(1, ratios["at once"]) + 0.03
 

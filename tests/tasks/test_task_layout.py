@@ -1,4 +1,4 @@
-"""The proof that what is asked for in boxes lies in them: a model of layouts, trained from scratch on colored shapes.
+"""Proof of layout-to-image: shapes lie in their boxes; a model trained from scratch on colored shapes.
 
 pytest -m slow tests/tasks/test_task_layout.py --basetemp=runs/task-layout     (docs/tasks/layout.md)
 """
@@ -16,8 +16,8 @@ from tests.helpers.layout_shapes import draw, draw_layout, make_set, overlap, ov
 from tests.helpers.tiny_runs import start
 
 pytestmark = pytest.mark.slow
-COUNT = 6000  # pictures in the set
-ASKED = 64  # layouts that are not in it
+COUNT = 6000  # images in the set
+ASKED = 64  # layouts that are not in the set
 SCALES = (1.0, 2.0, 3.0)
 ENLARGED = 3
 
@@ -43,11 +43,11 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def measured(folder) -> dict:
-    return judge(folder)
+    return evaluate(folder)
 
 
-def judge(folder: Path) -> dict:
-    """Mean overlaps of the boxes that are asked for with those that are drawn, by guidance scale."""
+def evaluate(folder: Path) -> dict:
+    """Mean overlap of requested boxes with drawn ones, by guidance scale."""
     draws = random.Random(1234)
     layouts = [draw_layout(draws) for _ in range(ASKED)]
     model, measured, made = TextToImage.load(folder / "ldm" / "model"), {}, {}
@@ -73,7 +73,7 @@ def judge(folder: Path) -> dict:
 
 
 def boxed(image: Image.Image, layout) -> Image.Image:
-    """The picture three times as large, with the boxes that were asked for."""
+    """Enlarge an image three times, and draw the requested boxes on it."""
     large = image.resize((ENLARGED * image.width, ENLARGED * image.height), Image.Resampling.NEAREST)
     pen = ImageDraw.Draw(large)
     for each in layout:
@@ -94,11 +94,11 @@ def test_the_autoencoder_keeps_the_boxes(folder):
     assert sum(found) / len(found) >= 0.85
 
 
-def test_shapes_lie_in_the_boxes_that_they_were_asked_for_in(measured):
+def test_shapes_lie_in_their_requested_boxes(measured):
     assert measured[f"scale {measured['best scale']:g}"]["mean"] >= 0.7
 
 
-def test_they_do_not_lie_in_the_boxes_of_others(measured):
+def test_shapes_do_not_lie_in_the_boxes_of_other_layouts(measured):
     assert measured["shuffled"] < 0.3
 
 

@@ -1,4 +1,4 @@
-"""The proof that DDPM learns in pixel space: bits per dimension of held-out pictures fall with training.
+"""Proof of DDPM in pixel space: bits per dimension of held-out images fall with training.
 
 STIPPLE_PHOTOS=FOLDER pytest -m slow -n 0 tests/tasks/test_task_pixels.py --basetemp=runs/pixels
 
@@ -21,14 +21,14 @@ def results(tmp_path_factory, settings_of_runs) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_bits_per_dimension_of_held_out_pictures_fall_with_training_and_are_below_raw_ones(results):
+def test_bits_per_dimension_of_held_out_images_fall_with_training_and_are_below_raw_ones(results):
     bounds = [result["bound"] for result in results]
     assert bounds == sorted(bounds, reverse=True)
     assert bounds[-1] < bounds[0] - 0.5 and bounds[-1] < 8
 
 
 @pytest.mark.slow
-def test_distortion_falls_as_bits_are_sent_and_most_bits_buy_the_last_of_it(results):
+def test_distortion_falls_with_bits_and_most_bits_reduce_it_little(results):
     curve = results[-1]["curve"]
     assert curve["rate"] == sorted(curve["rate"])
     falling = [curve["distortion"][index] for index in range(0, len(curve["distortion"]), 20)]

@@ -1,4 +1,4 @@
-"""The proof of unCLIP in small (Ramesh et al. 2022): a prior from captions to embeddings, a decoder from there.
+"""Proof of unCLIP (Ramesh et al. 2022) at a small scale: a prior from captions to embeddings, and a decoder of these.
 
 EMBEDDING_RUNS=FOLDER pytest -m slow tests/tasks/test_task_prior.py; results are in docs/tasks/prior.md.
 """
@@ -25,18 +25,18 @@ from stipple_core.images.images import grid, image_to_tensor, tensor_to_image
 from tests.helpers.shapes import caption, read, same
 from tests.helpers.small_clip import pictures
 
-DRAWN = 8  # pictures of each scene that say its true embedding
+DRAWN = 8  # images of each scene, for its true embedding
 SHOWN = 30  # scenes that the decoder draws
 CAPTIONS = [caption(scene) for scene in runs.QUERIES]
 
 
 @dataclass(frozen=True)
 class Predicted:
-    """What the prior says of captions that it has not seen."""
+    """Embeddings that the prior samples for unseen captions."""
 
     folder: Path
     embedder: Embedder
-    true: Tensor  # [60, DRAWN, d], embeddings of pictures of each caption
+    true: Tensor  # [60, DRAWN, d], embeddings of images of each caption
     prior: Tensor  # [60, d]
 
 
@@ -51,10 +51,10 @@ def predicted(tmp_path_factory) -> Predicted:
 
 @pytest.fixture(scope="module")
 def cosines(predicted) -> dict[str, float]:
-    """Mean cosines to the embeddings of pictures of unseen captions, and how often the right caption is nearest."""
+    """Mean cosines to the embeddings of images of unseen captions, and how often the right caption is nearest."""
     true, embedder = predicted.true, predicted.embedder
     with torch.inference_mode():
-        best = F.normalize(true, dim=-1).flatten(0, 1).mean(0).expand(len(true), -1)  # of all that know no caption
+        best = F.normalize(true, dim=-1).flatten(0, 1).mean(0).expand(len(true), -1)  # the best constant
         numbers = {
             "prior": cosine(predicted.prior, true),
             "text": cosine(embedder.texts(CAPTIONS), true),
@@ -63,12 +63,12 @@ def cosines(predicted) -> dict[str, float]:
             "right_of_60_by_prior": matched(predicted.prior, true),
             "right_of_60_by_text": matched(embedder.texts(CAPTIONS), true),
         }
-    return told(numbers, predicted.folder / "prior.json")
+    return saved(numbers, predicted.folder / "prior.json")
 
 
 @pytest.fixture(scope="module")
 def drawn(predicted) -> dict[str, float]:
-    """What the decoder makes of true embeddings, and of the prior's: cosines after encoding it again, scenes read."""
+    """Images decoded from true embeddings and from the prior's: cosines of their embeddings, and recognized scenes."""
     model, scenes, numbers = TextToImage.load(runs.decoder(predicted.folder)), runs.QUERIES[:SHOWN], {}
     originals = pictures(scenes, random.Random(7))
     with torch.inference_mode():
@@ -82,22 +82,22 @@ def drawn(predicted) -> dict[str, float]:
     labels = [f"{row}: {text}" for row in rows for text in CAPTIONS[:8]]
     shown = [image.resize((96, 96)) for made in rows.values() for image in made[:8]]
     grid(shown, 8, labels).quantize(64).save(predicted.folder / "prior.png", optimize=True)
-    return told(numbers, predicted.folder / "decoder.json")
+    return saved(numbers, predicted.folder / "decoder.json")
 
 
-def told(numbers: dict[str, float], path: Path) -> dict[str, float]:
-    """The numbers, printed and written."""
+def saved(numbers: dict[str, float], path: Path) -> dict[str, float]:
+    """Print the numbers, write them to a file, and return them."""
     path.write_text(json.dumps(numbers, indent=2))
     print(json.dumps(numbers, indent=2))
     return numbers
 
 
 def decoded(model: TextToImage, points: Tensor) -> list[Image.Image]:
-    """A picture of each embedding [B, d]."""
+    """Draw an image of each embedding [B, d]."""
     made = []
-    for place, settings in enumerate(model.plan([""] * len(points), seed=5, given=ConditionInputs(prompts=[""]))):
+    for place, settings in enumerate(model.plan([""] * len(points), seed=5, inputs=ConditionInputs(prompts=[""]))):
         (batch,) = model.batches([settings], 1)
-        *_, last = model.sample(batch, given=ConditionInputs(prompts=[""], embedding=points[place : place + 1]))
+        *_, last = model.sample(batch, inputs=ConditionInputs(prompts=[""], embedding=points[place : place + 1]))
         made += model.decode(last.z)
     return made
 
@@ -114,18 +114,18 @@ def matched(points: Tensor, true: Tensor) -> float:
 
 
 @pytest.mark.slow
-def test_the_prior_is_nearer_to_pictures_of_unseen_captions_than_the_best_constant(cosines):
+def test_the_prior_is_nearer_to_images_of_unseen_captions_than_the_best_constant(cosines):
     assert cosines["prior"] > cosines["best_constant"] + 0.5
 
 
 @pytest.mark.slow
 def test_the_prior_is_nearer_to_them_than_the_captions_own_embedding(cosines):
-    """The small CLIP has hardly a gap between its modalities: what is left to 1 is compared."""
+    """The small CLIP has almost no gap between its modalities, so distances from 1 are compared."""
     assert 1 - cosines["prior"] < 0.75 * (1 - cosines["text"])
 
 
 @pytest.mark.slow
-def test_the_decoder_draws_what_an_embedding_says(drawn, cosines):
+def test_the_decoder_draws_the_scene_of_an_embedding(drawn, cosines):
     assert drawn["cosine from its embedding"] > cosines["best_constant"] + 0.1
 
 

@@ -1,4 +1,4 @@
-"""The proof of retrieval in small (Blattmann et al. 2022): pictures are of the kind of the neighbors that were found.
+"""Proof of retrieval (Blattmann et al. 2022) at a small scale: images resemble the neighbors of their queries.
 
 EMBEDDING_RUNS=FOLDER pytest -m slow tests/tasks/test_task_retrieval.py; results are in docs/tasks/retrieval.md.
 """
@@ -25,7 +25,7 @@ SCENES = [*runs.QUERIES[:20], *((each,) for each in OBJECTS[::2])]  # unseen pai
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory) -> dict:
-    """All numbers, once."""
+    """All numbers, measured once."""
     folder = runs.data(runs.folder_of(tmp_path_factory.mktemp("retrieval")))
     with torch.inference_mode():
         numbers, sheet = measure(folder)
@@ -36,7 +36,7 @@ def measured(tmp_path_factory) -> dict:
 
 
 def measure(folder) -> tuple[dict, object]:
-    """What pictures drawn by prompts, and by pictures, have to do with what was searched for."""
+    """The similarity of images drawn from prompts, and from images, to their queries and neighbors."""
     model, embedder, numbers = TextToImage.load(runs.augmented(folder)), runs.clip(folder), {}
     reader, captions = model.conditioner.readers["retrieval"], [caption(scene) for scene in SCENES]
     originals = pictures(SCENES, random.Random(9))
@@ -56,7 +56,7 @@ def measure(folder) -> tuple[dict, object]:
 
 
 def compared(scores: Tensor) -> dict[str, float]:
-    """Of cosines [Q, Q] of pictures to what was found for each query: those to their own, to others, and who wins."""
+    """Summarize cosines [Q, Q] of images to neighbors of queries: to their own, to others, and how often own win."""
     own, places = scores.diag(), torch.arange(len(scores))
     others = (scores.sum() - own.sum()) / (scores.numel() - len(scores))
     return {
@@ -68,12 +68,12 @@ def compared(scores: Tensor) -> dict[str, float]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("asked", ["prompt", "picture"])
-def test_pictures_are_nearer_to_their_own_neighbors_than_to_those_of_other_queries(measured, asked):
+def test_images_are_nearer_to_their_own_neighbors_than_to_those_of_other_queries(measured, asked):
     assert measured[f"cosine_to_own_neighbors_by_{asked}"] > measured[f"cosine_to_others_neighbors_by_{asked}"] + 0.2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("asked", ["prompt", "picture"])
-def test_the_query_of_a_picture_is_found_among_all(measured, asked):
-    """By chance one in 32 would be."""
+def test_the_query_of_an_image_is_the_nearest_of_all(measured, asked):
+    """One in 32 would be by chance."""
     assert measured[f"own_is_nearest_by_{asked}"] > 0.5

@@ -1,4 +1,4 @@
-"""The proof of the score SDE's likelihood: the ODE's bits of held-out pictures are below those of the bound.
+"""Proof of the likelihood of score SDEs: the ODE's bits of held-out images are below those of the bound.
 
 STIPPLE_PHOTOS=FOLDER pytest -m slow -n 0 tests/tasks/test_task_scores.py --basetemp=runs/scores
 
@@ -26,8 +26,8 @@ from tests.helpers.pixel_runs import measured, photos
 from tests.helpers.tiny_runs import run_here
 
 STEPS = [150, 600, 1200]
-EARLY, LATE = 30, 700  # steps, of the models whose pictures are compared
-DRAWN = 64  # pictures of each
+EARLY, LATE = 30, 700  # steps of the models whose images are compared
+DRAWN = 64  # images of each
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +37,10 @@ def results(tmp_path_factory, settings_of_runs) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_the_odes_bits_are_below_the_bound_of_the_same_trained_model_on_the_same_pictures(results):
+def test_the_odes_bits_are_below_the_bound_of_the_same_model_on_the_same_images(results):
     for result in results[1:]:
         assert result["ode"] < result["bound"]
-        assert result["above_ode"] > 0.9  # nearly each picture's, not only the mean
+        assert result["above_ode"] > 0.9  # for nearly every image, not only on average
 
 
 @pytest.mark.slow
@@ -52,7 +52,7 @@ def test_both_fall_with_training(results):
 
 @pytest.fixture(scope="module", params=["ncsn", "vesde", "subvpsde"])
 def distances(request, tmp_path_factory, settings_of_runs) -> dict[str, float]:
-    """Distances to photographs of pictures by a model that has hardly learned, and by the same 700 steps later.
+    """Distances from photographs to images of a model after a few steps, and after 700.
 
     SCORE_RUNS names a folder to keep the runs in, where what is there is not trained again.
     """
@@ -76,7 +76,7 @@ def distances(request, tmp_path_factory, settings_of_runs) -> dict[str, float]:
 
 
 def frechet(a: Tensor, b: Tensor) -> float:
-    """Frechet distance of two sets of pictures [N, 3, 16, 16], each seen as means over 2 x 2 pixels.
+    """Fréchet distance of two sets of images [N, 3, 16, 16], each as means over 2 x 2 pixels.
 
     Means over more pixels don't tell noise from plain gray.
     """
@@ -90,5 +90,5 @@ def frechet(a: Tensor, b: Tensor) -> float:
 
 
 @pytest.mark.slow
-def test_pictures_come_nearer_to_photographs_with_training(distances):
+def test_images_become_nearer_to_photographs_with_training(distances):
     assert distances[f"{LATE} steps"] < 0.5 * distances[f"{EARLY} steps"]

@@ -1,6 +1,7 @@
-"""The proof that a semantic map decides what lies where: a model trained from scratch on colored regions, in minutes.
+"""Proof of semantic synthesis: a model trained from scratch on colored regions, in minutes.
 
-pytest -m slow -n 0 tests/tasks/test_task_semantic.py --basetemp=runs/semantic      the results are in docs/tasks/semantic.md
+pytest -m slow -n 0 tests/tasks/test_task_semantic.py --basetemp=runs/semantic
+The results are in docs/tasks/semantic.md.
 """
 
 import json
@@ -11,14 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from conditioning.hints.hints import Files
+from conditioning.hints.hint_files import Files
 from ldm.pipeline import TextToImage
 from stipple_core.images.images import grid, tensor_to_image
+from tests.helpers.hint_pictures import draw_with_hints
 from tests.helpers.regions import COLORS, SIDE, agreement, draw_map, draw_picture, make_set
 from tests.helpers.tiny_runs import run_here
-from tests.helpers.told_pictures import draw_told
 
-COUNT = 1500  # pictures in the set
+COUNT = 1500  # images in the set
 ASKED = 48  # held-out maps
 
 
@@ -31,7 +32,7 @@ def shares(pictures: list[Image.Image], maps: list[np.ndarray]) -> list[float]:
     return [agreement(*pair) for pair in zip(pictures, maps, strict=True)]
 
 
-def test_the_analysis_reads_known_regions_right_and_no_others():
+def test_the_analysis_recognizes_the_regions_of_its_own_map_only():
     draws = np.random.default_rng(2)
     maps = [draw_map(draws) for _ in range(100)]
     pictures = [draw_picture(classes, draws) for classes in maps]
@@ -41,7 +42,7 @@ def test_the_analysis_reads_known_regions_right_and_no_others():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, settings_of_runs) -> tuple[list[Image.Image], Path]:
-    """A picture for each held-out map, by a model trained from scratch; and its folder."""
+    """An image for each held-out map, drawn by a model trained from scratch, and its folder."""
     folder = tmp_path_factory.mktemp("semantic")
     make_set(folder / "set", COUNT, seed=0)
     data = [f"data.folder={folder / 'set' / 'pictures'}", f"data.maps={folder / 'set' / 'maps'}"]
@@ -50,13 +51,13 @@ def trained(tmp_path_factory, settings_of_runs) -> tuple[list[Image.Image], Path
     hint = model.conditioner.readers["spatial"].hint
     files = [Files(map=torch.from_numpy(classes)[None].float()) for classes in held_out()]
     hints = torch.cat([hint.of_files(each, SIDE, SIDE, torch.Generator()) for each in files])
-    pictures = [tensor_to_image(image) for image in draw_told(model, hints, guidance_scale=1.0)]
+    pictures = [tensor_to_image(image) for image in draw_with_hints(model, hints, guidance_scale=1.0)]
     report(folder, pictures)
     return pictures, folder
 
 
 def report(folder: Path, pictures: list[Image.Image]) -> None:
-    """The measured shares, and some maps above their pictures, for docs/tasks/semantic.md."""
+    """The measured shares, and some maps above their images, for docs/tasks/semantic.md."""
     maps = held_out()
     right, others = shares(pictures, maps), shares(pictures[1:] + pictures[:1], maps)
     by_class = [
@@ -71,11 +72,11 @@ def report(folder: Path, pictures: list[Image.Image]) -> None:
 
 
 @pytest.mark.slow
-def test_pixels_have_the_color_of_the_region_that_was_asked_for(trained):
+def test_pixels_have_the_color_of_their_region(trained):
     assert np.mean(shares(trained[0], held_out())) >= 0.85
 
 
 @pytest.mark.slow
-def test_the_pictures_do_not_show_the_regions_of_other_maps(trained):
+def test_images_do_not_show_the_regions_of_other_maps(trained):
     pictures, maps = trained[0], held_out()
     assert np.mean(shares(pictures[1:] + pictures[:1], maps)) <= 0.5

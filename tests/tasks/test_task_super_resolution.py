@@ -1,7 +1,7 @@
-"""The proof that a model enlarges pictures, and ends a cascade: trained on crops of photographs, in minutes.
+"""Proof of super-resolution, alone and at the end of a cascade: trained on crops of photographs, in minutes.
 
 STIPPLE_PHOTOS=FOLDER pytest -m slow -n 0 tests/tasks/test_task_super_resolution.py --basetemp=runs/super-resolution
-the results are in docs/tasks/super-resolution.md and docs/tasks/cascade.md
+The results are in docs/tasks/super-resolution.md and docs/tasks/cascade.md.
 """
 
 import json
@@ -23,16 +23,16 @@ from tests.helpers.photo_crops import CROP, SIDE, make_crops, make_small, photo_
 from tests.helpers.photo_distances import frechet, train_distance
 from tests.helpers.tiny_runs import run_here
 
-MEAN = {"sampler": "ddim", "steps": 1, "guidance_scale": 1.0}  # the mean of what may be there
-DRAWN = {"sampler": "ddim", "steps": 4, "guidance_scale": 1.0}  # nearer to one of all that may be there
+MEAN = {"sampler": "ddim", "steps": 1, "guidance_scale": 1.0}  # the mean of possible images
+DRAWN = {"sampler": "ddim", "steps": 4, "guidance_scale": 1.0}  # nearer to one possible image
 FIRST = {"sampler": "ddim", "steps": 50, "guidance_scale": 1.0, "guidance_bound": 1.0}
-NOISE = 0.1  # on the first stage's pictures
-MADE = 32  # pictures of the cascade
+NOISE = 0.1  # on images of the first stage
+MADE = 32  # images of the cascade
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Photographs at 128 x 128 and what was made of a sixteenth of their pixels; and pictures of a cascade."""
+    """Photographs at 128 x 128, their enlargements from a sixteenth of the pixels, and images of a cascade."""
 
     truth: Tensor  # [B, 3, 128, 128] held-out photographs
     bicubic: Tensor  # enlarged from 32 x 32
@@ -45,19 +45,19 @@ class Measured:
 
 
 def enlarged(small: Tensor) -> Tensor:
-    """Bicubic, [B, 3, 32, 32] -> [B, 3, 128, 128]."""
+    """Enlarge by bicubic interpolation: [B, 3, 32, 32] -> [B, 3, 128, 128]."""
     return F.interpolate(small, size=(SIDE, SIDE), mode="bicubic").clamp(-1, 1)
 
 
 def by_model(model: TextToImage, small: Tensor, noise_level: float, **settings) -> Tensor:
-    """The same by a model, of 8-bit pictures and with seeds 0, 1, 2, ..., as stipple upscale does it."""
+    """Enlarge 8-bit images by a model with seeds 0, 1, 2, ..., as stipple upscale does."""
     files = [tensor_to_image(image) for image in small]
     made = [model("", image=x, noise_level=noise_level, seed=i, **settings)[0] for i, x in enumerate(files)]
     return torch.stack([image_to_tensor(image) for image in made])
 
 
 def measure(second: TextToImage, first: TextToImage, truth: Tensor, crops: Path) -> Measured:
-    """All pictures, made and enlarged in both ways."""
+    """Draw all images, and enlarge them in both ways."""
     small = torch.stack([resized(image, (CROP, CROP), "bicubic").clamp(-1, 1) for image in truth])
     prompts = [""] * MADE
     made = []
@@ -79,7 +79,7 @@ def measure(second: TextToImage, first: TextToImage, truth: Tensor, crops: Path)
 
 
 def figures(all_of_it: Measured) -> dict[str, dict[str, float]]:
-    """What the tests claim, by name and way."""
+    """The measured values, by name and way."""
     truth, distance = all_of_it.truth, all_of_it.distance
     ways = {"bicubic": all_of_it.bicubic, "model": all_of_it.model, "model, 4 steps": all_of_it.drawn}
     cascades = {"bicubic": all_of_it.first_bicubic, "cascade": all_of_it.cascade}
@@ -93,7 +93,7 @@ def figures(all_of_it: Measured) -> dict[str, dict[str, float]]:
 
 
 def report(folder: Path, all_of_it: Measured) -> None:
-    """The figures, and some pictures, for docs/tasks."""
+    """The numbers, and some images, for docs/tasks."""
     (folder / "measured.json").write_text(json.dumps(figures(all_of_it), indent=2))
     print(json.dumps(figures(all_of_it), indent=2))
     rows = (all_of_it.bicubic, all_of_it.model, all_of_it.drawn, all_of_it.truth)
@@ -122,7 +122,7 @@ def measured(tmp_path_factory, settings_of_runs) -> Measured:
 
 
 def lower(measured: Measured, name: str, way: str) -> float:
-    """A distance over that of bicubic interpolation."""
+    """A distance, relative to that of bicubic interpolation."""
     return figures(measured)[name][way] / figures(measured)[name]["bicubic"]
 
 

@@ -1,4 +1,4 @@
-"""Training in buckets: both stages run, resume, and give the same bits on one process and on two."""
+"""Training in buckets: both stages train, resume, and give the same bits in one process and in two."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from stipple.stages.data.data_check import DataCheck
 from stipple.stages.data.run_data import RunData
 from stipple.stages.ldm.batch_encoder import BatchEncoder
 from stipple.stages.ldm.denoiser_validation import SamplePrompts
-from stipple_core.data.dataset import DataConfig, scan
 from stipple_core.data.records.buckets import BucketConfig, assign, bucket_shapes
+from stipple_core.data.records.data_config import DataConfig
+from stipple_core.data.sources.scan import scan
 from tests.helpers.tiny_runs import CACHE, STAGE_1, STAGE_2, final_state, launch, losses, run_here
 
 pytestmark = pytest.mark.usefixtures("settings_of_runs")
@@ -26,7 +27,7 @@ OPTIONS = ["data.buckets={step: 8}", "trainer.steps=4", "trainer.save_every=2", 
 
 
 def make_folder(folder: Path) -> str:
-    """Captioned noise of many shapes."""
+    """Captioned noise images of many shapes."""
     folder.mkdir()
     draw = np.random.default_rng(0)
     with open(folder / "metadata.jsonl", "w") as file:
@@ -52,22 +53,22 @@ def test_both_stages_train_in_buckets_and_resume_exactly(tmp_path):
         assert (final_state(run), losses(run)) == whole
 
 
-def test_training_from_cached_buckets_is_training_straight_from_images(tmp_path):
+def test_training_from_cached_buckets_equals_training_from_images(tmp_path):
     data = make_folder(tmp_path / "data")
     (tmp_path / "data/07.png").write_bytes(b"no picture")
     run_here(*STAGE_1, data, f"run={tmp_path}/ae", "trainer.steps=1", "validation.every=0")
-    given = [data, *OPTIONS, f"autoencoder={tmp_path}/ae/model", "data.flip=true", "samples.every=0"]
+    overrides = [data, *OPTIONS, f"autoencoder={tmp_path}/ae/model", "data.flip=true", "samples.every=0"]
     cache = f"cache={tmp_path}/cache"
-    run_here(*CACHE, *given, cache)
-    run_here(*STAGE_2, *given, cache, f"run={tmp_path}/cached")
-    run_here(*STAGE_2, *given, f"run={tmp_path}/straight")
-    cached, straight = (dict(losses(tmp_path / run)) for run in ("cached", "straight"))
-    assert len(cached) == 4 and cached == pytest.approx(straight, rel=1e-5)
+    run_here(*CACHE, *overrides, cache)
+    run_here(*STAGE_2, *overrides, cache, f"run={tmp_path}/cached")
+    run_here(*STAGE_2, *overrides, f"run={tmp_path}/direct")
+    cached, direct = (dict(losses(tmp_path / run)) for run in ("cached", "direct"))
+    assert len(cached) == 4 and cached == pytest.approx(direct, rel=1e-5)
     sizes = np.load(tmp_path / "cache/sizes.npy")
     assert len(np.unique(sizes, axis=0)) == 4 and (sizes == 0).any()
 
 
-def test_what_does_not_fit_buckets_is_refused_in_one_line(tmp_path, capsys):
+def test_settings_that_do_not_go_with_buckets_are_refused_in_one_line(tmp_path, capsys):
     data = make_folder(tmp_path / "data")
     run_here(*STAGE_1, data, f"run={tmp_path}/ae", "trainer.steps=1", "validation.every=0")
     run = [f"run={tmp_path}/run", f"autoencoder={tmp_path}/ae/model"]
@@ -85,7 +86,7 @@ def test_what_does_not_fit_buckets_is_refused_in_one_line(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_two_processes_train_in_buckets_as_one_does(tmp_path):
+def test_two_processes_train_in_buckets_like_one(tmp_path):
     data, states = make_folder(tmp_path / "data"), []
     for processes in (0, 2):
         ae, ldm = tmp_path / f"ae{processes}", tmp_path / f"ldm{processes}"
@@ -95,7 +96,7 @@ def test_two_processes_train_in_buckets_as_one_does(tmp_path):
     assert states[0] == states[1]
 
 
-def test_examples_are_of_one_shape_whatever_the_buckets(tmp_path):
+def test_examples_have_one_shape_with_any_buckets(tmp_path):
     make_folder(tmp_path / "data")
     config = DataConfig(folder=str(tmp_path / "data"), image_size=32, validation=0.3, buckets=BucketConfig(step=8))
     records, shapes = scan(config), bucket_shapes(32, config.buckets)
@@ -104,5 +105,5 @@ def test_examples_are_of_one_shape_whatever_the_buckets(tmp_path):
     pictures = RunData.open(config, data_check, 0, str(tmp_path / "run"))
     assert len({pictures.held_out.held_out(i).image.shape for i in range(8)}) > 1
     conditioner = CombinedConditioner(Unconditional(), {"frame": FrameReader(FrameConfig(width=2))})
-    shown = SamplePrompts.of([], pictures.examples, BatchEncoder(None, conditioner, conditioner, None))
-    assert shown.given.frame.shape == (8, 6) and pictures.examples.records is records.validation
+    samples = SamplePrompts.of([], pictures.examples, BatchEncoder(None, conditioner, conditioner, None))
+    assert samples.inputs.frame.shape == (8, 6) and pictures.examples.records is records.validation

@@ -1,4 +1,4 @@
-"""The moving average of weights: LDM's warm-up in closed form, and weights lent and given back bit for bit."""
+"""The moving average of weights: LDM's warm-up in closed form; applied weights are restored bit for bit."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from stipple.training.optimization.ema import Ema, EmaConfig
-from stipple_core.files.checkpoint_folder import load_state, save_state
+from stipple_core.files.training_state import load_state, save_state
 
 
 def model(seed: int = 0) -> nn.Module:
@@ -16,7 +16,7 @@ def model(seed: int = 0) -> nn.Module:
 
 
 def walk(network: nn.Module, ema: Ema, steps: int, seed: int = 1) -> None:
-    """Random changes of the weights, each followed by an update of the average."""
+    """Change the weights randomly, and update the average after each change."""
     draws = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         with torch.no_grad():
@@ -29,7 +29,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_the_average_is_the_weighted_sum_of_all_weights_so_far():
+def test_the_average_is_the_weighted_sum_of_all_previous_weights():
     network = nn.Linear(1, 1, bias=False).double()
     ema = Ema(network, EmaConfig(decay=0.9, warmup=False))
     values = torch.randn(20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -42,7 +42,7 @@ def test_the_average_is_the_weighted_sum_of_all_weights_so_far():
     assert ema.averages["weight"].item() == pytest.approx(expected.item(), abs=1e-6)
 
 
-def test_the_decay_warms_up_as_in_ldm_and_then_stays():
+def test_the_decay_warms_up_as_in_ldm_and_is_constant_afterwards():
     ema = Ema(model(), EmaConfig(decay=0.5))
     decays = []
     for _ in range(12):
@@ -64,7 +64,7 @@ def test_constant_weights_are_their_own_average_and_decay_0_is_no_average():
     assert same(unaveraged.averages, dict(network.named_parameters()))
 
 
-def test_weights_come_back_bit_for_bit_even_after_an_error():
+def test_weights_are_restored_bit_for_bit_even_after_an_error():
     network = model()
     ema = Ema(network, EmaConfig())
     walk(network, ema, 3)
@@ -75,7 +75,7 @@ def test_weights_come_back_bit_for_bit_even_after_an_error():
     assert same(dict(network.named_parameters()), before)
 
 
-def test_only_what_is_trained_is_averaged_and_always_in_float32():
+def test_only_trained_weights_are_averaged_and_always_in_float32():
     network = model().to(torch.bfloat16)
     network[0].requires_grad_(False)
     ema = Ema(network, EmaConfig())
@@ -83,7 +83,7 @@ def test_only_what_is_trained_is_averaged_and_always_in_float32():
     assert {average.dtype for average in ema.averages.values()} == {torch.float32}
 
 
-def test_an_average_saved_and_taken_up_goes_on_as_if_nothing_had_happened(tmp_path):
+def test_a_saved_and_restored_average_continues_exactly(tmp_path):
     whole, broken = model(), model()
     expected, ema = Ema(whole, EmaConfig()), Ema(broken, EmaConfig())
     for seed in (1, 2):
@@ -102,7 +102,7 @@ def test_averages_of_another_model_are_refused_by_name():
         Ema(model(), EmaConfig()).load_state_dict(state)
 
 
-def test_an_average_kept_on_the_cpu_is_the_one_kept_beside_the_model():
+def test_an_average_on_the_cpu_equals_one_beside_the_model():
     networks = model(), model()
     beside, apart = Ema(networks[0], EmaConfig()), Ema(networks[1], EmaConfig(device="cpu"))
     for network, ema in zip(networks, (beside, apart), strict=True):
@@ -116,7 +116,7 @@ def test_an_average_kept_on_the_cpu_is_the_one_kept_beside_the_model():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_an_average_of_a_model_on_a_gpu_is_kept_on_the_cpu_with_the_same_numbers():
+def test_an_average_on_the_cpu_of_a_model_on_a_gpu_has_the_same_numbers():
     networks = model().cuda(), model().cuda()
     beside, apart = Ema(networks[0], EmaConfig()), Ema(networks[1], EmaConfig(device="cpu"))
     for step in range(20):
@@ -130,6 +130,6 @@ def test_an_average_of_a_model_on_a_gpu_is_kept_on_the_cpu_with_the_same_numbers
         assert not average.is_cuda and torch.allclose(average, beside.averages[name].cpu(), rtol=1e-6, atol=1e-6)
 
 
-def test_an_unknown_place_for_the_averages_is_refused():
+def test_an_unknown_device_for_the_averages_is_refused():
     with pytest.raises(ValueError, match="ema.device 'gpu' is unknown; use model or cpu"):
         EmaConfig(device="gpu")

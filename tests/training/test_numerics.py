@@ -1,10 +1,9 @@
-"""What is not finite goes no further: a step with a NaN or an infinity leaves nothing but a line that says so."""
+"""Steps with a NaN or an infinity are skipped: they change nothing, and are reported in one line."""
 
 from __future__ import annotations
 
 import dataclasses
 import gc
-import json
 import math
 import random
 from collections.abc import Callable
@@ -12,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,8 +20,9 @@ from stipple.training.run.signals import Signals
 from stipple.training.trainer import Trainer
 from stipple_core.files.checkpoint_folder import checkpoints
 from tests.helpers.line_runs import Run, at
+from tests.helpers.run_files import assert_finite_on_disk, bad_steps, strict_json
 
-BAD = [math.nan, math.inf, -math.inf, 1e25]  # whose square, of which a second moment is made, float32 does not hold
+BAD = [math.nan, math.inf, -math.inf, 1e25]  # the square of 1e25, a second moment, overflows float32
 pytestmark = pytest.mark.usefixtures("settings_of_runs")
 
 
@@ -32,29 +31,8 @@ def _no_waiting_for_the_disk(monkeypatch):
     monkeypatch.setattr("os.fsync", lambda handle: None)
 
 
-def bad_steps(run: Path) -> list[dict]:
-    """The lines of bad_steps.jsonl, read as strict JSON."""
-    path = run / "bad_steps.jsonl"
-    return [strict(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def strict(line: str) -> dict:
-    return json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is not JSON: {line}"))
-
-
-def assert_finite_on_disk(run: Path) -> None:
-    """Every number of every checkpoint and of the model; metrics are JSON."""
-    found = [*(run / "state").rglob("*.safetensors"), *(run / "model").rglob("*.safetensors")]
-    assert found
-    for path in found:
-        for name, value in load_file(path).items():
-            assert not value.is_floating_point() or torch.isfinite(value).all(), (path, name)
-    for line in (run / "metrics.jsonl").read_text().splitlines():
-        strict(line)
-
-
 def normalized_line() -> nn.Module:
-    """With buffers: the running mean and variance of a batch norm."""
+    """A model with buffers: the running mean and variance of a batch norm."""
     return nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)).double()
 
 
@@ -66,9 +44,9 @@ def poison_a_gradient(run: Run, value: float, draws: random.Random) -> None:
 ZERO = torch.tensor([0])
 
 
-def test_fifty_injections_into_losses_and_gradients_change_no_number(tmp_path, capsys):
+def test_fifty_injections_into_losses_and_gradients_change_no_weight(tmp_path, capsys):
     draws = random.Random(5)
-    kinds = {"factor": BAD, "summand": BAD[:3], "gradient": BAD}  # a summand leaves the gradient as it is
+    kinds = {"factor": BAD, "summand": BAD[:3], "gradient": BAD}  # a summand does not change the gradient
     chosen = {step: draws.choice(list(kinds)) for step in draws.sample(range(100), 50)}
     bad = {step: (kind, draws.choice(kinds[kind])) for step, kind in chosen.items()}
     run, before, last = Run(tmp_path, normalized_line, steps=100, micro_batch_size=4, max_bad_steps=50), {}, {}
@@ -102,17 +80,17 @@ def test_fifty_injections_into_losses_and_gradients_change_no_number(tmp_path, c
     assert_finite_on_disk(tmp_path)
 
 
-def test_a_step_left_out_is_told_with_the_samples_of_the_micro_batch_that_was_not_finite(tmp_path, capsys):
+def test_a_skipped_step_is_reported_with_the_samples_of_the_non_finite_micro_batch(tmp_path, capsys):
     run = Run(tmp_path, steps=5, micro_batch_size=2)
     run.train(lambda step, loss: loss * math.nan if step == 3 and run.trainer.micro == 1 else loss)
     (line,) = bad_steps(tmp_path)
     assert line == {"step": 4, "optimizer": "optimizer", "loss": "nan", "gradient_norm": "nan",
                     "samples": ["3/2", "3/3"]}  # fmt: skip
-    said = "step 4: loss nan, gradient norm nan of optimizer; this update was left out (samples: 3/2, 3/3)\n"
-    assert said in capsys.readouterr().out
+    message = "step 4: loss nan, gradient norm nan of optimizer; this update was skipped (samples: 3/2, 3/3)\n"
+    assert message in capsys.readouterr().out
 
 
-def test_of_a_gradient_alone_that_is_not_finite_all_samples_of_the_step_are_named(tmp_path, capsys):
+def test_if_only_a_gradient_is_not_finite_all_samples_of_the_step_are_named(tmp_path, capsys):
     run = Run(tmp_path, steps=5, micro_batch_size=4)
     run.train(at(3, lambda: poison_a_gradient(run, math.inf, random.Random(0))))
     (line,) = bad_steps(tmp_path)
@@ -120,7 +98,7 @@ def test_of_a_gradient_alone_that_is_not_finite_all_samples_of_the_step_are_name
     assert "3/3, 3/4 and 3 more)" in capsys.readouterr().out
 
 
-def test_values_that_are_not_finite_are_left_out_of_the_averages(tmp_path):
+def test_averages_of_metrics_skip_values_that_are_not_finite(tmp_path):
     run = Run(tmp_path, steps=4, micro_batch_size=4, log_every=2)
     losses = []
 
@@ -130,39 +108,39 @@ def test_values_that_are_not_finite_are_left_out_of_the_averages(tmp_path):
         return loss * math.nan if step == 3 else loss
 
     run.train(each)
-    first, second = (strict(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    first, second = (strict_json(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert first["half"] == 1 and second["half"] == 2.5 and "never" not in first | second
     assert first["loss"] == pytest.approx(sum(losses[:4]) / 4)
     run.trainer.record(validation_loss=math.nan, validation_psnr=3.0)
-    assert strict((tmp_path / "metrics.jsonl").read_text().splitlines()[-1]) == {"step": 5, "validation_psnr": 3.0}
+    assert strict_json((tmp_path / "metrics.jsonl").read_text().splitlines()[-1]) == {"step": 5, "validation_psnr": 3.0}
 
 
-def test_too_many_bad_steps_in_a_row_end_the_run_in_one_line_with_the_checkpoint_intact(tmp_path, capsys):
+def test_too_many_bad_steps_in_a_row_end_the_run_in_one_line_that_names_the_checkpoint(tmp_path, capsys):
     run = Run(tmp_path, steps=20, max_bad_steps=3)
     with pytest.raises(Diverged) as ended:
         run.train(lambda step, loss: loss * math.nan if step >= 6 else loss)
     assert ended.value.code == 1 and run.trainer.step == 8
     assert [path.name for path in checkpoints(tmp_path / "state")] == ["step-0000003", "step-0000006"]
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(said) == 1 and "3 steps in a row were not finite" in said[0] and "bad_steps.jsonl" in said[0]
-    assert f"the last good checkpoint is {tmp_path}/state/step-0000006;" in said[0]
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "3 steps in a row were not finite" in errors[0] and "bad_steps.jsonl" in errors[0]
+    assert f"the last good checkpoint is {tmp_path}/state/step-0000006;" in errors[0]
     assert_finite_on_disk(tmp_path)
 
 
-def test_too_many_bad_steps_before_the_first_checkpoint_do_not_send_anybody_to_one(tmp_path, capsys):
+def test_too_many_bad_steps_before_the_first_checkpoint_name_none(tmp_path, capsys):
     run = Run(tmp_path, max_bad_steps=2)
     with pytest.raises(Diverged):
         run.train(lambda step, loss: loss * math.nan)
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert "; there is no checkpoint yet; lower the learning rate, or look" in said[0]
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "; there is no checkpoint yet; lower the learning rate, or look" in errors[0]
 
 
-def test_a_good_step_starts_the_count_of_bad_ones_anew(tmp_path):
+def test_a_good_step_resets_the_count_of_bad_ones(tmp_path):
     run = Run(tmp_path, max_bad_steps=3).train(lambda step, loss: loss if step in (2, 5) else loss * math.nan)
     assert run.trainer.step == 8 and run.ema.updates == 2
 
 
-def test_bad_steps_in_a_row_are_counted_over_a_restart_and_told_once(tmp_path):
+def test_bad_steps_in_a_row_are_counted_across_a_restart_and_reported_once(tmp_path):
     def nan_from_2(step: int, loss: Tensor) -> Tensor:
         return loss * math.nan if step >= 2 else loss
 
@@ -178,7 +156,7 @@ def test_bad_steps_in_a_row_are_counted_over_a_restart_and_told_once(tmp_path):
 
 
 def fp16_run(folder: Path, **settings) -> Run:
-    """A run whose optimizer scales its losses, which accelerate allows on GPUs alone."""
+    """A run whose optimizer scales its losses, which accelerate only allows on GPUs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "optimizer", _scaled(Trainer.optimizer))
         return Run(folder, **settings)
@@ -196,7 +174,7 @@ def _scaled(make: Callable) -> Callable:
 
 
 def overflowing(run: Run, largest: float) -> Callable[[int, Tensor], Tensor]:
-    """Gradients that overflow above a loss scale, as in float16."""
+    """Overflow gradients above a loss scale, as in float16."""
 
     def each(step: int, loss: Tensor) -> Tensor:
         if run.optimizer.scaler.get_scale() > largest:
@@ -206,14 +184,14 @@ def overflowing(run: Run, largest: float) -> Callable[[int, Tensor], Tensor]:
     return each
 
 
-def test_the_search_for_a_loss_scale_is_no_bad_step_and_is_not_told(tmp_path, capsys):
+def test_the_search_for_a_loss_scale_is_not_reported_as_bad_steps(tmp_path, capsys):
     run = fp16_run(tmp_path, steps=20, max_bad_steps=3)
     run.train(overflowing(run, 1024))
     assert run.optimizer.scaler.get_scale() == 1024 and run.ema.updates == 20 - 6
-    assert bad_steps(tmp_path) == [] and "left out" not in capsys.readouterr().out
+    assert bad_steps(tmp_path) == [] and "was skipped" not in capsys.readouterr().out
 
 
-def test_overflows_count_when_there_is_no_loss_scale_left_to_halve(tmp_path):
+def test_overflows_count_when_the_loss_scale_can_not_be_halved(tmp_path):
     run = fp16_run(tmp_path, steps=40, max_bad_steps=3)
     with pytest.raises(Diverged):
         run.train(overflowing(run, 0))
@@ -243,11 +221,11 @@ def test_the_loss_scale_is_saved_and_restored(tmp_path):
     assert all(map(torch.equal, again.numbers(), whole.numbers()))
 
 
-# -- the device is waited for once a step ------------------------------------------------------------------------------
+# -- one wait for the device per step ----------------------------------------------------------------------------------
 
 
 class Reads(TorchDispatchMode):
-    """Counts how often a number is read from a device."""
+    """Counts how many times a number is read from a device."""
 
     count = 0
 
@@ -266,7 +244,7 @@ def test_whether_a_step_is_finite_is_read_from_the_device_once():
         assert reads.count == 1 and guard.step_skipped != passes
 
 
-def test_what_processes_were_asked_for_is_read_from_the_device_at_once(monkeypatch):
+def test_the_requests_of_processes_are_read_from_the_device_together(monkeypatch):
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda answer, operation: answer.fill_(143))
     signals = Signals()
     try:

@@ -1,4 +1,4 @@
-"""Optimizers by the step: the learning rate in closed form, clipping, rules, steps left out, exact resume."""
+"""Optimizers: the learning rate in closed form, clipping, update rules, skipped steps, exact resume."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from stipple.training.optimization.optimizer import Optimizer, OptimizerConfig, learning_rate
-from stipple_core.files.checkpoint_folder import load_state, save_state
+from stipple.training.optimization.optimizer import Optimizer
+from stipple.training.optimization.update_rules import OptimizerConfig, learning_rate
+from stipple_core.files.training_state import load_state, save_state
 
 
 def config(**changes) -> OptimizerConfig:
@@ -36,13 +37,13 @@ def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def test_the_learning_rate_rises_linearly_to_its_value_and_stays():
+def test_the_learning_rate_rises_linearly_and_is_constant_afterwards():
     rates = [learning_rate(config(warmup_steps=4), step, 100) for step in range(8)]
     assert rates == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1, 0.1, 0.1])
 
 
 @pytest.mark.parametrize(("schedule", "half"), [("cosine", 0.05), ("linear", 0.05), ("constant", 0.1)])
-def test_schedules_go_from_the_whole_to_zero_over_the_steps_after_the_warm_up(schedule, half):
+def test_schedules_fall_to_zero_over_the_steps_after_the_warm_up(schedule, half):
     settings = config(warmup_steps=10, schedule=schedule)
     rates = [learning_rate(settings, step, 110) for step in (10, 60, 110, 500)]
     assert rates[:2] == pytest.approx([0.1, half])
@@ -51,12 +52,12 @@ def test_schedules_go_from_the_whole_to_zero_over_the_steps_after_the_warm_up(sc
     assert schedule != "cosine" or learning_rate(settings, 35, 110) == pytest.approx(cosine)
 
 
-def test_an_unknown_schedule_is_refused_with_the_known_ones():
+def test_an_unknown_schedule_is_refused_with_a_list_of_schedules():
     with pytest.raises(ValueError, match="optimizer.schedule 'cosin' is unknown; use one of constant, cosine, linear"):
         Optimizer([network()], config(schedule="cosin"))
 
 
-def test_updates_are_those_of_torch_adamw_with_decay_on_matrices_only():
+def test_updates_equal_those_of_torch_adamw_with_decay_on_matrices_only():
     model, reference = network().double(), network().double()
     optimizer = Optimizer([model], config(weight_decay=0.1))
     decayed = [p for p in reference.parameters() if p.ndim > 1]
@@ -69,11 +70,11 @@ def test_updates_are_those_of_torch_adamw_with_decay_on_matrices_only():
         reference(images).square().mean().backward()
         adamw.step()
         adamw.zero_grad()
-    for own, theirs in zip(model.parameters(), reference.parameters(), strict=True):
-        assert torch.allclose(own, theirs, rtol=1e-9, atol=1e-12)
+    for own, expected in zip(model.parameters(), reference.parameters(), strict=True):
+        assert torch.allclose(own, expected, rtol=1e-9, atol=1e-12)
 
 
-def test_clipping_bounds_the_norm_of_all_gradients_together_and_reports_it_from_before():
+def test_clipping_bounds_the_global_norm_and_the_unclipped_norm_is_reported():
     model, seen = nn.Linear(3, 1, bias=False), []
     optimizer = Optimizer([model], config(clip_norm=1.0))
     optimizer.rules[0].register_step_pre_hook(lambda *_: seen.append(model.weight.grad.clone()))
@@ -85,7 +86,7 @@ def test_clipping_bounds_the_norm_of_all_gradients_together_and_reports_it_from_
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_step_left_out_changes_neither_weights_nor_moments(bad):
+def test_a_skipped_step_changes_neither_weights_nor_moments(bad):
     model = network()
     optimizer = Optimizer([model], config(clip_norm=1.0))
     train(model, optimizer, range(2))
@@ -115,8 +116,8 @@ def test_the_fp16_loss_scale_is_undone_before_clipping_and_halved_after_an_overf
 
 @pytest.mark.parametrize("fp16", [False, True])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_an_optimizer_saved_and_taken_up_goes_on_bit_for_bit_in_any_memory_format(memory_format, fp16, tmp_path):
-    """Fused AdamW walks raw memory, so moments that come back with other strides would meet other weights."""
+def test_a_restored_optimizer_continues_bit_for_bit_in_any_memory_format(memory_format, fp16, tmp_path):
+    """Fused AdamW reads raw memory, so moments with other strides would be applied to other weights."""
     whole, broken = network(memory_format), network(memory_format)
     uninterrupted, before = Optimizer([whole], config(), fp16), Optimizer([broken], config(), fp16)
     train(whole, uninterrupted, range(5))
@@ -132,7 +133,7 @@ KINDS = ["adamw", "adamw8bit", "muon"]
 
 
 def wide(memory_format=torch.contiguous_format) -> nn.Module:
-    """Enough channels for Muon to take what is in the middle, enough numbers for bitsandbytes to quantize it."""
+    """A model whose middle layers have enough channels for Muon and enough numbers for bitsandbytes."""
     torch.manual_seed(0)
     layers = [nn.Conv2d(4, 32, 3), nn.GroupNorm(2, 32), nn.Conv2d(32, 16, 3), nn.Flatten(), nn.Linear(256, 16)]
     return nn.Sequential(*layers).to(memory_format=memory_format)
@@ -146,7 +147,7 @@ def of_kind(kind: str, **changes) -> OptimizerConfig:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_every_kind_saved_and_taken_up_goes_on_bit_for_bit(kind, memory_format, tmp_path):
+def test_every_kind_continues_bit_for_bit_when_it_is_restored(kind, memory_format, tmp_path):
     settings = of_kind(kind, clip_norm=0.5, schedule="cosine")
     whole, broken = wide(memory_format), wide(memory_format)
     uninterrupted, before = Optimizer([whole], settings), Optimizer([broken], settings)
@@ -163,8 +164,8 @@ def test_every_kind_saved_and_taken_up_goes_on_bit_for_bit(kind, memory_format, 
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_a_state_saved_in_one_memory_format_goes_on_in_another(kind, tmp_path):
-    """As from a GPU's channels_last to sharded weights, which lie row by row."""
+def test_a_state_saved_in_one_memory_format_is_restored_in_another(kind, tmp_path):
+    """For example from channels_last on a GPU to partitioned weights, which are contiguous."""
     last, first = wide(torch.channels_last), wide()
     before, after = Optimizer([last], of_kind(kind)), Optimizer([first], of_kind(kind))
     train(last, before, range(3))
@@ -176,13 +177,13 @@ def test_a_state_saved_in_one_memory_format_goes_on_in_another(kind, tmp_path):
         assert all(torch.equal(moments[name], again[name]) for name in moments) and moments.keys() == again.keys()
     train(last, before, range(3, 4))
     train(first, after, range(3, 4))
-    # Muon orthogonalizes in bfloat16, so the order of columns shows in the third digit of its step
+    # Muon orthogonalizes in bfloat16, so the order of columns affects the third digit of its step
     for a, b in zip(weights(last), weights(first), strict=True):
         assert torch.allclose(a, b, atol=1e-6 if kind == "adamw" else 5e-4)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_muon_moves_hidden_matrices_by_orthogonal_steps_of_the_size_of_adamws_and_leaves_the_rest_to_adamw(
+def test_muon_updates_hidden_matrices_by_orthogonal_steps_and_adamw_updates_the_rest(
     memory_format,
 ):
     after = {}
@@ -202,14 +203,14 @@ def test_muon_moves_hidden_matrices_by_orthogonal_steps_of_the_size_of_adamws_an
         assert torch.equal(after["muon"][index], after["adamw"][index])
 
 
-def test_embeddings_are_adamws_and_not_muons():
+def test_embeddings_are_updated_by_adamw_and_not_by_muon():
     table, settings = nn.Embedding(20, 20), of_kind("muon")
     assert [type(rule).__name__ for rule in Optimizer([table], settings).rules] == ["AdamW"]
     assert [type(rule).__name__ for rule in Optimizer([nn.Linear(20, 20)], settings).rules] == ["Muon", "AdamW"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_learning_rate_of_every_kind_is_that_of_the_step(kind):
+def test_every_kind_uses_the_learning_rate_of_the_step(kind):
     model = wide()
     optimizer = Optimizer([model], of_kind(kind, warmup_steps=4))
     train(model, optimizer, range(2, 3))
@@ -217,7 +218,7 @@ def test_the_learning_rate_of_every_kind_is_that_of_the_step(kind):
 
 
 @pytest.mark.parametrize("kind", ["adamw", "adamw8bit"])
-def test_forgotten_rows_have_no_momentum_and_others_keep_theirs(kind):
+def test_forget_clears_the_moments_of_some_rows_only(kind):
     model = nn.Linear(128, 64, bias=False)
     optimizer = Optimizer([model], of_kind(kind, weight_decay=0.0))
     optimizer.backward((model.weight * torch.arange(1.0, 65)[:, None]).sum())
@@ -230,7 +231,7 @@ def test_forgotten_rows_have_no_momentum_and_others_keep_theirs(kind):
     assert moved[[3, 5]].max() < 1e-6 and moved[[2, 4, 6]].min() > 1e-3
 
 
-def test_eight_bits_keep_moments_of_one_byte_and_nothing_else_large():
+def test_adamw8bit_stores_moments_of_one_byte_and_no_other_large_tensors():
     model = wide()
     optimizer = Optimizer([model], of_kind("adamw8bit"))
     train(model, optimizer, range(1))

@@ -1,4 +1,4 @@
-"""Runs as processes of the system: signals to any of them, the death of one, and that their number changes nothing."""
+"""Runs of real processes: signals to any of them, the death of one, and results that do not depend on their number."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from autoencoder import Autoencoder, AutoencoderConfig
-from stipple.training.optimization.optimizer import learning_rate
+from stipple.training.optimization.update_rules import learning_rate
 from stipple_core.files.checkpoint_folder import checkpoints
 from tests.helpers.line_runs import OPTIMIZER, Run
 from tests.helpers.tiny_runs import ROOT, STAGE_1, STAGE_2, differing, launch, losses, metrics, run_here, start
@@ -38,7 +38,7 @@ def wait_for(true: Callable[[], bool], seconds: float = 60) -> None:
 
 
 def lines(run: Path) -> int:
-    """How many lines the run has written."""
+    """The number of lines that the run has written."""
     path = run / "metrics.jsonl"
     return len(path.read_text().splitlines()) if path.exists() else 0
 
@@ -59,7 +59,7 @@ def quiet() -> dict[str, int]:
     return {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 
 
-def test_a_process_asked_by_sigusr1_saves_and_goes_on_and_by_sigterm_saves_and_exits_143(tmp_path):
+def test_sigusr1_saves_and_continues_and_sigterm_saves_and_exits_with_143(tmp_path):
     process = start(LINE, str(tmp_path), "steps=10000", "save_every=10000", "pause=0.01", **quiet())
     wait_for(lambda: lines(tmp_path) >= 3)
     process.send_signal(signal.SIGUSR1)
@@ -73,13 +73,13 @@ def test_a_process_asked_by_sigusr1_saves_and_goes_on_and_by_sigterm_saves_and_e
 
 @dataclass(frozen=True)
 class Broken:
-    """A run of two processes of which one was asked for a checkpoint and then killed; the run was gone on with."""
+    """A run of two processes, one of which got SIGUSR1 and was killed later; then the run was resumed."""
 
     folder: Path
-    after_usr1: list[int]  # steps saved when the second process alone had got SIGUSR1
-    went_on: int  # lines written afterwards
+    after_usr1: list[int]  # checkpoints after only the second process got SIGUSR1
+    lines_after: int  # lines written afterwards
     code: int  # of the launcher
-    seconds: float  # between the death of one process and the end of all
+    seconds: float  # from the death of one process to the end of all
 
 
 @pytest.fixture(scope="module")
@@ -93,39 +93,39 @@ def broken(tmp_path_factory) -> Broken:
     wait_for(lambda: len(saved(folder)) == 1)
     before, after_usr1 = lines(folder), saved(folder)
     wait_for(lambda: lines(folder) > before + 3)
-    went_on = lines(folder) - before
+    lines_after = lines(folder) - before
     os.kill(second, signal.SIGKILL)
     killed = time.monotonic()
     code = process.wait(60)
     seconds = time.monotonic() - killed
     Run(
         folder, steps=STEPS, save_every=1000, micro_batch_size=4
-    ).train()  # by one: a launch takes a quarter of a minute
-    return Broken(folder, after_usr1, went_on, code, seconds)
+    ).train()  # in one process, because a launch takes 15 seconds
+    return Broken(folder, after_usr1, lines_after, code, seconds)
 
 
-def test_all_processes_save_at_the_same_step_when_one_alone_got_sigusr1_and_go_on(broken):
-    assert len(broken.after_usr1) == 1 and 3 <= broken.after_usr1[0] < STEPS and broken.went_on > 3
+def test_all_processes_save_at_the_same_step_and_continue_when_one_gets_sigusr1(broken):
+    assert len(broken.after_usr1) == 1 and 3 <= broken.after_usr1[0] < STEPS and broken.lines_after > 3
 
 
-def test_the_death_of_one_process_ends_all_soon_with_an_exit_code_that_says_so(broken):
+def test_the_death_of_one_process_soon_ends_all_with_a_nonzero_exit_code(broken):
     print(f"ended {broken.seconds:.1f} s after the death")
     assert broken.code != 0 and broken.seconds < 30
 
 
-def test_two_processes_of_which_one_was_killed_and_then_one_end_where_one_process_ends(broken, tmp_path):
+def test_a_run_of_two_processes_that_is_resumed_by_one_equals_a_run_of_one_process(broken, tmp_path):
     Run(tmp_path / "run", steps=STEPS, save_every=1000, micro_batch_size=4).train()
     assert metrics(broken.folder) == metrics(tmp_path / "run")
     last = f"state/step-{STEPS:07d}"
     assert saved(broken.folder)[-1] == STEPS and differing(broken.folder / last, tmp_path / "run" / last) == []
 
 
-def test_the_learning_rate_counts_optimizer_steps_whatever_the_number_of_processes(broken):
+def test_the_learning_rate_counts_optimizer_steps_for_any_number_of_processes(broken):
     rates = [line["rate"] for line in metrics(broken.folder)]
     assert rates == pytest.approx([learning_rate(OPTIMIZER, step, STEPS) for step in range(STEPS)], rel=1e-6)
 
 
-# -- the two trainings, for longer -------------------------------------------------------------------------------------
+# -- longer runs of both stages --------------------------------------------------------------------------------------
 
 LONG = ["trainer.steps=50", "trainer.save_every=20", "validation.every=25", "trainer.log_every=1"]
 TRAININGS = {
@@ -154,14 +154,14 @@ def assert_same(run: Path, whole: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_train_for_50_steps_as_one_with_two_micro_batches_does_bit_for_bit(training, tmp_path):
+def test_two_processes_train_50_steps_bit_for_bit_like_one_with_two_micro_batches(training, tmp_path):
     command, whole = training
     launch(*command, f"run={tmp_path / 'run'}", processes=2)
     assert_same(tmp_path / "run", whole)
 
 
 @pytest.mark.slow
-def test_a_run_stopped_twice_goes_from_two_processes_to_one_to_two_bit_for_bit(training, tmp_path):
+def test_a_run_continues_bit_for_bit_from_two_processes_to_one_to_two(training, tmp_path):
     command, whole = training
     run = tmp_path / "run"
     for processes, reached in ((2, 13), (0, 29)):

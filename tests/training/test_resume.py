@@ -1,4 +1,4 @@
-"""A run that is broken off at an event and started again leaves what an uninterrupted one leaves, bit for bit.
+"""A run that is interrupted at any event and resumed equals an uninterrupted one, bit for bit.
 
 The events are drawn from a seed that is printed, and so shown where a test fails; STIPPLE_SEED sets it. Processes are
 killed in `test_kills.py`.
@@ -17,9 +17,10 @@ import pytest
 from stipple.training.run.metrics import Metrics
 from stipple.training.trainer import Trainer
 from stipple_core.files import checkpoint_folder as checkpoint
-from tests.helpers.tiny_runs import STAGE_1, STAGE_2, differing, files, launch, metrics, run_here
+from tests.helpers.many_processes import succeed
+from tests.helpers.tiny_runs import STAGE_1, STAGE_2, differing, files, metrics, run_here
 
-# 36 pictures in batches of 10: most steps are in the middle of an epoch, and one in four goes over its end
+# 36 images in batches of 10: most steps are inside an epoch, and one in four crosses its end
 SCHEDULE = ["trainer.batch_size=10", "trainer.micro_batch_size=5", "trainer.log_every=2", "trainer.save_every=3"]
 CASES = {
     "stage 1, kl": [*STAGE_1, *SCHEDULE],
@@ -29,7 +30,7 @@ CASES = {
 
 
 class Killed(BaseException):
-    """Ends a run in this process where SIGKILL would."""
+    """Ends a run in this process, as SIGKILL would end its own process."""
 
 
 pytestmark = pytest.mark.usefixtures("settings_of_runs")
@@ -44,7 +45,7 @@ def draws() -> random.Random:
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request, tmp_path_factory, autoencoder) -> tuple[list[str], Path]:
-    """A command that lacks its `run=`, and the run folder of its uninterrupted run."""
+    """A command without its `run=`, and the folder of its uninterrupted run."""
     command = CASES[request.param] + [f"autoencoder={autoencoder}"] * (request.param == "stage 2")
     folder = tmp_path_factory.mktemp("whole") / "run"
     run_here(*command, f"run={folder}")
@@ -52,14 +53,14 @@ def case(request, tmp_path_factory, autoencoder) -> tuple[list[str], Path]:
 
 
 def assert_same(run: Path, whole: Path) -> None:
-    """Weights, averages, moments, model folder, pictures and metrics."""
+    """Compare weights, averages, moments, model folder, sample images and metrics."""
     assert metrics(run) == metrics(whole)
     for part in ("state", "model", "samples"):
         assert differing(run / part, whole / part) == []
 
 
 def die_at(n: int, patch: pytest.MonkeyPatch) -> list[str]:
-    """Let the run end at the n-th event (from 0) of an update, a line of metrics, a state, a model, or a renaming."""
+    """End the run at the n-th event (from 0): an update, a line of metrics, a state, a model, or a rename."""
     events: list[str] = []
 
     def mortal(owner, name):
@@ -81,7 +82,7 @@ def die_at(n: int, patch: pytest.MonkeyPatch) -> list[str]:
     return events
 
 
-def test_a_run_killed_at_random_events_ends_as_if_it_had_not_been(case, draws, tmp_path):
+def test_a_run_killed_at_random_events_equals_an_uninterrupted_one(case, draws, tmp_path):
     command, whole = case
     for _ in range(4):
         with pytest.MonkeyPatch.context() as patch:
@@ -90,7 +91,7 @@ def test_a_run_killed_at_random_events_ends_as_if_it_had_not_been(case, draws, t
                 run_here(*command, f"run={tmp_path / 'run'}")
             except Killed:
                 print(f"killed at event {len(events)}, {events[-1]}")
-            gc.collect()  # the lock of a process goes with it, that of a trainer when it is collected
+            gc.collect()  # releases the lock of the trainer
     run_here(*command, f"run={tmp_path / 'run'}")
     assert_same(tmp_path / "run", whole)
 
@@ -107,15 +108,15 @@ TWICE = [pytest.param(name, marks=[] if name == "stage 2" else pytest.mark.slow)
 
 
 @pytest.mark.parametrize("case", TWICE, indirect=True)
-def test_a_run_stopped_on_one_process_goes_on_with_two_bit_for_bit(case, tmp_path):
+def test_a_run_of_one_process_is_resumed_by_two_bit_for_bit(case, tmp_path):
     command, whole = case
     stop_after_one_step(command, tmp_path / "run")
-    launch(*command, f"run={tmp_path / 'run'}", processes=2)
+    succeed(*command, f"run={tmp_path / 'run'}", processes=2)
     assert metrics(tmp_path / "run")[-1]["loss"] == metrics(whole)[-1]["loss"]
     assert differing(tmp_path / "run" / "state" / "step-0000008", whole / "state" / "step-0000008") == []
 
 
-def test_a_text_encoder_in_training_keeps_its_tokenizer_when_the_captions_change(autoencoder, tmp_path):
+def test_a_trained_text_encoder_keeps_its_tokenizer_when_the_captions_change(autoencoder, tmp_path):
     command, run = [*STAGE_2, f"autoencoder={autoencoder}", f"run={tmp_path}"], tmp_path
     stop_after_one_step(command, run)
     before = files(run / "model" / "tokenizer")
@@ -123,7 +124,7 @@ def test_a_text_encoder_in_training_keeps_its_tokenizer_when_the_captions_change
     assert metrics(run)[-1]["step"] == 2 and files(run / "model" / "tokenizer") == before
 
 
-def test_a_changed_architecture_is_refused_in_one_line_and_leaves_the_run_as_it_was(autoencoder, tmp_path, capsys):
+def test_a_changed_architecture_is_refused_in_one_line_and_the_run_is_unchanged(autoencoder, tmp_path, capsys):
     command = [*STAGE_2, f"autoencoder={autoencoder}", f"run={tmp_path}"]
     stop_after_one_step(command, tmp_path)
     before = files(tmp_path / "state")

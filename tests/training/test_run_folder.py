@@ -1,4 +1,4 @@
-"""The folder of a run: one run at a time, whatever becomes of the one before."""
+"""The run folder: its lock, and errors of its disk."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from stipple.training.run.run_folder import RunFolder, disk_errors
 
 
 def forked(act: Callable[[], None]) -> int:
-    """Begin a process that does something; its number."""
+    """Fork a process that calls a function; returns its process id."""
     process = os.fork()
     if process == 0:
         try:
@@ -37,7 +37,7 @@ def wait_for(path: Path) -> None:
 
 @pytest.fixture
 def holder(tmp_path) -> int:
-    """A process that holds tmp_path / "run", and has a worker of its own that outlives it."""
+    """A process that locks tmp_path / "run", and has a worker that outlives it."""
 
     def hold() -> None:
         folder = RunFolder(tmp_path / "run", 2)
@@ -52,14 +52,14 @@ def holder(tmp_path) -> int:
     os.kill(int((tmp_path / "held").read_text()), signal.SIGKILL)
 
 
-def test_a_folder_that_is_held_is_refused_and_free_again_when_its_holder_is_killed(holder, tmp_path):
+def test_a_locked_folder_is_refused_and_is_free_when_its_process_was_killed(holder, tmp_path):
     with pytest.raises(
-        ValueError, match="run is in use by another run, process \\d+ on \\S+; wait for it or choose another folder$"
+        ValueError, match=r"run is in use by another run, process \d+ on \S+; wait for it or choose .*$"
     ):
         RunFolder(tmp_path / "run", 2).take()
     os.kill(holder, signal.SIGKILL)
     os.waitpid(holder, 0)
-    RunFolder(tmp_path / "run", 2).take()  # though a worker of the killed one lives on
+    RunFolder(tmp_path / "run", 2).take()  # although a worker of the killed process is still running
 
 
 def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, capsys):
@@ -68,20 +68,20 @@ def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatc
 
     monkeypatch.setattr(fcntl, "flock", unknown)
     RunFolder(tmp_path, 2).take()
-    said = capsys.readouterr().err
-    assert said.startswith(f"warning: {tmp_path} can't be locked (No locks available)") and said.count("\n") == 1
+    message = capsys.readouterr().err
+    assert message.startswith(f"warning: {tmp_path} can't be locked (No locks available)") and message.count("\n") == 1
 
 
-def test_a_failing_disk_is_one_line_that_says_where_to_go_on(tmp_path, capsys):
+def test_a_full_disk_ends_a_run_in_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended, disk_errors(tmp_path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")
-    said = capsys.readouterr().err
-    assert ended.value.code == 1 and said.count("\n") == 1
-    assert said.startswith("error: metrics.jsonl: No space left on device; there is no checkpoint yet; ")
+    message = capsys.readouterr().err
+    assert ended.value.code == 1 and message.count("\n") == 1
+    assert message.startswith("error: metrics.jsonl: No space left on device; there is no checkpoint yet; ")
 
 
 @pytest.mark.parametrize("linked", [False, True])
-def test_a_run_begun_anew_takes_nothing_up_also_where_its_checkpoints_are_on_another_disk(linked, tmp_path):
+def test_no_resume_removes_checkpoints_also_from_another_disk(linked, tmp_path):
     run, elsewhere = RunFolder(tmp_path / "run", 2), tmp_path / "elsewhere"
     run.take()
     elsewhere.mkdir()
@@ -95,7 +95,7 @@ def test_a_run_begun_anew_takes_nothing_up_also_where_its_checkpoints_are_on_ano
     assert elsewhere.is_dir()
 
 
-def test_checkpoints_that_can_not_be_removed_end_a_run_that_is_begun_anew(tmp_path, monkeypatch):
+def test_no_resume_fails_if_checkpoints_can_not_be_removed(tmp_path, monkeypatch):
     run = RunFolder(tmp_path, 2)
     run.save(3, {"step": 3})
 
@@ -109,27 +109,28 @@ def test_checkpoints_that_can_not_be_removed_end_a_run_that_is_begun_anew(tmp_pa
 
 
 def ended_by(error: OSError, folder: Path, capsys) -> str:
-    """What a run says that ends by an error."""
+    """The message of a run that ends by an error."""
     with pytest.raises(SystemExit) as ended, disk_errors(folder):
         raise error
-    said = capsys.readouterr().err
-    assert ended.value.code == 1 and said.count("\n") <= 1
-    return said
+    message = capsys.readouterr().err
+    assert ended.value.code == 1 and message.count("\n") <= 1
+    return message
 
 
-def test_only_a_full_disk_is_answered_by_making_room_and_an_error_without_a_text_by_its_name(tmp_path, capsys):
+def test_only_for_a_full_disk_the_fix_is_to_free_space_and_an_error_without_a_text_has_its_name(tmp_path, capsys):
     for number in (errno.ENOSPC, errno.EDQUOT):
-        assert "; make room there and run the same" in ended_by(OSError(number, os.strerror(number)), tmp_path, capsys)
+        message = ended_by(OSError(number, os.strerror(number)), tmp_path, capsys)
+        assert "; free some disk space and run the same command" in message
     refused = ended_by(ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), tmp_path, capsys)
-    assert refused == "error: Connection refused; there is no checkpoint yet; mend that and run the same again\n"
+    assert refused == "error: Connection refused; there is no checkpoint yet; fix that and run the same command again\n"
     assert ended_by(TimeoutError(), tmp_path, capsys).startswith("error: TimeoutError; ")
 
 
-def test_a_failing_disk_is_told_without_reading_checkpoints_and_by_the_main_process_alone(
+def test_a_disk_error_is_printed_without_reading_checkpoints_and_by_the_main_process_alone(
     tmp_path, capsys, monkeypatch
 ):
     RunFolder(tmp_path, 2).save(3, {"step": 3})
-    monkeypatch.setattr("stipple_core.files.manifest._sha256", lambda path: pytest.fail(f"{path} was read"))
+    monkeypatch.setattr("stipple_core.files.manifest.file_sha256", lambda path: pytest.fail(f"{path} was read"))
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "model")
     assert f"the last good checkpoint is {tmp_path}/state/step-0000003" in ended_by(full, tmp_path, capsys)
     assert ended_by(ReportedByMain(errno.ENOSPC, "x"), tmp_path, capsys) == ""

@@ -1,4 +1,4 @@
-"""Checkpoints that two processes write together: whatever fails for one of them, all of them know and none waits."""
+"""Checkpoints that two processes write together: if one fails, all of them raise and none waits."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from stipple_core.files.checkpoint_folder import problem, write_folder
+from stipple_core.files.checkpoint_folder import write_folder
+from stipple_core.files.manifest import problem
 from tests.helpers.many_processes import run_all
 
-FAULTS = {  # a call that fails for the process of this rank, with a full disk
+FAULTS = {  # rank and call that fails with a full disk
     "temporary folder": (0, "mkdir"),
     "rows of the first": (0, "save_state"),
     "rows of the second": (1, "save_state"),
@@ -27,7 +28,7 @@ def fail(*_: object, **__: object) -> None:
 
 
 def outcome(act) -> list:
-    """The errno and the kind of what it raises, or nothing."""
+    """The errno and the type of the error that a call raises, or None."""
     try:
         act()
     except Exception as error:
@@ -36,7 +37,7 @@ def outcome(act) -> list:
 
 
 def write(folder: Path, rank: int, fault: str) -> list:
-    """Write a checkpoint of rows with a fault; what this process learns of it."""
+    """Write a checkpoint of rows with a fault; returns the error that this process gets."""
     import stipple_core.files.checkpoint_folder as checkpoint
     from stipple.training.distributed.collective import save_rows, write_together
     from stipple_core.files.training_state import Rows
@@ -52,7 +53,7 @@ def write(folder: Path, rank: int, fault: str) -> list:
 
 
 def main(arguments: list[str]) -> None:
-    """What each process does; its answers go to a file of its own."""
+    """The program of each process, which writes its results to its own file."""
     from accelerate import PartialState
 
     from stipple.training.distributed.collective import on_main
@@ -74,19 +75,19 @@ def main(arguments: list[str]) -> None:
 def answers(tmp_path_factory) -> tuple[Path, list[dict]]:
     folder = tmp_path_factory.mktemp("together") / "run"
     write_folder(folder / "state" / "step-0000001", lambda path: (path / "old").write_text("old") and None)
-    run_all([(2, {}, ["test_together.py", f"run={folder}"])])
+    run_all([(2, {}, ["tests.training.test_together", f"run={folder}"])])
     return folder, [json.loads(Path(f"{folder}-{rank}.json").read_text()) for rank in range(2)]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_disk_that_is_full_for_one_process_is_an_error_with_its_number_on_all(fault, answers):
+def test_a_full_disk_of_one_process_raises_an_error_with_its_errno_on_all(fault, answers):
     main, other = (each[fault] for each in answers[1])
     assert main[0] == other[0] == errno.ENOSPC
-    assert main[1] == "OSError" and other[1] == "ToldByMain"
+    assert main[1] == "OSError" and other[1] == "ReportedByMain"
     assert "No space left on device" in main[2] and "No space left on device" in other[2]
 
 
-def test_after_all_faults_a_checkpoint_is_written_by_both_and_nothing_else_is_left(answers):
+def test_after_all_faults_both_write_a_checkpoint_and_no_temporary_files_are_left(answers):
     folder, (first, second) = answers
     assert first[""] == second[""] == []
     assert [path.name for path in (folder / "state").iterdir()] == ["step-0000001"]
@@ -94,8 +95,8 @@ def test_after_all_faults_a_checkpoint_is_written_by_both_and_nothing_else_is_le
     assert (folder / "state" / "step-0000001" / "state-1.safetensors").is_file()
 
 
-def test_what_the_main_process_finds_or_fails_at_is_known_to_all(answers):
+def test_results_and_errors_of_the_main_process_reach_all(answers):
     _, (first, second) = answers
     assert first["value"] == second["value"] == 5
-    assert first["full"][:2] == [errno.ENOSPC, "OSError"] and second["full"][:2] == [errno.ENOSPC, "ToldByMain"]
+    assert first["full"][:2] == [errno.ENOSPC, "OSError"] and second["full"][:2] == [errno.ENOSPC, "ReportedByMain"]
     assert first["mistake"][1] == second["mistake"][1] == "ValueError" and first["mistake"][2] == second["mistake"][2]

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.schedules.registry import ScheduleConfig, make_schedule
+from ldm.schedules.base import ScheduleConfig
+from ldm.schedules.registry import make_schedule
 
 PREDICTIONS = {"eps": "noise", "x0": "clean", "v": "velocity"}
 BETA_SCHEDULES = {"linear": "scaled_linear", "sqrt_linear": "linear", "cosine": "cosine"}  # theirs -> ours

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ldm.formats.compvis.compvis_unet_names import attentions, module_names, renamed
-from ldm.networks.unet import UNet, UNetConfig
+from ldm.networks.unet import UNet
+from ldm.networks.unet_config import UNetConfig
 from stipple_core.files.weights import averaged_keys, misfits, require_fit
 
 NETWORK = "model.diffusion_model."  # prefix in the whole file

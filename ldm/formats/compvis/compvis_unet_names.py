@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ldm.networks.unet import UNetConfig
+from ldm.networks.unet_config import UNetConfig
 
 ENDS = {  # ours -> theirs
     "conv_in": "input_blocks.0.0",

@@ -10,7 +10,8 @@ from ldm.formats.diffusers.prior_options import prior_from_diffusers, prior_to_d
 from ldm.formats.diffusers.unet_options import unet_from_diffusers, unet_to_diffusers
 from ldm.networks.prior import PriorTransformer
 from ldm.networks.prior_config import PriorConfig
-from ldm.networks.unet import UNet, UNetConfig
+from ldm.networks.unet import UNet
+from ldm.networks.unet_config import UNetConfig
 
 Network = UNet | PriorTransformer  # (z_t, timestep, context) -> output
 NetworkConfig = UNetConfig | PriorConfig

@@ -9,15 +9,8 @@ import torch
 
 from ldm.formats.diffusers.network_kinds import KINDS, Network, NetworkConfig, folder_of
 from ldm.formats.diffusers.scheduler import Scheduling, scheduling_from_diffusers, scheduling_to_diffusers
-from stipple_core.files.weights import (
-    find_weights,
-    place,
-    read_folder,
-    read_json,
-    rename_old_attention,
-    write_json,
-    write_weights,
-)
+from stipple_core.files.json_file import read_json, write_json
+from stipple_core.files.weights import find_weights, place, read_folder, rename_old_attention, write_weights
 
 CONFIG = "config.json"
 STEM = "diffusion_pytorch_model"

@@ -19,7 +19,8 @@ from ldm.formats.diffusers.known_schedulers import (
 )
 from ldm.samplers.registry import SAMPLERS
 from ldm.samplers.spacing import SPACINGS
-from ldm.schedules.registry import ScheduleConfig, make_schedule
+from ldm.schedules.base import ScheduleConfig
+from ldm.schedules.registry import make_schedule
 
 BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
 PREDICTION_TYPES = {"noise": "epsilon", "clean": "sample", "velocity": "v_prediction"}

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ldm.formats.diffusers.known_unet_options import CONDITIONED, FIXED, PLAIN, READ, known_options
-from ldm.networks.unet import UNetConfig
+from ldm.networks.unet_config import UNetConfig
 
 # Names of levels on the way down, and of their mirrors on the way up.
 ATTENDING = {CONDITIONED: ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"), PLAIN: ("AttnDownBlock2D", "AttnUpBlock2D")}

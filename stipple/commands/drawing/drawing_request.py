@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stipple_core.images.drawn_pictures import read_record
-from stipple_core.prompt_files import known_settings, read_prompts
+from stipple_core.prompt_files import check_settings, read_prompts
 
 SEED = 42
 
@@ -48,7 +48,7 @@ def read_jobs(request: DrawingRequest) -> tuple[list[dict[str, Any]], dict[str, 
     if record:
         pictures = record["pictures"] if isinstance(record.get("pictures"), list) else [None]
         where = f"the record in {request.like}"
-        pictures = [known_settings(picture, (*names, "num_images"), where) for picture in pictures]
+        pictures = [check_settings(picture, (*names, "num_images"), where) for picture in pictures]
         if request.seed is not None:
             pictures = [{k: v for k, v in picture.items() if k != "seed"} for picture in pictures]
         jobs = [picture | job for job in jobs or [dict(request.settings)] for picture in pictures]
@@ -65,12 +65,13 @@ def with_seeds(jobs: Sequence[dict[str, Any]], seed: int) -> Iterator[dict[str, 
     Raises:
         ValueError: for settings that no model accepts; they are found before a model is loaded.
     """
-    from ldm.sampling.settings import Settings, random_seed, with_usual_scale
+    from ldm.sampling.defaults import with_default_scale
+    from ldm.sampling.settings import Settings, random_seed
 
     seed, pictures = random_seed() if seed == -1 else seed, 0
     for job in jobs:
         values = {name: value for name, value in job.items() if value is not None}
-        job = with_usual_scale({"seed": seed + pictures, "prompt": ""} | values)
+        job = with_default_scale({"seed": seed + pictures, "prompt": ""} | values)
         if job["seed"] == -1:
             job["seed"] = random_seed()
         Settings(**{name: value for name, value in job.items() if name != "num_images"})

@@ -31,10 +31,10 @@ def open_guides(model: TextToImage, sources: Mapping[str, str]) -> None:
 
 
 def _open_classifier(model: TextToImage, path: str) -> None:
-    from ldm.networks.classifier import Classifier
+    from ldm.formats.classifier_folder import load_classifier
     from ldm.sampling.gradient_guides import ClassifierGuide
 
-    classifier = Classifier.load(path)
+    classifier = load_classifier(path)
     if classifier.config.autoencoder != model.autoencoder.fingerprint():
         raise ValueError(f"classifier {path} reads latents of another autoencoder; train one on those of this model")
     model.gradient_guides["classifier_scale"] = ClassifierGuide(classifier.to(model.device))

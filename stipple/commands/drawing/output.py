@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-    from ldm.pipeline import Picture, TextToImage
+    from ldm.pipeline import TextToImage
+    from ldm.sampling.decoding import FinishedImage
     from ldm.sampling.settings import Settings
 
 
@@ -90,7 +91,7 @@ def columns(images: Sequence[Image.Image]) -> int:
 
 def draw_batches(
     model: TextToImage, batches: Sequence[list[Settings]], output: Output, preview_every: int | None
-) -> Iterator[Picture]:
+) -> Iterator[FinishedImage]:
     """Draw batches of pictures under a progress bar; write each picture, print its path, and yield it."""
     from tqdm import tqdm
 

@@ -1,4 +1,4 @@
-"""What the discriminator says of reconstructions, for the autoencoder to learn from."""
+"""The discriminator's outputs for the adversarial loss of the autoencoder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from autoencoder.losses.first_stage_loss import Adversary, LossConfig
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """Within the block gradients flow through the module, not into it."""
+    """Within the block, gradients flow through the module, but not into its parameters."""
     module.requires_grad_(False)
     try:
         yield
@@ -25,7 +25,7 @@ def frozen(module: nn.Module) -> Iterator[None]:
 def discriminate(
     discriminator: PatchDiscriminator, images: Tensor, reconstructions: Tensor, config: LossConfig
 ) -> Adversary:
-    """The discriminator's view of the reconstructions, for the autoencoder to learn from."""
+    """Evaluate the discriminator on reconstructions, for the adversarial loss of the autoencoder."""
     with frozen(discriminator):
         logits, features = discriminator(reconstructions)
         if not config.feature_matching:

@@ -1,4 +1,4 @@
-"""What a stage-1 run consists of: autoencoder, discriminator and perceptual distance, and what learns of them."""
+"""The networks of a stage-1 run (autoencoder, discriminator, perceptual distance) and their training state."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from stipple.training.optimization.ema import Ema
 from stipple.training.optimization.optimizer import Optimizer
 from stipple.training.trainer import Trainer
 from stipple_core.config import require_same
-from stipple_core.data.dataset import Order, make_loader
+from stipple_core.data.loader import make_loader
+from stipple_core.data.order import Order
 from stipple_core.data.records.buckets import check_step
 from stipple_core.operators.winograd import lay_out
 from stipple_core.randomness import generator
@@ -30,24 +31,23 @@ class AutoencoderNetworks:
 
     autoencoder: Autoencoder
     discriminator: PatchDiscriminator
-    perceptual: nn.Module | None  # a distance [B] of two batches of images
+    perceptual: nn.Module | None  # returns a distance [B] between two batches of images
 
 
-def make_autoencoder(config: AutoencoderRunConfig) -> Autoencoder:
-    """A new autoencoder, or that of init_from in memory of its own; its scale is measured anew at each save."""
+def make_autoencoder(config: AutoencoderRunConfig, init: Autoencoder | None) -> Autoencoder:
+    """Build a new autoencoder, with the weights of `init` if there is one; its scale is measured at each save."""
     autoencoder = Autoencoder(config.autoencoder)
-    if config.init_from is not None:
-        given = Autoencoder.load(config.init_from)
+    if init is not None:
         free = ("sample_size", "commitment")
-        require_same(config.autoencoder, given.config, "autoencoder", f"init_from {config.init_from}", free)
-        autoencoder.load_state_dict(given.state_dict(), strict=True)
+        require_same(config.autoencoder, init.config, "autoencoder", f"init_from {config.init_from}", free)
+        autoencoder.load_state_dict(init.state_dict(), strict=True)
     return autoencoder
 
 
-def build_networks(config: AutoencoderRunConfig, device: torch.device) -> AutoencoderNetworks:
-    """The networks that the config names. Raises ValueError where they can't be made, or don't fit the images."""
+def build_networks(config: AutoencoderRunConfig, init: Autoencoder | None, device: torch.device) -> AutoencoderNetworks:
+    """Build the networks of the config. Raises ValueError if they can't be built or do not fit the images."""
     torch.manual_seed(config.seed)
-    autoencoder, discriminator = make_autoencoder(config), PatchDiscriminator(config.discriminator)
+    autoencoder, discriminator = make_autoencoder(config, init), PatchDiscriminator(config.discriminator)
     f, size = autoencoder.downsampling, config.data.image_size
     if size % f:
         raise ValueError(f"data.image_size {size} is not divisible by {f} (autoencoder downsampling)")
@@ -64,7 +64,7 @@ def build_networks(config: AutoencoderRunConfig, device: torch.device) -> Autoen
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderTraining:
-    """What learns in a stage-1 run."""
+    """The trained networks of a stage-1 run with their optimizers and average."""
 
     network: nn.Module  # the autoencoder, wrapped for several processes
     discriminator_network: nn.Module  # the discriminator, wrapped
@@ -77,7 +77,7 @@ class AutoencoderTraining:
     def register(
         cls, trainer: Trainer, networks: AutoencoderNetworks, config: AutoencoderRunConfig
     ) -> AutoencoderTraining:
-        """Give the trainer all that it is to save and restore."""
+        """Register all state with the trainer."""
         autoencoder, discriminator = networks.autoencoder, networks.discriminator
         network = trainer.network("autoencoder", autoencoder)
         discriminator_network = trainer.network("discriminator", discriminator)
@@ -96,20 +96,20 @@ class AutoencoderTraining:
 
 
 def train_perceptual(
-    trainer: Trainer, perceptual: nn.Module | None, pictures: RunData, config: AutoencoderRunConfig
+    trainer: Trainer, perceptual: nn.Module | None, data: RunData, config: AutoencoderRunConfig
 ) -> None:
-    """At the beginning of a run train the features that a perceptual distance compares, where they are our own."""
+    """At the beginning of a run, train the features of a perceptual distance that has trainable ones."""
     if not isinstance(perceptual, FeatureDistance) or trainer.step > 0:
         return
     features, options = perceptual.network, config.perceptual.features
     trainer.print(f"training the perceptual features for {options.steps} steps")
-    train_features(features, feature_batches(pictures, config), options, generator(config.seed, "features"))
-    for parameter in features.parameters():  # GPUs that differ may have trained it to other bits
+    train_features(features, feature_batches(data, config), options, generator(config.seed, "features"))
+    for parameter in features.parameters():  # different GPUs may have trained it to other bits
         parameter.data.copy_(trainer.from_main(parameter.data))
 
 
-def feature_batches(pictures: RunData, config: AutoencoderRunConfig) -> Iterator[Tensor]:
-    """Batches of training images, the same on every process, for the perceptual features to be trained on."""
+def feature_batches(data: RunData, config: AutoencoderRunConfig) -> Iterator[Tensor]:
+    """Batches of training images for the perceptual features, the same on every process."""
     size = config.perceptual.features.batch_size
-    order = Order(len(pictures.squares), size, size, seed=config.seed)
-    return (batch.images for batch in make_loader(pictures.squares, order, config.trainer.workers))
+    order = Order(len(data.squares), size, size, seed=config.seed)
+    return (batch.images for batch in make_loader(data.squares, order, config.trainer.workers))

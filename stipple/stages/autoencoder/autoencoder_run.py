@@ -1,4 +1,4 @@
-"""What a stage-1 run is told: its config, and what init_from gives it."""
+"""The config of a stage-1 run, and the defaults that it takes from `init_from`."""
 
 from __future__ import annotations
 
@@ -9,28 +9,29 @@ from autoencoder import Autoencoder, AutoencoderConfig, DiscriminatorConfig
 from autoencoder.losses.first_stage_loss import LossConfig
 from autoencoder.losses.perceptual import PerceptualConfig
 from stipple.stages.autoencoder.reconstruction import AutoencoderValidationConfig
+from stipple.stages.data.init_model import InitModel
 from stipple.stages.data.run_settings import check_run
 from stipple.training.optimization.ema import EmaConfig
-from stipple.training.optimization.optimizer import OptimizerConfig
-from stipple.training.trainer import TrainerConfig
+from stipple.training.optimization.update_rules import OptimizerConfig
+from stipple.training.trainer_config import TrainerConfig
 from stipple_core.config import to_dict
-from stipple_core.data.dataset import DataConfig
+from stipple_core.data.records.data_config import DataConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderRunConfig:
-    """A stage-1 run."""
+    """The config of a stage-1 run."""
 
-    run: str = "runs/autoencoder"  # folder of everything this run writes
-    seed: int = 0  # of every draw
-    init_from: str | None = None  # model folder or single file whose autoencoder to go on from
+    run: str = "runs/autoencoder"  # the run folder, which everything is written to
+    seed: int = 0  # of all random numbers
+    init_from: str | None = None  # model folder or single file with the autoencoder to start from
     data: DataConfig
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
-    discriminator_start: int | None = 50_001  # optimizer step from which the discriminator exists; null: never
-    revive_every: int = 100  # vq: optimizer steps between moving unused codes onto encoder outputs; 0: never
+    discriminator_start: int | None = 50_001  # first optimizer step with the discriminator; null: never
+    revive_every: int = 100  # vq: optimizer steps between revivals of unused codes; 0: never
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(learning_rate=1e-4, betas=[0.5, 0.9], weight_decay=0.0)
     )
@@ -43,10 +44,15 @@ class AutoencoderRunConfig:
         check_run(self.run, self.seed)
 
 
-def config_from_init(values: dict[str, Any]) -> dict[str, Any]:
-    """What a run takes from the autoencoder that it goes on from, as the lowest layer of its config."""
+def config_from_init(values: dict[str, Any], init: InitModel[Autoencoder] | None = None) -> dict[str, Any]:
+    """The defaults that a run takes from the autoencoder that it starts from, as nested config values.
+
+    Args:
+        values: the config as written, with `init_from`.
+        init: opens the autoencoder; None opens it for this call alone.
+    """
     path = values.get("init_from")
     if not isinstance(path, str):
         return {}
-    given = Autoencoder.load(path).config
-    return {"autoencoder": to_dict(given), "data": {"image_size": given.sample_size}}
+    config = (init or InitModel(Autoencoder.load)).open(path).config
+    return {"autoencoder": to_dict(config), "data": {"image_size": config.sample_size}}

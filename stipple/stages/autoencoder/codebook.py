@@ -1,4 +1,4 @@
-"""The use of a VQ codebook while it is trained, and the revival of codes that nobody uses."""
+"""The usage of a VQ codebook while it is trained, and the revival of unused codes."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from stipple_core.randomness import generator
 
 
 class Codebook:
-    """How often each code was used since the last revival, the same on every process."""
+    """Counts how often each code was used since the last revival, over all processes."""
 
     def __init__(self, autoencoder: Autoencoder, trainer: Trainer):
         self.quantizer, self.trainer = autoencoder.quantize, trainer
         self.counts = torch.zeros(autoencoder.config.codebook_size, dtype=torch.int64, device=trainer.device)
-        self.step_counts = torch.zeros_like(self.counts)  # of this process, within the optimizer step under way
+        self.step_counts = torch.zeros_like(self.counts)  # of this process, in the current optimizer step
         self.candidates: Tensor | None = None
 
     def add(self, indices: Tensor, latents: Tensor) -> None:
-        """Count the codes of a micro-batch; the first one of a step gives the candidates of a revival."""
+        """Count the codes of a micro-batch; the first one of a step provides the candidates of a revival."""
         self.step_counts += self.quantizer.counts(indices)
         if self.trainer.micro == 0:
             self.candidates = flatten(latents.detach())
@@ -33,15 +33,15 @@ class Codebook:
             self.step_counts.zero_()
 
     def due(self, every: int) -> bool:
-        """Whether a revival is due each `every` steps (0: never); one due at a step that was left out is not made.
+        """Whether a revival is due, one each `every` steps (0: never); skipped steps have none.
 
-        Unlike `Trainer.due` not at the last step: codes may be unused because nobody had the time to use them.
+        Unlike `Trainer.due`, it is not due at the last step, after which revived codes could not be trained.
         """
         trainer = self.trainer
         return trainer.last_micro and not trainer.step_skipped and every > 0 and (trainer.step + 1) % every == 0
 
     def revive(self, seed: int, average: Ema, optimizer: Optimizer) -> dict[str, float]:
-        """Move unused codes onto outputs of the encoder, in the average too; returns usage and perplexity until now."""
+        """Move unused codes, also in the average, to encoder outputs; returns usage and perplexity since then."""
         candidates = self.trainer.from_main(self.candidates.contiguous())
         measured = {"codebook_usage": usage(self.counts), "codebook_perplexity": perplexity(self.counts)}
         codes = self.quantizer.embedding.weight

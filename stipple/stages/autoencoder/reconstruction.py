@@ -1,4 +1,4 @@
-"""What is measured of an autoencoder: its latents' scale, and how near reconstructions of held-out images are."""
+"""Measurements of an autoencoder: the scale of its latents, and the quality of its reconstructions."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from stipple_core.images.images import grid, tensor_to_image
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderValidationConfig:
-    """What is measured on the held-out images, and how often."""
+    """The schedule and the size of the validation on held-out images, and the measurement of the latent scale."""
 
     every: int = 1000  # optimizer steps; 0: never
-    images: int = 256  # held-out images measured, at most
-    grid: int = 8  # of them shown, each above its reconstruction
-    scale_images: int = 4096  # training images over which the latent scale is measured at the end
+    images: int = 256  # held-out images, at most
+    grid: int = 8  # of them in the sample image, each above its reconstruction
+    scale_images: int = 4096  # training images from which the latent scale is measured at the end
 
     def __post_init__(self):
         for name, least in (("every", 0), ("grid", 0), ("scale_images", 1)):
@@ -34,11 +34,11 @@ class AutoencoderValidationConfig:
 
 @torch.no_grad()
 def measure_scale(autoencoder: Autoencoder, dataset: ImageDataset, count: int, device: torch.device) -> Autoencoder:
-    """A copy of the autoencoder whose latents are unit-scale, measured over `count` training images spread evenly."""
+    """Copy the autoencoder, and scale its latents to unit scale, measured on `count` evenly spaced training images."""
     autoencoder = copy.deepcopy(autoencoder).eval()
     statistics = LatentStatistics(autoencoder.latent_channels)
     indices = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long().tolist()
-    shown = []  # the first pictures, spread evenly too, for the colors of previews
+    shown = []  # a few evenly spaced images, for the colors of previews
     for first in range(0, len(indices), 16):
         images = torch.stack([dataset[0, index].image for index in indices[first : first + 16]]).to(device)
         posterior = autoencoder.posterior(images)
@@ -56,18 +56,21 @@ def measure_scale(autoencoder: Autoencoder, dataset: ImageDataset, count: int, d
 def validate(
     trainer: Trainer, autoencoder: Autoencoder, dataset: ImageDataset, config: AutoencoderValidationConfig
 ) -> None:
-    """PSNR, SSIM and KL or codebook usage on the held-out images, shared over processes; a grid of reconstructions."""
+    """Measure PSNR, SSIM, and KL or codebook usage on held-out images, and save a grid of reconstructions.
+
+    The images are divided among the processes; every process has to call it.
+    """
     count = min(config.images, len(dataset))
     counts = torch.zeros(autoencoder.config.codebook_size, dtype=torch.int64, device=trainer.device)
     sums = torch.zeros(4, dtype=torch.float64, device=trainer.device)  # psnr, ssim, kl, images
     for index in range(trainer.rank, count, trainer.world):
-        picture = dataset.picture(index)
-        if picture is None:
+        image = dataset.picture(index)
+        if image is None:
             continue
-        images = picture[None].to(trainer.device)
+        images = image[None].to(trainer.device)
         reconstruction = autoencoder(images)
-        again, posterior = reconstruction.images, reconstruction.posterior
-        values = [psnr(images, again), ssim(images, again), posterior.kl()]
+        decoded, posterior = reconstruction.images, reconstruction.posterior
+        values = [psnr(images, decoded), ssim(images, decoded), posterior.kl()]
         sums += torch.cat([*values, torch.ones_like(values[0])])
         if reconstruction.indices is not None:
             counts += autoencoder.quantize.counts(reconstruction.indices)
@@ -81,13 +84,13 @@ def validate(
     trainer.record(**measured)
     trainer.print(f"step {trainer.step + 1}: " + ", ".join(f"{name} {value:.4g}" for name, value in measured.items()))
     if trainer.is_main and config.grid:
-        show(trainer, autoencoder, dataset, config.grid)
+        save_grid(trainer, autoencoder, dataset, config.grid)
 
 
-def show(trainer: Trainer, autoencoder: Autoencoder, dataset: ImageDataset, count: int) -> None:
-    """A grid of the first held-out images, each above its reconstruction."""
-    pictures = (dataset.picture(index) for index in range(min(count, len(dataset))))
-    shown = [picture for picture in pictures if picture is not None]
-    again = [autoencoder(image[None].to(trainer.device)).images[0].cpu() for image in shown]
-    if shown:
-        grid([tensor_to_image(image) for image in shown + again], len(shown)).save(trainer.sample_path())
+def save_grid(trainer: Trainer, autoencoder: Autoencoder, dataset: ImageDataset, count: int) -> None:
+    """Save a grid of the first held-out images, each above its reconstruction."""
+    decoded = (dataset.picture(index) for index in range(min(count, len(dataset))))
+    images = [image for image in decoded if image is not None]
+    reconstructions = [autoencoder(image[None].to(trainer.device)).images[0].cpu() for image in images]
+    if images:
+        grid([tensor_to_image(image) for image in images + reconstructions], len(images)).save(trainer.sample_path())

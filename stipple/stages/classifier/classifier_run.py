@@ -1,4 +1,4 @@
-"""What a run that trains a classifier of noisy latents consists of: its config, its parts, what is measured of it."""
+"""A run that trains a classifier of noisy latents: its config, its networks, and its validation."""
 
 from __future__ import annotations
 
@@ -10,16 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoencoder import Autoencoder, Pixels, open_autoencoder
+from autoencoder import FirstStage, open_autoencoder
 from ldm.networks.classifier import Classifier, ClassifierConfig, classify, with_names
-from ldm.networks.unet import UNetConfig
-from ldm.schedules.registry import Schedule, ScheduleConfig, make_schedule
+from ldm.networks.unet_config import UNetConfig
+from ldm.schedules.base import Schedule, ScheduleConfig
+from ldm.schedules.registry import make_schedule
 from stipple.stages.data.run_settings import check_run
 from stipple.stages.ldm.denoiser_validation import LdmValidationConfig
 from stipple.training.optimization.ema import Ema, EmaConfig
-from stipple.training.optimization.optimizer import Optimizer, OptimizerConfig
-from stipple.training.trainer import Trainer, TrainerConfig
-from stipple_core.data.dataset import DataConfig, ImageDataset
+from stipple.training.optimization.optimizer import Optimizer
+from stipple.training.optimization.update_rules import OptimizerConfig
+from stipple.training.trainer import Trainer
+from stipple.training.trainer_config import TrainerConfig
+from stipple_core.data.dataset import ImageDataset
+from stipple_core.data.records.data_config import DataConfig
 from stipple_core.data.records.records import Records
 from stipple_core.operators.winograd import lay_out
 from stipple_core.randomness import normal
@@ -27,16 +31,16 @@ from stipple_core.randomness import normal
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierRunConfig:
-    """A run that trains a classifier."""
+    """The config of a run that trains a classifier."""
 
-    run: str = "runs/classifier"  # folder of everything this run writes
-    seed: int = 0  # of every draw
+    run: str = "runs/classifier"  # the run folder, which everything is written to
+    seed: int = 0  # of all random numbers
     data: DataConfig  # its captions are the classes
     classes: list[str] = field(default_factory=list)  # their names; empty: the distinct captions, sorted
-    autoencoder: str  # whose latents it reads: that of the model to be guided, or "pixels"
-    unet: UNetConfig = field(default_factory=UNetConfig)  # of which the way down and the middle are taken
+    autoencoder: str  # of the model to be guided, or "pixels"; the classifier reads its latents
+    unet: UNetConfig = field(default_factory=UNetConfig)  # only its down blocks and its middle block are used
     pool: str = "attention"  # or "mean"
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)  # noise levels; best those of the model
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)  # noise levels; best those of the guided model
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -48,31 +52,33 @@ class ClassifierRunConfig:
 
 def build_classifier(
     config: ClassifierRunConfig, records: Records, device: torch.device
-) -> tuple[Classifier, Autoencoder | Pixels]:
-    """A new classifier, and the autoencoder whose latents it reads. Raises ValueError where they don't fit."""
+) -> tuple[Classifier, FirstStage]:
+    """Build a classifier, and open its autoencoder. Raises ValueError if they do not fit each other or the data."""
     autoencoder = open_autoencoder(config.autoencoder).eval().requires_grad_(False)
     f, channels, size = autoencoder.downsampling, autoencoder.latent_channels, config.data.image_size
     expected = {"in_channels": channels, "sample_size": size // f}
     for name, value in expected.items():
         if getattr(config.unet, name) != value:
             raise ValueError(f"unet.{name} {getattr(config.unet, name)} does not fit the autoencoder; use {value}")
-    said = ClassifierConfig(
+    settings = ClassifierConfig(
         unet=config.unet, pool=config.pool, schedule=config.schedule, autoencoder=autoencoder.fingerprint()
     )
     if config.data.maps is not None:
-        raise ValueError(f"data.maps {config.data.maps} is of no use: a classifier reads no maps; leave it out")
+        raise ValueError(
+            f"data.maps {config.data.maps} has no effect, because a classifier reads no maps; leave it out"
+        )
     both = [*records.train, *records.validation]
     captions = sorted({caption for record in both for group in record.captions for caption in group})
-    shape = with_names(said, config.classes or captions)
+    shape = with_names(settings, config.classes or captions)
     for caption in captions:
-        shape.row(caption)  # a caption that is no class is to be found now
+        shape.row(caption)  # raises now for a caption that is not a class
     torch.manual_seed(config.seed)
     return lay_out(Classifier(shape).to(device)), lay_out(autoencoder.to(device))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierTraining:
-    """What learns in such a run."""
+    """The trained classifier of a run with its optimizer and average."""
 
     classifier: Classifier
     network: nn.Module  # the classifier, wrapped for several processes
@@ -82,7 +88,7 @@ class ClassifierTraining:
 
     @classmethod
     def register(cls, trainer: Trainer, classifier: Classifier, config: ClassifierRunConfig) -> ClassifierTraining:
-        """Give the trainer all that it is to save and restore."""
+        """Register all state with the trainer."""
         network = trainer.network("classifier", classifier)
         average = Ema(classifier, config.ema)
         optimizer = trainer.optimizer("optimizer", [classifier], config.optimizer, [average])
@@ -91,7 +97,7 @@ class ClassifierTraining:
 
     @contextmanager
     def averaged(self) -> Iterator[Classifier]:
-        """Within the block the classifier has the averaged weights, in evaluation mode."""
+        """Within the block, the classifier has the averaged weights and is in evaluation mode."""
         with self.average.applied():
             self.classifier.eval()
             try:
@@ -100,11 +106,11 @@ class ClassifierTraining:
                 self.classifier.train()
 
     def rows(self, captions: Sequence[str], device: torch.device) -> Tensor:
-        """The numbers of the classes [B] that captions name."""
+        """The class indices [B] of captions."""
         return torch.tensor([self.classifier.config.row(caption) for caption in captions], device=device)
 
     def losses(self, z_0: Tensor, captions: Sequence[str], t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropies [B] and which are right [B], of latents [B, c, h, w] noised to times t [B]."""
+        """Cross-entropies [B] and correctness [B] (0 or 1) for latents [B, c, h, w] noised to times t [B]."""
         alpha, sigma = (level.to(z_0).view(-1, 1, 1, 1) for level in self.schedule(t, torch.float64))
         logits = classify(self.network, self.schedule, alpha * z_0 + sigma * noise, t)
         rows = self.rows(captions, z_0.device)
@@ -114,27 +120,30 @@ class ClassifierTraining:
 @torch.no_grad()
 def validate(
     trainer: Trainer,
-    learner: ClassifierTraining,
+    training: ClassifierTraining,
     held_out: ImageDataset,
-    autoencoder: Autoencoder | Pixels,
+    autoencoder: FirstStage,
     config: LdmValidationConfig,
     seed: int,
 ) -> None:
-    """The share of held-out images whose class is read, at evenly spaced noise levels; shared by processes."""
+    """Measure the accuracy on held-out images at evenly spaced noise levels.
+
+    The images are divided among the processes; every process has to call it.
+    """
     levels, count = config.levels, min(config.images, len(held_out))
     sums = torch.zeros(levels + 1, dtype=torch.float64, device=trainer.device)
-    t = learner.schedule.quantize((torch.arange(levels) + 0.5) / levels)
+    t = training.schedule.quantize((torch.arange(levels) + 0.5) / levels)
     for index in range(trainer.rank, count, trainer.world):
         sample = held_out.held_out(index)
         if sample is None:
             continue
         z_0 = autoencoder.encode(sample.image[None].to(trainer.device)).mode().expand(levels, -1, -1, -1)
         noise = normal(seed, "validation noise", index, range(levels), z_0.shape[1:]).to(trainer.device)
-        _, right = learner.losses(z_0, [sample.caption] * levels, t, noise)
-        sums += torch.cat([right, right.new_ones(1)])
+        _, correct = training.losses(z_0, [sample.caption] * levels, t, noise)
+        sums += torch.cat([correct, correct.new_ones(1)])
     sums = trainer.sum(sums)
-    shares = (sums[:-1] / sums[-1].clamp(min=1)).tolist()
-    by_level = {f"validation_accuracy_t{level:.2f}": share for level, share in zip(t.tolist(), shares, strict=True)}
-    trainer.record(validation_accuracy=sum(shares) / levels, **by_level)
-    told = ", ".join(f"{share:.2f} at t = {level:.2f}" for level, share in zip(t.tolist(), shares, strict=True))
-    trainer.print(f"step {trainer.step + 1}: accuracy {told}")
+    accuracies = (sums[:-1] / sums[-1].clamp(min=1)).tolist()
+    by_level = {f"validation_accuracy_t{level:.2f}": value for level, value in zip(t.tolist(), accuracies, strict=True)}
+    trainer.record(validation_accuracy=sum(accuracies) / levels, **by_level)
+    listed = ", ".join(f"{value:.2f} at t = {level:.2f}" for level, value in zip(t.tolist(), accuracies, strict=True))
+    trainer.print(f"step {trainer.step + 1}: accuracy {listed}")

@@ -1,4 +1,4 @@
-"""The data as it is before the first step: without pictures that can't be decoded, each in its bucket."""
+"""The data check before the first step: drops images that can't be decoded, and assigns buckets."""
 
 from __future__ import annotations
 
@@ -12,24 +12,27 @@ from stipple.training.trainer import Trainer
 from stipple_core.data.records.buckets import Buckets, assign, bucket_shapes
 from stipple_core.data.records.data_config import DataConfig
 from stipple_core.data.records.records import Record, Records
-from stipple_core.data.verify import Inspection, Memory, inspect, read_sizes, without_bad
+from stipple_core.data.verify import Inspection, InspectionCache, drop_unusable, inspect, read_sizes
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataCheck:
-    """What a run has to learn from, the same on every process."""
+    """The checked data of a run, the same on every process."""
 
-    records: Records  # those that can be used
-    train: Buckets | None = None  # of records.train; None: all are square
+    records: Records  # the usable ones
+    train: Buckets | None = None  # of records.train; None: all images are square
     held_out: Buckets | None = None  # of records.validation
-    memory: Memory | None = None  # to be written when the run begins; None: nothing was verified
+    memory: InspectionCache | None = None  # of verified files, written when the run begins; None: nothing was verified
 
     @classmethod
     def of(cls, records: Records, config: DataConfig, trainer: Trainer, cached: bool = False) -> DataCheck:
-        """Look at what `scan` found, unless a latent cache has done so; the processes share the work.
+        """Check the records that `scan` returned; the processes share the work.
 
-        Raises ValueError if more than `data.max_bad_fraction` can't be used or another run holds the folder, OSError
-        where the system fails.
+        With `cached`, training images were checked when the latent cache was made.
+
+        Raises:
+            ValueError: more than `data.max_bad_fraction` can't be used, or another run holds the run folder.
+            OSError: files can't be read.
         """
         share = trainer.rank, trainer.world
         if cached:
@@ -37,42 +40,42 @@ class DataCheck:
         if not config.verify:
             train, held_out = (bucketed(part, config, share) for part in (records.train, records.validation))
             return cls(records=records, train=train, held_out=held_out)
-        with trainer.holding_folder():  # to which a verification that takes long writes
-            memory = Memory(str(trainer.folder.path), trainer.rank)
+        with trainer.holding_folder():  # verification saves its progress there
+            memory = InspectionCache(str(trainer.folder.path), trainer.rank)
             train = together(lambda part: inspect(part, memory, share), records.train, share)
             held_out = together(lambda part: inspect(part, memory, share), records.validation, share)
-        records = without_bad(records, train, held_out, config)
-        buckets = [in_buckets([look for look in looks if not look.reason], config) for looks in (train, held_out)]
+        records = drop_unusable(records, train, held_out, config)
+        buckets = [in_buckets([each for each in part if not each.reason], config) for part in (train, held_out)]
         return cls(records=records, train=buckets[0], held_out=buckets[1], memory=memory)
 
 
 def bucketed(records: Sequence[Record], config: DataConfig, share: tuple[int, int]) -> Buckets | None:
-    """The bucket of each record, by its header, if there are buckets; the processes share the work."""
+    """Assign each record to a bucket by the size in its header; None without buckets. The processes share the work."""
     if config.buckets is None:
         return None
     return in_buckets(together(lambda part: read_sizes(part, share), records, share), config)
 
 
-def in_buckets(looks: Sequence[Inspection], config: DataConfig) -> Buckets | None:
-    """The bucket of each picture that was looked at, if there are buckets."""
+def in_buckets(inspections: Sequence[Inspection], config: DataConfig) -> Buckets | None:
+    """Assign each inspected image to a bucket; None without buckets."""
     if config.buckets is None:
         return None
     shapes = bucket_shapes(config.image_size, config.buckets)
-    return assign([(look.width, look.height) for look in looks], shapes)
+    return assign([(each.width, each.height) for each in inspections], shapes)
 
 
 def together(
-    look: Callable[[Sequence[Record]], list[Inspection]], records: Sequence[Record], share: tuple[int, int]
+    inspect_share: Callable[[Sequence[Record]], list[Inspection]], records: Sequence[Record], share: tuple[int, int]
 ) -> list[Inspection]:
-    """The looks of all processes, in order of the records; an OSError of one is raised in all."""
+    """Gather the inspections of all processes in the order of the records; an OSError of one is raised on all."""
     rank, world = share
     try:
-        answer = (rank, look(records), None)
+        answer = (rank, inspect_share(records), None)
     except OSError as error:
         answer = (rank, [], ErrorSummary.of(error))
-    looks: list[Inspection] = [Inspection()] * len(records)
-    for each, own, problem in gather_object([answer]):
-        if problem is not None:
-            raise problem.error(OSError)
-        looks[each::world] = own
-    return looks
+    inspections: list[Inspection] = [Inspection()] * len(records)
+    for other, own, failure in gather_object([answer]):
+        if failure is not None:
+            raise failure.error(OSError)
+        inspections[other::world] = own
+    return inspections

@@ -1,4 +1,4 @@
-"""The data of a run: which pictures it trains on, which are held out, and which could not be used."""
+"""The data of a run: the images it trains on, those that are held out, and those that can't be used."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from stipple.stages.data.run_settings import changes
 from stipple.training.distributed.collective import on_main
 from stipple.training.trainer import Trainer
 from stipple_core.config import one_line_errors, save_config
-from stipple_core.data.dataset import Batch, DataConfig, Hint, ImageDataset, TooManyBad, collate, make_loader
+from stipple_core.data.dataset import Batch, Hint, ImageDataset, TooManyBad, collate
+from stipple_core.data.loader import make_loader
+from stipple_core.data.records.data_config import DataConfig
 from stipple_core.data.records.records import (
     RecordList,
     Records,
@@ -34,14 +36,14 @@ from stipple_core.latent_cache.reader import CachedBatch, CachedLatents, Damaged
 
 @dataclass(frozen=True, kw_only=True)
 class RunData:
-    """What a run trains on and what it is measured on."""
+    """The training and validation data of a run."""
 
-    records: Records  # without those that the cache found unusable
+    records: Records  # without those that are missing in the latent cache
     dataset: ImageDataset | CachedLatents  # of records.train
     held_out: ImageDataset  # of records.validation, cropped in the center
-    squares: ImageDataset  # of records.train, all of one shape, whatever the buckets
+    squares: ImageDataset  # of records.train, all square, even with buckets
     data_check: DataCheck
-    skipped: Path  # the file that says what was skipped, and why
+    skipped: Path  # the file that lists skipped images with reasons
 
     @classmethod
     def open(
@@ -53,7 +55,7 @@ class RunData:
         cache: CachedLatents | None = None,
         hint: Hint | None = None,
     ) -> RunData:
-        """The data sets over what can be used, and over a latent cache where there is one; `hint` as ImageDataset's."""
+        """Build the datasets over the usable records, or over a latent cache; `hint` is that of `ImageDataset`."""
         skipped, records = Path(run) / "skipped.jsonl", data_check.records
         if cache is not None:
             records = without_unusable(records, cache)
@@ -70,26 +72,28 @@ class RunData:
 
     @property
     def examples(self) -> ImageDataset:
-        """Held-out pictures, or where there are none those trained on, all of one shape."""
-        held = self.held_out
-        return ImageDataset(held.records, held.config, held.seed, str(self.skipped), hint=held.hint) or self.squares
+        """Square images to show while training: those held out, or training images if none are."""
+        held_out = self.held_out
+        dataset = ImageDataset(held_out.records, held_out.config, held_out.seed, str(self.skipped), hint=held_out.hint)
+        return dataset or self.squares
 
     def begin(self, trainer: Trainer, config: Any) -> None:
-        """Resume the run, or begin it; from here on its folder says what it was told and what it can't use.
+        """Start or resume the run, and write its config and its skipped images to the run folder.
 
-        Of a run that goes on, what went bad on the way before stays among what was skipped.
+        A run that is resumed keeps the images that it skipped while training.
 
-        Raises ValueError as `Trainer.watch` and `Trainer.resume` do.
+        Raises:
+            ValueError: as `Trainer.watch` and `Trainer.resume`.
         """
         train, held_out, skipped = self.records.train, self.records.validation, self.records.skipped
         why = f" ({totals(skipped)}; reasons in {self.skipped})" if skipped else ""
         trainer.print(f"{len(train)} images, {len(held_out)} held out, {len(skipped)} skipped{why}")
         maps = self.held_out.config.maps
-        told = fingerprint(train) if maps is None else f"{fingerprint(train)} {maps_fingerprint(maps, train)}"
-        trainer.watch("images and captions", told)
+        data_hash = fingerprint(train) if maps is None else f"{fingerprint(train)} {maps_fingerprint(maps, train)}"
+        trainer.watch("images and captions", data_hash)
         trainer.resume()
-        if trainer.step and (told := changes(config, f"{config.run}/config.yaml")):
-            trainer.print(f"warning: not the settings that the run was stopped with: {told}; not the same run any more")
+        if trainer.step and (changed := changes(config, f"{config.run}/config.yaml")):
+            trainer.print(f"warning: settings changed since the run was stopped: {changed}; results may differ")
         if self.data_check.memory is not None:
             self.data_check.memory.flush()
 
@@ -97,51 +101,50 @@ class RunData:
             save_config(config, f"{config.run}/config.yaml")
             (merge_skipped if trainer.step else write_skipped)(skipped, str(self.skipped))
 
-        on_main(write, trainer.is_main)  # and the others wait, before they append to what was skipped
+        on_main(write, trainer.is_main)  # the others wait, because they append to the skipped images later
 
     def loader(self, trainer: Trainer, seed: int) -> Iterator[Batch | CachedBatch]:
-        """This process's micro-batches, from the step on at which the trainer is.
+        """Yield the micro-batches of this process, from the current step of the trainer on.
 
-        Pictures that go bad on the way end the run in one line and exit code 2, where they become too many; so does a
-        damaged latent cache.
+        Too many images that can't be decoded, or a damaged latent cache, end the run in one line with exit code 2.
         """
         if isinstance(self.dataset, CachedLatents):
-            together, buckets = cached_collate, self.dataset.buckets()
+            collate_samples, buckets = cached_collate, self.dataset.buckets()
         else:
-            together, buckets = collate, None if self.data_check.train is None else self.data_check.train.of
+            collate_samples, buckets = collate, None if self.data_check.train is None else self.data_check.train.of
         order = trainer.order(len(self.dataset), seed, buckets)
         try:
-            yield from make_loader(self.dataset, order, trainer.config.workers, together)
+            yield from make_loader(self.dataset, order, trainer.config.workers, collate_samples)
         except (TooManyBad, DamagedCache) as error:
             if trainer.is_main:
                 print(file=sys.stderr)  # end the line of the progress bar
-            with one_line_errors():  # a worker's comes with its traceback ahead
+            with one_line_errors():  # an error of a worker starts with its traceback
                 raise ValueError(str(error).rpartition(f"{type(error).__name__}: ")[2]) from None
 
     def weights(self, batch: Batch | CachedBatch) -> torch.Tensor:
-        """How much the loss of each of a micro-batch's pictures counts: [B]."""
+        """The weights of the losses of a micro-batch: [B]."""
         return torch.tensor([self.records.train[index].weight for index in batch.indices.tolist()])
 
     def names(self, batch: Batch | CachedBatch) -> list[str]:
-        """Of a micro-batch's pictures, as they were asked for, for messages."""
+        """The names of the images of a micro-batch, as they were requested, for messages."""
         return [self.records.train[index].name for index in batch.indices.tolist()]
 
     @contextmanager
     def reported(self, trainer: Trainer) -> Iterator[None]:
-        """Say how many pictures were skipped in all, if any were, when the run ends, however it does."""
+        """Print the total number of skipped images when the block ends, also by an exception."""
         try:
             yield
         finally:
             skips = read_skipped(str(self.skipped)) if trainer.is_main and self.skipped.exists() else []
             if skips:
-                trainer.print(f"{len(skips)} skipped in all ({totals(skips)}); {self.skipped} says which, and why")
+                trainer.print(f"{len(skips)} skipped in total ({totals(skips)}); reasons in {self.skipped}")
 
 
 def without_unusable(records: Records, cache: CachedLatents) -> Records:
-    """The records that the cache has latents of, in its order; the others count as skipped."""
+    """The records that have latents in the cache, in its order; the others count as skipped."""
     usable, path = set(cache.usable.tolist()), Path(cache.folder) / "skipped.jsonl"
     reasons = {skip.path: skip.reason for skip in read_skipped(str(path))} if path.exists() else {}
-    gone = (record.name for i, record in enumerate(records.train) if i not in usable)
-    skipped = [*records.skipped, *(Skip(name, reasons.get(name, "not in the latent cache")) for name in gone)]
+    missing = (record.name for i, record in enumerate(records.train) if i not in usable)
+    skipped = [*records.skipped, *(Skip(name, reasons.get(name, "not in the latent cache")) for name in missing)]
     kept = RecordList(record for i, record in enumerate(records.train) if i in usable)
     return Records(kept, records.validation, skipped)

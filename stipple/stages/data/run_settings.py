@@ -1,6 +1,7 @@
-"""Settings of both stages: a folder and a seed that can be used, and a word where a run goes on with other ones.
+"""Checks of the settings that all runs have, and the settings that changed since a run was stopped.
 
-What only says how long, how often, with which hardware or from where, and not what is learned, may change in silence.
+Settings that do not affect what is learned (how long, how often, on which hardware, from where) may change without a
+warning.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from typing import Any
 from stipple.training.run.metrics import flat
 from stipple_core.config import read_yaml, to_dict
 
-SEEDS = range(-(2**63), 2**64)  # that torch takes
-SHOWN = 5  # changed settings named
-FREE = {  # a setting, or a group of them, that a run may go on with another value of
+SEEDS = range(-(2**63), 2**64)  # supported by torch
+SHOWN = 5  # changed settings that are named
+FREE = {  # settings, and groups of settings, that may change when a run is resumed
     "run", "init_from", "cache", "cache_contexts", "checkpointing", "save_precision", "samples", "validation",
     "data.folder", "data.shards", "data.dataset", "data.index", "data.verify", "data.max_bad_fraction", "data.maps",
     "preservation.folder", "conditioner.retrieval.database",
@@ -23,23 +24,23 @@ FREE = {  # a setting, or a group of them, that a run may go on with another val
 
 
 def check_run(run: str, seed: int) -> None:
-    """ValueError for a run folder without a name, which would be the current folder, or a seed torch doesn't take."""
+    """Raise ValueError for an empty run folder name, or for a seed that torch does not support."""
     if not run.strip():
-        raise ValueError(f"run is {run!r}; name the folder that is to hold the run, such as runs/mine")
+        raise ValueError(f"run is {run!r}; set it to the name of the run folder, such as runs/mine")
     if seed not in SEEDS:
-        raise ValueError(f"seed {seed} must be from -2**63 to 2**64 - 1; use a smaller one, such as 0")
+        raise ValueError(f"seed {seed} must be from -2**63 to 2**64 - 1; use a smaller number, such as 0")
 
 
 def changes(config: Any, path: str) -> str:
-    """What is learned with other settings than those in a YAML file: "seed 0 -> 1, ..."; "" if nothing, or no file."""
+    """The settings that differ from a YAML file and affect results: "seed 0 -> 1, ..."; "" if none or no file."""
     try:
         before = flat(read_yaml(path))
     except (OSError, ValueError):
         return ""
     now = flat(to_dict(config))
     names = [name for name in now if not _is_free(name) and name in before and before[name] != now[name]]
-    told = ", ".join(f"{name} {before[name]} -> {now[name]}" for name in names[:SHOWN])
-    return told + f" and {len(names) - SHOWN} more" * (len(names) > SHOWN)
+    shown = ", ".join(f"{name} {before[name]} -> {now[name]}" for name in names[:SHOWN])
+    return shown + f" and {len(names) - SHOWN} more" * (len(names) > SHOWN)
 
 
 def _is_free(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Batches, cached or of images, as latents and contexts."""
+"""Encodes batches of training data, cached or not: images to latents, captions and other conditions to contexts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from autoencoder import Autoencoder, Posterior
-from conditioning.build import AnyConditioner
+from conditioning.interface.conditioner import Conditioner
 from conditioning.interface.context import Context
 from conditioning.interface.inputs import ConditionInputs
 from stipple_core.data.dataset import Batch
@@ -17,13 +17,13 @@ from stipple_core.latent_cache.reader import CachedBatch, CachedLatents
 
 @dataclass(frozen=True)
 class BatchEncoder:
-    """Batches, cached or of images, as latents and contexts."""
+    """Encodes batches to posteriors of latents and to contexts."""
 
     autoencoder: Autoencoder
-    conditioner: AnyConditioner
-    text_network: nn.Module  # the conditioner, wrapped for several processes where it is trained
+    conditioner: Conditioner
+    text_network: nn.Module  # the conditioner, wrapped for several processes if it is trained
     cache: CachedLatents | None
-    nulls: bool = True  # whether anybody is ever told nothing
+    needs_null: bool = True  # whether null contexts are computed
 
     @torch.no_grad()
     def posterior(self, batch: Batch | CachedBatch, device: torch.device) -> Posterior:
@@ -33,9 +33,10 @@ class BatchEncoder:
         return self.autoencoder.encode(batch.images.to(device, non_blocking=True))
 
     def contexts(self, batch: Batch | CachedBatch, device: torch.device) -> tuple[Context, Context | None]:
-        """What the network is told (batch B), and what of dropped members (batch B; 1 where there are prompts only).
+        """The contexts of a batch (batch size B) and the null contexts of its dropped members.
 
-        The second is None where nobody is ever told nothing.
+        Null contexts have batch size B, or 1 if the model is conditioned on prompts only. They are None unless
+        `needs_null`.
         """
         if isinstance(batch, CachedBatch) and batch.tokens is not None:
             null = self.cache.null_tokens[None]  # [1, L, d]
@@ -44,15 +45,15 @@ class BatchEncoder:
             if not self.conditioner.use_mask:  # all true; without it attention has faster kernels to choose from
                 context, null = Context(tokens=context.tokens), Context(tokens=null.tokens)
             return context.to(device), null.to(device)
-        given = self.given(batch)
-        prompts = [*given.prompts, *(given.null().prompts if self.nulls else [])]
+        inputs = self.condition_inputs(batch)
+        prompts = [*inputs.prompts, *(inputs.null().prompts if self.needs_null else [])]
         tokens = self.conditioner.tokenize(prompts)
-        read = self.text_network(tokens.ids.to(device), tokens.mask.to(device), given.to(device))
-        null = read.select(slice(len(given), None)) if self.nulls else None
-        return read.select(slice(0, len(given))), null
+        both = self.text_network(tokens.ids.to(device), tokens.mask.to(device), inputs.to(device))
+        null = both.select(slice(len(inputs), None)) if self.needs_null else None
+        return both.select(slice(0, len(inputs))), null
 
-    def given(self, batch: Batch | CachedBatch) -> ConditionInputs:
-        """What the conditioner reads of a batch."""
+    def condition_inputs(self, batch: Batch | CachedBatch) -> ConditionInputs:
+        """The inputs of the conditioner in a batch."""
         reads = self.conditioner.reads
         return ConditionInputs(
             prompts=batch.captions,

@@ -1,4 +1,4 @@
-"""What is measured and shown while a denoiser is trained: the loss on held-out images, level by level, and pictures."""
+"""Validation while a denoiser is trained: the loss on held-out images at each noise level, and sample images."""
 
 from __future__ import annotations
 
@@ -13,41 +13,36 @@ from ldm.denoising.denoiser import Denoiser
 from ldm.losses.diffusion_loss import diffusion_loss
 from ldm.losses.time_density import Importance
 from ldm.pipeline import TextToImage
-from ldm.sampling.settings import Settings
 from stipple.stages.ldm.batch_encoder import BatchEncoder
 from stipple.training.trainer import Trainer
 from stipple_core.data.dataset import ImageDataset, collate
 from stipple_core.images.images import grid
 from stipple_core.randomness import normal, uniform
 
-SHOWN = 8  # pictures, where the config names no prompts
-CHOSEN = (  # fields of Settings
-    *("sampler", "spacing", "steps", "corrections"),
-    *("guidance_scale", "guidance_bound", "guidance_percentile"),
-)
+SHOWN = 8  # sample images, if the config has no prompts
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplesConfig:
-    """The pictures drawn while training, and the settings that the finished model has by default."""
+    """The images drawn while training, and the default settings of the finished model."""
 
     every: int = 1000  # optimizer steps; 0: never
-    prompts: list[str] = field(default_factory=list)  # fixed; empty: the captions of some held-out images
+    prompts: list[str] = field(default_factory=list)  # empty: the captions of some held-out images
     sampler: str = "ddim"
     steps: int = 50
-    corrections: int | None = None  # of langevin and predictor_corrector, at each noise level; null: theirs
+    corrections: int | None = None  # of langevin and predictor_corrector, at each noise level; null: their default
     guidance_scale: float = 5.0
-    guidance_bound: float | None = None  # largest absolute value of estimates: 1 for pixels; null: there is no bound
-    guidance_percentile: float | None = None  # dynamic thresholding to the bound, 99.5 usual; null: they are clipped
+    guidance_bound: float | None = None  # largest absolute value of estimates: 1 for pixels; null: no bound
+    guidance_percentile: float | None = None  # dynamic thresholding to the bound, 99.5 is usual; null: clip
 
     def __post_init__(self):
         if self.every < 0:
-            raise ValueError(f"samples.every {self.every} must be at least 0, which is never")
+            raise ValueError(f"samples.every {self.every} must be at least 0; 0 is never")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LdmValidationConfig:
-    """The loss on held-out images, level by level."""
+    """The schedule and the size of the validation on held-out images."""
 
     every: int = 1000  # optimizer steps; 0: never
     images: int = 64  # held-out images, at most
@@ -55,7 +50,7 @@ class LdmValidationConfig:
 
     def __post_init__(self):
         if self.every < 0:
-            raise ValueError(f"validation.every {self.every} must be at least 0, which is never")
+            raise ValueError(f"validation.every {self.every} must be at least 0; 0 is never")
         for name in ("images", "levels"):
             value = getattr(self, name)
             if self.every and value < 1:
@@ -67,11 +62,14 @@ def validate(
     trainer: Trainer,
     denoiser: Denoiser,
     held_out: ImageDataset,
-    inputs: BatchEncoder,
+    encoder: BatchEncoder,
     config: LdmValidationConfig,
     seed: int,
 ) -> None:
-    """The loss on held-out images at evenly spaced noise levels, with the same noise each time; shared by processes."""
+    """Measure the loss on held-out images at evenly spaced noise levels, always with the same noise.
+
+    The images are divided among the processes; every process has to call it.
+    """
     levels, count = config.levels, min(config.images, len(held_out))
     sums = torch.zeros(levels + 1, dtype=torch.float64, device=trainer.device)
     t = denoiser.schedule.quantize((torch.arange(levels) + 0.5) / levels)
@@ -80,8 +78,8 @@ def validate(
         if sample is None:
             continue
         batch = collate([sample])
-        z_0 = inputs.posterior(batch, trainer.device).mode()
-        context = inputs.contexts(batch, trainer.device)[0].repeat(levels)
+        z_0 = encoder.posterior(batch, trainer.device).mode()
+        context = encoder.contexts(batch, trainer.device)[0].repeat(levels)
         noise = normal(seed, "validation noise", index, range(levels), z_0.shape[1:]).to(trainer.device)
         loss = diffusion_loss(denoiser, z_0.expand(levels, -1, -1, -1), context, t, noise)
         sums += torch.cat([loss, loss.new_ones(1)])
@@ -92,8 +90,10 @@ def validate(
     trainer.print(f"step {trainer.step + 1}: validation loss {sum(losses) / levels:.4f}")
 
 
-def learn(trainer: Trainer, importance: Importance, losses: torch.Tensor, seen: torch.Tensor, seed: int) -> None:
-    """Note a micro-batch's losses [B] among those of the global batch, and show them when the step is complete."""
+def update_density(
+    trainer: Trainer, importance: Importance, losses: torch.Tensor, seen: torch.Tensor, seed: int
+) -> None:
+    """Collect the losses [B] of a micro-batch, and update the time density when the global batch is complete."""
     seen[trainer.positions()] = losses.detach().to(seen.dtype)
     if trainer.last_micro:
         if not trainer.step_skipped:
@@ -103,58 +103,37 @@ def learn(trainer: Trainer, importance: Importance, losses: torch.Tensor, seen: 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplePrompts:
-    """What is drawn again and again while training: prompts, and what the model reads besides, of held-out pictures."""
+    """The prompts of the images drawn while training, and the other inputs of the model, taken from held-out images."""
 
     prompts: Sequence[str]
-    given: ConditionInputs | None = None  # None: the model reads prompts only
+    inputs: ConditionInputs | None = None  # None: the model reads prompts only
 
     @classmethod
-    def of(cls, prompts: Sequence[str], examples: ImageDataset, inputs: BatchEncoder) -> SamplePrompts:
-        """The config's prompts, or the captions of examples; and what goes with them of as many examples.
+    def of(cls, prompts: Sequence[str], examples: ImageDataset, encoder: BatchEncoder) -> SamplePrompts:
+        """Take the prompts of the config, or captions of examples, and the other inputs from as many examples.
 
         Raises:
-            ValueError: none of the examples can be decoded.
+            ValueError: no example can be decoded.
         """
-        if not inputs.conditioner.reads:
+        if not encoder.conditioner.reads:
             return cls(prompts=prompts or [record.captions[0][0] for record in examples.records[:SHOWN]])
-        wanted = len(prompts) or SHOWN
-        found = (examples.held_out(index) for index in range(len(examples)))
-        samples = list(itertools.islice((sample for sample in found if sample is not None), wanted))
+        decoded = (examples.held_out(index) for index in range(len(examples)))
+        samples = list(itertools.islice((sample for sample in decoded if sample is not None), len(prompts) or SHOWN))
         if not samples:
-            raise ValueError("no picture of those held out can be decoded to draw samples of; give data.validation")
-        given = inputs.given(collate(samples))
-        return cls(prompts=(prompts or given.prompts)[: len(samples)], given=given)
+            raise ValueError(
+                "no held-out image can be decoded for samples; set data.validation to hold out more images"
+            )
+        inputs = encoder.condition_inputs(collate(samples))
+        return cls(prompts=(prompts or inputs.prompts)[: len(samples)], inputs=inputs)
 
 
-def draw_samples(trainer: Trainer, model: TextToImage, shown: SamplePrompts, seed: int) -> None:
-    """A captioned grid, on the main process."""
-    if shown.given is None:
-        pictures = model(shown.prompts, seed=seed)
+def draw_samples(trainer: Trainer, model: TextToImage, samples: SamplePrompts, seed: int) -> None:
+    """Save a captioned grid of sample images; only the main process calls it."""
+    if samples.inputs is None:
+        images = model(samples.prompts, seed=seed)
     else:
-        pictures = []
-        for place, picture in enumerate(model.plan(shown.prompts, given=shown.given, seed=seed)):
-            *_, last = model.sample([picture], given=shown.given.select(slice(place, place + 1)))
-            pictures += model.decode(last.z)
-    grid(pictures, min(8, len(pictures)), shown.prompts).save(trainer.sample_path())
-
-
-def drawing_command(model: TextToImage, prompt: str, opening: Sequence[str]) -> list[str]:
-    """Return the command that draws with a model, such as `stipple draw "a red heart"` and the flags in `opening`."""
-    if not model.autoencoder.decodes:
-        return ["stipple", "draw", prompt, *("--checkpoint", "DECODER", "--prior"), opening[-1]]
-    return [*_drawing(model, prompt), *opening]
-
-
-def sampling_flags(defaults: Settings) -> list[str]:
-    """Flags that say what `SamplesConfig` and a distillation choose, such as ["--sampler", "lcm", "--steps", "4"]."""
-    chosen = {name: getattr(defaults, name) for name in CHOSEN if getattr(defaults, name) is not None}
-    texts = {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in chosen.items()}
-    return [word for name, text in texts.items() for word in (f"--{name.replace('_', '-')}", text)]
-
-
-def _drawing(model: TextToImage, prompt: str) -> list[str]:
-    if model.conditioner.hint is None and model.conditioner.reads_text:
-        return ["stipple", "draw", prompt]
-    if model.conditioner.hint is None:
-        return ["stipple", "sample", *(["--prompt", prompt] if prompt else [])]
-    return [*model.conditioner.hint.command, *([prompt] if prompt else [])]
+        images = []
+        for index, settings in enumerate(model.plan(samples.prompts, inputs=samples.inputs, seed=seed)):
+            *_, last = model.sample([settings], inputs=samples.inputs.select(slice(index, index + 1)))
+            images += model.decode(last.z)
+    grid(images, min(8, len(images)), samples.prompts).save(trainer.sample_path())

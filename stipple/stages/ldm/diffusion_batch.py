@@ -1,4 +1,4 @@
-"""What a step of stage 2 learns from: pictures as latents, what is told of them, and what was drawn for each."""
+"""The tensors of a micro-batch of stage 2 that an objective computes losses from."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from conditioning.interface.context import Context
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionBatch:
-    """B pictures of a step."""
+    """Latents, contexts, times and noise of B training images."""
 
     z_0: Tensor  # clean latents [B, c, h, w]
-    context: Context  # what the model is told, of B; of some it may be the null context
-    null: Context | None  # what it is told of nothing, of B or 1; None where nobody is, see `BatchEncoder`
-    t: Tensor  # times [B], as the density draws them
+    context: Context  # of batch size B; the null context where the caption was dropped
+    null: Context | None  # null contexts, of batch size B or 1; None if they are not needed, see `BatchEncoder`
+    t: Tensor  # times [B], drawn from the time density
     noise: Tensor  # standard normal [B, c, h, w]
-    draw: Callable[[str], Tensor]  # (what for) -> uniform numbers [B], each from its picture's own address
+    draw: Callable[[str], Tensor]  # purpose -> uniform numbers [B], each from the address of its image

@@ -1,7 +1,7 @@
-"""Networks whose weights, gradients, averages and moments are spread over the processes: FSDP2 of torch.
+"""Networks whose weights, gradients, averages and moments are partitioned over the processes: FSDP2 of torch.
 
 Zhao et al. 2023, arXiv:2304.11277; `torch.distributed.fsdp.fully_shard`. Each parameter is a DTensor of which every
-process holds some rows. What is saved are these rows; what measures, draws or writes a model gets a whole copy of it.
+process holds some rows, and each process saves its rows. Validation, samples and saved models use a whole copy.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from torch.distributed.tensor import DTensor, Shard
 
 from stipple_core.files.training_state import Rows, Saved
 
-SMALLEST_BLOCK = 1 / 200  # of a model's weights: a block of fewer is gathered together with what stands alone
-HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # precision -> dtype in which weights are gathered
+SMALLEST_BLOCK = 1 / 200  # of a model's weights; smaller blocks are gathered together with the rest of the model
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # precision -> dtype of gathered weights
 
 T = TypeVar("T", bound=Tensor)
 
 
 def requested() -> bool:
-    """Whether `accelerate launch` was told to shard; accelerate itself is kept from it, which would do it its own way.
+    """Whether `accelerate launch` requests FSDP; hides the request from accelerate, which would wrap models itself.
 
     Raises:
-        ValueError: told to do so in a way that is not implemented here.
+        ValueError: the settings of FSDP are not supported.
     """
     if os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return False
@@ -38,19 +38,19 @@ def requested() -> bool:
         raise ValueError("fsdp_config.fsdp_version must be 2, see configs/accelerate/fsdp.yaml")
     if os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true":
         raise ValueError(
-            "fsdp_config.fsdp_offload_params can't be true; leave it out, ema.device=cpu saves memory, too"
+            "fsdp_config.fsdp_offload_params is not supported; leave it out, and use ema.device=cpu to save memory"
         )
     return True
 
 
-def shard(model: nn.Module, device: torch.device, precision: str) -> None:
-    """Spread the weights of a model, which all processes have alike from now on, over them.
+def partition(model: nn.Module, device: torch.device, precision: str) -> None:
+    """Partition the weights of a model over the processes, starting from those of the first process.
 
-    Under half precision it computes in autocast as an unsharded one does, with weights that are gathered in half
-    precision; those that are kept, and sums of gradients over processes, are float32.
+    Under half precision the model computes in autocast, as without FSDP, with weights that are gathered in half
+    precision. Stored weights, and sums of gradients over processes, are float32.
     """
     for p in model.parameters():
-        p.data = p.data.to(device).contiguous()  # FSDP2 refuses channels_last and other orders of memory
+        p.data = p.data.to(device).contiguous()  # FSDP2 does not support channels_last and other memory orders
         broadcast(p.data, 0)
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     half = HALVES.get(precision)
@@ -60,25 +60,25 @@ def shard(model: nn.Module, device: torch.device, precision: str) -> None:
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """What is gathered at a time: the outermost members of lists that can be called, and are not small."""
+    """The modules that are gathered as one: the outermost callable members of module lists that are not small."""
     least = SMALLEST_BLOCK * _count(model)
     return [block for block in _callable_members(model) if _count(block) >= least]
 
 
 def blank(model: nn.Module) -> nn.Module:
-    """A copy of a model with no memory for its parameters, which are on "meta"; buffers are copied."""
+    """Copy a model without memory for its parameters, which are on "meta"; buffers are copied."""
     parameters = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()}
     return copy.deepcopy(model, parameters)
 
 
 def gathered(model: nn.Module, like: nn.Module, device: torch.device | str, wanted: bool) -> nn.Module | None:
-    """A whole, unsharded copy of a sharded model; every process calls it, and gets one where it is wanted.
+    """A whole copy of a partitioned model on the processes that want it; every process has to call it.
 
     Args:
-        model: sharded.
-        like: its `blank`, made before it was sharded.
-        device: of the copy. Weights are gathered one at a time, and go there at once.
-        wanted: whether this process is to have it; else it only takes part.
+        model: partitioned.
+        like: its `blank`, made before it was partitioned.
+        device: of the copy. Weights are gathered one at a time, and moved there at once.
+        wanted: whether this process gets the copy; otherwise it only sends its rows, and gets None.
     """
     weights = {}
     for name, tensor in model.state_dict().items():
@@ -93,17 +93,17 @@ def gathered(model: nn.Module, like: nn.Module, device: torch.device | str, want
 
 
 class FsdpWeights:
-    """The weights of a sharded model as a part of a run's state."""
+    """The weights of a partitioned model, as a part of the state of a run."""
 
     def __init__(self, model: nn.Module):
         self.model = model
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Parameters, sharded, and buffers."""
+        """Partitioned parameters, and buffers."""
         return self.model.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Tensor | Saved]) -> None:
-        """Read the rows that are held here; ValueError when names or shapes are not this model's."""
+        """Read the rows of this process. Raises ValueError if names or shapes are not those of the model."""
         own = self.model.state_dict()
         if own.keys() != state.keys():
             raise ValueError(f"its weights differ: {', '.join(sorted(own.keys() ^ state.keys())[:5])}")
@@ -112,23 +112,23 @@ class FsdpWeights:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The rows of a tensor that this process holds: all of them where it is not sharded; shares its memory."""
+    """The rows of a tensor that this process holds, sharing memory; all rows unless it is partitioned."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All rows of a tensor, gathered where it is sharded: then every process calls it."""
+    """All rows of a tensor; every process has to call it if the tensor is partitioned."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
 def fill(tensor: T, source: Tensor | Saved, like: Tensor | None = None) -> T:
-    """Copy a whole tensor, in memory or on disk, into one that may be sharded: only rows that are held are read.
+    """Copy a whole tensor, in memory or on disk, into one that may be partitioned; only its own rows are read.
 
     Args:
         tensor: filled and returned.
         source: all rows.
-        like: sharded as `tensor`, which then may be the bare rows of this process; None: `tensor` itself.
+        like: partitioned as `tensor`, which may then be just the rows of this process; None: `tensor` itself.
 
     Raises:
         ValueError: the shapes differ.
@@ -141,12 +141,12 @@ def fill(tensor: T, source: Tensor | Saved, like: Tensor | None = None) -> T:
 
 
 def rows(tensor: Tensor, like: Tensor) -> Tensor | Rows:
-    """What a process saves of a tensor that is sharded as `like`: its rows of it."""
+    """The rows that this process saves of a tensor that is partitioned as `like`; the tensor itself if it is not."""
     return Rows(local(tensor), held_rows(like)[0], like.shape) if isinstance(like, DTensor) else tensor
 
 
 def rows_of_all(node: Any) -> Any:
-    """Nested dicts and lists with `rows` of the sharded tensors in them, for `stipple_core.files.training_state.save_state`."""
+    """Replace the partitioned tensors in nested dicts and lists by their `rows`, for `save_state`."""
     if isinstance(node, dict):
         return {key: rows_of_all(value) for key, value in node.items()}
     if isinstance(node, (list, tuple)):
@@ -155,8 +155,8 @@ def rows_of_all(node: Any) -> Any:
 
 
 def held_rows(tensor: DTensor) -> tuple[int, int]:
-    """The first row of a sharded tensor that this process holds, and that after its last one."""
-    assert tensor.placements == (Shard(0),), "networks are sharded by rows, over all processes"
+    """The first row of a partitioned tensor that this process holds, and the one after its last."""
+    assert tensor.placements == (Shard(0),), "networks are partitioned by rows, over all processes"
     count, rank = tensor.shape[0], tensor.device_mesh.get_local_rank()
     each = -(-count // tensor.device_mesh.size())  # as torch.chunk
     return min(rank * each, count), min((rank + 1) * each, count)
@@ -167,7 +167,7 @@ def _count(model: nn.Module) -> int:
 
 
 def _callable_members(module: nn.Module, listed: bool = False) -> Iterator[nn.Module]:
-    """The outermost modules that are in a list and have a forward; a module without is passed through."""
+    """The outermost modules that are in a module list and have a forward; modules without one are searched."""
     if listed and type(module).forward is not nn.Module.forward:
         yield module
         return

@@ -1,4 +1,4 @@
-"""Exponential moving average of weights, with the warm-up of LDM: decay(n) = min(decay, (1 + n) / (10 + n))."""
+"""Exponential moving average (EMA) of weights, with LDM's warm-up: decay(n) = min(decay, (1 + n) / (10 + n))."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from stipple.training.distributed.fsdp import fill, local, rows
 
 @dataclass(frozen=True, kw_only=True)
 class EmaConfig:
-    """How the averaged weights are made."""
+    """How weights are averaged."""
 
-    decay: float = 0.9999  # the decay approached after the warm-up; 0 keeps no average
-    warmup: bool = True  # min(decay, (1 + n) / (10 + n)) at update n, so that early weights are forgotten quickly
-    device: Literal["model", "cpu"] = "model"  # cpu saves 4 bytes per weight of a GPU, and costs a copy at each step
+    decay: float = 0.9999  # after the warm-up; 0 keeps no average
+    warmup: bool = True  # min(decay, (1 + n) / (10 + n)) at update n, which forgets early weights quickly
+    device: Literal["model", "cpu"] = "model"  # cpu saves 4 bytes per weight on a GPU, for a copy at each step
 
     def __post_init__(self):
         if not 0 <= self.decay < 1:
@@ -29,10 +29,10 @@ class EmaConfig:
 
 
 class Ema:
-    """Averaged copies, in float32, of the trainable parameters of a model.
+    """Averaged float32 copies of the trainable parameters of a model.
 
     Attributes:
-        averages: by name; of a sharded parameter, the rows that this process holds.
+        averages: by name; of a partitioned parameter, the rows that this process holds.
     """
 
     def __init__(self, model: nn.Module, config: EmaConfig):
@@ -56,21 +56,21 @@ class Ema:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within the block the model has the averaged weights; afterwards its own again, bit for bit."""
-        own = {name: local(p.detach()).clone() for name, p in self.parameters.items()}
+        """Within the block, the model has the averaged weights; afterwards it has its own again, bit for bit."""
+        before = {name: local(p.detach()).clone() for name, p in self.parameters.items()}
         try:
-            self._give(self.averages)
+            self._set(self.averages)
             yield
         finally:
-            self._give(own)
+            self._set(before)
 
     def state_dict(self) -> dict:
-        """Tensors and a count, for `stipple_core.files.checkpoint_folder.save_state`."""
+        """Tensors and the number of updates, for `save_state`."""
         averages = {name: rows(average, self.parameters[name]) for name, average in self.averages.items()}
         return {"averages": averages, "updates": self.updates}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take back a `state_dict`; ValueError when its names are not this model's."""
+        """Restore a `state_dict`. Raises ValueError if its names are not those of the model."""
         if state["averages"].keys() != self.averages.keys():
             differing = sorted(state["averages"].keys() ^ self.averages.keys())
             raise ValueError(f"EMA weights do not fit this model: {', '.join(differing[:5])}")
@@ -79,11 +79,11 @@ class Ema:
         self.updates = state["updates"]
 
     def _copied(self, p: nn.Parameter) -> torch.Tensor:
-        """A parameter's rows in float32 where the averages are."""
+        """Rows of a parameter in float32, on the device of the averages."""
         device = p.device if self.config.device == "model" else "cpu"
         return local(p.detach()).to(device, torch.float32)
 
     @torch.no_grad()
-    def _give(self, weights: dict[str, torch.Tensor]) -> None:
+    def _set(self, weights: dict[str, torch.Tensor]) -> None:
         for name, p in self.parameters.items():
             local(p).copy_(weights[name])

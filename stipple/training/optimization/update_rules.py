@@ -1,23 +1,67 @@
-"""The rules by which gradients move weights: AdamW, AdamW with moments of 8 bits, and Muon; all from libraries."""
+"""The config of an optimizer, its learning rate, and the update rules: AdamW, 8-bit AdamW and Muon, from libraries."""
 
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-if TYPE_CHECKING:
-    from stipple.training.optimization.optimizer import OptimizerConfig
+MIN_CHANNELS = 16  # a matrix with fewer on either side maps pixels, latents or logits: AdamW updates it, not Muon
 
-FEWEST_CHANNELS = 16  # below, on either side, a matrix maps from or to pixels, latents or logits: AdamW's, not Muon's
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """The update rule and its learning rate."""
+
+    kind: str = "adamw"  # adamw | adamw8bit (moments of one byte; needs bitsandbytes) | muon (AdamW beside it)
+    learning_rate: float = 1e-4  # after the warm-up; never scaled by batch size or number of processes
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # of AdamW; Muon's momentum is 0.95
+    weight_decay: float = 0.01  # of matrices and convolutions; biases and norms are not decayed
+    epsilon: float = 1e-8  # of AdamW
+    warmup_steps: int = 1000  # optimizer steps of linear warm-up
+    schedule: str = "constant"  # after the warm-up: constant, cosine or linear (both to zero at the last step)
+    clip_norm: float = 1.0  # largest norm of the gradient of all parameters together; 0 does not clip
+
+    def __post_init__(self):
+        check_rule(self.kind)
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"optimizer.schedule {self.schedule!r} is unknown; use one of {', '.join(SCHEDULES)}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer.betas {self.betas} must be two numbers, at least 0 and below 1")
+        if self.warmup_steps < 0:
+            raise ValueError(f"optimizer.warmup_steps {self.warmup_steps} must be at least 0; 0 is no warm-up")
+        if self.learning_rate < 0 or self.weight_decay < 0:
+            raise ValueError("optimizer.learning_rate and optimizer.weight_decay must not be negative")
+
+
+def _cosine(progress: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+SCHEDULES = {"constant": lambda progress: 1.0, "cosine": _cosine, "linear": lambda progress: 1 - progress}
+
+
+def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """The learning rate of optimizer step `step` (from 0) of `steps`."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    return config.learning_rate * SCHEDULES[config.schedule](min(1.0, progress))
 
 
 class Rules(NamedTuple):
-    """Optimizers that share the parameters of some modules, and those parameters that one knows by a view [O, N]."""
+    """Optimizers that share the parameters of some modules, and the parameters that are updated through a matrix view.
+
+    Attributes:
+        optimizers: of torch or of a library.
+        views: parameter -> its view [O, N], which one of the optimizers updates.
+    """
 
     optimizers: list[torch.optim.Optimizer]
     views: dict[nn.Parameter, nn.Parameter]
@@ -31,20 +75,21 @@ def adamw(modules: Sequence[nn.Module], config: OptimizerConfig) -> Rules:
 def adamw8bit(modules: Sequence[nn.Module], config: OptimizerConfig) -> Rules:
     """AdamW with moments of one byte, quantized in blocks of 256 (Dettmers et al. 2022): a quarter of the memory.
 
-    Tensors of fewer than 4096 numbers keep float32 moments. It walks raw memory row by row, so weights are laid out
-    that way here: they lose channels_last, and on a CPU the order that makes convolutions fast.
+    Tensors of fewer than 4096 numbers keep float32 moments. The rule reads raw memory row by row, so weights are made
+    contiguous here: they lose channels_last and, on a CPU, the order that makes convolutions fast.
 
     Raises:
-        ValueError: bitsandbytes does not know the device, or the parameters are sharded, which it can't take.
+        ValueError: bitsandbytes does not support the device, or the parameters are partitioned over processes (FSDP).
     """
     import bitsandbytes
 
     parameters = trained(modules)
-    device, known = parameters[0].device.type, bitsandbytes.supported_torch_devices
-    if device not in known:
-        raise ValueError(f"optimizer.kind adamw8bit: bitsandbytes has no {device}, only {', '.join(sorted(known))}")
+    device, supported = parameters[0].device.type, bitsandbytes.supported_torch_devices
+    if device not in supported:
+        names = ", ".join(sorted(supported))
+        raise ValueError(f"optimizer.kind adamw8bit: bitsandbytes does not support {device}, only {names}")
     if isinstance(parameters[0], DTensor):
-        raise ValueError("optimizer.kind adamw8bit can't be sharded (FSDP); use adamw: its moments are sharded")
+        raise ValueError("optimizer.kind adamw8bit does not support FSDP; use adamw, whose moments are partitioned")
     for p in parameters:
         p.data = p.data.contiguous()
     groups = _groups(parameters, config)
@@ -52,22 +97,23 @@ def adamw8bit(modules: Sequence[nn.Module], config: OptimizerConfig) -> Rules:
 
 
 def muon(modules: Sequence[nn.Module], config: OptimizerConfig) -> Rules:
-    """Muon (Jordan et al. 2024) for matrices between hidden features, AdamW for all else, embeddings too.
+    """Muon (Jordan et al. 2024) for matrices between hidden features, AdamW for all other parameters and embeddings.
 
     Its updates are scaled to the root mean square of AdamW's (Liu et al. 2025, arXiv:2502.16982), so that one learning
-    rate and one weight decay serve both. A convolution [O, C, h, w] is taken as a matrix [O, C h w], as its authors do.
+    rate and one weight decay serve both. A convolution [O, C, h, w] is treated as a matrix [O, C h w], as its authors
+    do.
     """
     parameters = trained(modules)
     embeddings = {id(m.weight) for module in modules for m in module.modules() if isinstance(m, nn.Embedding)}
-    hidden = [p for p in parameters if p.ndim in (2, 4) and min(p.shape[:2]) >= FEWEST_CHANNELS]
+    hidden = [p for p in parameters if p.ndim in (2, 4) and min(p.shape[:2]) >= MIN_CHANNELS]
     matrices = {id(p): p for p in hidden if id(p) not in embeddings}
     views = {p: nn.Parameter(as_matrix(p.detach(), p)) for p in matrices.values() if p.ndim == 4}
     rest = [p for p in parameters if id(p) not in matrices]
     optimizers: list[torch.optim.Optimizer] = []
     if matrices:
-        known = [views.get(p, p) for p in matrices.values()]
+        updated = [views.get(p, p) for p in matrices.values()]
         options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-        optimizers.append(torch.optim.Muon(known, **options, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(torch.optim.Muon(updated, **options, adjust_lr_fn="match_rms_adamw"))
     if rest:
         optimizers.append(_adamw(rest, config))
     return Rules(optimizers, views)
@@ -77,7 +123,7 @@ RULES = {"adamw": adamw, "adamw8bit": adamw8bit, "muon": muon}
 
 
 def check_rule(kind: str) -> None:
-    """Raise ValueError where there is no such rule, or its library is not installed."""
+    """Raise ValueError if the rule is unknown or its library is not installed."""
     if kind not in RULES:
         raise ValueError(f"optimizer.kind {kind!r} is unknown; use one of {', '.join(RULES)}")
     if kind == "muon" and not hasattr(torch.optim, "Muon"):
@@ -87,21 +133,20 @@ def check_rule(kind: str) -> None:
 
 
 def trained(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
-    """The parameters that learn, in the order of the modules: what the state of an optimizer is counted by."""
+    """The trained parameters in the order of the modules. The state of an optimizer is indexed by this order."""
     return [p for module in modules for p in module.parameters() if p.requires_grad]
 
 
 def as_matrix(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A tensor [O, ...] as [O, N], its columns in the order in which `like` lies in memory: of `like` itself a view.
+    """Reshape [O, ...] to [O, N], with columns in the memory order of `like`; for `like` itself, this is a view.
 
-    To orthogonalize a matrix of permuted columns is to permute those of the result, so the order is a matter of
-    rounding alone.
+    Orthogonalizing a matrix with permuted columns permutes those of the result, so the order only affects rounding.
     """
     return tensor.permute(0, *_columns(like)).flatten(1)
 
 
 def from_matrix(matrix: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The inverse of `as_matrix`: [O, N] in the shape of `like`, [O, ...]."""
+    """The inverse of `as_matrix`: [O, N] to the shape of `like`, [O, ...]."""
     order = [0, *_columns(like)]
     unfolded = matrix.unflatten(1, [like.shape[i] for i in order[1:]])
     return unfolded.permute([order.index(i) for i in range(like.ndim)])

@@ -1,4 +1,4 @@
-"""Numbers of a run: averaged over micro-batches, processes and steps, then a line of metrics.jsonl."""
+"""Metrics of a run: averaged over micro-batches, processes and steps, and written to metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from stipple_core.files.atomic import writing
 
 
 class Metrics:
-    """Sums since the last line, kept as tensors so that logging does not wait for the device.
+    """Sums of values since the last line, kept as tensors so that logging does not wait for the device.
 
-    A value that is not finite is left out of its average, and a name without a finite value out of the line.
+    Averages skip values that are not finite, and lines skip names without a finite value.
     """
 
     def __init__(self, path: Path | None, accelerator: Accelerator, log_every: int):
@@ -28,7 +28,7 @@ class Metrics:
         self._time, self._steps = time.monotonic(), 0
 
     def add(self, values: dict[str, torch.Tensor | float]) -> None:
-        """Add one micro-batch's values, each a number or a tensor (its mean is taken)."""
+        """Add the values of a micro-batch, each a number or a tensor, of which the mean is taken."""
         for name, value in values.items():
             value = torch.as_tensor(value).detach()
             value = value.to(torch.float32 if value.device.type == "mps" else torch.float64).mean()
@@ -37,7 +37,7 @@ class Metrics:
             self._counts[name] = self._counts.get(name, 0) + finite.to(value.dtype)
 
     def end_step(self, step: int) -> dict[str, float] | None:
-        """Count an optimizer step; at every `log_every`-th write the line and return it."""
+        """Count an optimizer step; each `log_every` steps, write a line and return it."""
         self._steps += 1
         if step % self.log_every:
             return None
@@ -48,18 +48,18 @@ class Metrics:
         return line
 
     def window(self) -> dict[str, list[float]]:
-        """The sums and counts so far over all processes; every process calls it."""
+        """The current sums and counts over all processes; each has to call it."""
         if not self._sums:
             return {}
         both = [*self._sums.values(), *self._counts.values()]
-        both = torch.stack([value.to(self.accelerator.device) for value in both])  # on the device: float32 on mps
+        both = torch.stack([value.to(self.accelerator.device) for value in both])  # float32 on mps
         if self.accelerator.num_processes > 1:
             both = self.accelerator.reduce(both, "sum")
         sums, counts = both.tolist()[: len(self._sums)], both.tolist()[len(self._sums) :]
         return {name: [total, count] for name, total, count in zip(self._sums, sums, counts, strict=True)}
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Append one line of the finite values to metrics.jsonl and give it to the trackers."""
+        """Append a line with the finite values to metrics.jsonl, and log them to the trackers."""
         values = {name: float(value) for name, value in values.items() if math.isfinite(value)}
         if self.path is not None:
             with open(self.path, "a") as file:
@@ -68,17 +68,17 @@ class Metrics:
             self.accelerator.log(values, step=step)
 
     def sync(self) -> None:
-        """Put the lines so far on disk: those up to a checkpoint are not written again."""
+        """Make all lines durable, because those before a checkpoint are not written again."""
         if self.path is not None and self.path.exists():
             with open(self.path) as file:
                 os.fsync(file.fileno())
 
     def rewind(self, step: int, window: dict[str, list[float]] | None = None) -> None:
-        """Drop the lines after `step`, which will be written again, and take up the sums of an unfinished window."""
-        self._time = time.monotonic()  # what came before was set-up
+        """Drop the lines after `step`, which will be written again, and restore the sums of an unfinished window."""
+        self._time = time.monotonic()  # do not count the set-up
         device = self.accelerator.device
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        for name, both in (window or {}).items():  # of all processes together: the main one alone takes them up
+        for name, both in (window or {}).items():  # sums over all processes, which the main one restores
             total, count = torch.tensor(both, dtype=dtype, device=device) * self.accelerator.is_main_process
             self._sums[name], self._counts[name] = total, count
         if self.path is not None:
@@ -86,18 +86,18 @@ class Metrics:
 
 
 def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as `a.b.c: value`, with the value types that every tracker takes."""
-    found: dict[str, Any] = {}
+    """Flatten nested settings to `a.b.c: value`, with value types that every tracker supports."""
+    flattened: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{key}.")
+            flattened |= flat(value, f"{prefix}{key}.")
         else:
-            found[prefix + key] = value if isinstance(value, (int, float, str, bool)) else json.dumps(value)
-    return found
+            flattened[prefix + key] = value if isinstance(value, (int, float, str, bool)) else json.dumps(value)
+    return flattened
 
 
 def drop_lines_after(path: Path, step: int) -> None:
-    """Remove from a file of JSON lines, if it exists, those of later steps, which will be written again."""
+    """Remove the lines of later steps, which will be written again, from a JSONL file if it exists."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     kept = [line for line in lines if _step_of(line) <= step]
     if len(kept) < len(lines):

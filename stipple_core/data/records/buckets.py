@@ -1,7 +1,7 @@
-"""Aspect-ratio buckets: pictures of like shape are trained on together, instead of all cut to one square.
+"""Aspect-ratio buckets: images of similar shape are batched together instead of cropping all to a square.
 
-A bucket is a width and a height, multiples of a step, with at most the square's pixels. A picture belongs to the
-bucket of the nearest aspect ratio; it is resized until it covers the bucket, and what stands over is cropped.
+A bucket is a width and a height, both multiples of a step, with at most as many pixels as the square. An image belongs
+to the bucket of the nearest aspect ratio. It is resized to cover the bucket, and the longer side is cropped.
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ import numpy as np
 
 @dataclass(frozen=True, kw_only=True)
 class BucketConfig:
-    """Which shapes there are besides the square of `data.image_size`."""
+    """The shapes of buckets besides the square of `data.image_size`."""
 
     step: int = 64  # pixels; sides are multiples of it
-    max_aspect: float = 2.0  # of long to short side; more extreme pictures are cropped to it
+    max_aspect: float = 2.0  # of long to short side; more extreme images are cropped to it
 
     def __post_init__(self) -> None:
         if self.step < 1:
             raise ValueError(f"data.buckets.step {self.step} must be at least 1 pixel; use 64")
         if not 1 <= self.max_aspect < math.inf:
-            raise ValueError(f"data.buckets.max_aspect {self.max_aspect} is long over short side; use 1 or more")
+            raise ValueError(
+                f"data.buckets.max_aspect {self.max_aspect} is the ratio of long to short side; use 1 or more"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +34,7 @@ class Buckets:
     """The bucket of each record."""
 
     shapes: list[tuple[int, int]]  # width and height
-    of: np.ndarray  # [records] int16, numbers of shapes
+    of: np.ndarray  # [records] int16, indices into `shapes`
 
     def shape(self, index: int) -> tuple[int, int]:
         """Width and height of a record's bucket."""
@@ -40,9 +42,10 @@ class Buckets:
 
 
 def bucket_shapes(image_size: int, config: BucketConfig) -> list[tuple[int, int]]:
-    """Widths and heights: for each side the longest other side with no more pixels than the square, in order of width.
+    """Return widths and heights ordered by width: for each side the longest other side within the square's pixels.
 
-    Raises ValueError if the square is not one of them.
+    Raises:
+        ValueError: the square is not one of them.
     """
     step = config.step
     if image_size % step:
@@ -60,7 +63,7 @@ def bucket_shapes(image_size: int, config: BucketConfig) -> list[tuple[int, int]
 
 
 def assign(sizes: Sequence[tuple[int, int]], shapes: Sequence[tuple[int, int]]) -> Buckets:
-    """The bucket of the nearest aspect ratio, by its logarithm, for pictures of these widths and heights."""
+    """Assign images of these widths and heights to the buckets of the nearest logarithmic aspect ratios."""
     widths, heights = np.array(sizes, dtype=np.float64).reshape(-1, 2).T
     ratios = np.log([width / height for width, height in shapes])
     distances = np.abs(np.log(widths / heights)[:, None] - ratios)  # [records, shapes]
@@ -68,7 +71,7 @@ def assign(sizes: Sequence[tuple[int, int]], shapes: Sequence[tuple[int, int]]) 
 
 
 def check_step(config: BucketConfig | None, downsampling: int, what: str) -> None:
-    """ValueError unless sides of buckets can be divided by `downsampling`, which is `what` needs."""
+    """Raise a ValueError unless the sides of buckets are divisible by `downsampling`, as `what` requires."""
     if config is not None and config.step % downsampling:
-        mend = math.ceil(config.step / downsampling) * downsampling
-        raise ValueError(f"data.buckets.step {config.step} is not a multiple of {downsampling} ({what}); use {mend}")
+        fix = math.ceil(config.step / downsampling) * downsampling
+        raise ValueError(f"data.buckets.step {config.step} is not a multiple of {downsampling} ({what}); use {fix}")

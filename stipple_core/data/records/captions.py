@@ -1,6 +1,7 @@
-"""Captions from columns: clean text, and templates such as "{name}, {style} style" over a metadata row's columns.
+"""Captions: text cleaning, and templates such as "{name}, {style} style" over the columns of a metadata row.
 
-A column of objects, [{"label": "cat", "box": [0.1, 0.2, 0.5, 0.9]}, ...], reads "cat 0.1 0.2 0.5 0.9; ...": a layout.
+A column of objects, [{"label": "cat", "box": [0.1, 0.2, 0.5, 0.9]}, ...], becomes the layout "cat 0.1 0.2 0.5 0.9;
+...".
 """
 
 from __future__ import annotations
@@ -12,20 +13,23 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-MAX_LENGTH = 10_000  # characters; what comes after is cut off
-MAX_EXPANSIONS = 1_000  # captions from one template, when several columns are lists
-SPACES = {code: " " for code in (*range(32), *range(127, 160))}  # control characters, NUL and line ends among them
+MAX_LENGTH = 10_000  # characters; longer captions are truncated
+MAX_EXPANSIONS = 1_000  # captions of one template for one row
+SPACES = {code: " " for code in (*range(32), *range(127, 160))}  # control characters, including NUL and line ends
 
 
 def clean(text: str) -> str:
-    """One line of NFC text of at most MAX_LENGTH characters; ValueError if nothing is left.
+    """Return text as one line of at most MAX_LENGTH characters in Unicode normalization form C.
 
-    Each run of whitespace and control characters (NUL too) becomes one space, each half of a surrogate pair U+FFFD.
-    Undecodable bytes have become U+FFFD when the file was read (`stipple_core.data.sources.metadata`).
+    Each run of whitespace and control characters becomes one space, each lone surrogate U+FFFD. Undecodable bytes
+    became U+FFFD when the file was read (`stipple_core.data.sources.metadata`).
+
+    Raises:
+        ValueError: no text is left.
     """
-    if not text.isprintable():  # cheap: most captions have nothing to replace
+    if not text.isprintable():  # a fast check: most captions need no replacement
         text = text.translate(SPACES).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    text = " ".join(text.split())[:MAX_LENGTH]  # before NFC, whose time grows with the square of a run of accents
+    text = " ".join(text.split())[:MAX_LENGTH]  # before NFC, whose time is quadratic in runs of accents
     if not text.isascii():
         text = " ".join(unicodedata.normalize("NFC", text).split())[:MAX_LENGTH]
     text = text.rstrip()
@@ -35,36 +39,39 @@ def clean(text: str) -> str:
 
 
 def columns_of(template: str) -> tuple[str, ...]:
-    """The column names of a template; ValueError if the braces don't close or hold more than a name."""
+    """Return the column names of a template. Raises ValueError if braces do not match or contain more than a name."""
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:
-        raise ValueError(f"caption template {template!r}: {error}; a column is {{name}}, a brace {{{{") from None
+        raise ValueError(
+            f"caption template {template!r}: {error}; write {{name}} for a column and {{{{ for a brace"
+        ) from None
     names = []
     for _, name, form, conversion in parts:
         if name is None:
             continue
         if not name or form or conversion:
-            raise ValueError(f"caption template {template!r} must hold plain column names, such as {{text}}")
+            raise ValueError(f"caption template {template!r} must contain plain column names, such as {{text}}")
         names.append(name)
     return tuple(dict.fromkeys(names))
 
 
 def expand(template: str, columns: Sequence[str], row: Mapping[str, Any]) -> tuple[str, ...]:
-    """The captions that a template makes of a row: one per element of a list-valued column, none if one is missing.
+    """Fill a template from a row: one caption for each element of a column with a list, none if a column is missing.
 
     Args:
         template: text with {column} fields.
         columns: `columns_of(template)`.
         row: a metadata row.
 
-    Raises ValueError if there are too many captions, or one is empty.
+    Raises:
+        ValueError: there are too many captions, or one is empty.
     """
     choices = [_elements(row.get(column)) for column in columns]
     if not all(choices):
         return ()
     if math.prod(map(len, choices)) > MAX_EXPANSIONS:
-        raise ValueError(f"template {template!r} makes more than {MAX_EXPANSIONS} captions of one row")
+        raise ValueError(f"template {template!r} makes more than {MAX_EXPANSIONS} captions from one row")
     captions = []
     for values in itertools.product(*choices):
         captions.append(clean(_fill(template, dict(zip(columns, values, strict=True)))))
@@ -77,7 +84,7 @@ def _fill(template: str, values: Mapping[str, str]) -> str:
 
 
 def _elements(value: Any) -> list[str]:
-    """A column's value as the texts it offers; blanks, null and mappings offer none."""
+    """The texts in a column's value; blank texts, null and mappings have none."""
     if isinstance(value, str):
         return [value.strip()] if value.translate(SPACES).strip() else []
     if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
@@ -90,7 +97,7 @@ def _elements(value: Any) -> list[str]:
 
 
 def _layout(objects: list[Mapping[str, Any]]) -> list[str]:
-    """Objects with a label and a box as one text; none where one of them has not both."""
+    """Objects as one layout text; none if an object lacks a label or a box."""
     if not all(item.get("label") is not None and isinstance(item.get("box"), list) for item in objects):
         return []
     return ["; ".join(" ".join(map(str, [item["label"], *item["box"]])) for item in objects)]

@@ -1,4 +1,4 @@
-"""What a run says about its data: which pictures, which captions, and how a picture becomes a square."""
+"""The data section of a config: where images and captions come from, and how images are cropped."""
 
 from __future__ import annotations
 
@@ -13,44 +13,44 @@ from stipple_core.data.records.captions import columns_of
 from stipple_core.images.images import CROPS
 
 MISSING_CAPTIONS = ("skip", "empty")
-SOURCES = ("folder", "shards", "dataset")  # exactly one of these is given
+SOURCES = ("folder", "shards", "dataset")  # exactly one of these must be set
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which pictures, which captions, and how a picture becomes a square."""
+    """Where images and captions come from, and how images are cropped."""
 
-    folder: str | None = None  # of pictures, or of .tar or .parquet files; searched with all its subfolders
+    folder: str | None = None  # with images, or .tar or .parquet files; subfolders are included
     shards: str | list[str] = field(default_factory=list)  # or .tar and .parquet files: paths, URLs, pipe:COMMAND
-    dataset: str | None = None  # or a Hugging Face dataset: a folder written by save_to_disk, or NAME or NAME:CONFIG
+    dataset: str | None = None  # or a Hugging Face dataset: NAME, NAME:CONFIG, or a folder written by save_to_disk
     split: str = "train"  # of the dataset
-    image_column: str | None = None  # of parquet files and datasets; null: the only one that holds pictures
-    index: str = "cache/index"  # folder that remembers what shards hold, and keeps what pipe: and parquet files give
+    image_column: str | None = None  # of parquet files and datasets; null: the only one with images
+    index: str = "cache/index"  # folder for indices of shards, outputs of pipe:, and unpacked parquet files
     image_size: int = 256  # pixels, both sides
-    captions: list[str] = field(default_factory=lambda: ["{text}"])  # templates; repeat one to weigh it; []: none
-    where: dict[str, list[Any]] = field(default_factory=dict)  # keep rows whose column has one of these; null: missing
-    crop: str = "center"  # or "random", along the long side
-    flip: bool = False  # mirror half of the pictures; wrong where there is writing
-    validation: float = 0.02  # share held out, drawn by a hash of the picture's name
-    min_size: int = 1  # pixels; a shorter side is skipped. Above 1, scanning reads every header
-    max_aspect: float | None = None  # of long to short side; a narrower one is skipped. Reads headers, too
-    buckets: BucketConfig | None = None  # shapes besides the square, such as {step: 64}; null: all are cut square
-    missing_caption: str = "skip"  # or "empty": a picture without a caption is trained on as if its caption was dropped
-    verify: bool = True  # decode all once before the first step; false: bad ones are replaced when they are met
-    maps: str | None = None  # folder of what lies where: the map of picture a/b.webp is a/b.png in it, of one channel
-    background: str = "white"  # shown through alpha: a color name, or "#rrggbb"
-    max_bad_fraction: float = 0.5  # more skipped than this stops the run
+    captions: list[str] = field(default_factory=lambda: ["{text}"])  # templates; repeat one to weight it; []: none
+    where: dict[str, list[Any]] = field(default_factory=dict)  # use rows with one of these values; null: missing
+    crop: str = "center"  # or "random": where the longer side is cropped
+    flip: bool = False  # mirror half of the images; do not use it with images of text
+    validation: float = 0.02  # fraction held out, selected by a hash of the image's name
+    min_size: int = 1  # pixels; images with a shorter side are skipped. Above 1, scanning reads every header
+    max_aspect: float | None = None  # of long to short side; narrower images are skipped. Scanning reads every header
+    buckets: BucketConfig | None = None  # shapes besides the square, such as {step: 64}; null: only the square
+    missing_caption: str = "skip"  # or "empty": train on images without a caption as if it was dropped
+    verify: bool = True  # decode all images before the first step; false: replace bad ones during training
+    maps: str | None = None  # folder of one-channel maps: the map of image a/b.webp is a/b.png
+    background: str = "white"  # color behind transparent pixels: a name, or "#rrggbb"
+    max_bad_fraction: float = 0.5  # a higher fraction of skipped entries is an error
 
     def __post_init__(self) -> None:
-        given = [name for name in SOURCES if getattr(self, name)]
-        if not given and self.folder is None:
+        sources = [name for name in SOURCES if getattr(self, name)]
+        if not sources and self.folder is None:
             raise ValueError(
-                "data.folder has no value; set it in the YAML file or by data.folder=FOLDER, or give data.shards or "
+                "data.folder has no value; set it in the YAML file or by data.folder=FOLDER, or use data.shards or "
                 "data.dataset"
             )
-        if len(given) > 1:
+        if len(sources) > 1:
             raise ValueError(
-                f"data.{given[0]} and data.{given[1]} are both given; leave one out (data.folder=null data.shards=[])"
+                f"data.{sources[0]} and data.{sources[1]} are both set; use only one (data.folder=null data.shards=[])"
             )
         if self.crop not in CROPS:
             raise ValueError(f"data.crop is {self.crop!r}; it must be one of {', '.join(CROPS)}")
@@ -58,7 +58,7 @@ class DataConfig:
             choices = ", ".join(MISSING_CAPTIONS)
             raise ValueError(f"data.missing_caption is {self.missing_caption!r}; it must be one of {choices}")
         if self.max_aspect is not None and not self.max_aspect >= 1:
-            raise ValueError(f"data.max_aspect is {self.max_aspect}; it is long over short side, at least 1")
+            raise ValueError(f"data.max_aspect is {self.max_aspect}; it is the ratio of long to short side, at least 1")
         if self.buckets is not None:
             bucket_shapes(self.image_size, self.buckets)
         if self.min_size < 0:
@@ -80,15 +80,15 @@ class DataConfig:
 
     @property
     def origin(self) -> str:
-        """Where the data come from, as the user put it, for messages."""
+        """The data source as the user specified it, for messages."""
         shards = [self.shards] if isinstance(self.shards, str) else self.shards
         return self.folder or self.dataset or f"{', '.join(shards[:3])}{', ...' * (len(shards) > 3)}"
 
     @property
     def overrides(self) -> list[str]:
-        """What to say on a command line for another script to find the same pictures, as key=value."""
+        """The key=value overrides with which another command uses the same data source."""
         values = {name: getattr(self, name) for name in (*SOURCES, "split", "image_column", "index")}
         defaults = {field.name: field.default for field in fields(self)} | {"shards": []}
-        given = {name: value for name, value in values.items() if value != defaults[name]}
-        said = [f"data.{k}={json.dumps(v) if isinstance(v, list) else v}" for k, v in given.items()]
-        return said if self.folder else ["data.folder=null", *said]  # the other script's config may have a folder
+        changed = {name: value for name, value in values.items() if value != defaults[name]}
+        overrides = [f"data.{k}={json.dumps(v) if isinstance(v, list) else v}" for k, v in changed.items()]
+        return overrides if self.folder else ["data.folder=null", *overrides]  # the other config may set a folder

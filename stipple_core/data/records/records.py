@@ -1,4 +1,4 @@
-"""Records: a picture and its captions wherever it lies, and a compact list of millions of them."""
+"""Records of images and captions, a compact list of millions of them, and lists of skipped entries."""
 
 from __future__ import annotations
 
@@ -13,43 +13,45 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Any, Protocol
 
-from stipple_core.files.atomic import hold, writing
+from stipple_core.files.atomic import lock_file, writing
 
 
 class Source(Protocol):
-    """A file that holds many pictures. Small, picklable and hashable: whichever process asks opens it for itself."""
+    """A file that contains many images. It is small, picklable and hashable, and each process opens it itself."""
 
     path: str
 
     def open(self, place: int, size: int) -> str | IO[bytes]:
-        """The picture of `size` bytes at a place: the offset in a tar, the row in a table."""
+        """Return the image of `size` bytes at a place: the offset in a tar, or the row in a table."""
 
     def state(self) -> dict[str, Any]:
-        """What changes when the contents do, as plain values. Raises OSError."""
+        """Plain values that change with the contents. Raises OSError."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A picture and its captions: one inner tuple for each template, holding that template's expansions."""
+    """An image and its captions: one inner tuple for each template, with all expansions of the template."""
 
-    path: str  # of the file, absolute; or of the shard or table that it lies in
+    path: str  # absolute path of the file, or of the shard or table that contains it
     name: str  # within the data: relative to the data folder, with "/"; SHARD/KEY.EXT in a tar; TABLE:ROW in a table
     captions: tuple[tuple[str, ...], ...]
-    bytes: int = 0  # size of the picture's file, for the fingerprint
-    source: Source | None = None  # None: a file of its own
-    place: int = 0  # in the source
-    weight: float = 1.0  # of its loss
+    bytes: int = 0  # size of the image file, for the fingerprint
+    source: Source | None = None  # None: the image is a separate file
+    place: int = 0  # offset or row in the source
+    weight: float = 1.0  # of the image in the loss
 
     def open(self) -> str | IO[bytes]:
-        """What `load_image` and `read_size` take: a plain file's path, or the bytes of what lies in a larger file.
+        """Return the argument of `load_image` and `read_size`: the path of the file, or its bytes from a larger file.
 
-        Raises UnusableImage if there are none, OSError if they can't be reached.
+        Raises:
+            UnusableImage: the source has no image there.
+            OSError: the source can't be read.
         """
         return self.path if self.source is None else self.source.open(self.place, self.bytes)
 
     @contextmanager
     def named(self) -> Iterator[None]:
-        """Put this picture's name into an OSError that names no file."""
+        """Add this image's name to an OSError without a file name."""
         try:
             yield
         except OSError as error:
@@ -60,15 +62,15 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Skip:
-    """Something that can't be used: its name in the data, or FILE:LINE of a metadata file, and why."""
+    """An entry that can't be used, and why."""
 
-    path: str
+    path: str  # the name in the data, or FILE:LINE of a metadata file
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Records:
-    """What `scan` found, in an order that depends on the data alone."""
+    """The result of `scan`, in an order that depends only on the data."""
 
     train: Sequence[Record]
     validation: Sequence[Record]
@@ -76,22 +78,23 @@ class Records:
 
 
 class RecordList(Sequence[Record]):
-    """Records in a few arrays: about 100 bytes and the text each, where a list of objects takes 600 bytes.
+    """Records stored in a few arrays: 100 bytes and the text for each, where a list of objects needs 600 bytes.
 
-    The objects are made when asked for. Forked workers share the arrays, which have no reference counts to write to.
+    Indexing creates the objects. Forked workers share the arrays, because these have no reference counts that change.
     """
 
     def __init__(self, records: Iterable[Record] = ()):
-        self._texts = bytearray()  # JSON of name and captions, one after the other
+        self._texts = bytearray()  # concatenated JSON of name and captions
         self._ends, self._bytes, self._places = array("q", [0]), array("q"), array("q")
         self._weights = array("d")
-        self._holders, self._numbers = [], array("i")  # (source; its path, or a folder; whether the name follows)
+        # holders: source; path, or folder of the path; whether the name must be appended
+        self._holders, self._numbers = [], array("i")
         self._known: dict[tuple[Source | None, str, bool], int] = {}
         for record in records:
             self.append(record)
 
     def append(self, record: Record) -> None:
-        """Add one at the end."""
+        """Append a record."""
         joined = record.source is None and record.path.endswith(record.name)
         holder = (record.source, record.path.removesuffix(record.name) if joined else record.path, joined)
         number = self._known.setdefault(holder, len(self._holders))
@@ -119,42 +122,42 @@ class RecordList(Sequence[Record]):
 
 
 def write_skipped(skips: Iterable[Skip], path: str) -> None:
-    """Write skips as JSON lines of path and reason, in place of what is there."""
+    """Write skipped entries as JSON lines of path and reason, replacing the file."""
     with writing(path, "w", encoding="utf-8") as file:
         file.writelines(_line(skip) for skip in skips)
 
 
 def merge_skipped(skips: Iterable[Skip], path: str) -> None:
-    """Write skips as `write_skipped` does, and after them what is there of others, such as earlier runs met."""
+    """Write skipped entries as `write_skipped` does, and keep other entries that the file already has."""
     skips = list(skips)
-    told = {skip.path for skip in skips}
+    paths = {skip.path for skip in skips}
     earlier = read_skipped(path) if os.path.exists(path) else []
-    write_skipped([*skips, *(skip for skip in earlier if skip.path not in told)], path)
+    write_skipped([*skips, *(skip for skip in earlier if skip.path not in paths)], path)
 
 
 def read_skipped(path: str) -> list[Skip]:
-    """The skips in a file of JSON lines, each once; a line that a killed process has torn is not read."""
+    """Read skipped entries from JSON lines, without duplicates. Incomplete lines of killed processes are ignored."""
     with open(path, "rb") as file:
         return list(dict.fromkeys(filter(None, map(_read_line, file))))
 
 
 class SkipLog:
-    """A file of skips to which processes append what they meet, each picture once, and what it holds by now.
+    """A file to which several processes append skipped entries, each image once.
 
-    Each line is read once, so that 64 workers cost no more than the lines themselves.
+    Each process reads each line once, so that many workers add little work.
     """
 
     def __init__(self, path: str):
         self.path = path
-        self._known: set[str] = set()  # pictures
-        self._read = 0  # bytes
+        self._known: set[str] = set()  # paths in the file
+        self._read = 0  # bytes that were read
 
     def append(self, skip: Skip) -> int:
-        """Append a skip unless its picture is there, whoever wrote it; returns how many the file holds."""
+        """Append an entry unless the file contains its path; return the number of entries in the file."""
         with open(self.path, "a+b") as file:
-            hold(file)
+            lock_file(file)
             end = file.seek(0, os.SEEK_END)
-            if end < self._read:  # written anew
+            if end < self._read:  # the file was replaced
                 self._known, self._read = set(), 0
             file.seek(self._read)
             lines = file.read()
@@ -180,7 +183,7 @@ def _read_line(line: bytes) -> Skip | None:
 
 
 def totals(skips: Iterable[Skip]) -> str:
-    """How many were skipped for which kind of reason, the most frequent first: "9 can't be decoded, 3 no caption"."""
+    """Count skipped entries by kind of reason, most frequent first: "9 can't be decoded, 3 no caption"."""
     kinds: dict[str, int] = {}
     for skip in skips:
         kind = re.split(r": |; ", skip.reason, maxsplit=1)[0]
@@ -190,7 +193,7 @@ def totals(skips: Iterable[Skip]) -> str:
 
 
 def fingerprint(records: Iterable[Record]) -> str:
-    """A sha256 of names, file sizes and captions: for the key of what is made from the records."""
+    """SHA-256 of names, file sizes and captions, for the key of data computed from the records."""
     digest = hashlib.sha256()
     for record in records:
         digest.update(json.dumps([record.name, record.bytes, record.captions]).encode())
@@ -198,7 +201,7 @@ def fingerprint(records: Iterable[Record]) -> str:
 
 
 def fingerprints(records: Iterable[Record]) -> dict[str, str]:
-    """A sha256 of names and file sizes, and one of captions: so that a key can tell which of the two changed."""
+    """SHA-256 of names and file sizes, and another of captions, so that a key shows which of the two changed."""
     pictures, captions = hashlib.sha256(), hashlib.sha256()
     for record in records:
         pictures.update(json.dumps([record.name, record.bytes]).encode())

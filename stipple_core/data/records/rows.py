@@ -1,8 +1,7 @@
-"""From rows to records, whatever the source: templates, `where`, the share held out, and what is too bad to go on."""
+"""From rows of any source to records: caption templates, `where`, the validation split, and limits of bad entries."""
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import os
 from collections.abc import Iterable, Mapping
@@ -13,75 +12,77 @@ from stipple_core.data.records.captions import columns_of, expand
 from stipple_core.data.records.data_config import DataConfig
 from stipple_core.data.records.records import Record, RecordList, Records, Skip, Source
 from stipple_core.images.images import UnusableImage, read_size
+from stipple_core.nearest import did_you_mean
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """A picture that a source holds, before captions are made of its row."""
+class SourceImage:
+    """An image in a source, with its row, before captions are made."""
 
-    path: str  # as in Record
+    path: str  # this and all other fields but `row` as in Record
     name: str
-    row: Mapping[str, Any]  # columns
+    row: Mapping[str, Any]  # values by column
     bytes: int
     source: Source | None = None
     place: int = 0
 
 
-def gather(found: Iterable[Picture | Skip], config: DataConfig) -> Records:
-    """The records of pictures that come in their order, split into training and validation.
+def gather(images: Iterable[SourceImage | Skip], config: DataConfig) -> Records:
+    """Make records of images in order, and split them into training and validation.
 
-    Raises ValueError if nothing is usable, if more than `max_bad_fraction` is not, or if a template or `where` names
-    a column that no row has.
+    Raises:
+        ValueError: no image is usable, more than `max_bad_fraction` are unusable, or a template or `where` names a
+            column that no row has.
     """
     train, validation, skipped, columns = RecordList(), RecordList(), [], set()
-    for each in found:
-        if isinstance(each, Picture):
-            row = flat(each.row)
+    for each in images:
+        if isinstance(each, SourceImage):
+            row = flatten(each.row)
             columns.update(row)
-            if not wanted(row, config.where):
+            if not matches_where(row, config.where):
                 continue
             each = make_record(each, row, config)
         if isinstance(each, Skip):
             skipped.append(each)
         else:
-            (train if position(each.name) >= config.validation else validation).append(each)
+            (train if split_position(each.name) >= config.validation else validation).append(each)
     _check_columns(config, columns)
-    check_enough(config, len(train), len(validation), skipped)
+    require_enough(config, len(train), len(validation), skipped)
     return Records(train, validation, skipped)
 
 
-def flat(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A row whose nested mappings have become columns of their own: {"a": {"b": 1}} has the column "a.b", too."""
+def flatten(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Add the values of nested mappings as columns: {"a": {"b": 1}} also gets the column "a.b"."""
     if not any(isinstance(value, Mapping) for value in row.values()):
         return row
     columns = dict(row)
     for name, value in row.items():
         if isinstance(value, Mapping):
-            columns |= {f"{name}.{inner}": item for inner, item in flat(value).items()}
+            columns |= {f"{name}.{inner}": item for inner, item in flatten(value).items()}
     return columns
 
 
-def wanted(row: Mapping[str, Any], where: Mapping[str, list[Any]]) -> bool:
-    """Whether each column of `where` has one of its values."""
+def matches_where(row: Mapping[str, Any], where: Mapping[str, list[Any]]) -> bool:
+    """Whether the row has one of the values of `where` in each of its columns."""
     return all(_matches(row.get(column), values) for column, values in where.items())
 
 
-def _matches(value: Any, wanted: list[Any]) -> bool:
+def _matches(value: Any, accepted: list[Any]) -> bool:
     if value is None or value == "" or value == []:
-        return None in wanted
+        return None in accepted
     if isinstance(value, list):
-        return any(_matches(item, wanted) for item in value)
-    # .csv knows only text, so the YAML `true` has to match "True"; by type else, as Python holds 1 == True
-    texts = {str(want).lower() for want in wanted if want is not None}
+        return any(_matches(item, accepted) for item in value)
+    # compared as text: CSV files contain only text, so YAML's `true` must match "True"; and 1 must not equal True
+    texts = {str(each).lower() for each in accepted if each is not None}
     return str(value).lower() in texts
 
 
-def make_record(picture: Picture, row: Mapping[str, Any], config: DataConfig) -> Record | Skip:
-    """A picture with the captions that the templates make of its row, or why it can't be used."""
-    name = picture.name
-    if picture.bytes < 0:
+def make_record(image: SourceImage, row: Mapping[str, Any], config: DataConfig) -> Record | Skip:
+    """Make the record of an image with captions from its row, or return a Skip if it can't be used."""
+    name = image.name
+    if image.bytes < 0:
         return Skip(name, "a directory, not a file")
-    if picture.bytes == 0:
+    if image.bytes == 0:
         return Skip(name, "empty file")
     try:
         captions = [expand(template, columns_of(template), row) for template in config.captions]
@@ -91,10 +92,10 @@ def make_record(picture: Picture, row: Mapping[str, Any], config: DataConfig) ->
     if not captions and (config.missing_caption == "empty" or not config.captions):
         captions = (("",),)
     if not captions:
-        return Skip(name, "no caption: every template has a column that is missing or empty here")
+        return Skip(name, "no caption: each template has a column that is missing or empty")
     if config.maps is not None and not os.path.isfile(map_path(config.maps, name)):
-        return Skip(name, f"no map: {map_path(config.maps, name)} is not there")
-    record = Record(picture.path, name, captions, picture.bytes, picture.source, picture.place)
+        return Skip(name, f"no map: {map_path(config.maps, name)} does not exist")
+    record = Record(image.path, name, captions, image.bytes, image.source, image.place)
     try:
         if config.min_size > 1 or config.max_aspect is not None:
             with record.named():
@@ -105,12 +106,12 @@ def make_record(picture: Picture, row: Mapping[str, Any], config: DataConfig) ->
 
 
 def map_path(folder: str, name: str) -> str:
-    """Where the map of the picture of this name lies, in the folder that `data.maps` names."""
+    """The path of an image's map in `folder`, which is `data.maps`."""
     return os.path.join(folder, f"{os.path.splitext(name)[0]}.png")
 
 
 def maps_fingerprint(folder: str, records: Iterable[Record]) -> str:
-    """A sha256 of the maps' file sizes; one that is gone has none, which `ImageDataset` will say."""
+    """SHA-256 of the file sizes of maps. `ImageDataset` reports missing ones."""
     digest = hashlib.sha256()
     for record in records:
         path = map_path(folder, record.name)
@@ -126,24 +127,24 @@ def _check_size(size: tuple[int, int], config: DataConfig) -> None:
         raise UnusableImage(f"too narrow: {size[0]} x {size[1]}, beyond data.max_aspect {config.max_aspect:g}")
 
 
-def _check_columns(config: DataConfig, known: set[str]) -> None:
-    """ValueError for a column that no row has: a spelling mistake, not a property of the data."""
-    asked = [(f"caption template {t!r}", column) for t in config.captions for column in columns_of(t)]
-    asked += [("data.where", column) for column in config.where]
-    for who, column in asked:
-        if known and column not in known:
-            close = difflib.get_close_matches(column, known, n=1)
-            mend = f"did you mean {close[0]}?" if close else f"the columns are {', '.join(sorted(known)[:20])}"
-            raise ValueError(f"{who} names the column {column!r}, which no row of {config.origin} has; {mend}")
+def _check_columns(config: DataConfig, columns: set[str]) -> None:
+    """Raise a ValueError if a template or `where` names a column that no row has, which is a spelling error."""
+    named = [(f"caption template {t!r}", column) for t in config.captions for column in columns_of(t)]
+    named += [("data.where", column) for column in config.where]
+    for where, column in named:
+        if columns and column not in columns:
+            nearest = did_you_mean(column, columns, cutoff=0.6)
+            fix = f"did you mean {nearest}?" if nearest else f"the columns are {', '.join(sorted(columns)[:20])}"
+            raise ValueError(f"{where} names the column {column!r}, which no row of {config.origin} has; {fix}")
 
 
-def check_enough(config: DataConfig, train: int, validation: int, skipped: list[Skip]) -> None:
-    """ValueError unless so many usable pictures, and so much that had to be skipped, are enough to go on."""
+def require_enough(config: DataConfig, train: int, validation: int, skipped: list[Skip]) -> None:
+    """Raise a ValueError if no image is usable, or too many entries were skipped, or none is left for training."""
     good = train + validation
     reasons = "; ".join(f"{skip.path}: {skip.reason}" for skip in skipped[:3])
     if good == 0:
-        told = reasons or ("nothing passes data.where" if config.where else "there is no picture in it")
-        raise ValueError(f"no usable captioned image in {config.origin}: {told}")
+        cause = reasons or ("no row matches data.where" if config.where else "it contains no image")
+        raise ValueError(f"no usable captioned image in {config.origin}: {cause}")
     fraction = len(skipped) / (len(skipped) + good)
     if fraction > config.max_bad_fraction:
         raise ValueError(
@@ -151,10 +152,12 @@ def check_enough(config: DataConfig, train: int, validation: int, skipped: list[
             f"data.max_bad_fraction {config.max_bad_fraction}: {reasons}"
         )
     if not train:
-        raise ValueError(f"all {validation} images are held out by data.validation {config.validation}; use less")
+        raise ValueError(
+            f"all {validation} images are held out by data.validation {config.validation}; use a smaller fraction"
+        )
 
 
-def position(name: str) -> float:
-    """A number in [0, 1) that depends on the name only: a picture stays in its split when others come or go."""
+def split_position(name: str) -> float:
+    """A number in [0, 1) that depends only on the name: an image keeps its split when others are added or removed."""
     digest = hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2.0**64

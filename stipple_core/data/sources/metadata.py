@@ -1,7 +1,7 @@
-"""Readers of metadata.jsonl, metadata.csv and sidecar .txt files; a line that can't be read becomes a reason.
+"""Reading metadata.jsonl, metadata.csv and sidecar .txt files. Instead of an unreadable row, the reason is returned.
 
-Text is UTF-8, with or without a byte order mark, a sidecar with the mark of UTF-16 also that. Bytes that are neither
-become U+FFFD; `stipple_core.data.records.captions.clean` says what becomes of control characters.
+Text is UTF-8, with or without a byte order mark; sidecars may also be UTF-16 with one. Undecodable bytes become U+FFFD.
+`stipple_core.data.records.captions.clean` replaces control characters.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ MAX_LINE = 1 << 20  # bytes
 
 
 def read_rows(path: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """Line numbers, from 1, with a row each; or with the reason, as text, why there is none."""
+    """Yield line number (from 1) and row, or instead of an unreadable row the reason as text."""
     yield from _read_csv(path) if path.endswith(".csv") else _read_jsonl(path)
 
 
 def read_sidecar(path: str) -> list[str] | str:
-    """The captions of a .txt file, one for each line that is not blank; or the reason why there are none, as text."""
+    """Return the captions of a .txt file, one for each nonblank line, or the reason as text if there are none."""
     try:
         with open(path, "rb") as file:
             return parse_captions(file.read(MAX_LINE + 1))
@@ -31,7 +31,7 @@ def read_sidecar(path: str) -> list[str] | str:
 
 
 def parse_captions(data: bytes) -> list[str] | str:
-    """The captions in the contents of a .txt file, or the reason why there are none."""
+    """Return the captions in the contents of a .txt file, or the reason as text if there are none."""
     if len(data) > MAX_LINE:
         return f"caption too long: more than {MAX_LINE} bytes"
     encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
@@ -49,7 +49,7 @@ def _read_jsonl(path: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:
-    """Lines, each no longer than is needed to see that it is too long: a line may be all of a file of many GB."""
+    """Yield lines, truncated shortly after MAX_LINE: a file of many GB may be a single line."""
     while line := file.readline(MAX_LINE + 1):
         yield line
         while len(line) > MAX_LINE and not line.endswith(b"\n"):
@@ -57,7 +57,7 @@ def _lines(file: BinaryIO) -> Iterator[bytes]:
 
 
 def parse_row(line: bytes) -> dict[str, Any] | str:
-    """The row in a line of JSON, or the reason why there is none."""
+    """Return the row in a line of JSON, or the reason as text if there is none."""
     if len(line) > MAX_LINE:
         return f"line too long: more than {MAX_LINE} bytes"
     try:
@@ -80,7 +80,7 @@ def _read_csv(path: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
                 cells = next(reader)
             except StopIteration:
                 return
-            except csv.Error as error:  # the reader starts afresh at the next line
+            except csv.Error as error:  # the reader continues at the next line
                 yield reader.line_num, f"not CSV: {error}"
                 continue
             if header is None:
@@ -91,5 +91,5 @@ def _read_csv(path: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
 
 def _row(header: list[str], cells: list[str]) -> dict[str, Any] | str:
     if len(cells) != len(header):
-        return f"{len(cells)} cells, but the first line names {len(header)} columns"
+        return f"{len(cells)} cells, but the first line has {len(header)} columns"
     return dict(zip(header, cells, strict=True))

@@ -1,9 +1,11 @@
-"""Webdataset tars, read by header and never extracted: KEY.jpg with KEY.txt, KEY.json or KEY.cls beside it.
+"""Webdataset tars: KEY.jpg with the fields KEY.txt, KEY.json or KEY.cls. Headers are indexed, nothing is extracted.
 
-A member's key ends at the first dot of its file name, as webdataset has it. Captions and columns are those of a
-folder: KEY.json holds a row, KEY.txt captions for a row without "text", KEY.cls the column "cls". Only regular
-members are used. Others, and whatever is damaged, are told by name: the standard library's `tarfile` reads headers
-here, but its own loop ends without a word where a header is cut short or damaged.
+As in webdataset, the key of a member ends at the first dot of its file name; the rest is its field. KEY.json contains
+the columns of a row, KEY.txt captions for a row without "text", KEY.cls the column "cls". To support a further field,
+add it to TEXT_FIELDS and `_add_field`.
+
+Only regular members are used. All others, and damaged headers, are reported as skipped. The loop over headers is
+implemented here, because that of the standard library's `tarfile` ends silently at a damaged or truncated header.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ from stipple_core.data.sources.metadata import MAX_LINE, parse_captions, parse_r
 BLOCK = tarfile.BLOCKSIZE
 MAX_HEADER = 1 << 20  # bytes of a long name or of pax fields
 COMPRESSED = {b"\x1f\x8b": "gzip -d", b"BZh": "bzip2 -d", b"\xfd7zXZ": "xz -d", b"\x28\xb5\x2f\xfd": "zstd -d"}
-UNFINISHED = ("cut short", "no end marker", "damaged header", "not a tar", "compressed", "empty file")
-TEXTS = ("txt", "json", "cls")  # fields that describe a picture
+INCOMPLETE = ("cut short", "no end marker", "damaged header", "not a tar", "compressed", "empty file")
+TEXT_FIELDS = ("txt", "json", "cls")  # fields that describe an image
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,20 +37,23 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
-    """A picture in a tar with its columns; None: nothing describes it."""
+class TarSample:
+    """An image in a tar, and its columns."""
 
     name: str  # KEY.EXT
     offset: int
     size: int
-    row: dict[str, Any] | None
+    row: dict[str, Any] | None  # None: no field describes the image
 
 
-def read_samples(file: IO[bytes], size: int) -> tuple[list[Sample], list[Skip]]:
-    """The pictures of a tar of `size` bytes in order of names, and what can't be used; "" names the tar itself."""
-    pictures: dict[str, Member] = {}
+def read_samples(file: IO[bytes], size: int) -> tuple[list[TarSample], list[Skip]]:
+    """Return the images of a tar of `size` bytes ordered by name, and a Skip for each unusable member.
+
+    A Skip with the path "" is about the tar itself.
+    """
+    images: dict[str, Member] = {}
     rows: dict[str, dict[str, Any]] = {}
-    describing: dict[str, str] = {}  # by key: the first member that does
+    described: dict[str, str] = {}  # by key: the first member with a text field
     seen: set[str] = set()
     skipped: list[Skip] = []
     for member in read_members(file, size):
@@ -59,63 +64,63 @@ def read_samples(file: IO[bytes], size: int) -> tuple[list[Sample], list[Skip]]:
         reason = f"duplicate member {member.name}; its first is used" if member.name in seen else None
         seen.add(member.name)
         if reason is None and f".{field}" in EXTENSIONS:
-            if pictures.setdefault(key, member) is not member:
-                reason = f"a second picture of the key {key}; {pictures[key].name} is used"
-        elif reason is None and field in TEXTS:
-            describing.setdefault(key, member.name)
-            reason = _describe(rows.setdefault(key, {}), field, file, member)
+            if images.setdefault(key, member) is not member:
+                reason = f"a second image of the key {key}; {images[key].name} is used"
+        elif reason is None and field in TEXT_FIELDS:
+            described.setdefault(key, member.name)
+            reason = _add_field(rows.setdefault(key, {}), field, file, member)
         elif reason is None and field.endswith(EXTENSIONS):
-            reason = f"a field {field}, not a picture: the key ends at the first dot"
+            reason = f"the field {field} is not an image: the key ends at the first dot"
         if reason:
             skipped.append(Skip(member.name, reason))
-    skipped += [Skip(name, "a caption without a picture") for key, name in describing.items() if key not in pictures]
-    samples = [Sample(m.name, m.offset, m.size, rows.get(key) or None) for key, m in pictures.items()]
+    skipped += [Skip(name, "a caption without an image") for key, name in described.items() if key not in images]
+    samples = [TarSample(m.name, m.offset, m.size, rows.get(key) or None) for key, m in images.items()]
     return sorted(samples, key=lambda sample: sample.name), skipped
 
 
 def unfinished(file: IO[bytes], size: int) -> str | None:
-    """Why a file of `size` bytes is no tar or not all of one, by its headers; None: it has its end marker."""
+    """Return why a file of `size` bytes is not a complete tar, or None if it ends with the end marker."""
     reasons = (member.reason for member in read_members(file, size) if isinstance(member, Skip))
-    return next((reason for reason in reasons if reason.startswith(UNFINISHED)), None)
+    return next((reason for reason in reasons if reason.startswith(INCOMPLETE)), None)
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Key and field: the field is what follows the first dot of the file name, in small letters."""
+    """Key and field of a member: the field is what follows the first dot of the file name, in lower case."""
     folder, base = posixpath.split(name)
     stem, _, field = base.partition(".")
-    return (posixpath.join(folder, stem), field.lower()) if stem else ("", "")  # a hidden file has no key
+    return (posixpath.join(folder, stem), field.lower()) if stem else ("", "")  # hidden files have no key
 
 
-def _describe(row: dict[str, Any], field: str, file: IO[bytes], member: Member) -> str | None:
-    """Put the columns of a member into the row of its key; or say why there are none."""
+def _add_field(row: dict[str, Any], field: str, file: IO[bytes], member: Member) -> str | None:
+    """Add the columns of a member to the row of its key. Returns the reason if it has none, otherwise None."""
     if member.size > MAX_LINE:
         return f"{member.size} bytes, more than {MAX_LINE}"
     file.seek(member.offset)
     data = file.read(member.size)
-    found = parse_row(data) if field == "json" else parse_captions(data)
-    if isinstance(found, str):
-        return found
+    parsed = parse_row(data) if field == "json" else parse_captions(data)
+    if isinstance(parsed, str):
+        return parsed
     if field == "json":
         text = row.get("text")
-        row |= found
+        row |= parsed
         if text and not row.get("text"):
             row["text"] = text
     elif field == "cls":
-        row["cls"] = found[0]
+        row["cls"] = parsed[0]
     elif not row.get("text"):
-        row["text"] = found
+        row["text"] = parsed
     return None
 
 
 class _Archive(tarfile.TarFile):
-    """A tar whose headers are asked for one by one."""
+    """A tar whose headers are read one by one by `read_members`."""
 
     def next(self) -> None:
-        """Nothing: the constructor would read the first header with it."""
+        """Do nothing: the constructor would read the first header by this."""
 
 
 class _Headers:
-    """What `tarfile` reads headers from; one that claims to be huge is refused before it is read."""
+    """The file that `tarfile` reads headers from. It refuses a header that claims to be huge."""
 
     def __init__(self, file: IO[bytes]):
         self.file, self.seek, self.tell = file, file.seek, file.tell
@@ -127,7 +132,7 @@ class _Headers:
 
 
 def read_members(file: IO[bytes], size: int) -> Iterator[Member | Skip]:
-    """The regular members of a tar of `size` bytes, by one walk over its headers; and a Skip for all else."""
+    """Yield the regular members of a tar of `size` bytes, in one pass over headers, and a Skip for all others."""
     archive = _Archive(fileobj=_Headers(file), mode="r", encoding="utf-8", errors="surrogateescape")
     place = 0
     while True:
@@ -148,7 +153,7 @@ def read_members(file: IO[bytes], size: int) -> Iterator[Member | Skip]:
             yield Skip("", f"damaged header at byte {place}: a size of {info.size} bytes")
             return
         if info.isreg() and after > size and (cut := size - info.offset_data) < info.size:
-            yield Skip(info.name, f"cut short: {max(cut, 0)} of {info.size} bytes are there; nothing follows")
+            yield Skip(info.name, f"cut short: the file has {max(cut, 0)} of its {info.size} bytes")
             return
         yield _member(info)
         place = after
@@ -159,7 +164,7 @@ def _member(info: tarfile.TarInfo) -> Member | Skip:
     if name.startswith("/"):
         return Skip(info.name, "an absolute name")
     if name == ".." or name.startswith("../"):
-        return Skip(info.name, "a name that leads out of the tar")
+        return Skip(info.name, "a name outside the tar")
     if info.issparse():
         return Skip(info.name, "a sparse member, not a plain file")
     kinds = {
@@ -177,11 +182,11 @@ def _member(info: tarfile.TarInfo) -> Member | Skip:
 
 
 def _ending(file: IO[bytes], block: bytes, place: int, size: int) -> Iterator[Skip]:
-    """What is wrong with the end of a tar, whose last block is `block`."""
+    """Report problems with the end of a tar, whose last block is `block`."""
     if size == 0:
         yield Skip("", "empty file")
     elif not block:
-        yield Skip("", f"no end marker at byte {place}: members that followed may be missing")
+        yield Skip("", f"no end marker at byte {place}: further members may be missing")
     elif len(block) < BLOCK:
         yield Skip("", _damage(block, place, None))
     elif place == 0:
@@ -189,14 +194,14 @@ def _ending(file: IO[bytes], block: bytes, place: int, size: int) -> Iterator[Sk
     else:
         while rest := file.read(MAX_HEADER):
             if rest.strip(b"\0"):
-                yield Skip("", f"what follows the end marker at byte {place} is not read")
+                yield Skip("", f"data after the end marker at byte {place} are not read")
                 return
 
 
 def _damage(block: bytes, place: int, error: Exception | None) -> str:
     for magic, command in COMPRESSED.items():
         if place == 0 and block.startswith(magic):
-            return f"compressed, so that members can't be read at offsets; give 'pipe:{command} < SHARD', or unpack it"
+            return f"compressed, so members can't be read at offsets; use 'pipe:{command} < SHARD', or unpack it"
     if place == 0:
         return "not a tar"
     return f"damaged header at byte {place}: {error}" if error else f"cut short in a header at byte {place}"

@@ -1,8 +1,8 @@
-"""What a tar holds, remembered: one pass over its headers writes an index, later starts read only that.
+"""The index of a tar: written in one pass over its headers, and read instead of the tar at later starts.
 
-An index is a file of JSON lines in the folder `data.index`: the shard's state (size, and time or etag), a line for
-each picture (name, offset, size, columns) and each thing skipped, and their number. It is written to a temporary file
-and renamed. A shard whose state has changed is read again.
+An index is a file of JSON lines in the folder `data.index`: the shard's state (size, and time or etag), one line for
+each image (name, offset, size, columns) and each skipped member, and their number. If the state of a shard has changed,
+its index is written again.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from stipple_core.data.records.records import Skip
-from stipple_core.data.records.rows import Picture
-from stipple_core.data.sources.locations import Shard, digest_of, patiently
-from stipple_core.data.sources.tar import TEXTS, Sample, read_samples
+from stipple_core.data.records.rows import SourceImage
+from stipple_core.data.sources.remote_files import with_retries
+from stipple_core.data.sources.shards import Shard, path_digest
+from stipple_core.data.sources.tar import TEXT_FIELDS, TarSample, read_samples
 from stipple_core.files.atomic import locked, writing
 
 FORMAT = 1
@@ -23,18 +24,22 @@ NO_CAPTION = "no caption: neither KEY.json nor KEY.txt beside it"
 
 
 def index_of(shard: Shard, folder: str) -> str | Skip:
-    """The path of a tar's index in `folder`, which is made if there is none of the shard's present state.
+    """Return the path of a tar's index in `folder`. It is written unless there is one of the shard's current state.
 
-    Raises OSError if the shard or the folder can't be used, ValueError if the shard's server says too little.
+    Returns a Skip if the shard does not exist.
+
+    Raises:
+        OSError: the shard can't be read, or the folder can't be written.
+        ValueError: the shard's server does not report its size.
     """
     try:
         state = {"format": FORMAT, "shard": shard.path, **shard.state()}
     except FileNotFoundError:
         return Skip(shard.name, "no such file")
     if state["bytes"] is None:
-        raise ValueError(f"{shard.path}: its server does not say how large it is; use pipe:curl -sf URL")
+        raise ValueError(f"{shard.path}: its server does not report its size; use pipe:curl -sf URL")
     os.makedirs(folder, exist_ok=True)
-    path = os.path.join(folder, f"{digest_of(shard.path)}.jsonl")
+    path = os.path.join(folder, f"{path_digest(shard.path)}.jsonl")
     if not _is_current(path, state):
         with locked(path):
             if not _is_current(path, state):
@@ -42,20 +47,21 @@ def index_of(shard: Shard, folder: str) -> str | Skip:
     return path
 
 
-def pictures_of_tar(shard: Shard, index: str, captioned: bool) -> Iterator[Picture | Skip]:
-    """The pictures of a tar in order of names after what can't be used of it, from its index.
+def images_in_tar(shard: Shard, index: str, captioned: bool) -> Iterator[SourceImage | Skip]:
+    """Yield, from its index, a Skip for each unusable member of a tar, then its images ordered by name.
 
-    Raises ValueError if the index is damaged.
+    Raises:
+        ValueError: the index is damaged.
     """
     for line in _lines(index):
         name = f"{shard.name}/{line['name']}" if line["name"] else shard.name
         if "reason" in line:
-            if captioned or not line["name"].lower().endswith(TEXTS):
-                yield Skip(name, line["reason"] + (shard.mend if name == shard.name else ""))
+            if captioned or not line["name"].lower().endswith(TEXT_FIELDS):
+                yield Skip(name, line["reason"] + (shard.fix if name == shard.name else ""))
         elif line["row"] is None and captioned:
             yield Skip(name, NO_CAPTION)
         else:
-            yield Picture(shard.path, name, line["row"] or {}, line["size"], shard, line["offset"])
+            yield SourceImage(shard.path, name, line["row"] or {}, line["size"], shard, line["offset"])
 
 
 def _lines(path: str) -> Iterator[dict[str, Any]]:
@@ -64,25 +70,25 @@ def _lines(path: str) -> Iterator[dict[str, Any]]:
         for number, line in enumerate(file, 2):
             try:
                 entry = json.loads(line)
-                known = "end" in entry or "reason" in entry or entry["name"] and entry.keys() >= {"offset", "row"}
+                valid = "end" in entry or "reason" in entry or entry["name"] and entry.keys() >= {"offset", "row"}
             except (ValueError, KeyError, TypeError):
-                known = False
-            if not known:
-                raise ValueError(f"{path} is damaged in line {number}; delete it, and it is made again")
+                valid = False
+            if not valid:
+                raise ValueError(f"{path} is damaged in line {number}; delete it; it will be written again")
             if "end" not in entry:
                 yield entry
 
 
-def _read(shard: Shard, size: int) -> tuple[list[Sample], list[Skip]]:
+def _read(shard: Shard, size: int) -> tuple[list[TarSample], list[Skip]]:
     try:
         with shard.stream() as stream:
             return read_samples(stream, size)
-    except ValueError as error:  # fsspec, of a server without ranges
+    except ValueError as error:  # raised by fsspec if the server does not support ranges
         raise ValueError(f"{shard.path} can't be read at offsets ({error}); use pipe:curl -sf URL") from None
 
 
 def _is_current(path: str, state: dict[str, Any]) -> bool:
-    """Whether an index is there, whole, and of this state."""
+    """Whether an index exists, is complete, and has this state."""
     try:
         with open(path, "rb") as file:
             first = json.loads(file.readline())
@@ -94,7 +100,7 @@ def _is_current(path: str, state: dict[str, Any]) -> bool:
 
 
 def _write(path: str, shard: Shard, state: dict[str, Any]) -> None:
-    samples, skipped = patiently(shard.path, lambda: _read(shard, state["bytes"]))
+    samples, skipped = with_retries(shard.path, lambda: _read(shard, state["bytes"]))
     with writing(path, "w", encoding="ascii") as file:
         file.write(json.dumps(state) + "\n")
         for skip in skipped:

@@ -6,7 +6,8 @@ import torch
 from ldm.denoising.denoiser import Denoiser
 from ldm.denoising.prediction import NOISE_ALONE, PREDICTIONS
 from ldm.samplers.spacing import times
-from ldm.schedules.registry import ScheduleConfig, make_schedule
+from ldm.schedules.base import ScheduleConfig
+from ldm.schedules.registry import make_schedule
 from tests.helpers.oracles import SCHEDULES, TWO, perfect_network
 
 PAIRS = [

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from conditioning import Context
+from ldm.denoising.perturbed_context import PerturbedContext
 from ldm.denoising.windows import Windowed
-from ldm.guidance.perturbed_attention import Perturbed
 from ldm.sampling.settings import Settings
 from tests.helpers.small_models import SIDE, build_model
 
@@ -61,7 +61,7 @@ def test_windows_overlap_as_told_and_are_no_more_than_needed(overlap):
 def test_a_window_is_told_its_part_of_the_latents_and_all_of_the_rest(perturbed):
     """An output that depends on the aligned map and nothing else is whole where each window has its own part."""
     told = Context(tokens=noise(1, 3, 5), vector=noise(1, 4), latents=noise(1, 2, 20, 30))
-    context = Perturbed(told, 1, ("mid_block",)) if perturbed else told
+    context = PerturbedContext(told, 1, ("mid_block",)) if perturbed else told
 
     def echo(z_t, timestep, context):
         inner = context.context if perturbed else context

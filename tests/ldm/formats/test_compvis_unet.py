@@ -10,11 +10,14 @@ import torch
 
 from ldm.formats.compvis.compvis_schedule import PUBLISHED_BETAS, schedule_from_compvis
 from ldm.formats.compvis.compvis_unet import KNOWN, unet_config, unet_from_compvis, unet_keys, unet_to_compvis
-from ldm.networks.unet import UNet, UNetConfig
-from ldm.schedules.registry import ScheduleConfig, make_schedule
+from ldm.networks.unet import UNet
+from ldm.networks.unet_config import UNetConfig
+from ldm.schedules.base import ScheduleConfig
+from ldm.schedules.registry import make_schedule
 from tests.helpers.compvis_shapes import lines
 from tests.helpers.compvis_unets import Reference, unet_shapes
-from tests.ldm.networks.test_unet import PUBLISHED, close
+from tests.helpers.published_unets import PUBLISHED
+from tests.helpers.small_unets import close
 
 SD = dict(
     in_channels=4,

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from ldm.formats.model_folder import open_model, save_model
+from ldm.formats.model_folder import save_model
+from ldm.formats.opening import open_model
 from ldm.pipeline import TextToImage
 from stipple_core.files.weights import OLD_ATTENTION, read_weights, write_weights
 from tests.helpers.single_files import UNET, VAE, build_parts

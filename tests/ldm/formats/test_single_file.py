@@ -6,22 +6,25 @@ from dataclasses import replace
 import pytest
 import torch
 
+import ldm.formats.opening
 import ldm.formats.single_file
 from autoencoder import Autoencoder
 from autoencoder.formats.compvis_first_stage import compvis_config
-from conditioning.hints.hints import Files
+from conditioning.hints.hint_files import Files
+from conditioning.hints.hints import SpatialConfig
 from conditioning.readers.combined import CombinedConditioner
-from conditioning.readers.spatial import SpatialConfig, SpatialReader
+from conditioning.readers.spatial import SpatialReader
 from ldm.formats.compvis.schedule_buffers import BUFFERS, schedule_buffers
 from ldm.formats.diffusers.scheduler import Scheduling
-from ldm.formats.model_folder import open_model, save_model
+from ldm.formats.model_folder import save_model
+from ldm.formats.opening import open_model
 from ldm.formats.single_file import modelspec, open_single_file, save_first_stage, save_single_file
 from ldm.networks.unet import UNet
 from ldm.pipeline import TextToImage
-from ldm.schedules.registry import ScheduleConfig
+from ldm.schedules.base import ScheduleConfig
 from stipple_core.files.weights import read_metadata, read_weights, write_weights
+from tests.helpers.hint_pictures import draw_with_hints
 from tests.helpers.single_files import KINDS, PROMPTS, YAML, build_parts, save_words, write_yaml
-from tests.helpers.told_pictures import draw_told
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -295,7 +298,7 @@ STABLE = [
 
 @pytest.mark.parametrize("kind, dim, prediction, extra, family", STABLE)
 def test_stable_diffusions_shapes_get_its_name(kind, dim, prediction, extra, family, words):
-    from ldm.networks.unet import UNetConfig
+    from ldm.networks.unet_config import UNetConfig
 
     parts = build_parts(kind, words)
     with torch.device("meta"):
@@ -337,7 +340,7 @@ def test_what_does_not_fit_is_one_line_that_names_file_and_keys(change, message,
 
 @pytest.mark.parametrize("text", ["model: 3", "model: {params: {unet_config: 5}}", "{}", "- a"])
 def test_a_yaml_of_something_else_is_refused(text, files, tmp_path):
-    with pytest.raises(ValueError, match="no model.params|holds a list"):
+    with pytest.raises(ValueError, match="no model.params|contains a list"):
         open_single_file(files("sd1")[0], write_yaml(tmp_path, text))
 
 
@@ -371,7 +374,7 @@ def test_a_model_that_is_shown_more_than_a_prompt_draws_what_it_is_shown(kind, s
 
     def drawn(**changed):
         hint = reader.hint.of_files(Files(**values | changed), 16, 16, torch.Generator())
-        return draw_told(model, hint, steps=2)
+        return draw_with_hints(model, hint, steps=2)
 
     assert torch.equal(drawn(), drawn())
     different = drawn(image=-values["image"], map=3 - values["map"] / 2)
@@ -469,9 +472,7 @@ def test_txt2img_draws_from_a_single_file_and_records_its_hash(files, tmp_path, 
     path, _ = files("sd1")
     opened = open_single_file  # the heads of so small a model are in no table: its YAML is not a flag of txt2img.py
     yaml = write_yaml(tmp_path)
-    monkeypatch.setattr(
-        ldm.formats.single_file, "open_single_file", lambda path, _, *others: opened(path, yaml, *others)
-    )
+    monkeypatch.setattr(ldm.formats.opening, "open_single_file", lambda path, _, *others: opened(path, yaml, *others))
     txt2img.main(["a red heart", "--checkpoint", str(path), "--steps", "2", "--outdir", str(tmp_path / "out")])
     with Image.open(tmp_path / "out" / "00000.png") as image:
         record = json.loads(image.text["stipple"])

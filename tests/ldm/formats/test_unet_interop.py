@@ -1,37 +1,14 @@
 """Our UNet and diffusers' UNet2DConditionModel, or UNet2DModel where attention is plain, are one network and folder."""
 
-from dataclasses import replace
-
 import pytest
 import torch
-from diffusers import LatentConsistencyModelPipeline, UNet2DConditionModel, UNet2DModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 from safetensors.torch import load_file, save_file
 
 from ldm.formats.diffusers.networks_folder import load_unet, save_unet
-from ldm.formats.diffusers.unet_options import unet_to_diffusers
-from ldm.networks.unet import UNet, UNetConfig
-from tests.ldm.networks.test_unet import PLAIN, SMALL, close, context, random_unet
-
-SHAPES = {
-    "LDM": SMALL,
-    "SD2": replace(SMALL, use_linear_projection=True),
-    "deep transformers": replace(SMALL, transformer_layers=3, layers_per_block=2),
-    "attention on coarse levels": replace(
-        SMALL, block_out_channels=(32, 64, 96), attention_levels=(False, True, True), attention_heads=(8,)
-    ),
-    "no attention but in the middle": replace(SMALL, attention_levels=(False, False)),
-    "no context": replace(SMALL, cross_attention_dim=None),
-    "one level": replace(SMALL, block_out_channels=(32,), attention_levels=(True,), attention_heads=(4,)),
-    "vector and latents": replace(SMALL, vector_dim=6, in_channels=7),
-    "scale and shift": replace(SMALL, scale_shift=True, norm_eps=1e-3),
-    "plain": replace(PLAIN, resample="conv", scale_shift=False, layers_per_block=2, attention_heads=(2, 4)),
-    "plain, residual": replace(PLAIN, scale_shift=False, attention_levels=(True, True), attention_heads=(4, 8)),
-    "plain, residual, scale and shift": replace(PLAIN, norm_eps=1e-3, in_channels=7),
-    "plain in the middle": replace(PLAIN, attention_levels=(False, False), resample="conv"),
-    "plain, one level": replace(
-        PLAIN, block_out_channels=(32,), attention_levels=(True,), attention_heads=(4,), resample="conv"
-    ),
-}
+from ldm.networks.unet_config import UNetConfig
+from tests.helpers.diffusers_unets import SHAPES, diffusers_unet, run_diffusers
+from tests.helpers.small_unets import PLAIN, SMALL, close, context, random_unet
 
 
 @pytest.fixture(params=SHAPES.values(), ids=SHAPES.keys())
@@ -39,14 +16,7 @@ def config(request) -> UNetConfig:
     return request.param
 
 
-def theirs_of(unet: UNet) -> UNet2DConditionModel | UNet2DModel:
-    kind = UNet2DModel if unet.config.attention == "plain" else UNet2DConditionModel
-    theirs = kind(**unet_to_diffusers(unet.config))
-    theirs.load_state_dict(unet.state_dict(), strict=True)
-    return theirs.train()
-
-
-def told_for(config: UNetConfig, masked: bool):
+def context_for(config: UNetConfig, masked: bool):
     told = context(width=config.cross_attention_dim)
     if config.vector_dim:
         told.vector = torch.randn(2, config.vector_dim)
@@ -57,29 +27,18 @@ def told_for(config: UNetConfig, masked: bool):
     return told
 
 
-def run_theirs(theirs, z_t, timestep, told):
-    sample = z_t if told.latents is None else torch.cat([z_t, told.latents], dim=1)
-    if isinstance(theirs, UNet2DModel):
-        return theirs(sample, timestep).sample
-    dim, options = theirs.config.time_cond_proj_dim, {"class_labels": told.vector, "encoder_attention_mask": told.mask}
-    if dim is not None:
-        embed = LatentConsistencyModelPipeline.get_guidance_scale_embedding
-        options["timestep_cond"] = embed(None, told.guidance - 1, dim)
-    return theirs(sample, timestep, told.tokens, **options).sample
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_outputs_and_gradients_are_those_of_diffusers(config, dtype):
     """In float32 gradients are compared all together: those of queries are sums that cancel to a millionth."""
     ours = random_unet(config).train()
-    theirs = theirs_of(ours).to(dtype)
+    theirs = diffusers_unet(ours).to(dtype)
     ours = ours.to(dtype)
-    told, timestep = told_for(config, masked=dtype == torch.float32), torch.tensor([3.0, 700.25])
+    told, timestep = context_for(config, masked=dtype == torch.float32), torch.tensor([3.0, 700.25])
     for name, value in vars(told).items():
         setattr(told, name, value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value)
     start = torch.linspace(-2, 2, 2 * 4 * 8 * 8, dtype=dtype).view(2, 4, 8, 8).sin()
     z_ours, z_theirs = start.clone().requires_grad_(), start.clone().requires_grad_()
-    output, expected = ours(z_ours, timestep, told), run_theirs(theirs, z_theirs, timestep, told)
+    output, expected = ours(z_ours, timestep, told), run_diffusers(theirs, z_theirs, timestep, told)
     target = torch.randn_like(output)
     (output - target).square().mean().backward()
     (expected - target).square().mean().backward()
@@ -100,7 +59,9 @@ def test_odd_sizes_are_upsampled_as_diffusers_does(size):
     ours = random_unet(SHAPES["attention on coarse levels"]).eval()
     z_t, told = torch.randn(2, 4, *size), context()
     with torch.no_grad():
-        assert close(ours(z_t, torch.zeros(2), told), run_theirs(theirs_of(ours).eval(), z_t, torch.zeros(2), told))
+        assert close(
+            ours(z_t, torch.zeros(2), told), run_diffusers(diffusers_unet(ours).eval(), z_t, torch.zeros(2), told)
+        )
 
 
 def test_diffusers_opens_our_folder_and_we_open_theirs(config, tmp_path):
@@ -114,11 +75,11 @@ def test_diffusers_opens_our_folder_and_we_open_theirs(config, tmp_path):
     assert back.config == config
     assert list(back.state_dict()) == list(ours.state_dict())
     assert all(torch.equal(value, back.state_dict()[name]) for name, value in ours.state_dict().items())
-    told, z_t = told_for(config, masked=False), torch.randn(2, 4, 8, 8)
+    told, z_t = context_for(config, masked=False), torch.randn(2, 4, 8, 8)
     with torch.no_grad():
         expected = ours(z_t, torch.zeros(2), told)
         assert torch.equal(back(z_t, torch.zeros(2), told), expected)
-        assert close(run_theirs(theirs, z_t, torch.zeros(2), told), expected)
+        assert close(run_diffusers(theirs, z_t, torch.zeros(2), told), expected)
 
 
 def test_names_of_attention_in_diffusers_first_files_are_understood(tmp_path):

@@ -8,9 +8,10 @@ import torch
 
 from conditioning.interface.context import Context
 from ldm.denoising.denoiser import Denoiser
+from ldm.denoising.perturbed_context import PerturbedContext
 from ldm.guidance.base import autoguidance, classifier_free, in_interval, rescaled, thresholded
 from ldm.guidance.combines import apg, cfg_plus_plus, zero_star
-from ldm.guidance.perturbed_attention import Perturbed, perturbed_attention
+from ldm.guidance.perturbed_attention import perturbed_attention
 from ldm.guidance.registry import GUIDANCES, GuidanceConfig, Ingredients, guided
 from ldm.samplers.onestep import ddim
 from ldm.samplers.registry import SAMPLERS
@@ -31,8 +32,8 @@ class Network:
 
     def __call__(self, z_in, timestep, context):
         self.batches.append(len(z_in))
-        blind = context.pictures if isinstance(context, Perturbed) else 0
-        context = context.context if isinstance(context, Perturbed) else context
+        blind = context.count if isinstance(context, PerturbedContext) else 0
+        context = context.context if isinstance(context, PerturbedContext) else context
         told = torch.zeros(len(z_in), 1) if context is None else context.vector
         seen = torch.arange(len(z_in)) < len(z_in) - blind
         return torch.tanh(z_in * self.strength + (told + 0.5 * seen[:, None])[:, :, None, None].to(z_in))
@@ -211,5 +212,5 @@ def test_options_of_other_methods_do_not_stand_in_the_way():
 
 
 def test_autoguidance_without_a_weaker_model_says_so():
-    with pytest.raises(ValueError, match="autoguidance needs a weaker model; give one"):
+    with pytest.raises(ValueError, match="autoguidance requires a weaker model; specify one"):
         guided(GuidanceConfig(method="autoguidance"), replace(ingredients(), weak=None))

@@ -1,4 +1,4 @@
-"""ldm/guidance/perturbed_attention.py, and the switch in the UNet that it needs: against its paper, and against diffusers."""
+"""Perturbed attention guidance, against its paper and against diffusers."""
 
 import math
 from copy import deepcopy
@@ -12,14 +12,16 @@ from diffusers.pipelines.pag.pag_utils import PAGMixin
 
 from conditioning.interface.context import Context
 from ldm.denoising.denoiser import Denoiser
+from ldm.denoising.perturbed_context import PerturbedContext
 from ldm.guidance.base import classifier_free, rescaled
 from ldm.guidance.combines import apg
-from ldm.guidance.perturbed_attention import Perturbed, perturbed_attention
-from ldm.networks.cached_unet import CachedUNet, self_attentions
+from ldm.guidance.perturbed_attention import perturbed_attention
+from ldm.networks.cached_unet import CachedUNet
+from ldm.networks.identity_attention import self_attentions
 from ldm.networks.unet import UNet
+from tests.helpers.diffusers_unets import diffusers_unet
 from tests.helpers.oracles import SCHEDULES
-from tests.ldm.formats.test_unet_interop import theirs_of
-from tests.ldm.networks.test_unet import PLAIN, SMALL, context, random_unet
+from tests.helpers.small_unets import PLAIN, SMALL, context, random_unet
 
 T = 0.6
 FIRST = replace(SMALL, attention_levels=(False, False))  # the first self-attention is the one in the middle
@@ -63,7 +65,7 @@ def blinded(unet, blocks):
     copy = deepcopy(unet)
 
     def alone(attention):
-        def forward(x, signal=None, blind=0):
+        def forward(x, signal=None):
             if signal is None:
                 return attention.to_out[0](attention.to_v(x))
             h = attention.group_norm(x).flatten(2).transpose(1, 2)
@@ -102,7 +104,7 @@ def test_guided_is_the_formula_of_the_paper_with_self_attention_replaced_by_hand
 def test_guided_is_what_diffusers_makes(z_t, scale):
     """Its processors of the middle block, and the formula of StableDiffusionPAGPipeline, on noise predictions."""
     unet, schedule = random_unet(SMALL).double(), SCHEDULES["scaled_linear"]
-    theirs, (told, null) = theirs_of(unet).double().eval(), contexts()
+    theirs, (told, null) = diffusers_unet(unet).double().eval(), contexts()
     free = scale != 1
     processor = PAGCFGIdentitySelfAttnProcessor2_0() if free else PAGIdentitySelfAttnProcessor2_0()
     theirs.mid_block.attentions[0].transformer_blocks[0].attn1.processor = processor
@@ -160,7 +162,7 @@ def test_at_perturbed_scale_0_it_is_classifier_free_guidance_to_the_last_bit(z_t
 def test_pictures_that_are_not_perturbed_are_as_they_would_be_alone(z_t, config):
     unet = random_unet(config).double()
     told, null = contexts()
-    whole = Perturbed(told.cat(null).cat(told), 2, ("mid_block",))
+    whole = PerturbedContext(told.cat(null).cat(told), 2, ("mid_block",))
     reader, timestep = CachedUNet(unet), torch.full((6,), 300.0)
     output = reader(torch.cat([z_t] * 3), timestep, whole)
     torch.testing.assert_close(output[:2], unet(z_t, timestep[:2], told))
@@ -172,7 +174,7 @@ def test_pictures_that_are_not_perturbed_are_as_they_would_be_alone(z_t, config)
 def test_the_estimates_are_the_same_where_latents_are_not_alike(z_t):
     """On a CPU a reader computes alike latents once, up to the first cross-attention."""
     unet, (told, null) = random_unet(FIRST).double(), contexts()
-    whole = Perturbed(told.cat(null).cat(told), 2, ("mid_block",))
+    whole = PerturbedContext(told.cat(null).cat(told), 2, ("mid_block",))
     many = torch.cat([z_t, z_t, z_t])
     many[0] += 1
     alike, other = (CachedUNet(unet)(z, torch.full((6,), 300.0), whole) for z in (torch.cat([z_t] * 3), many))

@@ -12,13 +12,13 @@ from ldm.losses.consistency import (
     ConsistencyFunction,
     boundary,
     consistency_loss,
-    ddim_step,
     distance,
     guidance_loss,
     guided_teacher,
     rung,
 )
 from ldm.samplers.onestep import ddim
+from ldm.samplers.steps import ddim_step
 from tests.helpers.oracles import GAUSSIAN, SCHEDULES, TWO, Mixture
 
 POINT = Mixture((1.0,), (0.7,), (0.0,))

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from ldm.losses.time_density import DENSITIES, DensityConfig, Importance, make_density
-from ldm.schedules.registry import ScheduleConfig, make_schedule
+from ldm.schedules.base import ScheduleConfig
+from ldm.schedules.registry import make_schedule
 from tests.helpers.oracles import SCHEDULES
 
 COUNT = 100_000

@@ -11,29 +11,31 @@ import torch
 import stipple.commands.drawing.drawing_command as drawing
 from autoencoder import Pixels, open_autoencoder
 from conditioning.classes.class_conditioner import Unconditional
+from ldm.formats.classifier_folder import load_classifier, save_classifier
 from ldm.networks.classifier import POOLS, Classifier, ClassifierConfig, classify, translated
 from ldm.sampling.gradient_guides import ClassifierGuide, ClipGuide
 from ldm.sampling.settings import Settings
-from ldm.schedules.registry import ScheduleConfig, make_schedule
+from ldm.schedules.base import ScheduleConfig
+from ldm.schedules.registry import make_schedule
 from stipple.commands.drawing.open_model import Opening, open_for_drawing
 from stipple.stages.classifier.classifier_run import ClassifierRunConfig, build_classifier
-from stipple_core.data.dataset import DataConfig
+from stipple_core.data.records.data_config import DataConfig
 from stipple_core.data.records.records import Record, Records
 from stipple_core.embedders import EmbedderConfig, build_embedder
 from stipple_core.images.images import image_to_tensor
-from tests.autoencoder.test_pixels import SHAPE, model
 from tests.helpers.drawn import refused
+from tests.helpers.pixel_models import PIXEL_UNET, pixel_model
 from tests.helpers.small_models import build_model_of
 from tests.helpers.tiny_runs import differing, final_state, run_here
 
 NAMES = ("apple", "dress")
-COMMAND = drawing.Command(about="test", example="test")
+COMMAND = drawing.DrawingCommand(name="test", about="test", example="test")
 
 
 def classifier(pool: str = "attention", **options) -> Classifier:
     torch.manual_seed(0)
     config = ClassifierConfig(
-        unet=SHAPE, pool=pool, names=NAMES, schedule=ScheduleConfig(name="linear"),
+        unet=PIXEL_UNET, pool=pool, names=NAMES, schedule=ScheduleConfig(name="linear"),
         autoencoder=Pixels().fingerprint(), **options,
     )  # fmt: skip
     made = Classifier(config).eval().requires_grad_(False)
@@ -46,15 +48,15 @@ def classifier(pool: str = "attention", **options) -> Classifier:
 @pytest.mark.parametrize("pool", POOLS)
 def test_a_classifier_is_read_back_as_it_was_and_reads_any_size(tmp_path, pool):
     ours = classifier(pool)
-    ours.save(tmp_path)
-    again, t = Classifier.load(tmp_path), torch.tensor([5.0, 700.0])
+    save_classifier(ours, tmp_path)
+    again, t = load_classifier(tmp_path), torch.tensor([5.0, 700.0])
     for side in (16, 24):
         z_t = torch.randn(2, 3, side, side)
         assert torch.equal(again(z_t, t), ours(z_t, t)) and ours(z_t, t).shape == (2, 2)
     assert again.config == ours.config
-    with pytest.raises(ValueError, match="is no classifier of noisy latents"):
-        model().save(tmp_path / "model")
-        Classifier.load(tmp_path / "model" / "unet")
+    with pytest.raises(ValueError, match="is not a classifier of noisy latents"):
+        pixel_model().save(tmp_path / "model")
+        load_classifier(tmp_path / "model" / "unet")
 
 
 def test_its_logits_depend_on_the_noise_level_and_not_on_whose_schedule_says_it():
@@ -83,7 +85,7 @@ def test_a_lead_moves_the_estimate_towards_its_class_and_away_below_zero():
 
 
 def test_pictures_led_by_a_classifier_differ_and_at_scale_0_do_not():
-    ours = model()
+    ours = pixel_model()
     plain = image_to_tensor(ours("", seed=1)[0])
     ours.gradient_guides["classifier_scale"] = ClassifierGuide(classifier())
     same = image_to_tensor(ours("", seed=1, classifier_scale=0.0, classifier_class="apple")[0])
@@ -120,8 +122,8 @@ def test_clip_guidance_raises_the_cosine_of_picture_and_prompt(clip):
 
 
 def test_the_drawing_commands_take_a_classifier_and_a_clip(tmp_path, clip, capsys):
-    model().save(tmp_path / "model")
-    classifier().save(tmp_path / "classifier")
+    pixel_model().save(tmp_path / "model")
+    save_classifier(classifier(), tmp_path / "classifier")
     command = ["--prompt", "", "--checkpoint", f"{tmp_path}/model", "--outdir", f"{tmp_path}/out", "--seed", "1"]
     command += ["--classifier", f"{tmp_path}/classifier", "--classifier-scale", "3", "--classifier-class", "apple"]
     drawing.draw(
@@ -134,7 +136,7 @@ def test_the_drawing_commands_take_a_classifier_and_a_clip(tmp_path, clip, capsy
     assert picture.read_bytes() == again.read_bytes()
     trained_on = classifier()
     trained_on.head.weight.data.add_(1)
-    trained_on.save(tmp_path / "classifier")
+    save_classifier(trained_on, tmp_path / "classifier")
     capsys.readouterr()
     drawing.draw(COMMAND, ["--like", str(picture), "--outdir", f"{tmp_path}/again"])
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "it will differ" in line]
@@ -155,9 +157,9 @@ def test_a_classifier_of_an_autoencoder_leads_in_every_precision(tmp_path, saved
     ours = build_model_of(Unconditional())
     ours.autoencoder.save(tmp_path / "stage-1")
     trained_on = open_autoencoder(tmp_path / "stage-1").fingerprint()
-    shape = replace(SHAPE, in_channels=4, out_channels=4)
+    shape = replace(PIXEL_UNET, in_channels=4, out_channels=4)
     said = ClassifierConfig(unet=shape, names=NAMES, autoencoder=trained_on)
-    Classifier(said).save(tmp_path / "classifier")
+    save_classifier(Classifier(said), tmp_path / "classifier")
     ours.save(tmp_path / "model", saved)
     asked = dict(checkpoint=f"{tmp_path}/model", classifier=f"{tmp_path}/classifier", precision=precision, device="cpu")
     model, _ = open_for_drawing(Opening(**asked), {})
@@ -165,7 +167,7 @@ def test_a_classifier_of_an_autoencoder_leads_in_every_precision(tmp_path, saved
 
 
 def test_what_can_not_lead_says_so_in_one_line(tmp_path):
-    ours = model()
+    ours = pixel_model()
     with pytest.raises(ValueError, match="classifier scale 3.0 needs a classifier of noisy latents: --classifier"):
         ours("", classifier_scale=3.0)
     ours.gradient_guides["classifier_scale"] = ClassifierGuide(classifier())
@@ -173,8 +175,8 @@ def test_what_can_not_lead_says_so_in_one_line(tmp_path):
         ours("", classifier_scale=3.0, classifier_class="dres")
     ours.save(tmp_path / "model")
     other = classifier()
-    other.config = ClassifierConfig(unet=SHAPE, names=NAMES, autoencoder="another")
-    other.save(tmp_path)
+    other.config = ClassifierConfig(unet=PIXEL_UNET, names=NAMES, autoencoder="another")
+    save_classifier(other, tmp_path)
     with pytest.raises(ValueError, match="reads latents of another autoencoder"):
         open_for_drawing(Opening(checkpoint=f"{tmp_path}/model", classifier=str(tmp_path), device="cpu"), {})
 
@@ -199,14 +201,14 @@ def test_a_run_that_is_resumed_trains_the_same_classifier_to_the_last_bit(tmp_pa
         run_here(*TRAIN, f"run={tmp_path}/resumed", f"trainer.steps={steps}")
     assert final_state(tmp_path / "whole") == final_state(tmp_path / "resumed")
     assert not differing(tmp_path / "whole" / "model" / "classifier", tmp_path / "resumed" / "model" / "classifier")
-    assert len(Classifier.load(tmp_path / "whole" / "model").config.names) > 2
+    assert len(load_classifier(tmp_path / "whole" / "model").config.names) > 2
 
 
 def test_a_class_that_only_held_out_pictures_have_is_one_of_the_classifiers_and_maps_are_refused():
     data = DataConfig(folder="", image_size=16)
-    config = ClassifierRunConfig(data=data, autoencoder="pixels", unet=SHAPE)
+    config = ClassifierRunConfig(data=data, autoencoder="pixels", unet=PIXEL_UNET)
     records = Records([Record("", "", (("cat",),))], [Record("", "", (("dog",),))], [])
     made, _ = build_classifier(config, records, torch.device("cpu"))
     assert list(made.config.names) == ["cat", "dog"]
-    with pytest.raises(ValueError, match="data.maps maps is of no use"):
+    with pytest.raises(ValueError, match="data.maps maps has no effect"):
         build_classifier(replace(config, data=replace(data, maps="maps")), records, torch.device("cpu"))

@@ -14,8 +14,9 @@ from ldm.networks.cached_unet import CachedUNet
 from ldm.networks.prior import PriorTransformer
 from ldm.networks.prior_config import PriorConfig
 from stipple.stages.ldm.denoiser_validation import SamplesConfig
-from stipple.stages.ldm.ldm_run import DataConfig, LdmRunConfig
+from stipple.stages.ldm.ldm_run import LdmRunConfig
 from stipple.stages.ldm.shapes import check_shapes
+from stipple_core.data.records.data_config import DataConfig
 
 CONFIG = PriorConfig(embedding_dim=8, token_dim=8, vector_dim=8, text_tokens=5, layers=2, heads=2, head_dim=6)
 
@@ -117,9 +118,9 @@ class Embedder(torch.nn.Module):
         ({"text_tokens": 6}, {}, "prior.text_tokens 6 does not fit .* use 5"),
         ({"token_dim": 9}, {}, "prior.token_dim 9 does not fit .* use 8"),
         ({"embedding_dim": 9}, {}, "prior.embedding_dim 9 does not fit .* use 8"),
-        ({}, {"samples": SamplesConfig()}, "samples.every 1000 shows pictures, and this model makes embeddings"),
+        ({}, {"samples": SamplesConfig()}, "samples.every 1000 draws images, and this model makes embeddings"),
         ({}, {"data": DataConfig(folder="", image_size=64)}, "data.image_size 64 .* use 32"),
-        ({}, {"data": DataConfig(folder="", image_size=32, maps="maps")}, "data.maps maps is of no use"),
+        ({}, {"data": DataConfig(folder="", image_size=32, maps="maps")}, "data.maps maps has no effect"),
     ],
 )
 def test_a_prior_that_does_not_fit_is_told_its_own_keys(prior, changes, message):
@@ -134,5 +135,5 @@ def test_a_prior_that_does_not_fit_is_told_its_own_keys(prior, changes, message)
     check_shapes(run(prior=CONFIG), autoencoder, conditioner)
     with pytest.raises(ValueError, match=message):
         check_shapes(run(prior=replace(CONFIG, **prior), **changes), autoencoder, conditioner)
-    with pytest.raises(ValueError, match="makes no embeddings, as a prior needs"):
+    with pytest.raises(ValueError, match="makes no image embeddings, which a prior requires"):
         check_shapes(run(prior=CONFIG, data=DataConfig(folder="")), Pixels(), conditioner)

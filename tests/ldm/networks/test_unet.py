@@ -7,159 +7,23 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ldm.networks.unet import UNet, UNetConfig
-from ldm.networks.unet_blocks import sinusoids
+from ldm.networks.cached_unet import CachedUNet
+from ldm.networks.unet import UNet
+from ldm.networks.unet_config import UNetConfig
+from stipple_core.operators.sinusoids import sinusoids
+from tests.helpers.published_unets import PUBLISHED
+from tests.helpers.small_unets import PLAIN, SMALL, close, context, random_unet
 
-SMALL = UNetConfig(
-    sample_size=8,
-    in_channels=4,
-    out_channels=4,
-    block_out_channels=(32, 64),
-    layers_per_block=1,
-    attention_levels=(True, False),
-    attention_heads=(2, 4),
-    cross_attention_dim=12,
-    norm_num_groups=8,
-)
-
-
-# What LDM's churches have of all: attention without context, residual blocks between levels, AdaGN.
-PLAIN = replace(SMALL, attention="plain", cross_attention_dim=None, resample="residual", scale_shift=True)
 KINDS = pytest.mark.parametrize("config", [SMALL, PLAIN], ids=["transformers", "plain attention"])
-
-
-def random_unet(config: UNetConfig, seed: int = 0) -> UNet:
-    """A UNet whose zero layers are random too, so that every parameter bears on the output."""
-    torch.manual_seed(seed)
-    unet = UNet(config)
-    for parameter in unet.parameters():
-        torch.nn.init.normal_(parameter, std=0.1 if parameter.ndim == 1 else parameter[0].numel() ** -0.5)
-    return unet
-
-
-def context(batch: int = 2, tokens: int = 5, width: int | None = 12, **parts) -> SimpleNamespace:
-    words = None if width is None else torch.randn(batch, tokens, width)
-    absent = dict.fromkeys(("mask", "vector", "latents", "guidance"))
-    return SimpleNamespace(**({"tokens": words} | absent | parts))
 
 
 def told(config: UNetConfig) -> SimpleNamespace:
     return context(width=config.cross_attention_dim)
 
 
-def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> bool:
-    return bool((a - b).abs().max() <= tolerance * b.abs().max())
-
-
 def count(config: UNetConfig) -> int:
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in UNet(config).parameters())
-
-
-LATENTS = {"in_channels": 3, "out_channels": 3}  # of f = 4
-FOUR = {"block_out_channels": (192, 384, 576, 960), "attention_levels": (False, True, True, True), **LATENTS}
-ALONE = {"attention": "plain", "cross_attention_dim": None}
-PUBLISHED = {  # UNets of the paper and of Stable Diffusion, and their parameters in millions
-    "text-to-image": (UNetConfig(), 872.300484),
-    "SD1": (UNetConfig(cross_attention_dim=768, sample_size=64), 859.520964),
-    "SD1 inpainting": (UNetConfig(cross_attention_dim=768, sample_size=64, in_channels=9), 859.535364),
-    "SD2": (
-        UNetConfig(
-            cross_attention_dim=1024, use_linear_projection=True, attention_heads=(5, 10, 20, 20), sample_size=64
-        ),
-        865.910724,
-    ),
-    "ImageNet, f = 8": (
-        UNetConfig(
-            block_out_channels=(256, 512, 1024),
-            attention_levels=(True, True, True),
-            attention_heads=(8, 16, 32),
-            cross_attention_dim=512,
-        ),
-        395.0,
-    ),
-    "ImageNet": (UNetConfig(attention_heads=(1,), cross_attention_dim=512, sample_size=64, **FOUR), 400.9),
-    "smaller text-to-image": (
-        UNetConfig(attention_heads=(6, 12, 18, 30), cross_attention_dim=640, sample_size=64, **FOUR),
-        403.6,
-    ),
-    "layout": (
-        UNetConfig(
-            sample_size=64,
-            block_out_channels=(128, 256, 384, 512),
-            attention_levels=(False, True, True, True),
-            attention_heads=(4, 8, 12, 16),
-            cross_attention_dim=512,
-            transformer_layers=3,
-            **LATENTS,
-        ),
-        246.3,
-    ),
-    "retrieval": (
-        UNetConfig(
-            sample_size=48,
-            in_channels=16,
-            out_channels=16,
-            block_out_channels=(448, 896, 1344, 1792),
-            attention_heads=(14, 28, 42, 56),
-            cross_attention_dim=768,
-        ),
-        1335.480400,
-    ),
-    "CelebA-HQ, FFHQ, bedrooms": (
-        UNetConfig(
-            sample_size=64,
-            block_out_channels=(224, 448, 672, 896),
-            attention_levels=(False, True, True, True),
-            attention_heads=(7, 14, 21, 28),
-            **ALONE,
-            **LATENTS,
-        ),
-        274.1,
-    ),
-    "churches": (
-        UNetConfig(
-            block_out_channels=(192, 384, 384, 768, 768),
-            attention_levels=(True, True, True, True, False),
-            resample="residual",
-            scale_shift=True,
-            **ALONE,
-        ),
-        295.0,
-    ),
-    "inpainting": (
-        UNetConfig(
-            sample_size=64,
-            block_out_channels=(256, 512, 768, 1024),
-            attention_levels=(False, True, True, True),
-            resample="residual",
-            **ALONE,
-            **LATENTS | {"in_channels": 7},
-        ),
-        387.2,
-    ),
-    "semantic": (
-        UNetConfig(
-            sample_size=64,
-            block_out_channels=(128, 512, 1024),
-            attention_levels=(False, False, False),
-            **ALONE,
-            **LATENTS | {"in_channels": 6},
-        ),
-        215.2,
-    ),
-    "super-resolution": (
-        UNetConfig(
-            sample_size=64,
-            block_out_channels=(160, 320, 320, 640),
-            attention_levels=(False, False, False, True),
-            attention_heads=(5, 10, 10, 20),
-            **ALONE,
-            **LATENTS | {"in_channels": 6},
-        ),
-        113.6,
-    ),
-}
 
 
 @pytest.mark.parametrize(("config", "millions"), PUBLISHED.values(), ids=PUBLISHED)
@@ -267,13 +131,28 @@ def test_a_context_that_was_read_before_gives_the_same_bits():
 
 @torch.no_grad()
 @pytest.mark.parametrize("levels", [(True, True), (False, True), (False, False)], ids=str)
-def test_pictures_told_two_things_are_computed_as_if_they_were_there_twice(levels):
+def test_repeated_latents_pass_the_layers_before_the_context_once_with_the_same_output(levels, monkeypatch):
     config = replace(SMALL, attention_levels=levels, vector_dim=None)
-    unet, z_t, timestep, told = random_unet(config), torch.randn(2, config.in_channels, 8, 6), torch.rand(2), context(4)
-    twice = unet(torch.cat([z_t, z_t]), torch.cat([timestep, timestep]), told)
-    assert close(unet(z_t, timestep, told), twice, 1e-6)
-    with pytest.raises(ValueError, match="for 4 pictures do not go with 3 latents"):
-        unet(z_t[[0, 0, 0]], timestep[[0, 0, 0]], told)
+    unet, z_t, timestep, prompts = (
+        random_unet(config),
+        torch.randn(2, config.in_channels, 8, 6),
+        torch.rand(2),
+        context(4),
+    )
+    twice = torch.cat([z_t, z_t]), torch.cat([timestep, timestep]), prompts
+    expected, cached, batches = unet(*twice), CachedUNet(unet), []
+    convolve = unet.conv_in.forward
+    monkeypatch.setattr(unet.conv_in, "forward", lambda x: batches.append(len(x)) or convolve(x))
+    assert close(cached(*twice), expected, 1e-6) and batches == [2]
+    cached(torch.cat([z_t, z_t + 1]), *twice[1:])
+    assert batches == [2, 4]
+    assert close(unet(*twice), expected, 1e-6) and batches == [2, 4, 4]  # no hook stays
+
+
+def test_tokens_of_another_batch_are_refused():
+    unet, z_t = random_unet(replace(SMALL, vector_dim=None)), torch.randn(3, SMALL.in_channels, 8, 6)
+    with pytest.raises(ValueError, match="for 4 images do not go with 3 latents"):
+        unet(z_t, torch.rand(3), context(4))
 
 
 def test_masked_tokens_are_not_seen():

@@ -12,8 +12,9 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from ldm.formats.diffusers.known_unet_options import FIXED
 from ldm.formats.diffusers.unet_options import unet_from_diffusers, unet_to_diffusers
 from ldm.networks.unet import UNet
-from tests.ldm.formats.test_unet_interop import SHAPES, run_theirs
-from tests.ldm.networks.test_unet import PLAIN, PUBLISHED, SMALL, close, context, random_unet
+from tests.helpers.diffusers_unets import SHAPES, run_diffusers
+from tests.helpers.published_unets import PUBLISHED
+from tests.helpers.small_unets import PLAIN, SMALL, close, context, random_unet
 
 
 @pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES.keys())
@@ -184,7 +185,7 @@ def test_every_option_of_diffusers_is_implemented_or_refused_by_name(kind, name,
     told, z_t = context(width=config.cross_attention_dim), torch.randn(2, config.in_channels, 8, 8)
     told.guidance = torch.tensor([1.5, 8.0])
     with torch.no_grad():
-        expected = run_theirs(theirs, z_t, torch.tensor([3.0, 700.0]), told)
+        expected = run_diffusers(theirs, z_t, torch.tensor([3.0, 700.0]), told)
         assert close(ours(z_t, torch.tensor([3.0, 700.0]), told), expected)
 
 

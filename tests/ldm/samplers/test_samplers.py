@@ -1,4 +1,4 @@
-"""ldm/samplers/registry.py against exact solutions and against each other. For diffusers see test_sampler_interop.py."""
+"""Samplers against exact solutions and against each other; for diffusers see tests/interop/test_sampler_interop.py."""
 
 import gc
 from dataclasses import replace

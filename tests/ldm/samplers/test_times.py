@@ -7,7 +7,8 @@ import torch
 
 from ldm.samplers.registry import SAMPLERS
 from ldm.samplers.spacing import SPACINGS, TimeDefaults, times
-from ldm.schedules.registry import ScheduleConfig, make_schedule
+from ldm.schedules.base import ScheduleConfig
+from ldm.schedules.registry import make_schedule
 from tests.helpers.oracles import SCHEDULES
 
 VP = SCHEDULES["scaled_linear"]

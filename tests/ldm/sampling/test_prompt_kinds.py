@@ -10,9 +10,10 @@ from conditioning import ConditionerConfig, Unconditional, build_conditioner, lo
 from conditioning.classes.class_names import ClassConfig
 from conditioning.layouts.layout_tokenizer import LayoutConfig
 from ldm.pipeline import TextToImage
-from stipple.stages.ldm.ldm_parts import make_conditioner
-from stipple.stages.ldm.ldm_run import DataConfig, LdmRunConfig
+from stipple.stages.ldm.build_model import make_conditioner
+from stipple.stages.ldm.ldm_run import LdmRunConfig
 from stipple_core.data.records.captions import columns_of, expand
+from stipple_core.data.records.data_config import DataConfig
 from stipple_core.data.records.records import Record, Records
 from tests.helpers.layout_shapes import draw, draw_layout, find, make_set, overlaps, write_layout
 from tests.helpers.tiny_runs import final_state, run_here

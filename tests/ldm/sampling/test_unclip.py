@@ -14,12 +14,16 @@ from conditioning import ConditionInputs
 from conditioning.readers.retrieval import nearest
 from ldm.formats.single_file import save_single_file
 from ldm.pipeline import TextToImage
+from ldm.sampling import prior_sampling
 from ldm.sampling.prior_sampling import sample_embeddings
 from ldm.sampling.settings import Settings
 from stipple.stages.ldm.batch_encoder import BatchEncoder
-from stipple.stages.ldm.denoiser_validation import drawing_command
+from stipple.stages.ldm.next_command import drawing_command
 from stipple.stages.ldm.trainable import InversionConfig, LoraConfig, make_trainable
-from stipple_core.data.dataset import DataConfig, ImageDataset, Skip, collate, scan
+from stipple_core.data.dataset import ImageDataset, collate
+from stipple_core.data.records.data_config import DataConfig
+from stipple_core.data.records.records import Skip
+from stipple_core.data.sources.scan import scan
 from stipple_core.files.weights import read_weights, write_weights
 from tests.helpers.drawn import photo, record, refused, run
 from tests.helpers.small_encoders import save_open_clip
@@ -67,7 +71,7 @@ def test_a_prior_is_not_adapted(runs, wanted):
     prior = TextToImage.load(runs / "unclip-prior" / "model")
     kind = "lora" if isinstance(wanted, LoraConfig) else "inversion"
     learning = make_trainable(**{"lora": None, "inversion": None, kind: wanted}, source=str(runs))
-    with pytest.raises(ValueError, match=f"{kind} adapts models that make pictures, and this one makes embeddings"):
+    with pytest.raises(ValueError, match=f"{kind} adapts models that draw images, and this one makes embeddings"):
         learning.prepare(prior, [], 0)
 
 
@@ -98,7 +102,7 @@ def test_an_image_takes_the_place_of_the_prior(runs):
 def test_a_prior_of_other_embeddings_is_refused(runs):
     decoder, augmented = (TextToImage.load(runs / name / "model") for name in ("unclip-decoder", "rdm"))
     for model, prior in ((augmented, decoder), (decoder, augmented)):
-        with pytest.raises(ValueError, match="must make embeddings of the encoder"):
+        with pytest.raises(ValueError, match="must make embeddings of the image encoder"):
             model.use_prior(prior)
 
 
@@ -118,11 +122,12 @@ def test_a_prior_has_no_single_file(runs, tmp_path):
 
 
 def test_no_candidate_of_a_prior_is_that_of_a_neighboring_seed(runs, monkeypatch):
-    prior, walked = TextToImage.load(runs / "unclip-prior" / "model"), []
-    sample = prior.sample
-    monkeypatch.setattr(prior, "sample", lambda batch: walked.append(batch[0].seed) or sample(batch))
+    prior, seeds = TextToImage.load(runs / "unclip-prior" / "model"), []
+    sample = prior_sampling.run
+    recorded = lambda model, batch, *rest: seeds.append(batch[0].seed) or sample(model, batch, *rest)  # noqa: E731
+    monkeypatch.setattr(prior_sampling, "run", recorded)
     sample_embeddings(prior, [Settings(prompt="a cat", steps=2, seed=seed) for seed in (0, 1, 2**64 - 1)])
-    assert len(set(walked)) == 2 * 3
+    assert len(set(seeds)) == 2 * 3
 
 
 def test_a_prior_draws_nothing_and_says_so_before_it_computes(runs, tmp_path, capsys, monkeypatch):
@@ -142,7 +147,7 @@ def test_words_that_an_image_or_nothing_takes_the_place_of_are_refused(runs, tmp
         for settings in ({}, {"image": photo(32, 32)}):
             with pytest.raises(ValueError, match="negative prompt 'a dog' is read by nothing"):
                 model.plan("" if settings else "a cat", negative_prompt="a dog", guidance_scale=3.0, **settings)
-        with pytest.raises(ValueError, match="prompt 'a cat' and an image are given.*leave one out"):
+        with pytest.raises(ValueError, match="prompt 'a cat' and an image can't both be used.*leave one out"):
             model.plan("a cat", image=photo(32, 32))
         assert model.plan("", image=photo(32, 32)) and model.plan("a cat", steps=2)
     with pytest.raises(ValueError, match="also '1 a dog' is not read by a prior"):
@@ -199,7 +204,7 @@ def test_in_training_no_picture_is_told_of_itself_mirrored_or_cut(runs):
     pictures.skipped[2] = Skip("gone", "damaged")
     batch = collate([pictures[0, i] for i in range(8)])
     own = reader.database[[reader.rows[name] for name in batch.names]][:, None]  # [B, 1, d]
-    given = BatchEncoder(model.autoencoder, model.conditioner, model.conditioner, None).given(batch)
+    given = BatchEncoder(model.autoencoder, model.conditioner, model.conditioner, None).condition_inputs(batch)
 
     def told_of_itself(given: ConditionInputs) -> int:
         return int((reader(given).tokens == own).all(-1).any(1).sum())
