@@ -1,4 +1,4 @@
-"""What `training_step` trains on: a UNet, and a batch of images and captions with their latents and contexts."""
+"""The inputs of `training_step`: a UNet, and a batch of images and captions with their latents and contexts."""
 
 from __future__ import annotations
 
