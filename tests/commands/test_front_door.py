@@ -88,7 +88,7 @@ def test_every_command_has_a_module_with_a_main():
         (["train", "--config", "emojy"], "config file emojy does not exist; did you mean emoji?"),
         (["train", "--config", "emoji", "data.fold=x"], "unknown config key data.fold; did you mean data.folder?"),
         (["train", "--config", "emoji", "--processes", "2", "data.fold=x"], "did you mean data.folder?"),
-        (["cache", "--config", "tiny"], "there is no folder to write to; give cache=FOLDER"),
+        (["cache", "--config", "tiny"], "cache has no value; set it to the folder to write to: cache=FOLDER"),
         (["convert", "a", "b", "--precisoin", "fp16"], "did you mean --precision?"),
         (["embed", "--nam", "x"], "the following arguments are required"),
         (["config", "trian"], "invalid choice: 'trian'"),
