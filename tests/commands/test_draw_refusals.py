@@ -34,7 +34,10 @@ from stipple_core.images.drawn_pictures import RECORD, encode_png
         (["--guidance-model", "checkpoints/emoji"], "give both, or none"),
         (["--perturbed-scale", 9], "is for perturbed_attention"),
         (["--also", "1 a fish", "--guidance-rescale", 1], "no guidance rescale"),
-        (["--guidance-method", "cfg_plus_plus", "--guidance-bound", 1], "does not support guidance rescale and guidance bound"),
+        (
+            ["--guidance-method", "cfg_plus_plus", "--guidance-bound", 1],
+            "does not support guidance rescale and guidance bound",
+        ),
         (["--also", "1 a fish", "--guidance-method", "apg"], "goes with guidance method classifier_free"),
     ],
 )
