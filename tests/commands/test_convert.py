@@ -125,7 +125,7 @@ def test_a_model_that_the_compvis_format_cannot_hold_writes_nothing(sources, tmp
     build_model(tmp_path / "own").save(tmp_path / "model")
     before = sorted(tmp_path.iterdir())
     message = refused(capsys, tmp_path / "model", tmp_path / "new" / "x.safetensors")
-    assert "norm_num_groups 8 can't be message in a CompVis file" in message
+    assert "norm_num_groups 8 can't be said in a CompVis file" in message
     assert sorted(tmp_path.iterdir()) == before
 
 
