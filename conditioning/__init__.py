@@ -1,7 +1,7 @@
 """Conditioning of a model on prompts and other inputs: text encoders, classes, layouts, and readers of images."""
 
-from conditioning.build import ConditionerConfig, build_conditioner, load_conditioner
 from conditioning.classes.class_conditioner import ClassConditioner, Unconditional
+from conditioning.conditioners import ConditionerConfig, build_conditioner, load_conditioner
 from conditioning.encoders.scratch import TransformerConfig
 from conditioning.formats.compvis_conditioner import conditioner_from_compvis, conditioner_to_compvis
 from conditioning.interface.conditioner import Conditioner

@@ -1,8 +1,8 @@
-"""The shipped model with diffusers and transformers alone: what `cold_start` runs against txt2img.py.
+"""The shipped model with diffusers and transformers alone, which `cold_start` compares with txt2img.py.
 
-python benchmarks/peers/diffusers_emoji.py CHECKPOINT PROMPT OUTPUT.png STEPS SEED
+python -m benchmarks.peers.diffusers_emoji CHECKPOINT PROMPT OUTPUT.png STEPS SEED
 
-StableDiffusionPipeline takes no BertModel that hides padding, so the loop is put together by hand.
+StableDiffusionPipeline does not support a BertModel with masked padding, so the sampling loop is written out.
 """
 
 import sys

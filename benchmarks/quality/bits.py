@@ -1,12 +1,12 @@
-"""Bits per dimension of held-out pictures under models of pixels: the bound, the ODE's, and rate against distortion.
+"""Bits per dimension of held-out images under models of pixels: the bound, the ODE's, and rate against distortion.
 
 python -m benchmarks.quality.bits --folder PICTURES runs/ddpm-small/model
 python -m benchmarks.quality.bits --folder PICTURES early=MODEL later=MODEL --output docs/tasks/pixels
 
-Pictures are those that a run on the same folder holds out. The bound is that of all noise levels, estimates clipped to
-[-1, 1], with the discretized decoder (Ho et al. 2020, section 3.3); the ODE's that of Song et al. 2021, unclipped, with
-the same decoder. With --output numbers
-go to OUTPUT.json, and what is drawn of them to OUTPUT.png; --redraw only draws.
+The images are those that a run on the same folder holds out. The bound uses all noise levels, estimates clipped to
+[-1, 1], and the discretized decoder (Ho et al. 2020, section 3.3). The ODE's likelihood is that of Song et al. 2021,
+unclipped, with the same decoder. With --output, numbers are written to OUTPUT.json and the figure to OUTPUT.png;
+--redraw only draws.
 """
 
 from __future__ import annotations

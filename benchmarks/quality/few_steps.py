@@ -1,8 +1,9 @@
-"""A student in few steps against its teacher in many: prompt recall, processor time, and a sheet to look at.
+"""A student in few steps against its teacher in many: prompt recall, CPU time, and a sheet of images.
 
-python benchmarks/quality/few_steps.py --student runs/emoji-guidance/model --data data/emoji --output docs/tasks/few_steps.png
+python -m benchmarks.quality.few_steps --student runs/emoji-guidance/model --data data/emoji \\
+    --output docs/tasks/few_steps.png
 
-Each draws the same prompts from the same seeds, by turns; time is what this process uses of a processor on one thread.
+Both draw the same prompts from the same seeds, in turns. The time is the CPU time of this process on one thread.
 """
 
 from __future__ import annotations
@@ -114,8 +115,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     with one_line_errors():
         teacher, student = TextToImage.load(options.teacher), TextToImage.load(options.student)
-        told = options.data, options.config, options.limit, options.kind, options.batch_size
-        results, sheet = measure(teacher, student, *told)
+        settings = options.data, options.config, options.limit, options.kind, options.batch_size
+        results, sheet = measure(teacher, student, *settings)
     print(json.dumps(results, indent=2))
     if options.output:
         sheet.save(options.output, optimize=True)

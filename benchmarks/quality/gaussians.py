@@ -1,4 +1,4 @@
-"""Data whose denoiser is known exactly: a mixture of round Gaussians in a few dimensions."""
+"""Data whose denoiser is known exactly: a mixture of isotropic Gaussians in a few dimensions."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""What the latents of pictures cost under a model: the terms of the bound, rate and distortion, the ODE's likelihood.
+"""The likelihood of latents under a model: terms of the bound, rate and distortion, and the ODE's likelihood.
 
 python -m benchmarks.quality.likelihood --model checkpoints/emoji --cache cache/emoji
 
-Pictures are those of a latent cache, as stipple cache writes it; each is told its own caption, then none. Prints a
-table, keeps all numbers in docs/likelihood.json and draws docs/likelihood.png from them; --redraw only draws.
+The images are those of a latent cache that `stipple cache` wrote. Each is evaluated with its caption and without. The
+command prints a table, writes all numbers to docs/likelihood.json, and draws docs/likelihood.png from them. --redraw
+only draws.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from ldm.samplers.steps import noise_like
 from stipple_core.latent_cache.reader import CachedBatch, CachedLatents, cached_collate
 from stipple_core.randomness import generator
 
-TOLD = {"the caption": 1.0, "nothing": 0.0}  # what the denoiser is told, as the guidance scale that tells it
-COLORS = dict(zip(TOLD, ("#1f69b4", "#d95f0e"), strict=True))
+CONDITIONS = {"the caption": 1.0, "nothing": 0.0}  # condition of the denoiser -> guidance scale
+COLORS = dict(zip(CONDITIONS, ("#1f69b4", "#d95f0e"), strict=True))
 LOG_2 = math.log(2)
 
 
@@ -48,14 +49,14 @@ def generators(options: argparse.Namespace, purpose: str) -> list[torch.Generato
 
 
 def denoisers(model: TextToImage, batch: CachedBatch, cache: CachedLatents) -> dict[str, Denoise]:
-    """By what they are told."""
+    """Denoisers by their condition."""
     context = Context(tokens=batch.tokens, mask=batch.mask)
     null = Context(tokens=cache.null_tokens[None], mask=cache.null_mask[None])
-    return {told: classifier_free(model.denoiser, context, null, scale) for told, scale in TOLD.items()}
+    return {condition: classifier_free(model.denoiser, context, null, scale) for condition, scale in CONDITIONS.items()}
 
 
 def every_low_level(walked: Tensor, levels: int) -> Tensor:
-    """Times that fall to 0, and through all noise levels below the lowest of theirs: there most bits are spent."""
+    """Times that fall to 0, through all noise levels below the lowest of the times: there most bits are spent."""
     lowest = round(walked[-2].item() * levels)
     below = torch.arange(lowest - 1, -1, -1, dtype=torch.float64) / levels
     return torch.cat([walked[:-1], below])
@@ -117,26 +118,29 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     walked = every_low_level(times(model.schedule, options.steps), model.schedule.config.timesteps)
     results = {"images": options.images, "dimensions": z_0[0].numel(), "steps": len(walked) - 1, "entropy": entropy}
     results["mean_square"] = z_0.square().mean().item()
-    for told, denoise in denoisers(model, batch, cache).items():
+    for condition, denoise in denoisers(model, batch, cache).items():
         with torch.inference_mode():
-            once, bounds = remembered(counted(denoise, f"bound, told {told}")), {}
+            once, bounds = remembered(counted(denoise, f"bound, {condition}")), {}
             for variance in VARIANCES:
                 noise = generators(options, "noise")
                 bounds[variance] = of_bound(variational_bound(once, z_0, walked, model.schedule, noise, variance))
-        told_ode, probes = counted(denoise, f"ODE, told {told}"), generators(options, "probes")
-        bits = ode_bits(told_ode, z_0, model.schedule, probes, tolerance=options.tolerance)
-        results[told] = bounds | {"ode": bits.mean().item(), "ode_error": bits.std().item() / len(bits) ** 0.5}
+        ode_denoise, probes = counted(denoise, f"ODE, {condition}"), generators(options, "probes")
+        bits = ode_bits(ode_denoise, z_0, model.schedule, probes, tolerance=options.tolerance)
+        results[condition] = bounds | {"ode": bits.mean().item(), "ode_error": bits.std().item() / len(bits) ** 0.5}
     return results
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """Markdown: bits per dimension by what the denoiser is told."""
-    lines = ["| told | bound, large variance | of it decoder | bound, small variance | ODE |", "|---" * 5 + "|"]
-    for told in TOLD:
-        of_told = results[told]
-        large, small = of_told["large"], of_told["small"]
-        numbers = large["total"], large["decoder"], small["total"], of_told["ode"]
-        lines.append(f"| {' | '.join([told, *(f'{number:.3f}' for number in numbers)])} |")
+    """Markdown: bits per dimension by condition of the denoiser."""
+    lines = [
+        "| conditioned on | bound, large variance | of it decoder | bound, small variance | ODE |",
+        "|---" * 5 + "|",
+    ]
+    for condition in CONDITIONS:
+        of_condition = results[condition]
+        large, small = of_condition["large"], of_condition["small"]
+        numbers = large["total"], large["decoder"], small["total"], of_condition["ode"]
+        lines.append(f"| {' | '.join([condition, *(f'{number:.3f}' for number in numbers)])} |")
     ending = "{images} pictures of {dimensions} dimensions, {steps} steps, entropy of the encoder's noise {entropy:.3f}"
     return "\n".join([*lines, "", ending.format(**results) + " bits per dimension"])
 
@@ -145,8 +149,8 @@ def draw(results: Mapping[str, Any]) -> Figure:
     """Three panels: what steps cost, what is known at each time, and both without the time."""
     page = Figure(figsize=(12.6, 3.6), layout="constrained")
     cost, known, both = page.subplots(1, 3)
-    for told in TOLD:
-        bound, look = results[told]["large"], {"label": f"told {told}", "color": COLORS[told]}
+    for condition in CONDITIONS:
+        bound, look = results[condition]["large"], {"label": f"conditioned on {condition}", "color": COLORS[condition]}
         lengths = [t - s for t, s in zip(bound["times"][:-1], bound["times"][1:], strict=True)]
         costs = [term / length for term, length in zip(bound["terms"], lengths, strict=True)]
         cost.semilogy(bound["times"][:-1], costs, **look)
@@ -167,7 +171,7 @@ def draw(results: Mapping[str, Any]) -> Figure:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="checkpoints/emoji", help="folder of a model")
-    parser.add_argument("--cache", default="cache/emoji", help="folder of latents that this model is told of")
+    parser.add_argument("--cache", default="cache/emoji", help="folder of cached latents of this model's images")
     parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--steps", type=int, default=100, help="of the bound, to which all below its lowest are added")
     parser.add_argument("--tolerance", type=float, default=1e-2, help="of the ODE's solver")

@@ -1,7 +1,10 @@
-"""Which perceptual distance to train with when LPIPS' weights can't be had: the table of docs/perceptual.md.
+"""Perceptual distances for training without LPIPS' weights: the table of docs/perceptual.md.
 
-Trains a small KL autoencoder with L1 alone, then goes on from it, on the same batches, with L1 alone and with L1 plus
-each substitute, weighted so that its gradient at the reconstructions is as long as that of L1, times --strength.
+python -m benchmarks.quality.perceptual_substitutes --help
+
+It trains a small KL autoencoder with L1 alone. From there it continues on the same batches, with L1 alone and with L1
+plus each substitute. The gradient of a substitute at the reconstructions is scaled to the norm of that of L1, times
+--strength.
 """
 
 from __future__ import annotations
@@ -127,8 +130,8 @@ def spectrum_error(images: Tensor, reconstructions: Tensor) -> float:
     """Error of the amplitudes above half the Nyquist frequency, relative to the images' own: 0 perfect, 1 all lost."""
     frequencies = torch.fft.fftfreq(images.shape[-1])
     high = (frequencies[:, None].square() + frequencies.square()).sqrt() > 0.25
-    ours, theirs = torch.fft.fft2(reconstructions).abs()[..., high], torch.fft.fft2(images).abs()[..., high]
-    return ((ours - theirs).square().sum() / theirs.square().sum()).sqrt().item()
+    reconstructed, original = torch.fft.fft2(reconstructions).abs()[..., high], torch.fft.fft2(images).abs()[..., high]
+    return ((reconstructed - original).square().sum() / original.square().sum()).sqrt().item()
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
-"""Does a model draw what its prompts say? Prompt recall, memory, reconstruction, and sheets to look at.
+"""Whether a model draws what its prompts say: prompt recall, memorization, reconstruction, and sheets of images.
 
-python benchmarks/quality/prompt_recall.py --checkpoint checkpoints/emoji --data data/emoji --output docs/emoji
+python -m benchmarks.quality.prompt_recall --checkpoint checkpoints/emoji --data data/emoji --output docs/emoji
 
-Pictures are kept in --pictures as they are made: an interrupted run goes on where it was.
+Images are written to --pictures when they are made, so that an interrupted run can continue.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Prompt recall: whether the reference nearest to a generated picture is the one that its prompt describes.
+"""Prompt recall: whether the nearest reference to a generated image is the one that its prompt describes.
 
-R references, one query per prompt; a picture is a feature vector, and near means a small mean squared difference.
+There are R references and one query per prompt. An image is a feature vector; distance is the mean squared difference.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Generated pictures on disk, each made when it is first asked for, and the contact sheets made of them."""
+"""Generated images on disk, each made when it is first requested, and the contact sheets of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which training pictures prompt recall asks for, and in which words: their captions, and words never in a caption."""
+"""The training images that prompt recall uses, and their prompts: their captions, and words that are in no caption."""
 
 from __future__ import annotations
 

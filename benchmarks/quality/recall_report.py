@@ -1,4 +1,4 @@
-"""What prompt recall found, as a page of Markdown."""
+"""The results of prompt recall as a page of Markdown."""
 
 from __future__ import annotations
 

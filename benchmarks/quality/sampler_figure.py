@@ -1,10 +1,10 @@
-"""How samplers walk: paths on a 2-D mixture whose denoiser is known exactly, and their error against network calls.
+"""Paths of samplers on a 2-D mixture whose denoiser is known exactly, and their error against network calls.
 
 python -m benchmarks.quality.sampler_figure --output docs/samplers.png
 
-Above, a panel per sampler: from the same noise, with about 16 calls, to the data's density in gray; rings mark where
-the exact probability flow ends. Below, how far deterministic samplers are from those rings, and stochastic ones from
-the distribution of the data, for more and more calls.
+The upper panels, one per sampler, show paths from the same noise with about 16 calls to the density of the data, in
+gray; rings mark the ends of the exact probability flow. The lower panels show the distance of deterministic samplers
+from those ends, and of stochastic ones from the distribution of the data, for more and more calls.
 """
 
 from __future__ import annotations

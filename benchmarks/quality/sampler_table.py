@@ -1,11 +1,11 @@
-"""Samplers on a real model: how far their latents are from those of 1,000 steps, for few network calls.
+"""Samplers on a trained model: the distance of their latents from those of 1,000 steps, for few network calls.
 
 python -m benchmarks.quality.sampler_table --model checkpoints/emoji --calls 4 8 16 32 64
 
-Deterministic samplers, each with several spacings of its times: the root mean square distance per latent value, unit
-scale, from the end of the same probability flow, walked by `dpmpp_2m` in 1,000 steps from the same noise. Two markdown
-tables, without guidance and with the model's own. A call is one of the denoiser: with guidance the network sees two
-pictures in it.
+The table lists the deterministic samplers with several spacings. The distance is the root mean square per latent value,
+in unit scale, from the end of the same probability flow, computed by `dpmpp_2m` in 1,000 steps from the same noise. It
+prints two Markdown tables, without guidance and with the model's own. A call is one of the denoiser; with guidance the
+network computes two images in it.
 """
 
 from __future__ import annotations

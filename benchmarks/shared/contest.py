@@ -1,6 +1,7 @@
-"""What the races of benchmarks/ share: contenders that alternate, the table of their times, the machine's peak.
+"""What the benchmarks share: alternating contenders, the table of their times, and the peak speed of the machine.
 
-Machines are shared: a ratio is made of neighbors in time, round by round, and CPU seconds stand beside the clock's.
+Machines are shared with other programs. Ratios are therefore computed round by round from neighboring measurements, and
+CPU seconds are listed beside wall-clock seconds.
 """
 
 from __future__ import annotations
@@ -76,14 +77,14 @@ def alternate(contenders: Mapping[str, Callable[[], Any]], rounds: int, warm_up:
     return times
 
 
-def ratios(ours: Sequence[float], theirs: Sequence[float]) -> str:
-    """Ours by theirs, round by round: the median, the least and the most."""
-    by_round = [a / b for a, b in zip(ours, theirs, strict=True)]
+def ratios(stipple: Sequence[float], peer: Sequence[float]) -> str:
+    """Ratios of Stipple to a peer, round by round: the median, the least and the largest."""
+    by_round = [a / b for a, b in zip(stipple, peer, strict=True)]
     return f"{statistics.median(by_round):.2f} ({min(by_round):.2f} - {max(by_round):.2f})"
 
 
 def table(times: Mapping[str, Times], work: Work | None = None, unit: str = "") -> str:
-    """Markdown: seconds, CPU seconds, share of the peak, and the ratio of ours to each; the fastest other is marked."""
+    """Markdown: seconds, CPU seconds, share of the peak, and the ratio of Stipple to each; the fastest peer is marked."""
     reference = min((name for name in times if name != OURS), key=lambda name: statistics.median(times[name].wall))
     lines = [
         f"| contender | seconds{unit} (fastest - slowest) | CPU seconds | share of peak | ratio: ours / it | by CPU |",
@@ -94,8 +95,8 @@ def table(times: Mapping[str, Times], work: Work | None = None, unit: str = "") 
         share = f"{work.flops / middle / work.peak:.0%}" if work else ""
         cells = [f"**{name}**" if name == reference else name]
         cells += [f"{middle:.3f} ({min(each.wall):.3f} - {max(each.wall):.3f})", f"{statistics.median(each.cpu):.3f}"]
-        ours = times[OURS]
-        compared = [ratios(ours.wall, each.wall), ratios(ours.cpu, each.cpu)] if each is not ours else ["", ""]
+        stipple = times[OURS]
+        compared = [ratios(stipple.wall, each.wall), ratios(stipple.cpu, each.cpu)] if each is not stipple else ["", ""]
         cells += [share, *compared]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -120,24 +121,24 @@ def gemm_peak(tiny: bool = False, rounds: int = 5) -> float:
     return 2 * size**3 / min(seconds[1:])
 
 
-def relative_error(ours: Tensor, theirs: Tensor) -> float:
-    """The length of the difference by the length of theirs."""
-    return ((ours - theirs).norm() / theirs.norm()).item()
+def relative_error(stipple: Tensor, peer: Tensor) -> float:
+    """The norm of the difference divided by the norm of the peer's output."""
+    return ((stipple - peer).norm() / peer.norm()).item()
 
 
-def require_equal(ours: Tensor, theirs: Tensor, what: str, limit: float = 1e-4) -> None:
+def require_equal(stipple: Tensor, peer: Tensor, what: str, limit: float = 1e-4) -> None:
     """Raise RuntimeError unless the relative error is below the limit: a race of unequal results says nothing."""
-    error = relative_error(ours, theirs)
+    error = relative_error(stipple, peer)
     if not error < limit:
         raise RuntimeError(f"{what}: relative error {error:.2e} is not below {limit:g}; there is nothing to compare")
     note(f"{what}: relative error {error:.1e}")
 
 
-def require_alike(ours: Sequence[Any], theirs: Sequence[Any], what: str, limit: int = 2) -> None:
+def require_alike(stipple: Sequence[Any], peer: Sequence[Any], what: str, limit: int = 2) -> None:
     """Raise RuntimeError unless all values of 8 bits in pairs of PIL images are within the limit."""
     import numpy as np
 
-    pairs = zip(ours, theirs, strict=True)
+    pairs = zip(stipple, peer, strict=True)
     worst = max(int(abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max()) for a, b in pairs)
     if worst > limit:
         raise RuntimeError(f"{what}: pictures differ by {worst} of 255, more than {limit}; there is nothing to compare")

@@ -1,4 +1,4 @@
-"""What the contenders of a race are given: pictures that are wanted, and seeded random tensors."""
+"""The inputs of the contenders of a benchmark: requested images, and seeded random tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PROMPT, SEED, GUIDANCE_SCALE = "a photograph of a red heart on a wooden table", 
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ImageRequest:
     """Pictures of PROMPT to be made together, picture i from SEED + i."""
 
     size: int  # side in pixels

@@ -1,8 +1,8 @@
-"""The model with random weights that the benchmarks open, in diffusers' layout.
+"""The model with random weights that the benchmarks open, in the layout of diffusers.
 
 python -m benchmarks.shared.model_folder --workdir DIR
 
-writes it, if it is not there yet, and names its folder.
+writes the folder if it does not exist, and prints its path.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from autoencoder import Autoencoder
-from benchmarks.peers.theirs import SCALE
+from benchmarks.peers.diffusers_calls import SCALE
 from benchmarks.shared import contest
 from benchmarks.shared.models import empty, randomize, shapes
 from conditioning.encoders.clip import Clip
@@ -27,16 +27,16 @@ from ldm.schedules.base import ScheduleConfig
 
 def model_folder(workdir: str | Path, tiny: bool) -> Path:
     """A whole model with random weights in diffusers' layout, written when it is not there yet: 4.3 GB for SD's."""
-    wanted = shapes(tiny)
-    folder = Path(workdir) / wanted.name
+    request = shapes(tiny)
+    folder = Path(workdir) / request.name
     if (folder / "model_index.json").is_file():
         return folder
-    autoencoder = randomize(empty(Autoencoder, wanted.vae), seed=1)
+    autoencoder = randomize(empty(Autoencoder, request.vae), seed=1)
     autoencoder.scaling_factor = SCALE
-    conditioner = TextConditioner(clip_tokenizer(), randomize(empty(Clip, wanted.text), seed=2), use_mask=False)
+    conditioner = TextConditioner(clip_tokenizer(), randomize(empty(Clip, request.text), seed=2), use_mask=False)
     schedule = ScheduleConfig(beta_start=0.00085, beta_end=0.012)
     scheduling = Scheduling(schedule=schedule, prediction="noise", spacing="leading", ends_clean=False)
-    unet, defaults = randomize(empty(UNet, wanted.unet), seed=3), Settings(guidance_scale=7.5, spacing="leading")
+    unet, defaults = randomize(empty(UNet, request.unet), seed=3), Settings(guidance_scale=7.5, spacing="leading")
     TextToImage(autoencoder.eval(), unet.eval(), conditioner.eval(), scheduling, defaults).save(folder)
     return folder
 

@@ -1,4 +1,4 @@
-"""The models of the races: Stable Diffusion 1.5's shapes, and tiny ones, with random weights, in both libraries."""
+"""The models of the benchmarks in both libraries: Stable Diffusion 1.5's shapes, and tiny ones, with random weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from autoencoder import Autoencoder, AutoencoderConfig
 from autoencoder.formats.diffusers_autoencoder import to_diffusers
-from benchmarks.peers.theirs import SCALE
+from benchmarks.peers.diffusers_calls import SCALE
 from conditioning.encoders.clip import clip_config
 from ldm.formats.diffusers.unet_options import unet_to_diffusers
 from ldm.networks.unet import UNet

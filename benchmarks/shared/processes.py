@@ -1,4 +1,4 @@
-"""Contenders that run in processes of their own: what they print, and the time they take."""
+"""Contenders that run in processes of their own: their output and their time."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Process start to the first PNG on the shipped model: txt2img.py against an equivalent diffusers script.
+"""The time from process start to the first PNG with the shipped model: txt2img.py against a diffusers script.
 
 python -m benchmarks.speed.cold_start --checkpoint checkpoints/emoji --rounds 5
 
-Fresh processes alternate, with the same prompt, seed, sampler and steps; the pictures are compared. How either stands
-to a bare `import torch` is in `first_picture`.
+New processes alternate, with the same prompt, seed, sampler and steps, and their images are compared. `first_picture`
+compares Stipple with a bare `import torch`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The KL autoencoder of Stable Diffusion, decoding and encoding: ours against diffusers', on the same weights.
+"""Decoding and encoding with Stable Diffusion's KL autoencoder: Stipple against diffusers, on the same weights.
 
 python -m benchmarks.speed.decode --sizes 512 --batch 1 --rounds 5
 
-diffusers' slicing and tiling trade time for memory: `--savings slicing tiling` lists them too, though slicing does
-nothing for one picture and tiling nothing up to the size in the config; `benchmarks.speed.peak_memory` has what they save.
+diffusers' slicing and tiling trade time for memory. `--savings slicing tiling` also lists them; slicing has no effect
+on one image, and tiling none up to the size in the config. See `benchmarks.speed.peak_memory` for memory.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from benchmarks.peers import theirs
+from benchmarks.peers import diffusers_calls
 from benchmarks.shared import contest, models
 from benchmarks.shared.inputs import normal
 
@@ -27,7 +27,7 @@ def our_call(autoencoder: nn.Module, way: str, given: Tensor) -> Callable[[], Te
 
 def their_call(vae: nn.Module, way: str, given: Tensor) -> Callable[[], Tensor]:
     """The same of diffusers'."""
-    return (theirs.decode_call if way == "decode" else theirs.encode_call)(vae, given)
+    return (diffusers_calls.decode_call if way == "decode" else diffusers_calls.encode_call)(vae, given)
 
 
 def networks(tiny: bool, savings: Sequence[str] = ()) -> dict[str, nn.Module]:
@@ -38,7 +38,7 @@ def networks(tiny: bool, savings: Sequence[str] = ()) -> dict[str, nn.Module]:
     for layout in ("", ", channels_last"):
         for saving in (None, *savings):
             vae = models.sharing(models.their_vae(config), weights, channels_last=bool(layout))
-            theirs.save_memory(saving, vae)
+            diffusers_calls.save_memory(saving, vae)
             found[f"diffusers{layout}" + (f", {saving}" if saving else "")] = vae
     return found
 
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = contest.parser(__doc__, rounds=5)
     parser.add_argument("--sizes", type=int, nargs="+", default=[512], help="sides of the pictures in pixels")
     parser.add_argument("--batch", type=int, default=1, help="pictures together")
-    parser.add_argument("--savings", nargs="+", choices=theirs.SAVINGS[:2], default=[], help="of diffusers'")
+    parser.add_argument("--savings", nargs="+", choices=diffusers_calls.SAVINGS[:2], default=[], help="of diffusers'")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     peak = contest.gemm_peak(options.tiny)

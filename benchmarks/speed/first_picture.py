@@ -1,9 +1,9 @@
-"""How long until the first picture: txt2img.py from process start to the PNG, `--help`, and sampling alone.
+"""The time to the first image: txt2img.py from process start to the PNG, `--help`, and sampling alone.
 
-python benchmarks/speed/first_picture.py --checkpoint checkpoints/emoji --output docs/first_picture.md
+python -m benchmarks.speed.first_picture --checkpoint checkpoints/emoji --output docs/first_picture.md
 
-Processes alternate with bare ones, `python -c "import torch"` and `python -c pass`, which nothing of ours can beat: a
-busy machine slows both, and the ratio stays.
+The processes alternate with `python -c "import torch"` and `python -c pass`, which are lower limits. A busy machine
+slows all of them, so that ratios hardly change.
 """
 
 from __future__ import annotations

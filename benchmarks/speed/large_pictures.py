@@ -1,9 +1,10 @@
-"""What a large picture takes in the KL autoencoder of Stable Diffusion, random weights: whole, and in tiles.
+"""The memory and time of a large image in Stable Diffusion's KL autoencoder with random weights: whole, and in tiles.
 
 python -m benchmarks.speed.large_pictures --sizes 1024 --memory 0 2 1
 
-Each case is a process of its own: its peak is the kernel's (ru_maxrss), with torch and the weights in it. --memory is
-in GiB, 0 is the whole picture at once. What tiles make is compared with that, pixel by pixel, in units of 1/255.
+Each case is a process of its own, whose peak memory is the kernel's (ru_maxrss), including torch and the weights.
+--memory is in GiB; 0 is the whole image at once. The difference between tiles and the whole image is listed pixel by
+pixel, in units of 1/255.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Pictures per second from a folder, tar shards and the latent cache, beside webdataset and Hugging Face datasets.
+"""Images per second from a folder, tar shards and the latent cache, beside webdataset and Hugging Face datasets.
 
 python -m benchmarks.speed.loading --folder data/emoji --images 4000 --rounds 3
 
-All contenders read the same pictures in random order, decode, resize, crop and batch them; the cache has them as
-latents. The start of the workers counts. Below stands what the UNet of configs/ldm/emoji.yaml consumes in training.
-webdataset and datasets must be installed.
+All contenders read the same images in random order, and decode, resize, crop and batch them; the cache contains them as
+latents. The time includes the start of the workers. The last line is what the UNet of configs/ldm/emoji.yaml consumes
+in training. Requires webdataset and datasets.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""The most memory that a process ever holds: ours against diffusers', each in fresh processes, from the same folder.
+"""The peak memory of a process: Stipple against diffusers, each in new processes, from the same folder.
 
-python -m benchmarks.speed.peak_memory --workdir DIR --cases import:0 unet:32 unet:64 decode:512 pipeline:256 pipeline:512
+python -m benchmarks.speed.peak_memory --workdir DIR \\
+    --cases import:0 unet:32 unet:64 decode:512 pipeline:256 pipeline:512
 
-Each contender opens the folder as its user would. The number is the kernel's (ru_maxrss), with pages of mapped files,
-and the case `import` is what a process holds that only imports.
+Each contender opens the folder as its user would. The number is the kernel's (ru_maxrss), including pages of mapped
+files. The case `import` is a process that only imports.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def our_result(kind: str, size: int, folder: Path, options: argparse.Namespace) 
     import torch
 
     from autoencoder import Autoencoder
-    from benchmarks.shared.inputs import Pair, Wanted, normal
+    from benchmarks.shared.inputs import ImageRequest, Pair, normal
     from benchmarks.speed.text_to_picture import our_draw
     from benchmarks.speed.unet_forward import our_call
     from ldm.formats.diffusers.networks_folder import load_unet
@@ -52,7 +53,9 @@ def our_result(kind: str, size: int, folder: Path, options: argparse.Namespace) 
             autoencoder = lay_out(Autoencoder.load(folder))
             side = size // autoencoder.downsampling
             return _size(autoencoder.decode(normal(options.batch, 4, side, side)))
-    return _brightness(our_draw(TextToImage.load(folder), Wanted(size, options.batch, options.steps), lambda: None))
+    return _brightness(
+        our_draw(TextToImage.load(folder), ImageRequest(size, options.batch, options.steps), lambda: None)
+    )
 
 
 def their_result(kind: str, size: int, folder: Path, saving: str | None, options: argparse.Namespace) -> float:
@@ -64,21 +67,23 @@ def their_result(kind: str, size: int, folder: Path, saving: str | None, options
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
-    from benchmarks.peers import theirs
-    from benchmarks.shared.inputs import Pair, Wanted, normal
+    from benchmarks.peers import diffusers_calls
+    from benchmarks.shared.inputs import ImageRequest, Pair, normal
 
     torch.set_num_threads(options.threads)
     with torch.inference_mode():
         if kind == "unet":
             unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
-            return _size(theirs.unet_call(unet, Pair.draw(size, unet.config.cross_attention_dim, options.batch))())
+            return _size(
+                diffusers_calls.unet_call(unet, Pair.draw(size, unet.config.cross_attention_dim, options.batch))()
+            )
         if kind == "decode":
             vae = AutoencoderKL.from_pretrained(folder, subfolder="vae")
-            theirs.save_memory(saving, vae)
+            diffusers_calls.save_memory(saving, vae)
             side = size // 2 ** (len(vae.config.block_out_channels) - 1)
-            return _size(theirs.decode_call(vae, normal(options.batch, 4, side, side))())
-    pipeline = theirs.open_pipeline(folder, saving=saving)
-    return _brightness(theirs.draw(pipeline, Wanted(size, options.batch, options.steps), lambda: None))
+            return _size(diffusers_calls.decode_call(vae, normal(options.batch, 4, side, side))())
+    pipeline = diffusers_calls.open_pipeline(folder, saving=saving)
+    return _brightness(diffusers_calls.draw(pipeline, ImageRequest(size, options.batch, options.steps), lambda: None))
 
 
 def _size(output: Tensor) -> float:

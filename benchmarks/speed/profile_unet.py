@@ -1,9 +1,9 @@
-"""Where the time of a UNet's forward pass goes, ours and diffusers': a table of shares, against the GEMM peak.
+"""The time of a UNet's forward pass by kind of layer, in Stipple and diffusers, with the share of the GEMM peak.
 
 python -m benchmarks.speed.profile_unet --size 64 --rounds 3
 
-Each operator's own time, as torch.profiler sees it, belongs to the first of KINDS that it was called from; it is the
-main thread's, so what it waits for the others is in it. Operations are those of the layers' definition.
+The self time of each operator, as torch.profiler measures it, is assigned to the first of KINDS that called it. It is
+the time of the main thread, including its waiting for the others. Operations are those of the layers' definition.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.peers import theirs
+from benchmarks.peers import diffusers_calls
 from benchmarks.shared import contest, models
 from benchmarks.shared.inputs import Pair
 from benchmarks.speed.unet_forward import networks, our_call
@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     contenders = networks(options.tiny)
     pair = Pair.draw(options.size, models.shapes(options.tiny).unet.cross_attention_dim)
-    pairs = {contest.OURS: our_call, options.theirs: theirs.unet_call}
+    pairs = {contest.OURS: our_call, options.theirs: diffusers_calls.unet_call}
     calls = {name: make(contenders[name], pair) for name, make in pairs.items()}
     flops = {name: flops_by_kind(contenders[name], call) for name, call in calls.items()}  # which warms up, too
     rounds = [{name: seconds_by_kind(call) for name, call in calls.items()} for _ in range(options.rounds)]

@@ -1,9 +1,9 @@
-"""What sampling costs besides the network's own time: samplers, guidance, the denoiser's arithmetic.
+"""The cost of sampling besides the network: samplers, guidance, and the denoiser's arithmetic.
 
 python -m benchmarks.speed.sampling_overhead --config configs/ldm/tiny.yaml --steps 20
 
-A random UNet of the configuration's shapes, guided, one picture. The walk is timed from the first step to the last, and
-the network within it; the share is what the walk takes longer, by what the network takes; the median of the rounds.
+It samples one image with guidance and a random UNet of the config's shapes. All steps are timed, and the network within
+them. The overhead is the difference divided by the network's time; the result is the median of the rounds.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What a run on many GPUs needs, computed from the configs: operations, communication, shards, cache, checkpoints.
+"""The requirements of a run on many GPUs, computed from configs: operations, communication, memory and storage.
 
 python -m benchmarks.speed.scaling --images 400e6 --gpus 1 8 64 256
 
-Parameters and operations are counted on the meta device; writing and reading a checkpoint, hashing and mapping are
-measured here on 1 GB. All else are the assumptions in `Assumed`, each an option.
+Parameters and operations are counted on the meta device. Writing and reading a checkpoint, hashing and mapping are
+measured on 1 GB. All other numbers are the assumptions in `Assumed`, each of which is an option.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def count(name: str) -> Job:
     unet, size = models.empty(UNet, config.unet), config.unet.sample_size
     z_t = torch.empty(1, config.unet.in_channels, size, size, device="meta")
     tokens = torch.empty(1, 77, config.unet.cross_attention_dim, device="meta")
-    theirs = models.their_unet(config.unet)  # whose convolutions the counter knows
-    forward = models.count_flops(lambda: theirs(z_t, torch.zeros(1, device="meta"), tokens))
+    peer = models.their_unet(config.unet)  # whose convolutions the counter knows
+    forward = models.count_flops(lambda: peer(z_t, torch.zeros(1, device="meta"), tokens))
     parameters = sum(p.numel() for p in unet.parameters())
     numbers = 2 * config.unet.in_channels * size * size
     return Job(name, parameters, 3 * forward, numbers, config.unet.cross_attention_dim)

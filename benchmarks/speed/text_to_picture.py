@@ -1,9 +1,10 @@
-"""Whole pipelines, prompt to picture: ours against diffusers' StableDiffusionPipeline, opened from the same folder.
+"""Whole pipelines from prompt to image: Stipple against diffusers' StableDiffusionPipeline, from the same folder.
 
 python -m benchmarks.speed.text_to_picture --workdir DIR --sizes 256 512 --batches 1 4 --steps 20 --rounds 3
 
-Stable Diffusion 1.5's shapes with random weights, float32, DDIM, guidance 7.5, the same seeds; the folder (4.3 GB) is
-written once. Seconds per step and those after the last step (decoding) stand below each table.
+The model has Stable Diffusion 1.5's shapes and random weights in float32; the sampler is DDIM with guidance scale 7.5
+and the same seeds. The folder (4.3 GB) is written once. Below each table are the seconds per step, and the seconds
+after the last step (decoding).
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from dataclasses import dataclass, field
 import torch
 from PIL import Image
 
-from benchmarks.peers import theirs
+from benchmarks.peers import diffusers_calls
 from benchmarks.shared import contest
-from benchmarks.shared.inputs import GUIDANCE_SCALE, PROMPT, SEED, Wanted
+from benchmarks.shared.inputs import GUIDANCE_SCALE, PROMPT, SEED, ImageRequest
 from benchmarks.shared.model_folder import model_folder
 from ldm.pipeline import TextToImage
 
 LAYOUTS = ("contiguous", "channels_last")
-Draw = Callable[[Wanted, Callable[[], None]], list[Image.Image]]  # what is wanted, whom to tell after each step
+Draw = Callable[[ImageRequest, Callable[[], None]], list[Image.Image]]  # what is request, whom to tell after each step
 
 
 @dataclass
@@ -36,33 +37,33 @@ class Contender:
     rest: list[float] = field(default_factory=list)  # seconds from the last step to the pictures
     pictures: list[Image.Image] = field(default_factory=list)
 
-    def run(self, wanted: Wanted) -> None:
+    def run(self, request: ImageRequest) -> None:
         """Make the pictures once."""
         marks: list[float] = []
-        self.pictures = self.draw(wanted, lambda: marks.append(time.perf_counter()))
+        self.pictures = self.draw(request, lambda: marks.append(time.perf_counter()))
         self.rest.append(time.perf_counter() - marks[-1])
         self.steps.append((marks[-1] - marks[0]) / max(1, len(marks) - 1))
 
 
-def our_draw(model: TextToImage, wanted: Wanted, after_step: Callable[[], None]) -> list[Image.Image]:
-    """The pictures wanted, at our defaults but for the pictures per batch."""
-    same = dict(guidance_scale=GUIDANCE_SCALE, steps=wanted.steps, sampler="ddim", seed=SEED)
-    plan = model.plan(PROMPT, num_images=wanted.batch, height=wanted.size, width=wanted.size, **same)
-    (batch,) = model.batches(plan, wanted.batch)
+def our_draw(model: TextToImage, request: ImageRequest, after_step: Callable[[], None]) -> list[Image.Image]:
+    """The pictures request, at our defaults but for the pictures per batch."""
+    same = dict(guidance_scale=GUIDANCE_SCALE, steps=request.steps, sampler="ddim", seed=SEED)
+    plan = model.plan(PROMPT, num_images=request.batch, height=request.size, width=request.size, **same)
+    (batch,) = model.batches(plan, request.batch)
     for step in model.sample(batch):
         latents = step.z  # of the last step when the loop ends
         after_step()
     return [picture.image for picture in model.finish(batch, latents)]
 
 
-def race(pipelines: dict[str, Draw], wanted: Wanted, rounds: int) -> str:
+def race(pipelines: dict[str, Draw], request: ImageRequest, rounds: int) -> str:
     """The table of one size and batch; pictures are compared after two steps, and at the end."""
-    title = f"{wanted.batch} x {wanted.size} x {wanted.size} pixels, {wanted.steps} steps"
-    for steps in dict.fromkeys((min(2, wanted.steps), wanted.steps)):
+    title = f"{request.batch} x {request.size} x {request.size} pixels, {request.steps} steps"
+    for steps in dict.fromkeys((min(2, request.steps), request.steps)):
         contenders = {name: Contender(draw) for name, draw in pipelines.items()}
-        now = Wanted(wanted.size, wanted.batch, steps)
+        now = ImageRequest(request.size, request.batch, steps)
         calls = {name: functools.partial(one.run, now) for name, one in contenders.items()}
-        times = contest.alternate(calls, rounds if steps == wanted.steps else 1, warm_up=False)
+        times = contest.alternate(calls, rounds if steps == request.steps else 1, warm_up=False)
         for name, one in contenders.items():
             contest.require_alike(contenders[contest.OURS].pictures, one.pictures, f"{title}, {steps} made, {name}")
     lines = [f"\n{title}\n\n{contest.table(times)}\n"]
@@ -86,11 +87,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = model_folder(options.workdir, options.tiny)
     pipelines: dict[str, Draw] = {contest.OURS: functools.partial(our_draw, TextToImage.load(folder))}
     for layout in options.theirs:
-        pipeline = theirs.open_pipeline(folder, channels_last=layout == "channels_last")
-        pipelines[f"diffusers, {layout}"] = functools.partial(theirs.draw, pipeline)
+        pipeline = diffusers_calls.open_pipeline(folder, channels_last=layout == "channels_last")
+        pipelines[f"diffusers, {layout}"] = functools.partial(diffusers_calls.draw, pipeline)
     for size in options.sizes:
         for batch in options.batches:
-            print(race(pipelines, Wanted(size, batch, options.steps), options.rounds), flush=True)
+            print(race(pipelines, ImageRequest(size, batch, options.steps), options.rounds), flush=True)
     print(f"\n{contest.machine(options.threads, contest.gemm_peak(options.tiny))}; {options.rounds} rounds")
 
 

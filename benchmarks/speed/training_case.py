@@ -1,4 +1,4 @@
-"""What `training_step` trains on: a UNet, and a batch of images and captions with their latents and contexts."""
+"""The inputs of `training_step`: a UNet, and a batch of images and captions with their latents and contexts."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Batch:
 def write_batch(case: Case, model: Path, folder: Path) -> None:
     """Random images and some captions, encoded by the model folder's own networks."""
     from autoencoder import Autoencoder
-    from conditioning.build import load_conditioner
+    from conditioning.conditioners import load_conditioner
 
     autoencoder, conditioner = Autoencoder.load(model).eval(), load_conditioner(model)
     draws = torch.Generator().manual_seed(0)

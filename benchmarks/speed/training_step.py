@@ -1,9 +1,9 @@
-"""A training step (forward, backward, AdamW, moving average): ours against diffusers', each in fresh processes.
+"""A training step (forward, backward, AdamW, moving average): Stipple against diffusers, each in new processes.
 
 python -m benchmarks.speed.training_step --cases emoji sd15 --rounds 3 --steps 3
 
-`ours`: as train_ldm.py does it with cached latents and contexts. `diffusers`: its UNet and EMAModel (foreach) in the
-same loop, with the same latents and contexts. `diffusers' script`: as its train_text_to_image.py is documented, which
+`ours` is the step of train_ldm.py with cached latents and contexts. `diffusers` is its UNet and EMAModel (foreach) in
+the same loop, with the same latents and contexts. `diffusers' script` is its documented train_text_to_image.py, which
 encodes images and captions at each step. Stable Diffusion's shapes take about 20 GB of memory, one process at a time.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.peers.training_theirs import their_step
+from benchmarks.peers.diffusers_training import their_step
 from benchmarks.shared import contest, models
 from benchmarks.shared.inputs import normal
 from benchmarks.shared.processes import contend

@@ -1,9 +1,9 @@
-"""A UNet's forward pass: ours against diffusers' at its documented settings, on the same weights, in one process.
+"""A UNet's forward pass: Stipple against diffusers at its documented settings, on the same weights, in one process.
 
 python -m benchmarks.speed.unet_forward --sizes 32 64 --rounds 5
 
-Stable Diffusion 1.5's shapes, float32, a pair as classifier-free guidance makes it: z_t twice, two contexts. Ours reads
-the contexts once before, as its pipeline does.
+Stable Diffusion 1.5's shapes in float32, called as classifier-free guidance does: z_t twice, with two contexts. Stipple
+computes keys and values of the contexts once before, as its pipeline does.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from benchmarks.peers import theirs
+from benchmarks.peers import diffusers_calls
 from benchmarks.shared import contest, models
 from benchmarks.shared.inputs import Pair
 from conditioning import Context
@@ -50,7 +50,9 @@ def networks(tiny: bool, compiled: bool = False) -> dict[str, nn.Module]:
 def race(networks: dict[str, nn.Module], size: int, width: int, rounds: int) -> dict[str, contest.Times]:
     """Check that all outputs are ours, then time all."""
     pair = Pair.draw(size, width)
-    calls = {n: (our_call if n == contest.OURS else theirs.unet_call)(unet, pair) for n, unet in networks.items()}
+    calls = {
+        n: (our_call if n == contest.OURS else diffusers_calls.unet_call)(unet, pair) for n, unet in networks.items()
+    }
     output = calls[contest.OURS]()
     for name, call in calls.items():
         if name != contest.OURS:
@@ -62,7 +64,7 @@ def flops(size: int, tiny: bool) -> int:
     """Operations of a forward pass by the definition of its layers."""
     config = models.shapes(tiny).unet
     pair = Pair.draw(size, config.cross_attention_dim, device="meta")
-    return models.count_flops(theirs.unet_call(models.their_unet(config), pair))
+    return models.count_flops(diffusers_calls.unet_call(models.their_unet(config), pair))
 
 
 @torch.inference_mode()

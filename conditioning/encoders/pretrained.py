@@ -32,10 +32,7 @@ TEXT_MODELS = {
     "siglip": "SiglipTextModel",
     "siglip2": "Siglip2TextModel",
 }
-MODEL_FOLDERS = (
-    ("text_encoder", "tokenizer"),
-    ("bert", "tokenizer"),
-)  # in model folders, and in those of LDM
+MODEL_FOLDERS = (("text_encoder", "tokenizer"), ("bert", "tokenizer"))  # the second: diffusers' folders of LDM
 WEIGHTS = "model"  # stem of the names of transformers' weight files
 HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
 

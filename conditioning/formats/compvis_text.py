@@ -62,9 +62,8 @@ def text_config(weights: Mapping[str, Tensor]) -> dict[str, Any]:
             return _clip_config(converted)
         if kind == "open_clip":
             tower = _without(TOWER, weights)
-            return tower_config(tower, source=SOURCE) | {
-                "num_hidden_layers": count_layers(tower, "transformer.resblocks.") - 1
-            }
+            layers = count_layers(tower, "transformer.resblocks.") - 1
+            return tower_config(tower, source=SOURCE) | {"num_hidden_layers": layers}
         if kind == "bert":
             return _bert_config(converted)
     except KeyError as error:

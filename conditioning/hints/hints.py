@@ -36,7 +36,7 @@ VOID = 255  # in semantic maps: pixels without a class
 
 @dataclass(frozen=True, kw_only=True)
 class SpatialConfig:
-    """Which dense image a model reads beside z_t, and how it is encoded.
+    """Which dense image a model reads in addition to z_t, and how it is encoded.
 
     Raises:
         ValueError: An option is invalid.

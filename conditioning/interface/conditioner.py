@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from conditioning.interface.context import Context, concatenate
+from conditioning.interface.input_reader import Reader
 from conditioning.interface.inputs import ConditionInputs
-from conditioning.interface.reader import Reader
 from conditioning.interface.tokens import Tokens
 
 Hint = Callable[[Tensor, Tensor | None, torch.Generator], Tensor]

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from conditioning.interface.context import Context
+from conditioning.interface.input_reader import InputReader, Widths
 from conditioning.interface.inputs import ConditionInputs
-from conditioning.interface.reader import InputReader, Widths
 from stipple_core.operators.sinusoids import sinusoids
 
 NUMBERS = 6  # of ConditionInputs.frame

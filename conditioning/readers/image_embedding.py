@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from conditioning.interface.context import Context
+from conditioning.interface.input_reader import InputReader, Widths
 from conditioning.interface.inputs import ConditionInputs
-from conditioning.interface.reader import InputReader, Widths
 from stipple_core.embedders import EmbedderConfig, build_embedder
 
 

@@ -5,7 +5,7 @@ conditioner/model.safetensors    NAME.WEIGHT for readers that have weights
 
 To add a reader:
 
-1. Write a module with a config dataclass and a subclass of `conditioning.interface.reader.InputReader`.
+1. Write a module with a config dataclass and a subclass of `conditioning.interface.input_reader.InputReader`.
 2. Add a row to `READERS`.
 3. Add a field of the same name to `conditioning.conditioners.ConditionerConfig`.
 4. If it reads a new kind of input: add a field to `conditioning.interface.inputs.ConditionInputs`.
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from conditioning.interface.reader import InputReader, Reader
+from conditioning.interface.input_reader import InputReader, Reader
 from conditioning.readers.combined import FOLDER, WEIGHTS
 from conditioning.readers.frame import FrameReader
 from conditioning.readers.image_embedding import ImageEmbeddingReader

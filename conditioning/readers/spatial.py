@@ -1,4 +1,4 @@
-"""Conditioning by concatenation (Rombach et al. 2022, section 3.3): a hint aligned with z, as channels beside z_t.
+"""Conditioning by concatenation (Rombach et al. 2022, section 3.3): a hint, aligned with z, is concatenated to z_t.
 
 `conditioning.hints.hints` lists the hints: semantic maps, masked images, small images, depths and edges.
 """
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from conditioning.hints.hints import HINTS, SpatialConfig
 from conditioning.hints.masks import CONVENTIONS
 from conditioning.interface.context import Context
+from conditioning.interface.input_reader import InputReader, Widths
 from conditioning.interface.inputs import ConditionInputs
-from conditioning.interface.reader import InputReader, Widths
 from stipple_core.operators.sinusoids import sinusoids
 
 LEVEL_WIDTH = 128  # of the embedding of the noise level of a low-resolution image

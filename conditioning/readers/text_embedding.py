@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from conditioning.interface.context import Context
+from conditioning.interface.input_reader import InputReader, Widths
 from conditioning.interface.inputs import ConditionInputs
-from conditioning.interface.reader import InputReader, Widths
 from stipple_core.embedders import EmbedderConfig, build_embedder
 
 

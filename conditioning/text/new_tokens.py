@@ -49,7 +49,7 @@ def new_token(conditioner: TextConditioner, token: str, rows: Tensor) -> GrownTa
     table = token_table(conditioner)
     width = table.embedding_dim
     if rows.ndim != 2 or rows.shape[1] != width:
-        raise ValueError(f"the embeddings of {token} have width {rows.shape[-1]}; this text encoder needs {width}")
+        raise ValueError(f"{token} has embeddings of width {rows.shape[-1]}; this text encoder requires {width}")
     first = conditioner.tokenizer.add(token, len(rows))
     extended = GrownTable(table, rows.detach().to(table.weight).clone(), first)
     for module in list(conditioner.encoder.modules()):

@@ -1,4 +1,4 @@
-"""The denoiser: a network given meaning by a schedule and a prediction (Vincent et al. 2008; Karras et al. 2022)."""
+"""The denoiser: a network whose output a schedule and a prediction define (Vincent et al. 2008; Karras et al. 2022)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ldm.schedules.base import Schedule
 
 
 class Numbers(NamedTuple):
-    """Of one time: what z_t is divided by, z_0 = from_z_in * that + from_output * output, what the network embeds."""
+    """Numbers of one time: z_0 = from_z_in * z_t / scale + from_output * output, and the timestep that is embedded."""
 
     scale: float
     from_z_in: float
@@ -26,13 +26,13 @@ class Numbers(NamedTuple):
 class Denoiser:
     """Maps noisy latents z_t to the estimate E[z_0 | z_t] of the clean ones.
 
-    Not a module: DDP, EMA and compile wrap the network, which is called as network(z_t, timestep [B], context).
+    It is not a module: DDP, EMA and compile wrap the network, which is called as network(z_t, timestep [B], context).
 
-    Where the schedule asks for it (variance exploding, whose z_t has a standard deviation of up to sigma_max), z_t,
-    alpha and sigma are divided by sqrt(alpha^2 + sigma^2) before network and prediction meet them. z_t / that is again
-    a z_0 + b noise, now with a^2 + b^2 = 1: the network lives in variance-preserving coordinates, its input has unit
-    variance, and edm prediction is all of Karras et al. 2022's preconditioning. Their sigma_data is 1, since latents
-    have unit scale; a model of pictures with sigma_data 0.5 is the same model with pictures and sigmas doubled.
+    On variance-exploding schedules, whose z_t has a standard deviation of up to sigma_max, z_t, alpha and sigma are
+    divided by sqrt(alpha^2 + sigma^2) first. The scaled z_t is again a z_0 + b noise, with a^2 + b^2 = 1: the network's
+    input has unit variance, and edm prediction is the preconditioning of Karras et al. 2022. Their sigma_data is 1,
+    since latents have unit scale; a model of pixels with sigma_data 0.5 corresponds to pixels and sigmas multiplied by
+    2.
 
     Raises:
         ValueError: unknown prediction, or noise or score prediction on a schedule that ends in pure noise.
@@ -41,8 +41,8 @@ class Denoiser:
     network: Callable[[Tensor, Tensor, Any], Tensor]
     schedule: Schedule
     prediction: str
-    at_levels: bool = False  # tell a network that knows noise levels only the nearest one, where t is between two
-    known: Mapping[float, Numbers] = field(default_factory=dict)  # by time, see `prepared`
+    at_levels: bool = False  # round timesteps between two noise levels to the nearest one
+    numbers: Mapping[float, Numbers] = field(default_factory=dict)  # by time, see `prepared`
 
     def __post_init__(self) -> None:
         check_prediction(self.prediction)
@@ -53,9 +53,9 @@ class Denoiser:
             )
 
     def __call__(self, z_t: Tensor, t: Tensor | float, context: Any = None) -> Tensor:
-        """z_0 [B, c, h, w] from z_t [B, c, h, w] at times t (one, or [B]; best on the CPU), told a context."""
-        if not isinstance(t, Tensor) and t in self.known:
-            at = self.known[t]
+        """z_0 [B, c, h, w] from z_t [B, c, h, w] at times t (one, or [B]; best on the CPU) and a context."""
+        if not isinstance(t, Tensor) and t in self.numbers:
+            at = self.numbers[t]
             z_in = z_t / at.scale if self.schedule.unit_input else z_t
             timestep = torch.full((len(z_t),), at.timestep, device=z_t.device)
             return mix(z_in, self.network(z_in, timestep, context).to(z_t.dtype), at.from_z_in, at.from_output)
@@ -64,18 +64,18 @@ class Denoiser:
         return to_clean(self.network(z_in, self._timestep(z_t, t), context), z_in, alpha, sigma, self.prediction)
 
     def prepared(self, times: Tensor) -> Denoiser:
-        """The same denoiser, which has all numbers of these times [S] at hand: a walk is not held up by small sums."""
+        """The same denoiser with the numbers of these times [S] computed in advance, which makes steps faster."""
         alpha, sigma, scale = self.levels(times)
         columns = scale, *clean_coefficients(alpha, sigma, self.prediction), self._timesteps(times).double()
-        numbers = (Numbers(*row) for row in torch.stack(columns, 1).tolist())
-        return replace(self, known=dict(zip(times.tolist(), numbers, strict=True)))
+        rows = (Numbers(*row) for row in torch.stack(columns, 1).tolist())
+        return replace(self, numbers=dict(zip(times.tolist(), rows, strict=True)))
 
     def output(self, z_t: Tensor, t: Tensor | float, context: Any = None) -> Tensor:
         """The bare network's output at z_t [B, ...] and times t (one, or [B])."""
         return self.network(self._scaled(z_t, self.levels(t)[2]), self._timestep(z_t, t), context)
 
     def target(self, z_0: Tensor, noise: Tensor, t: Tensor | float) -> Tensor:
-        """What `output` should be at alpha z_0 + sigma noise, [B, ...]."""
+        """The target of `output` at alpha z_0 + sigma noise, [B, ...]."""
         alpha, sigma, _ = self.levels(t)
         return target(z_0, noise, alpha, sigma, self.prediction)
 
@@ -90,11 +90,11 @@ class Denoiser:
         return from_z_in / scale, from_output
 
     def gain(self, t: Tensor | float) -> Tensor:
-        """(d z_0 / d output)^2 at times t, float64: how an error of the output weighs as an error of z_0."""
+        """(d z_0 / d output)^2 at times t, float64: the squared error of z_0 per squared error of the output."""
         return self.coefficients(t)[1].square()
 
     def levels(self, t: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
-        """alpha and sigma as network and prediction see them, and the scale that z_t is divided by; float64."""
+        """Scaled alpha and sigma, and the scale that z_t is divided by; float64."""
         alpha, sigma = self.schedule(t, torch.float64)
         scale = torch.hypot(alpha, sigma) if self.schedule.unit_input else torch.ones_like(alpha)
         return alpha / scale, sigma / scale, scale

@@ -1,8 +1,8 @@
-"""Pictures larger than a network can take at once: windows that overlap, fused at every step (Bar-Tal et al. 2023).
+"""Images larger than a network can process: overlapping windows, fused at every step (Bar-Tal et al. 2023).
 
-"MultiDiffusion: Fusing Diffusion Paths for Controlled Image Generation", arXiv:2302.08113, eq. 5: the estimate that is
-nearest, by weighted squares, to those of all windows is their weighted mean. It is the network that is wrapped, so no
-guidance and no sampler knows.
+"MultiDiffusion: Fusing Diffusion Paths for Controlled Image Generation", arXiv:2302.08113, eq. 5: the estimate with the
+smallest weighted squared distance to those of all windows is their weighted mean. The network is wrapped, so guidance
+and samplers are not affected.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from torch import Tensor
 
 from ldm.denoising.perturbed_context import PerturbedContext
 
-BLIND = 0.25  # of the overlap at the rim of a window, which doesn't count: there a window knows too little
+EDGE = 0.25  # share of the overlap at the edge of a window that has weight 0, since context is missing there
 
 
 @dataclass(frozen=True)
 class Windowed:
-    """A network of small latents as one of large latents: (z_t, timestep, context) -> output.
+    """A network of small latents, applied to large latents: (z_t, timestep, context) -> output.
 
     Args:
-        network: (z_t, timestep, context) -> output [B, C, h, w], called with one window after the other.
-        window: side of a window in latents; a side of the latents that is not longer has but one window.
-        overlap: of neighboring windows at least, in latents; a quarter of it at either side does not count.
+        network: (z_t, timestep, context) -> output [B, C, h, w], called with each window in turn.
+        window: side of a window in latents; a shorter side of the latents has one window.
+        overlap: smallest overlap of neighboring windows in latents; a quarter of it on either side has weight 0.
 
     Raises:
         ValueError: the window is below 2, or the overlap is not between 0 and half of it.
@@ -40,7 +40,7 @@ class Windowed:
         check_windows(self.window, self.overlap)
 
     def __call__(self, z_t: Tensor, timestep: Tensor, context: Any) -> Tensor:
-        """The output [B, C, H, W] for z_t [B, c, H, W] at timesteps [B], told a context, whose latents are cut too."""
+        """The output [B, C, H, W] for z_t [B, c, H, W] at timesteps [B]; the context's latents are cropped too."""
         height, width = z_t.shape[2:]
         rows, columns = self._starts(height), self._starts(width)
         if len(rows) == len(columns) == 1:
@@ -56,17 +56,17 @@ class Windowed:
         return total
 
     def _starts(self, length: int) -> list[int]:
-        """Where windows begin along one side: as few as can be, evenly."""
+        """Where windows begin along one side: the fewest windows, evenly spaced."""
         last, stride = max(0, length - self.window), self.window - self.overlap
         count = -(-last // stride)
         return [0, *(last * i // count for i in range(1, count + 1))]
 
     def _weights(self, starts: list[int], length: int) -> list[Tensor]:
-        """Of each window along one side, [side] each; they add up to 1 at each place."""
-        side, blind = min(self.window, length), int(BLIND * self.overlap)
-        ramp = self.overlap - 2 * blind
-        rise = (torch.arange(side, dtype=torch.float64) - blind + 0.5).clamp(0, max(ramp, 1)) / max(ramp, 1)
-        rise = (rise * torch.pi / 2).sin().square()  # 0 where a window is blind, 1 beyond the overlap
+        """Weights of each window along one side, [side] each; they add up to 1 at each place."""
+        side, edge = min(self.window, length), int(EDGE * self.overlap)
+        ramp = self.overlap - 2 * edge
+        rise = (torch.arange(side, dtype=torch.float64) - edge + 0.5).clamp(0, max(ramp, 1)) / max(ramp, 1)
+        rise = (rise * torch.pi / 2).sin().square()  # 0 at the edge, 1 beyond the overlap
         weights = []
         for start in starts:
             weight = torch.ones(side, dtype=torch.float64)
@@ -82,7 +82,7 @@ class Windowed:
 
 
 def check_windows(window: int, overlap: int) -> None:
-    """Raise ValueError for windows that can't cover anything."""
+    """Raise ValueError for invalid windows."""
     if window < 2:
         raise ValueError(f"window {window} must be at least 2 latents; as many as the model was trained on is usual")
     if not 0 <= overlap <= window // 2:
@@ -90,7 +90,7 @@ def check_windows(window: int, overlap: int) -> None:
 
 
 def _cut(context: Any, place: tuple) -> Any:
-    """What one window is told: tokens and vector as all, of latents its part."""
+    """The context of one window: all tokens and the vector, and its part of the latents."""
     if isinstance(context, PerturbedContext):
         return replace(context, context=_cut(context.context, place))
     if context is None or context.latents is None:

@@ -1,4 +1,4 @@
-"""Low-rank adaptations of a model's weights (Hu et al. 2021, LoRA), in the files of diffusers and of Kohya's scripts.
+"""Low-rank adaptations of weights (Hu et al. 2021, LoRA), in the file formats of diffusers and Kohya's scripts.
 
 W <- W + weight * alpha / rank * B A, with A [rank, in] and B [out, rank]; convolutions are matrices [out, in * h * w].
 """
@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from stipple_core.files.weights import read_metadata, read_weights, write_weights
 
 DIFFUSERS_FILE, KOHYA_FILE = "pytorch_lora_weights.safetensors", "kohya.safetensors"
-METADATA = "lora_adapter_metadata"  # where diffusers keeps ranks and alphas, as JSON
-UNET, ENCODER = "unet", "text_encoder"  # networks of a model, as diffusers names them
-PREFIXES = {  # how names of their weights begin: diffusers', Kohya's
+METADATA = "lora_adapter_metadata"  # key of ranks and alphas in diffusers' files, as JSON
+UNET, ENCODER = "unet", "text_encoder"  # names of networks in diffusers
+PREFIXES = {  # prefixes of weights in diffusers and Kohya's scripts
     "unet.": UNET,
     "lora_unet_": UNET,
     "text_encoder.": ENCODER,
@@ -29,7 +29,7 @@ PREFIXES = {  # how names of their weights begin: diffusers', Kohya's
     "lora_te1_": ENCODER,
 }
 KOHYA_PREFIXES = {UNET: "lora_unet_", ENCODER: "lora_te_"}
-PARTS = {  # how names of their weights end: peft's, Kohya's, two earlier ones of diffusers
+PARTS = {  # suffixes of weights in peft, Kohya's scripts, and two earlier versions of diffusers
     "lora_A.weight": "down",
     "lora_B.weight": "up",
     "lora_down.weight": "down",
@@ -40,30 +40,30 @@ PARTS = {  # how names of their weights end: peft's, Kohya's, two earlier ones o
     "lora_linear_layer.up.weight": "up",
     "alpha": "alpha",
 }
-PEFT_ALPHA = 8.0  # where metadata leave it out
+PEFT_ALPHA = 8.0  # default of peft
 
 
 @dataclass(frozen=True, kw_only=True)
 class LowRank:
-    """What is added to one weight: scale * up down."""
+    """The update of one weight: scale * up down."""
 
     down: Tensor  # [rank, in], or of a convolution [rank, in, h, w]
     up: Tensor  # [out, rank], or [out, rank, 1, 1]
     alpha: float  # of the scale alpha / rank
-    root: bool = False  # the scale is alpha / sqrt(rank) instead (Kalajdzievski 2023, rank-stabilized LoRA)
+    root: bool = False  # scale alpha / sqrt(rank) instead (Kalajdzievski 2023, rank-stabilized LoRA)
 
     @property
     def rank(self) -> int:
-        """Of what is added."""
+        """The rank of the update."""
         return len(self.down)
 
     @property
     def scale(self) -> float:
-        """What the product is multiplied by."""
+        """The factor of the product."""
         return self.alpha / (math.sqrt(self.rank) if self.root else self.rank)
 
     def fits(self, weight: Tensor) -> bool:
-        """Whether it can be added to a weight [out, in, ...]."""
+        """Whether it can be added to a weight of shape [out, in, ...]."""
         return (len(self.up), self.down[0].numel(), self.rank) == (len(weight), weight[0].numel(), self.up[0].numel())
 
     def product(self) -> Tensor:
@@ -76,8 +76,8 @@ class Lora:
     """An adaptation of one or two networks.
 
     Args:
-        layers: by network and the layer's name in it, whose dots may be underscores.
-        source: where it was read.
+        layers: by network and name of the layer, whose dots may be underscores.
+        source: the file, for messages.
     """
 
     layers: Mapping[tuple[str, str], LowRank]
@@ -85,14 +85,17 @@ class Lora:
 
 
 def read_lora(path: str | os.PathLike) -> Lora:
-    """Read a file, or the folder that training leaves.
+    """Read a file, or the folder that training writes.
 
     Raises:
-        FileNotFoundError, ValueError: in one line: not there, damaged, or it holds what is no LoRA.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged, or is not a LoRA.
     """
-    given, path = Path(path), Path(path) / DIFFUSERS_FILE if Path(path).is_dir() else Path(path)
+    source, path = Path(path), Path(path) / DIFFUSERS_FILE if Path(path).is_dir() else Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"no LoRA is in {given}; give a file, or the folder that training leaves, RUN/lora")
+        raise FileNotFoundError(
+            f"there is no LoRA in {source}; use a file, or the folder that training writes, RUN/lora"
+        )
     weights, found, unknown = read_weights(path), {}, []
     for key, value in weights.items():
         network, layer, part = _parsed(key)
@@ -101,23 +104,23 @@ def read_lora(path: str | os.PathLike) -> Lora:
         else:
             found.setdefault((network, layer), {})[part] = value
     if unknown or not found:
-        told = f"it has {', '.join(unknown[:3])}" if unknown else "it is empty"
-        raise ValueError(f"{path} is no plain LoRA of a UNet and its text encoder: {told}; give one that is")
+        content = f"it has {', '.join(unknown[:3])}" if unknown else "it is empty"
+        raise ValueError(f"{path} is no plain LoRA of a UNet and its text encoder: {content}; use another file")
     if wrong := [key for key, value in weights.items() if not value.isfinite().all()]:
         raise ValueError(f"{path} has values that are not finite in {wrong[0]}; get it again")
     for (network, layer), parts in found.items():
         if not {"down", "up"} <= parts.keys():
             raise ValueError(f"{path} has one half only of {network} {layer}; get it again")
-    said = _metadata(path)
-    return Lora({place: _low_rank(place, parts, said) for place, parts in found.items()}, str(path))
+    metadata = _metadata(path)
+    return Lora({place: _low_rank(place, parts, metadata) for place, parts in found.items()}, str(path))
 
 
 @torch.no_grad()
 def merge(lora: Lora, weight: float, unet: nn.Module, encoder: nn.Module | None) -> None:
-    """Add an adaptation to a UNet and a text encoder, in place: at weight 0 nothing changes, not a bit.
+    """Add an adaptation to a UNet and a text encoder, in place. At weight 0 not a bit changes.
 
     Raises:
-        ValueError: naming what of it has no place in these networks, before anything is changed.
+        ValueError: a layer does not exist or has another shape; raised before anything is changed.
     """
     places = {UNET: _weights(unet), ENCODER: {} if encoder is None else _weights(encoder)}
     named = {place: places[place[0]].get(_flat(place[1])) for place in lora.layers}
@@ -137,31 +140,34 @@ def merge(lora: Lora, weight: float, unet: nn.Module, encoder: nn.Module | None)
         added = weight * low.product().to(target.device)
         target.copy_(
             target.float() + added.view(target.shape)
-        )  # into the memory as it lies (stipple_core.operators.winograd)
+        )  # keeps the memory layout (stipple_core.operators.winograd)
 
 
 def save_lora(lora: Lora, folder: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
-    """Write both files into a folder; layers have their full names. dtype None keeps that of the weights."""
+    """Write both files into a folder, with full names of layers. dtype None keeps the dtype of the weights."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    theirs, kohyas, said = {}, {}, {}
+    diffusers, kohyas, metadata = {}, {}, {}
     for (network, layer), low in lora.layers.items():
         halves = {"down": low.down.to(dtype), "up": low.up.to(dtype)}
-        theirs |= {f"{network}.{layer}.lora_A.weight": halves["down"], f"{network}.{layer}.lora_B.weight": halves["up"]}
+        diffusers |= {
+            f"{network}.{layer}.lora_A.weight": halves["down"],
+            f"{network}.{layer}.lora_B.weight": halves["up"],
+        }
         kohya = KOHYA_PREFIXES[network] + _flat(layer)
         kohyas |= {f"{kohya}.lora_{part}.weight": half for part, half in halves.items()}
         kohyas[f"{kohya}.alpha"] = torch.tensor(low.alpha)
-        said[f"{network}.r"], said[f"{network}.lora_alpha"] = low.rank, low.alpha
-        ending = layer.removeprefix("text_model.")  # which transformers 5 leaves out, and peft compares endings
-        said.setdefault(f"{network}.target_modules", []).append(ending)
+        metadata[f"{network}.r"], metadata[f"{network}.lora_alpha"] = low.rank, low.alpha
+        ending = layer.removeprefix("text_model.")  # which transformers 5 omits; peft compares endings
+        metadata.setdefault(f"{network}.target_modules", []).append(ending)
     first = next(iter(lora.layers.values()))
     about = {"ss_network_module": "networks.lora", "ss_network_dim": f"{first.rank}"}
     write_weights(kohyas, folder / KOHYA_FILE, about | {"ss_network_alpha": f"{first.alpha:g}"})
-    write_weights(theirs, folder / DIFFUSERS_FILE, {METADATA: json.dumps(said, indent=2, sort_keys=True)})
+    write_weights(diffusers, folder / DIFFUSERS_FILE, {METADATA: json.dumps(metadata, indent=2, sort_keys=True)})
 
 
 def _parsed(key: str) -> tuple[str, str, str | None]:
-    """Network, layer and part of a name; the part is None where it is none of ours."""
+    """Network, layer and part of a name; the part is None if the name is unknown."""
     prefix = next((prefix for prefix in PREFIXES if key.startswith(prefix)), None)
     ending = next((ending for ending in PARTS if key.endswith(f".{ending}")), None)
     if prefix is None or ending is None:
@@ -169,10 +175,10 @@ def _parsed(key: str) -> tuple[str, str, str | None]:
     return PREFIXES[prefix], key.removeprefix(prefix).removesuffix(f".{ending}"), PARTS[ending]
 
 
-def _low_rank(place: tuple[str, str], parts: Mapping[str, Tensor], said: Mapping[str, object]) -> LowRank:
+def _low_rank(place: tuple[str, str], parts: Mapping[str, Tensor], metadata: Mapping[str, object]) -> LowRank:
     """A layer's halves with its alpha: in the file, else in its metadata, else the rank."""
     network, layer = place
-    own = {key.removeprefix(f"{network}."): value for key, value in said.items() if key.startswith(f"{network}.")}
+    own = {key.removeprefix(f"{network}."): value for key, value in metadata.items() if key.startswith(f"{network}.")}
     alpha = float(len(parts["down"]))
     if "alpha" in parts:
         alpha = float(parts["alpha"])
@@ -184,18 +190,18 @@ def _low_rank(place: tuple[str, str], parts: Mapping[str, Tensor], said: Mapping
 
 
 def _metadata(path: Path) -> dict[str, object]:
-    """What diffusers says of an adaptation beside its weights."""
+    """The metadata that diffusers stores beside the weights."""
     try:
-        said = json.loads(read_metadata(path).get(METADATA, "{}"))
+        values = json.loads(read_metadata(path).get(METADATA, "{}"))
     except (ValueError, RecursionError):
-        said = None
-    if not isinstance(said, dict):
-        raise ValueError(f"{path} has {METADATA} that are not readable; get it again")
-    return said
+        values = None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} has {METADATA} that can't be read; get it again")
+    return values
 
 
 def _weights(network: nn.Module) -> dict[str, Tensor]:
-    """Weights of layers by their flat names, for some text encoders with and without the prefix that varies."""
+    """Weights of layers by their flat names; of text encoders also without the prefixes that vary."""
     named = {_flat(name): module.weight for name, module in network.named_modules() if hasattr(module, "weight")}
     bare = {name.removeprefix("model_").removeprefix("text_model_"): weight for name, weight in named.items()}
     return {f"text_model_{name}": weight for name, weight in bare.items()} | bare | named

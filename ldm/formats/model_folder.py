@@ -1,4 +1,4 @@
-"""The parts of a latent diffusion model, and the folder that they are stored in: the layout of diffusers."""
+"""The folder of a latent diffusion model, in the layout of diffusers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from autoencoder import Pixels, open_autoencoder
-from conditioning.build import load_conditioner
+from conditioning.conditioners import load_conditioner
 from conditioning.formats.unet_inputs import FRAME, with_frame, with_hints
 from conditioning.interface.conditioner import Conditioner
 from conditioning.readers.spatial import SpatialReader
@@ -24,11 +24,11 @@ from stipple_core.files.json_file import read_json, write_json
 
 INDEX = "model_index.json"
 ZEROS = "force_zeros_for_empty_prompt"  # of diffusers' StableDiffusionXLPipeline
-OWN = "_stipple"  # our key in model_index.json; diffusers ignores keys that begin with an underscore
-TRAINED = "text_encoder_trained"  # in it: the text encoder was trained with the UNet
+OWN = "_stipple"  # Stipple's key in model_index.json; diffusers ignores keys that begin with an underscore
+TRAINED = "text_encoder_trained"  # key in it: the text encoder was trained with the UNet
 INPAINTING = "StableDiffusionInpaintPipeline"
-VERSION, OF_NINE_CHANNELS = "_diffusers_version", "0.6.0"  # of INPAINTING; it wants a version
-THEIR_AUTOENCODERS = ("AutoencoderKL", "VQModel")
+VERSION, OF_NINE_CHANNELS = "_diffusers_version", "0.6.0"  # of INPAINTING, which requires a version
+DIFFUSERS_AUTOENCODERS = ("AutoencoderKL", "VQModel")
 PIXEL_PIPELINES = {"DDPMScheduler": "DDPMPipeline", "DDIMScheduler": "DDIMPipeline"}  # of diffusers, by scheduler
 
 
@@ -71,8 +71,8 @@ def open_model_folder(
 def save_model(parts: ModelParts, folder: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
     """Write a model folder in the diffusers layout; dtype None keeps that of the weights.
 
-    model_index.json comes last, so that a folder without it is not whole. It names StableDiffusionPipeline where that
-    makes the same pictures.
+    model_index.json is written last, so a folder without it is incomplete. It names a pipeline of diffusers if that
+    makes the same images.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,12 +85,12 @@ def save_model(parts: ModelParts, folder: str | os.PathLike, dtype: torch.dtype 
 
 def read_index(folder: str | os.PathLike) -> dict[str, Any]:
     """model_index.json of a model folder. Raises FileNotFoundError or ValueError, in one line."""
-    absent = f"{folder} is not a model folder: there is no {INDEX} in it; give one that has it"
+    absent = f"{folder} is not a model folder: there is no {INDEX} in it; use another"
     return read_json(Path(folder) / INDEX, absent)
 
 
 def _stable_pipeline(conditioner: Conditioner) -> str | None:
-    """The pipeline for Stable Diffusion whose UNet reads the same, if there is one."""
+    """The Stable Diffusion pipeline whose UNet has the same inputs, if there is one."""
     if second := conditioner.components.get("text_encoder_2"):
         projects = second[1] == "CLIPTextModelWithProjection"
         return "StableDiffusionXLPipeline" if projects and list(conditioner.readers) == [FRAME] else None
@@ -102,22 +102,22 @@ def _stable_pipeline(conditioner: Conditioner) -> str | None:
 
 
 def _index(parts: ModelParts) -> dict[str, Any]:
-    """model_index.json: the classes that diffusers is to load, and our defaults."""
+    """model_index.json: the classes that diffusers loads, and the model's defaults."""
     scheduler = scheduling_to_diffusers(parts.scheduling)["_class_name"]
     network = folder_of(parts.unet.config)
     unet, vae = KINDS[network].to_diffusers(parts.unet.config)["_class_name"], parts.autoencoder.class_name
     conditioner, components = parts.conditioner, parts.conditioner.components
     own = {**parts.defaults, **({TRAINED: True} if conditioner.prompts.trainable else {})}
-    # StableDiffusionPipeline knows no codebook, no mask in cross-attention, no shift, none of our own schedules
+    # StableDiffusionPipeline supports no codebook, no mask in cross-attention, no shift, and diffusers' schedules only
     special = parts.autoencoder.shift_factor or conditioner.use_mask or scheduler not in CLASSES.values()
     text = components["text_encoder"][1]
     stable = not special and (vae, text) == ("AutoencoderKL", "CLIPTextModel") and _stable_pipeline(conditioner)
-    # and their pipelines of pictures, whose UNet is told nothing, only the steps of DDPM and DDIM
+    # diffusers' unconditional pipelines of pixels support only DDPM and DDIM
     pixels = (vae, unet, text) == (Pixels.class_name, PLAIN, None) and not parts.extra_channels
-    theirs = stable or (pixels and PIXEL_PIPELINES.get(scheduler))
+    pipeline = stable or (pixels and PIXEL_PIPELINES.get(scheduler))
     return {
-        "_class_name": theirs or "TextToImage",
-        **({VERSION: OF_NINE_CHANNELS} if theirs == INPAINTING else {}),
+        "_class_name": pipeline or "TextToImage",
+        **({VERSION: OF_NINE_CHANNELS} if pipeline == INPAINTING else {}),
         OWN: own,
         **({} if conditioner.prompts.zero_empty is None else {ZEROS: conditioner.prompts.zero_empty}),
         "feature_extractor": [None, None],
@@ -126,6 +126,6 @@ def _index(parts: ModelParts) -> dict[str, Any]:
         "safety_checker": [None, None],
         "scheduler": ["diffusers", scheduler],
         network: ["diffusers", unet],
-        "vae": ["diffusers", vae] if vae in THEIR_AUTOENCODERS else [None, None],
+        "vae": ["diffusers", vae] if vae in DIFFUSERS_AUTOENCODERS else [None, None],
         **components,
     }

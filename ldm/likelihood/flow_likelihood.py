@@ -1,12 +1,12 @@
-"""Bits per dimension by the probability-flow ODE, which keeps count of volume (Song et al. 2021, app. D.2).
+"""Bits per dimension by the probability-flow ODE and its change of volume (Song et al. 2021, app. D.2).
 
 The equation is solved for x = z_t / (alpha + sigma) over log u, u = sigma / (alpha + sigma): in these coordinates every
-schedule is the same rectified flow, u is 1 where no signal is left and sigma / alpha infinite, and
+schedule is the same rectified flow, u is 1 where no signal is left (sigma / alpha infinite), and
 
     dx / d log u = x - z_0(z_t, t)
 
-is never large: close to the data the estimate of z_0 is close to x. How x is stretched into z_t adds to the logarithm
-of the density the logarithm of the stretch at both ends, which is known.
+is never large, since close to the data the estimate of z_0 is close to x. The scale between x and z_t at both ends
+changes the logarithm of the density by known amounts.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _rademacher(z: Tensor, generators: Generators) -> Tensor:
 
 
 PROBES: dict[str, Callable[[Tensor, Generators], Tensor]] = {  # v like z with E[v v^T] = 1; Hutchinson 1989
-    "rademacher": _rademacher,  # of the two, the one with less variance
+    "rademacher": _rademacher,  # has the lower variance
     "gaussian": noise_like,
 }
 
@@ -46,13 +46,13 @@ def ode_bits(
     tolerance: float = 1e-5,
     eight_bit: bool = False,
 ) -> Tensor:
-    """-log2 p(z_0) in bits per dimension [B], where p is what the probability flow makes of the prior.
+    """-log2 p(z_0) in bits per dimension [B], where p is the density that the probability flow makes of the prior.
 
-    More precisely p is that of the data blurred by noise of deviation sigma / alpha of the first noise level, where the
-    flow ends: close to t = 0 there is no network to ask. It is taken at z_0 itself, so that data which are finer than
-    this blur look up to log2(e) / 2 = 0.72 bits too probable. The prior, at t = 1, is that of the variational bound.
-    Without bias over probes, which are drawn once for the whole solution. The denoiser must be differentiable in z_t
-    and smooth in t (so a network is better told fractional times), and plain: guided, it has another flow.
+    More precisely, p is the density of data with noise of deviation sigma / alpha of the first noise level, where the
+    flow ends, since networks are not trained closer to t = 0. It is evaluated at z_0 itself, so data with details below
+    this noise appear up to log2(e) / 2 = 0.72 bits too probable. The prior, at t = 1, is that of the variational bound.
+    The estimate is unbiased over probes, which are drawn once for the whole solution. The denoiser must be
+    differentiable in z_t, smooth in t (use fractional timesteps), and not guided, since guidance changes the flow.
 
     Args:
         denoise: (z_t, t) -> z_0; its parameters need no gradient.
@@ -60,14 +60,14 @@ def ode_bits(
         schedule: gives alpha and sigma.
         generators: one per image, on the CPU.
         probes: a key of PROBES, for the estimate of the trace, or "exact": one per dimension.
-        count: of probes per image, each of which is a pass back through the network; not for exact.
+        count: probes per image; each takes a backward pass of the network. Not used for exact.
         tolerance: of the solver, relative and absolute.
-        eight_bit: z_0 has values of 8 bits; they are blurred uniformly over their bins, and what is returned is an
-            upper bound of the bits of the values (Theis et al. 2016), in the unit of the discretized decoder.
+        eight_bit: z_0 has 8-bit values; uniform noise over their bins is added, and the result is an upper bound of the
+            bits of the values (Theis et al. 2016), in the unit of the discretized decoder.
 
     Raises:
-        ValueError: unknown probes, a count below 1, another number of generators than of images, data said to have
-            values of 8 bits that have not, or the solver's.
+        ValueError: unknown probes, a count below 1, other numbers of generators and images, data without 8-bit
+            values if eight_bit, or an error of the solver.
     """
     _check(z_0, generators, probes, count, eight_bit)
     with torch.inference_mode(False), torch.no_grad():
@@ -94,18 +94,18 @@ def ode_bits(
 def ode_bound(
     denoise: Denoise, z_0: Tensor, schedule: Schedule, generators: Generators, count: int = 1, tolerance: float = 1e-5
 ) -> Tensor:
-    """An upper bound on the bits of values of 8 bits [B], per dimension: the flow, with the bound's own decoder.
+    """An upper bound on the bits per dimension [B] of 8-bit values: the flow with the variational bound's decoder.
 
-    The density of the flow is asked where the flow ends, at z_0 + sigma / alpha noise of the first noise level, and the
-    decoder of the variational bound has the rest: -log p(z_0) <= E[log q(y | z_0) - log p(y) - log p(z_0 | y)], y being
-    z_0 so noised. So it differs from `variational_bound` in one thing, how the steps above this level are counted.
+    The density of the flow is evaluated at its end, z_0 + sigma / alpha noise of the first noise level, and the decoder
+    of the variational bound adds the rest: -log p(z_0) <= E[log q(y | z_0) - log p(y) - log p(z_0 | y)], with y the
+    noised z_0. It differs from `variational_bound` only in the cost of the steps above this level.
 
-    Where that level's noise is far below the bins of 8 bits (sub_vp: 0.0001 of 0.008), both pay for saying where in its
-    bin y is; `ode_bits` with eight_bit does not.
+    If that level's noise is far below the 8-bit bins (sub_vp: 0.0001 of 0.008), both include the cost of the position
+    of y in its bin; `ode_bits` with eight_bit does not.
 
     Args:
-        denoise, schedule, generators, count, tolerance: as `ode_bits`.
-        z_0: images [B, ...] in [-1, 1] with values of 8 bits.
+        denoise, schedule, generators, count, tolerance: as in `ode_bits`.
+        z_0: images [B, ...] in [-1, 1] with 8-bit values.
 
     Raises:
         ValueError: as `ode_bits`.
@@ -147,7 +147,7 @@ def _log_prior(x: Tensor, t: Point) -> Tensor:
 
 
 def _basis(z: Tensor) -> list[Tensor]:
-    """Vectors like z [B, ...], one per dimension, of which v^T J v has the mean trace J exactly."""
+    """Vectors v like z [B, ...], one per dimension, for which the mean of v^T J v is exactly the trace of J."""
     size = z[0].numel()
     rows = math.sqrt(size) * torch.eye(size, dtype=z.dtype, device=z.device)
     return [row.view_as(z[0]).expand_as(z) for row in rows]

@@ -1,7 +1,7 @@
 """Bits per dimension by the variational bound, and progressive rate-distortion (Ho et al. 2020, sections 3 and 4.3).
 
-The bound is that of the chain that the sampler `ddpm` walks over the same times: noise from the prior, a normal
-distribution for each step, and a decoder for the step that ends at t = 0. With 1,000 steps or with 50, a higher bound.
+The bound is that of the chain of the sampler `ddpm` at the same times: noise from the prior, a normal distribution for
+each step, and a decoder for the step that ends at t = 0. Fewer steps give a higher bound.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 from ldm.samplers.steps import Denoise, Generators, Point, fresh_share, noise_like, step_points
 from ldm.schedules.base import Schedule
 
-HALF_BIN = 1 / 255  # half the distance of two values of 8 bits in [-1, 1]
-EIGHT_BIT_UNIT = 127.5  # values of 8 bits in 1.0: images are in [-1, 1], their values in 0 .. 255
+HALF_BIN = 1 / 255  # half the distance of two 8-bit values in [-1, 1]
+EIGHT_BIT_UNIT = 127.5  # 8-bit values per 1.0: images are in [-1, 1], their values in 0 .. 255
 LOG_2 = math.log(2)
 
 
@@ -26,9 +26,9 @@ class Bound:
     """An upper bound on -log2 p(z_0), term by term, in bits per dimension of each image (Ho et al. 2020, eq. 5)."""
 
     times: Tensor  # [S] float64, falling: the levels at which z_0 was estimated
-    prior: Tensor  # [B], L_T: what z_t at the first of the times costs
-    terms: Tensor  # [S - 1, B], L_{t-1}: what the step from each time to the next one costs
-    decoder: Tensor  # [B], L_0: what z_0 costs where z_t at the last of the times is known
+    prior: Tensor  # [B], L_T: cost of z_t at the first of the times
+    terms: Tensor  # [S - 1, B], L_{t-1}: cost of the step from each time to the next one
+    decoder: Tensor  # [B], L_0: cost of z_0 given z_t at the last of the times
     errors: Tensor  # [S, B], mean squared error of the estimate of z_0 at each time
 
     @property
@@ -39,10 +39,10 @@ class Bound:
 
 @dataclass(frozen=True, kw_only=True)
 class RateDistortion:
-    """What a receiver knows of z_0 as it is sent, coarse to fine (Ho et al. 2020, fig. 5 and table 4)."""
+    """Bits and error of the progressive transmission of z_0, coarse to fine (Ho et al. 2020, fig. 5 and table 4)."""
 
     times: Tensor  # [S] float64, falling
-    rate: Tensor  # [S], bits per dimension sent until z_t is known
+    rate: Tensor  # [S], bits per dimension sent up to z_t
     distortion: Tensor  # [S], root mean squared error of the estimate of z_0 then
     remaining: Tensor  # [S], bits per dimension still to be sent
 
@@ -56,8 +56,8 @@ def _large(t: Point, s: Point) -> float:
 
 
 VARIANCES: dict[str, Callable[[Point, Point], float]] = {  # of p(z_s | z_t); Ho et al. 2020, section 3.2
-    "small": _small,  # that of q(z_s | z_t, z_0): best where z_0 is one point
-    "large": _large,  # that of q(z_t | z_s), beta for neighboring levels: best where z_0 is standard normal
+    "small": _small,  # that of q(z_s | z_t, z_0): optimal if z_0 is one point
+    "large": _large,  # that of q(z_t | z_s), beta for neighboring levels: optimal if z_0 is standard normal
 }
 
 
@@ -70,11 +70,12 @@ def variational_bound(
     variance: str = "large",
     decoder: str = "gaussian",
 ) -> Bound:
-    """The terms of the bound, each estimated from one z_t drawn from q(z_t | z_0); one network call a time.
+    """The terms of the bound, each estimated from one z_t drawn from q(z_t | z_0); one network call per time.
 
     The prior is normal with mean 0 and the deviation of `prior_std`. The decoder is normal around the estimate of z_0
-    with variance sigma^2 of the last level, the large one, since the small one is 0 there. `denoise` should be a plain
-    denoiser: guided, it has the bound of the guided chain, which is no model of the data.
+    with variance sigma^2 of the last level (the large variance, since the small one is 0 there). `denoise` should not
+    be
+    guided: a guided chain is not a model of the data.
 
     Args:
         denoise: (z_t, t) -> z_0.
@@ -83,11 +84,11 @@ def variational_bound(
         schedule: gives alpha and sigma.
         generators: one per image, on the CPU.
         variance: a key of VARIANCES.
-        decoder: a key of DECODERS: the density of continuous data, or the probability of values of 8 bits.
+        decoder: a key of DECODERS: the density of continuous data, or the probability of 8-bit values.
 
     Raises:
-        ValueError: times that do not fall to 0, an unknown variance or decoder, another number of generators than of
-            images, or data for the decoder of 8 bits that do not have values of 8 bits.
+        ValueError: times that do not fall to 0, an unknown variance or decoder, other numbers of generators and
+            images, or data without 8-bit values for the decoder of 8-bit values.
     """
     _check(z_0, times, generators, variance, decoder)
     z_0 = z_0.to(torch.promote_types(z_0.dtype, torch.float32))
@@ -111,7 +112,7 @@ def rate_distortion(bound: Bound, unit: float = 1.0) -> RateDistortion:
 
     Args:
         bound: of any data.
-        unit: how much of the distortion's scale 1.0 of the data is; EIGHT_BIT_UNIT for images, as in the paper.
+        unit: distortion per 1.0 of the data; EIGHT_BIT_UNIT for images, as in the paper.
     """
     sent = torch.cat([bound.prior[None], bound.terms]).mean(1).cumsum(0)  # [S]
     distortion = unit * bound.errors.mean(1).sqrt()
@@ -119,7 +120,7 @@ def rate_distortion(bound: Bound, unit: float = 1.0) -> RateDistortion:
 
 
 def prior_std(t: Point) -> float:
-    """The standard deviation of the prior at a time: 1, or sigma where variance explodes (Song et al. 2021, app. C)."""
+    """The standard deviation of the prior at a time: 1, or sigma if variance explodes (Song et al. 2021, app. C)."""
     return max(1.0, t.sigma)
 
 
@@ -130,19 +131,19 @@ def prior_bits(z_0: Tensor, t: Point) -> Tensor:
 
 
 def gaussian(z_0: Tensor, estimate: Tensor, sigma: float) -> Tensor:
-    """log density of z_0 [B, ...], each element normal around its estimate."""
+    """The log density of z_0 [B, ...], each element normal around its estimate."""
     return -((z_0 - estimate) / sigma).square() / 2 - math.log(sigma) - math.log(2 * math.pi) / 2
 
 
 def discretized(z_0: Tensor, estimate: Tensor, sigma: float) -> Tensor:
-    """log probability of values of 8 bits z_0 [B, ...] in [-1, 1], normal around the estimate (Ho et al. 2020, eq. 13).
+    """The log probability of 8-bit values z_0 [B, ...] in [-1, 1], normal around the estimate (Ho et al. 2020, eq. 13).
 
-    A value has the bin of width 2/255 around it, the lowest and the highest all that lies beyond, too.
+    The bin of a value has width 2/255; those of the lowest and highest value are unbounded.
     """
     low, high = (z_0 - HALF_BIN - estimate) / sigma, (z_0 + HALF_BIN - estimate) / sigma
     low = torch.where(z_0 < HALF_BIN - 1, -torch.inf, low)
     high = torch.where(z_0 > 1 - HALF_BIN, torch.inf, high)
-    above = low + high > 0  # mirrored: far below the mean logarithms tell values apart, far above all are 0
+    above = low + high > 0  # mirrored, since logarithms are precise only below the mean
     low, high = torch.where(above, -high, low), torch.where(above, -low, high)
     larger = torch.special.log_ndtr(high)
     return larger + torch.log1p(-torch.exp(torch.special.log_ndtr(low) - larger))
@@ -157,7 +158,7 @@ DECODERS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {  # (z_0, esti
 def _step(error: Tensor, t: Point, s: Point, variance: float) -> Tensor:
     """KL(q(z_s | z_t, z_0) || p(z_s | z_t)) [B] of a mean squared error, in bits per dimension (Ho et al. 2020, eq. 8).
 
-    For the small variance it is the error times half of what the signal-to-noise ratio grows (Kingma et al. 2021).
+    For the small variance it is the error times half of the increase of the signal-to-noise ratio (Kingma et al. 2021).
     """
     ratio = _small(t, s) / variance
     return ((s.alpha * fresh_share(t, s)) ** 2 / variance * error + ratio - 1 - math.log(ratio)) / (2 * LOG_2)
@@ -177,7 +178,7 @@ def _check(z_0: Tensor, times: Tensor, generators: Generators, variance: str, de
 
 
 def check_eight_bit(images: Tensor) -> None:
-    """Raise ValueError unless all of images [B, ...] are values of 8 bits, k / 127.5 - 1 for k in 0 .. 255."""
+    """Raise ValueError unless all elements of images [B, ...] are 8-bit values, k / 127.5 - 1 for k in 0 .. 255."""
     k = (images.double() + 1) * EIGHT_BIT_UNIT
     off = (k - k.round().clamp(0, 255)).abs().max().item()
     if not off < 0.01:

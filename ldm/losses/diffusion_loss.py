@@ -14,15 +14,15 @@ from ldm.denoising.denoiser import Denoiser
 
 
 @dataclass(frozen=True)
-class Level:
-    """The noise levels at times t [B] where errors are to be weighed, for a denoiser; all properties [B], float64."""
+class NoisePoint:
+    """What weightings depend on at times t [B], for a denoiser; all properties are [B], float64."""
 
     denoiser: Denoiser
     t: Tensor
 
     @property
     def snr(self) -> Tensor:
-        """The signal-to-noise ratio: the squared error of z_0 times it is that of noise."""
+        """The signal-to-noise ratio: the squared error of the noise per squared error of z_0."""
         return self.denoiser.schedule.snr(self.t, torch.float64)
 
     @property
@@ -34,8 +34,8 @@ class Level:
     def snr_drop(self) -> Tensor:
         """-d snr / dt / 2, the variational bound's weight of the squared error of z_0.
 
-        On a discrete schedule it is T / 2 times what is lost since the level before. Before the first one snr is
-        infinite: the noise of that level is weighed as that of the next (CompVis' code).
+        On a discrete schedule it is T / 2 times the decrease since the level before. Before the first level snr is
+        infinite, so the noise of the first level has the weight of the second (as in CompVis' code).
         """
         schedule = self.denoiser.schedule
         if not schedule.discrete:
@@ -50,9 +50,9 @@ class Level:
 class Weighting:
     """The weight [B] of the squared error of the network's output, and its constant gamma."""
 
-    weigh: Callable[[Level, Any], Tensor]
-    gamma: float | None = None  # the paper's; None: it has none, and takes no notice of any
-    lowest: float = 0.0  # gamma must be above this
+    weigh: Callable[[NoisePoint, Any], Tensor]
+    gamma: float | None = None  # the paper's; None: the weighting has no gamma and ignores it
+    lowest: float = 0.0  # gamma must be larger
 
 
 WEIGHTINGS: dict[str, Weighting] = {
@@ -71,11 +71,11 @@ WEIGHTINGS: dict[str, Weighting] = {
 def loss_weight(denoiser: Denoiser, t: Tensor, weighting: str, gamma: float | None = None) -> Tensor:
     """The weight [B] (float64) of each image's squared error, measured on what the network outputs.
 
-    A weight of the error of z_0 becomes one of the output's by the gain; of noise's, by snr and gain. They are
+    Weights of the error of z_0 are multiplied by the gain, those of the error of the noise by snr and gain:
 
     - simple: 1 on the output (Ho et al. 2020, eq. 14);
     - min_snr: min(snr, gamma) on z_0 (Hang et al. 2023, eq. 7);
-    - vlb: (snr(s) / snr(t) - 1) T / 2 on noise from level s to the next one, t, and -d log(snr) / dt / 2 where time is
+    - vlb: (snr(s) / snr(t) - 1) T / 2 on noise from level s to the next one, t, and -d log(snr) / dt / 2 if time is
       continuous: the terms of the variational bound, in nats per element (Kingma et al. 2021, eq. 13 and section 5);
     - p2: 1 / (1 + snr)^gamma on noise (Choi et al. 2022, eq. 8);
     - edm: 1 on F, Karras et al. 2022's output (section 5);
@@ -83,21 +83,21 @@ def loss_weight(denoiser: Denoiser, t: Tensor, weighting: str, gamma: float | No
     - noise: 1 on noise, which is sigma^2 on the score (Song & Ermon 2019, eq. 6).
 
     Args:
-        denoiser: whose schedule and prediction count.
+        denoiser: defines schedule and prediction.
         t: times [B] in [1/T, 1].
         weighting: a key of WEIGHTINGS.
         gamma: the constant of min_snr, p2 or sigmoid; None: 5 and 1 as in the papers, or 0.
 
     Raises:
-        ValueError: unknown weighting, or gamma is no number that it can have.
+        ValueError: unknown weighting, or a gamma that the weighting does not support.
     """
     check_weighting(weighting, gamma)
     chosen = WEIGHTINGS[weighting]
-    return chosen.weigh(Level(denoiser, t), chosen.gamma if gamma is None else gamma)
+    return chosen.weigh(NoisePoint(denoiser, t), chosen.gamma if gamma is None else gamma)
 
 
 def check_weighting(weighting: str, gamma: float | None) -> None:
-    """Raise ValueError if there is no such weighting, or if it can't have this gamma."""
+    """Raise ValueError for an unknown weighting, or a gamma that it does not support."""
     if weighting not in WEIGHTINGS:
         raise ValueError(f"unknown loss weighting {weighting!r}; use one of {', '.join(WEIGHTINGS)}")
     chosen = WEIGHTINGS[weighting]
@@ -118,10 +118,10 @@ def diffusion_loss(
     """Weighted squared error [B] (float32 or better) of the network's output, averaged over each image's elements.
 
     Args:
-        denoiser: what is trained.
+        denoiser: the denoiser that is trained.
         z_0: clean latents [B, c, h, w].
-        context: what the denoiser is told.
-        t: times [B] in (0, 1], as `schedule.quantize` gives them; best on the CPU.
+        context: what the denoiser is conditioned on.
+        t: times [B] in (0, 1], as `schedule.quantize` returns them; best on the CPU.
         noise: standard normal [B, c, h, w].
         weighting: a key of WEIGHTINGS.
         gamma: its constant, see `loss_weight`; None: the paper's.

@@ -1,7 +1,7 @@
-"""How often each time is drawn in training: densities of t, made of one uniform number per image (Esser et al. 2024).
+"""Densities of the times of training, drawn from one uniform number per image (Esser et al. 2024).
 
-A density other than uniform weighs noise levels by how often they come, as `loss.WEIGHTINGS` do by how much they count,
-but for `importance`, which weighs down what it draws often: its loss has the same mean as that of uniform times.
+A density weights noise levels by their frequency, as WEIGHTINGS of `ldm.losses.diffusion_loss` do by a factor. The
+exception is `importance`, which divides losses by their frequency, so that their mean is that of uniform times.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from torch import Tensor
 
 from ldm.schedules.base import Schedule
 
-KEPT = 10  # losses per bin that importance looks at (Nichol & Dhariwal 2021, section 3.3)
-EVEN = 0.001  # share of importance's draws that are uniform, so that no bin is ever lost, as in the authors' code
+KEPT = 10  # losses per bin that importance uses (Nichol & Dhariwal 2021, section 3.3)
+EVEN = 0.001  # share of uniform draws in importance, so that every bin is drawn, as in the authors' code
 NEXT_BIT = 2.0**-30  # keeps draws off the edges of bins
 
 
 @dataclass(frozen=True, kw_only=True)
 class DensityConfig:
-    """Which times are drawn."""
+    """The density of the times of training."""
 
     name: str = "uniform"  # a key of DENSITIES
     mean: float | None = None  # logit_normal: of logit(t); edm_lognormal: of ln(sigma / alpha); None: the paper's
     std: float | None = None  # logit_normal, edm_lognormal; None: the paper's
-    scale: float = 1.29  # mode: above 0 the middle of the times comes more often, below 0 both ends
+    scale: float = 1.29  # mode: above 0 more times in the middle, below 0 more at both ends
 
     def __post_init__(self):
         if self.name not in DENSITIES:
@@ -39,11 +39,11 @@ class DensityConfig:
         if self.std is not None and not 0 < self.std < math.inf:
             raise ValueError(f"density.std {self.std} must be a positive number")
         if not -1 <= self.scale <= 2 / (math.pi - 2):
-            raise ValueError(f"density.scale {self.scale} must be between -1 and 1.75, or times would fold")
+            raise ValueError(f"density.scale {self.scale} must be between -1 and 1.75, where the density is defined")
 
 
-class Drawn(NamedTuple):
-    """Times, and what their losses are to be multiplied by."""
+class WeightedTimes(NamedTuple):
+    """Times, and the factors of their losses."""
 
     t: Tensor  # [B], in the dtype of u
     weight: Tensor  # [B] float64
@@ -73,30 +73,30 @@ def _edm_lognormal(u: Tensor, schedule: Schedule, config: DensityConfig) -> Tens
 
 
 def _normal(u: Tensor, config: DensityConfig, mean: float, std: float) -> Tensor:
-    """The normal number below which the share u of all lie."""
+    """The quantile u of a normal distribution."""
     mean, std = mean if config.mean is None else config.mean, std if config.std is None else config.std
     return mean + std * torch.special.ndtri(u)
 
 
 @dataclass(frozen=True)
 class Fixed:
-    """A density that stays as it is."""
+    """A density that does not change in training."""
 
-    place: Callable[[Tensor, Schedule, DensityConfig], Tensor]  # the time below which the share u of all lie, or above
+    place: Callable[[Tensor, Schedule, DensityConfig], Tensor]  # the quantile u of the times, or 1 - u
     schedule: Schedule
     config: DensityConfig
 
-    def draw(self, u: Tensor) -> Drawn:
-        """Times, and weights of 1, [B] of uniform numbers u [B] on [0, 1)."""
+    def draw(self, u: Tensor) -> WeightedTimes:
+        """Times and weights of 1, [B] each, for uniform numbers u [B] in [0, 1)."""
         u, dtype = u.to(torch.float64), u.dtype
-        return Drawn(self.place(u, self.schedule, self.config).to(dtype), torch.ones_like(u))
+        return WeightedTimes(self.place(u, self.schedule, self.config).to(dtype), torch.ones_like(u))
 
 
 class Importance:
     """Draws times where losses are large: p ~ sqrt(E[L^2]) of each of T bins (Nichol & Dhariwal 2021, eq. 18).
 
-    Losses are divided by T p, so that their mean stays. Until each bin has seen KEPT losses, times are uniform.
-    What it knows is the state of a run: it is to be saved and restored with the weights.
+    Losses are divided by T p, which preserves their mean. Times are uniform until each bin has KEPT losses. The losses
+    are part of a run's state: save and restore them with the weights.
     """
 
     def __init__(self, schedule: Schedule):
@@ -105,17 +105,17 @@ class Importance:
         self.losses = torch.zeros(bins, KEPT, dtype=torch.float64)  # the last ones of each bin, as a ring
         self.counts = torch.zeros(bins, dtype=torch.int64)  # losses seen by each bin
 
-    def draw(self, u: Tensor) -> Drawn:
-        """Times and weights [B] of uniform numbers u [B] on [0, 1)."""
+    def draw(self, u: Tensor) -> WeightedTimes:
+        """Times and weights, [B] each, for uniform numbers u [B] in [0, 1)."""
         p, bins = self._probabilities(), len(self.counts)
         index, inside = self._bins(u, p)
         even = (index + inside) / bins
-        return Drawn(self.schedule.quantize(even).to(u.dtype), 1 / (bins * p[index]))
+        return WeightedTimes(self.schedule.quantize(even).to(u.dtype), 1 / (bins * p[index]))
 
     def learn(self, u: Tensor, losses: Tensor) -> None:
-        """Take in the losses [B], without their weights, of the times drawn for u [B]; those not finite are left out.
+        """Record the unweighted losses [B] of the times drawn for u [B]; values that are not finite are skipped.
 
-        The order of images counts: give all of an optimizer step at once, in the order of the global batch.
+        The order of images matters: pass all losses of an optimizer step at once, in the order of the global batch.
         """
         index, _ = self._bins(u, self._probabilities())
         for bin_, loss in zip(index.tolist(), losses.to("cpu", torch.float64).tolist(), strict=True):
@@ -124,17 +124,19 @@ class Importance:
                 self.counts[bin_] += 1
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that it has learnt."""
+        """The recorded losses."""
         return {"losses": self.losses.clone(), "counts": self.counts.clone()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from there.
+        """Restore recorded losses.
 
         Raises:
-            ValueError: it was learnt with another number of timesteps.
+            ValueError: they are of another number of timesteps.
         """
         if state["losses"].shape != self.losses.shape:
-            raise ValueError(f"it has losses of {len(state['losses'])} times, not of {len(self.losses)}")
+            raise ValueError(
+                f"the state has losses of {len(state['losses'])} timesteps; this schedule has {len(self.losses)}"
+            )
         self.losses.copy_(state["losses"])
         self.counts.copy_(state["counts"])
 
@@ -147,7 +149,7 @@ class Importance:
 
     @staticmethod
     def _bins(u: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-        """The bins that u [B] falls in, and where in them, above 0 and below 1."""
+        """The bins that u [B] falls into, and its relative position in them, above 0 and below 1."""
         ends = p.cumsum(0)
         index = torch.searchsorted(ends, u.to(torch.float64), right=True).clamp(max=len(p) - 1)
         inside = 1 - (ends[index] - u) / p[index]

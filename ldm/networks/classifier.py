@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -15,45 +14,46 @@ from ldm.networks.attention import Attention, Signal
 from ldm.networks.unet import UNet
 from ldm.networks.unet_config import UNetConfig
 from ldm.schedules.base import Schedule, ScheduleConfig
+from stipple_core.nearest import did_you_mean
 from stipple_core.operators.normalization import norm_silu
 from stipple_core.operators.sinusoids import sinusoids
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierConfig:
-    """The shape of a classifier, and what it has been trained on.
+    """The shape of a classifier, and what it was trained on.
 
     Raises:
-        ValueError: in one line naming value, rule and mend.
+        ValueError: a value is invalid.
     """
 
-    unet: UNetConfig = field(default_factory=UNetConfig)  # of which the way down and the middle are taken
-    pool: str = "attention"  # a key of POOLS: how features of all places become those of the picture
+    unet: UNetConfig = field(default_factory=UNetConfig)  # the config of which the down and mid blocks are used
+    pool: str = "attention"  # a key of POOLS: from features of all places to features of the image
     names: tuple[str, ...] = ()  # of the classes, in the order of the logits
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)  # noise levels that it knows
-    autoencoder: str = ""  # fingerprint: whose latents it reads
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)  # noise levels that it was trained on
+    autoencoder: str = ""  # fingerprint of the autoencoder of its latents
 
     def __post_init__(self):
         object.__setattr__(self, "names", tuple(self.names))
         if self.pool not in POOLS:
             raise ValueError(f"pool {self.pool!r} is unknown; use one of {', '.join(POOLS)}")
         if self.unet.cross_attention_dim is not None or self.unet.vector_dim is not None:
-            raise ValueError("a classifier is told nothing; set unet.cross_attention_dim and unet.vector_dim to null")
+            raise ValueError("a classifier has no context; set unet.cross_attention_dim and unet.vector_dim to null")
 
     def row(self, name: str) -> int:
-        """The number of a class, whatever the case of its name. Raises ValueError where there is none of this name."""
+        """The index of a class by its name, ignoring case. Raises ValueError for an unknown name."""
         rows = {known.lower(): row for row, known in enumerate(self.names)}
         if (text := name.strip().lower()) in rows:
             return rows[text]
-        near = difflib.get_close_matches(text, rows, n=1)
-        mend = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(self.names[:20])}"
-        raise ValueError(f"{name!r:.80} is no class of the classifier; {mend}")
+        near = did_you_mean(text, rows, cutoff=0.6)
+        fix = f"did you mean {near!r}?" if near else f"there are {', '.join(self.names[:20])}"
+        raise ValueError(f"{name!r:.80} is no class of the classifier; {fix}")
 
 
 class AttentionPool(nn.Module):
-    """The mean of all places attends to them and to itself: [B, C, h, w] -> [B, C] (Radford et al. 2021).
+    """Attention of the mean to all places and itself: [B, C, h, w] -> [B, C] (Radford et al. 2021).
 
-    Without embeddings of places, so that pictures may have any size.
+    It has no position embeddings, so images may have any size.
     """
 
     def __init__(self, channels: int, heads: int):
@@ -80,7 +80,7 @@ POOLS: dict[str, Callable[[int, int], nn.Module]] = {"attention": AttentionPool,
 
 
 class Classifier(nn.Module):
-    """Noisy latents and a timestep to logits of classes; parameter names are the UNet's, `pool` and `head`."""
+    """A classifier of noisy latents at a timestep; parameter names are those of the UNet, `pool` and `head`."""
 
     def __init__(self, config: ClassifierConfig):
         super().__init__()
@@ -94,7 +94,7 @@ class Classifier(nn.Module):
         self.head = nn.Linear(channels, len(config.names))
 
     def forward(self, z_t: Tensor, timestep: Tensor) -> Tensor:
-        """Logits [B, classes] of z_t [B, c, h, w] at timesteps [B], as `Schedule.timestep` gives them."""
+        """Logits [B, classes] of z_t [B, c, h, w] at timesteps [B], as `Schedule.timestep` returns them."""
         embedding = self.time_embedding(sinusoids(timestep, self.config.unet.block_out_channels[0]).to(z_t.dtype))
         signal, x = Signal(F.silu(embedding)), self.conv_in(z_t)  # [B, C0, h, w]
         for level in self.down_blocks:
@@ -108,14 +108,14 @@ class Classifier(nn.Module):
 
 
 def classify(network: Callable[[Tensor, Tensor], Tensor], schedule: Schedule, z_t: Tensor, t: Tensor | float) -> Tensor:
-    """Logits [B, classes] of z_t [B, c, h, w] at times t (one, or [B]) of the schedule that the network knows."""
+    """Logits [B, classes] of z_t [B, c, h, w] at times t (one, or [B]) of the network's schedule."""
     alpha, sigma = schedule(t, torch.float64)
     z_in = z_t / per_image(torch.hypot(alpha, sigma), z_t) if schedule.unit_input else z_t
     return network(z_in, schedule.timestep(t).to(z_t.device).expand(len(z_t)))
 
 
 def translated(z_t: Tensor, t: float, schedule: Schedule, known: Schedule) -> tuple[Tensor, float]:
-    """The same noisy latents on another schedule: where sigma / alpha is the same, scaled as it scales them."""
+    """The same noisy latents on the schedule `known`: at the time of equal sigma / alpha, and in its scale."""
     if schedule.config == known.config:
         return z_t, t
     alpha, sigma = schedule(t, torch.float64)
@@ -124,7 +124,7 @@ def translated(z_t: Tensor, t: float, schedule: Schedule, known: Schedule) -> tu
 
 
 def with_names(config: ClassifierConfig, names: list[str]) -> ClassifierConfig:
-    """The config with its classes named. Raises ValueError where there are fewer than two of them."""
+    """The config with the names of its classes. Raises ValueError for fewer than two classes."""
     if len(names) < 2:
-        raise ValueError(f"there is nothing to tell apart: the classes are {', '.join(names) or 'none'}; give two")
+        raise ValueError(f"a classifier needs at least two classes; found {', '.join(names) or 'none'}")
     return replace(config, names=tuple(names))

@@ -1,4 +1,4 @@
-"""unCLIP's prior: the network that denoises a picture's CLIP embedding, told a text (Ramesh et al. 2022, section 2.2).
+"""unCLIP's prior, which denoises an image's CLIP embedding conditioned on text (Ramesh et al. 2022, section 2.2).
 
 Parameter names are those of diffusers' PriorTransformer.
 """
@@ -17,13 +17,13 @@ from ldm.networks.unet import ReadContext
 from ldm.networks.unet_blocks import Embedding
 from stipple_core.operators.sinusoids import sinusoids
 
-EXTRA = 4  # places after the text: its embedding, the timestep, the noisy embedding, the one that is read off
+EXTRA = 4  # places after the text: its embedding, the timestep, the noisy embedding, the output
 
 
 class PriorTransformer(nn.Module):
     """A causal transformer over text tokens, text embedding, timestep, noisy embedding and one learned place.
 
-    What comes out at the last place is the output; as a network it is called like a UNet.
+    The output is that of the last place. It is called like a UNet.
 
     Attributes:
         config: its shape.
@@ -40,7 +40,7 @@ class PriorTransformer(nn.Module):
         self.encoder_hidden_states_proj = nn.Linear(config.token_dim, width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(1, config.text_tokens + EXTRA, width))
         self.prd_embedding = nn.Parameter(0.01 * torch.randn(1, 1, width))
-        self.transformer_blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.transformer_blocks = nn.ModuleList(PriorBlock(config) for _ in range(config.layers))
         self.norm_out = nn.LayerNorm(width)
         self.proj_to_clip_embeddings = nn.Linear(width, dim)
         self.register_buffer("clip_mean", torch.zeros(1, dim))
@@ -51,7 +51,7 @@ class PriorTransformer(nn.Module):
 
         Args:
             z_t: [B, d, 1, 1].
-            timestep: [B], what is embedded: real numbers, 0 to about 1000.
+            timestep: [B], real numbers from 0 to about 1000.
             context: tokens [B, L, token_dim] with their mask [B, L] or None, vector [B, vector_dim].
         Returns: [B, d, 1, 1].
         Raises:
@@ -74,32 +74,32 @@ class PriorTransformer(nn.Module):
 
     @torch.no_grad()
     def tell_scale(self, mean: Tensor, std: Tensor) -> None:
-        """Note that an embedding is std * z_0 + mean, [d] each, for programs that know no autoencoder of embeddings."""
+        """Store the scale of embeddings, std * z_0 + mean, [d] each, for programs without `ImageEmbeddings`."""
         self.clip_mean.copy_(mean[None])
         self.clip_std.copy_(std[None])
 
     def read(self, context: Any) -> ReadContext:
-        """The context as it is: nothing of it can be read beforehand."""
+        """The context itself: a prior computes nothing of it in advance."""
         return ReadContext(context.tokens, context.mask, context.vector, context.latents, {})
 
     def _check(self, context: Any) -> None:
         found = tuple(None if x is None else tuple(x.shape[1:]) for x in (context.tokens, context.vector))
-        wanted = ((self.config.text_tokens, self.config.token_dim), (self.config.vector_dim,))
-        if found != wanted:
+        expected = ((self.config.text_tokens, self.config.token_dim), (self.config.vector_dim,))
+        if found != expected:
             raise ValueError(
-                f"context has tokens and vector of shape {found}, this prior was built for {wanted}; use the "
+                f"context has tokens and vector of shape {found}, this prior was built for {expected}; use the "
                 "conditioner that it was trained with"
             )
 
 
-class Block(nn.Module):
+class PriorBlock(nn.Module):
     """Causal self-attention and feed-forward, each on the norm of the residual stream: [B, N, width] -> the same."""
 
     def __init__(self, config: PriorConfig) -> None:
         super().__init__()
         width = config.width
-        self.norm1, self.attn1 = nn.LayerNorm(width), SelfAttention(width, config.heads)
-        self.norm3, self.ff = nn.LayerNorm(width), FeedForward(width)
+        self.norm1, self.attn1 = nn.LayerNorm(width), PriorAttention(width, config.heads)
+        self.norm3, self.ff = nn.LayerNorm(width), PriorFeedForward(width)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, seen: Tensor) -> Tensor:
@@ -107,7 +107,9 @@ class Block(nn.Module):
         return x + self.dropout(self.ff(self.norm3(x)))
 
 
-class SelfAttention(nn.Module):
+class PriorAttention(nn.Module):
+    """Self-attention of x [B, N, width], with a mask of the places that each place sees."""
+
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
@@ -123,7 +125,9 @@ class SelfAttention(nn.Module):
         return self.to_out[0](x.transpose(1, 2).flatten(2))  # [B, heads, N, head_dim] -> [B, N, width]
 
 
-class FeedForward(nn.Module):
+class PriorFeedForward(nn.Module):
+    """A layer of four times the width and back: [B, N, width] -> [B, N, width]."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
         inner = nn.Module()

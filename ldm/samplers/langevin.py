@@ -1,4 +1,4 @@
-"""Samplers that follow the score at random, z + step/2 score + sqrt(step) noise, noise level by noise level."""
+"""Langevin samplers, z + step/2 score + sqrt(step) noise, from noise level to noise level."""
 
 from __future__ import annotations
 
@@ -21,12 +21,11 @@ def langevin(
     corrections: int = 5,
     step_size: float = 0.2,
 ) -> Iterator[Step]:
-    """Annealed Langevin dynamics: at each noise level a few noisy steps up the score (Song & Ermon 2019, algorithm 1).
+    """Annealed Langevin dynamics: several noisy steps along the score at each noise level (Song & Ermon 2019, alg. 1).
 
-    From level to level z / alpha stays as it is, or z where alpha is next to nothing. No steps are taken at the first
-    level, where z has its distribution already. At t = 0 z is the last z_0 (Jolicoeur-Martineau et al.
-    2020, section 3.1). Steps of finite size leave too much variance, step_size / (4 - step_size) of
-    their level's.
+    Between levels z / alpha is kept, or z if alpha is almost 0. The first level has no steps, since z has its
+    distribution already. At t = 0 z is the last z_0 (Jolicoeur-Martineau et al. 2020, section 3.1). Steps of finite
+    size add step_size / (4 - step_size) of the level's variance.
 
     Args:
         corrections: steps per noise level; the paper takes 100 at 10 levels, Song & Ermon 2020 5 at hundreds.
@@ -59,12 +58,12 @@ def predictor_corrector(
     corrections: int = 1,
     snr: float = 0.16,
 ) -> Iterator[Step]:
-    """Steps of the reverse diffusion, each corrected by Langevin steps where it ends (Song et al. 2021, alg. 2 and 3).
+    """Steps of the reverse diffusion, each followed by Langevin steps as corrections (Song et al. 2021, alg. 2 and 3).
 
-    A correction is as long as makes its mean `snr` times the size of its noise, for each image by itself (algorithms 4
-    and 5, whose factor of 0.98 to 1 for variance-preserving schedules is left out). It leaves z of a Gaussian with
-    1 + snr^2 times its variance. At t = 0 z is the last z_0. Where no signal is left at t = 1 the first step, by the
-    paper's eq. 46, leaves twice the variance, which later ones take away.
+    The length of a correction makes its mean `snr` times the norm of its noise, for each image by itself (algorithms 4
+    and 5, without their factor of 0.98 to 1 for variance-preserving schedules). It multiplies the variance of a
+    Gaussian by 1 + snr^2. At t = 0 z is the last z_0. If no signal is left at t = 1, the first step doubles the
+    variance (eq. 46 of the paper), which later steps reduce.
 
     Args:
         corrections: Langevin steps at each noise level; 0 is the predictor alone.

@@ -1,6 +1,6 @@
-"""Samplers that remember what the network said in the steps before: higher orders at one network call per step.
+"""Multistep samplers, which reuse the network outputs of earlier steps: higher order at one network call per step.
 
-Their first steps, for want of a past, are of lower order. They begin in noise, where estimates hardly change.
+The first steps are of lower order. They are at high noise, where estimates hardly change.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ def pndm(
 ) -> Iterator[Step]:
     """PLMS: step along the Adams-Bashforth mean of up to four outputs (Liu et al. 2022, arXiv:2202.09778, section 3.3).
 
-    The first step is taken again with the mean of the outputs at both its ends, which needs one more network call.
+    The first step is repeated with the mean of the outputs at both its ends, which needs one more network call.
 
     Args:
-        averaged: what the mean is taken of, a key of PREDICTIONS; None: noise as in the paper, or flow on schedules
-            that leave no signal. diffusers averages the network's output; for velocity, which is another mixture of z_0
-            and noise at each time, that leaves a method of first order.
+        averaged: the prediction that is averaged, a key of PREDICTIONS; None: noise as in the paper, or flow on
+            schedules that leave no signal. diffusers averages the network's output, which for velocity, a different
+            mixture of z_0 and noise at each time, is a method of first order.
     """
     averaged = averaged or _slope(schedule)
     past: list[Tensor] = []
@@ -64,8 +64,8 @@ def lms(
 ) -> Iterator[Step]:
     """Adams-Bashforth of order 4 with steps of any length, in sigma / alpha (Katherine Crowson's k-diffusion, LMS).
 
-    Along the line that `euler` walks, on whose slope a polynomial through up to four estimates is integrated. On
-    schedules that leave no signal that is the line of rectified flow: see `Point`.
+    It integrates a polynomial through up to four slopes along the line of `euler`. On schedules that leave no signal
+    this is the line of rectified flow: see `Point`.
     """
     slope = _slope(schedule)
     past: list[tuple[float, Tensor]] = []  # places on the line and slopes there, newest first
@@ -123,8 +123,8 @@ def dpmpp_3m(
     Steps from or to an infinite logarithm are of first order.
 
     Args:
-        curvature: how much of the mean of x^2 counts. 1 is exact; 1/2 is what the authors' code, k-diffusion and
-            diffusers compute, which leaves a method of second order.
+        curvature: factor of the mean of x^2. 1 is exact; the authors' code, k-diffusion and diffusers use 1/2, which is
+            a method of second order.
     """
     steps = step_points(times, schedule)
     past: list[tuple[float, Tensor]] = []  # log(alpha / sigma) and z_0, newest first
@@ -142,29 +142,29 @@ def dpmpp_3m(
 def unipc(
     denoise: Denoise, z: Tensor, times: Tensor, schedule: Schedule, generators: Generators, order: int = 2
 ) -> Iterator[Step]:
-    """UniPC-2: `dpmpp_2m`, whose every step is taken again when z_0 at its end is known (Zhao et al. 2023, B_2).
+    """UniPC-2: `dpmpp_2m`, each step of which is corrected by the estimate at its end (Zhao et al. 2023, B_2).
 
-    That needs no network call, since z_0 is estimated only before the step is taken again, and gains an order.
-    Theorem 3.1 (arXiv:2302.04867) is that means of polynomials are exact; as in their code, a line through two steps,
-    and one through both ends of the first step, count in the middle.
+    The correction gains an order and needs no network call, since the next step needs the same estimate. By theorem 3.1
+    (arXiv:2302.04867) means of polynomials are exact; as in the authors' code, a line through two steps, and one
+    through both ends of the first step, are evaluated in the middle.
 
     Args:
-        order: of the steps before they are taken again, the p of UniPC-p.
+        order: of the steps before they are corrected, the p of UniPC-p.
     """
     steps = step_points(times, schedule)
-    begun: tuple[Tensor, Point] | None = None  # z and t where the last step began
+    start: tuple[Tensor, Point] | None = None  # z and t where the last step began
     past: list[tuple[float, Tensor]] = []  # log(alpha / sigma) and z_0, newest first
     used = 0  # of them, for the last step
     for index, (t, s) in enumerate(steps):
         z_0 = denoise(z, t.time)
         past = [(t.log_snr_half, z_0), *past]
-        if begun is not None:
-            log_snr_half = t.log_snr_half - begun[1].log_snr_half
+        if start is not None:
+            log_snr_half = t.log_snr_half - start[1].log_snr_half
             means = MIDDLE if used == 1 else moments(log_snr_half, used + 1)
             z = ddim_step(
-                begun[0], mean_between(past[: used + 1], begun[1].log_snr_half, t.log_snr_half, means), begun[1], t
+                start[0], mean_between(past[: used + 1], start[1].log_snr_half, t.log_snr_half, means), start[1], t
             )
-        past, begun = past[:order], (z, t)
+        past, start = past[:order], (z, t)
         used = len(past) if steps[-1][1].sigma else min(len(past), len(steps) - index)
         means = MIDDLE if used == 2 else moments(s.log_snr_half - t.log_snr_half, used)
         z = ddim_step(z, mean_between(past[:used], t.log_snr_half, s.log_snr_half, means), t, s)
@@ -181,5 +181,5 @@ def _levels(t: Point) -> tuple[Tensor, Tensor]:
 
 
 def _output(z: Tensor, z_0: Tensor, t: Point, averaged: str) -> Tensor:
-    """What a network that predicts `averaged` says where the estimate is z_0."""
+    """The output of a network that predicts `averaged`, for the estimate z_0."""
     return target(z_0, noise_in(z, z_0, t), *_levels(t), averaged)

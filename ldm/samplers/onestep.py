@@ -1,4 +1,4 @@
-"""Samplers that remember nothing: each step begins from z_t alone."""
+"""One-step samplers: each step depends on z_t alone."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from ldm.samplers.steps import (
     Generators,
     Point,
     Step,
-    drawn,
     fresh_share,
     line_step,
     noise_in,
     noise_like,
     noised,
+    posterior_sample,
     step_points,
 )
 from ldm.schedules.base import Schedule
 
-# How `ddpm` draws: the exponent v of its variance, small^(1 - v) large^v; None: the network says it (see `ddpm`).
+# The exponent v of the variance of `ddpm`, small^(1 - v) large^v; None: the network outputs it.
 VARIANCES: dict[str, float | None] = {"small": 0.0, "large": 1.0, "learned": None}
-LARGEST_GAMMA = math.sqrt(2) - 1  # at most as much noise is added as there is (Karras et al. 2022, algorithm 2)
+LARGEST_GAMMA = math.sqrt(2) - 1  # at most doubles the variance of the noise (Karras et al. 2022, algorithm 2)
 
 
 def ddim(
     denoise: Denoise, z: Tensor, times: Tensor, schedule: Schedule, generators: Generators, eta: float = 0.0
 ) -> Iterator[Step]:
-    """Keep z_0 and noise, change their amounts; eta of the noise is drawn anew (Song et al. 2020, eq. 12 and 16).
+    """Keep z_0 and noise, change their amounts; a share eta of the noise is redrawn (Song et al. 2020, eq. 12 and 16).
 
-    eta 0 is deterministic, eta 1 is `ddpm`. Each step ends where the next begins; DDIMScheduler and PNDMScheduler of
-    diffusers end it at t - T // S, which for linspace and for step counts that do not divide T is somewhere else.
+    eta 0 is deterministic, eta 1 is `ddpm`. Each step ends where the next begins. DDIMScheduler and PNDMScheduler of
+    diffusers end it at t - T // S instead, which differs for linspace and for step counts that do not divide T.
 
     Raises:
         ValueError: eta outside [0, 1].
@@ -62,11 +62,11 @@ def ddpm(
     """Draw z_s around the mean of q(z_s | z_t, z_0), the posterior of the noising process (Ho et al. 2020, eq. 7).
 
     Args:
-        variance: "small" is that of the posterior, right where z_0 is known; "large" that of q(z_t | z_s), right where
-            the data are standard normal (Ho et al. 2020, section 3.2); "learned" lies between, on a line of logarithms,
-            where the network says (Nichol & Dhariwal 2021, eq. 15).
-        interpolation: learned: gives v of the last network call, [B, ...] or, where guidance doubles the batch and the
-            conditional half is the first, [2 B, ...]; 0 is small, 1 is large. See `LearnedVariance`.
+        variance: "small" is that of the posterior, exact if the data are one point; "large" is that of q(z_t | z_s),
+            exact if the data are standard normal (Ho et al. 2020, section 3.2); "learned" interpolates their logarithms
+            by the network's output (Nichol & Dhariwal 2021, eq. 15).
+        interpolation: for "learned": returns v of the last network call, [B, ...], or [2 B, ...] with the conditional
+            half first if guidance doubles the batch; 0 is small, 1 is large. See `LearnedVariance`.
 
     Raises:
         ValueError: an unknown variance, or learned without an interpolation.
@@ -74,11 +74,11 @@ def ddpm(
     if variance not in VARIANCES:
         raise ValueError(f"unknown variance {variance!r}; use one of {', '.join(VARIANCES)}")
     if variance == "learned" and interpolation is None:
-        raise ValueError("variance 'learned' needs a network that says it; use small or large")
+        raise ValueError("variance 'learned' requires a network that outputs it; use small or large")
     for index, (t, s) in enumerate(step_points(times, schedule)):
         z_0 = denoise(z, t.time)
         v = interpolation()[: len(z)].to(z) if variance == "learned" else VARIANCES[variance]
-        z = drawn(z, z_0, t, s, generators, (t.sigma / s.sigma) ** v if s.sigma else 1.0)
+        z = posterior_sample(z, z_0, t, s, generators, (t.sigma / s.sigma) ** v if s.sigma else 1.0)
         yield Step(index, s.time, z, z_0)
 
 
@@ -109,14 +109,14 @@ def heun(
 ) -> Iterator[Step]:
     """Heun's rule, the mean of the slopes at both ends of a step (Karras et al. 2022, algorithms 1 and 2).
 
-    A step that ends at t = 0, where there is no slope, is Euler's.
+    A step that ends at t = 0, where the slope is undefined, is Euler's.
 
     Args:
-        churn: 0 is deterministic; above, each step first adds noise, which makes sigma / alpha 1 + churn / S times what
-            it was, 1.41 at most and never above the last noise level (S_churn; good values depend on the model).
-        churn_range: the least and the largest sigma / alpha where noise is added (S_tmin, S_tmax).
-        noise_scale: of the standard deviation of that noise (S_noise); the paper takes 1.003 to make up for networks
-            that take away too much.
+        churn: 0 is deterministic; above 0, each step first adds noise, which multiplies sigma / alpha by 1 + churn / S,
+            by 1.41 at most and never beyond the last noise level (S_churn; good values depend on the model).
+        churn_range: smallest and largest sigma / alpha at which noise is added (S_tmin, S_tmax).
+        noise_scale: factor of the standard deviation of that noise (S_noise); the paper uses 1.003 for networks that
+            remove too much noise.
 
     Raises:
         ValueError: churn is negative.
@@ -132,7 +132,7 @@ def heun(
 
 
 def heun_step(denoise: Denoise, z: Tensor, t: Point, s: Point) -> tuple[Tensor, Tensor]:
-    """z_s from z_t by Heun's rule, or by Euler's where s is t = 0; and z_0 as estimated at t."""
+    """z_s from z_t by Heun's rule, or by Euler's if s is at t = 0; and the estimate of z_0 at t."""
     z_0 = denoise(z, t.time)
     lines = [(z_0, noise_in(z, z_0, t))]
     if s.sigma:

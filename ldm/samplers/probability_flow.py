@@ -1,4 +1,4 @@
-"""The probability-flow ODE, solved as exactly as asked, and walked backwards (Song et al. 2021, section 4.3)."""
+"""The probability-flow ODE, solved to a tolerance, and its inversion (Song et al. 2021, section 4.3)."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def ode(
     generators: Generators,
     tolerance: float = 1e-5,
 ) -> Iterator[Step]:
-    """Solve the probability-flow ODE with steps of its own, as the tolerance asks (Song et al. 2021, section 4.3).
+    """Solve the probability-flow ODE with adaptive steps that keep a tolerance (Song et al. 2021, section 4.3).
 
-    From the first time to the first noise level, whose estimate is the end where that is t = 0. It is solved as what
-    it is in every schedule, y = z_t / (alpha + sigma) with slope noise - z_0 along x = sigma / (alpha + sigma), which
-    knows neither infinities nor the kinks of a table of noise levels. Pictures of one batch share their steps, so each
-    depends on the others, by less than the tolerance.
+    It runs from the first time to the first noise level, whose estimate is the result if the times end at t = 0. The
+    variables are y = z_t / (alpha + sigma) with slope noise - z_0, and x = sigma / (alpha + sigma), which on every
+    schedule are finite and without the kinks of a table of noise levels. The images of a batch share their steps, so
+    each depends on the others, by less than the tolerance.
 
     Args:
         tolerance: relative and absolute, of each step (the paper: 1e-5).
@@ -36,7 +36,7 @@ def ode(
     steps = step_points(times, schedule)
     first, (t, end) = steps[0][0], steps[-1]
     lowest = 1 / schedule.config.timesteps
-    if not end.sigma and t.time > lowest:  # however few steps are asked for
+    if not end.sigma and t.time > lowest:  # whatever the number of steps
         t = step_points(torch.tensor([lowest, end.time], dtype=torch.float64), schedule)[0][0]
     last = end if end.sigma else t
     start, stop = (point.sigma / (point.alpha + point.sigma) for point in (first, last))
@@ -63,24 +63,24 @@ def ode(
 
 
 def invert(denoise: Denoise, z_0: Tensor, times: Tensor, schedule: Schedule) -> Iterator[Step]:
-    """DDIM from data to noise: from z_0 back to the z_t that `ddim` would lead to it (Mokady et al. 2023, section 3.1).
+    """DDIM inversion: from z_0 to the z_t from which `ddim` would return to it (Mokady et al. 2023, section 3.1).
 
-    Each step keeps the estimate and the noise made where it begins, as those of `ddim` do, so there and back is
-    the identity up to the error of first order of both (Song et al. 2020, section 4.3). Where it begins at t = 0 there
-    is no noise to know; the first step asks at its end instead.
+    Each step keeps the estimate and the noise at its beginning, as steps of `ddim` do, so inversion and sampling are
+    the identity up to their errors of first order (Song et al. 2020, section 4.3). At t = 0 there is no noise to
+    estimate: a first step from there estimates at its end instead.
 
     Args:
-        denoise: (z_t, t) -> z_0; told what z_0 shows, and best not guided.
-        z_0: clean latents [B, c, h, w], or, where the times end at a noise level, latents of that level.
-        times: as a sampler walks them, falling; here they are walked backwards.
+        denoise: (z_t, t) -> z_0, conditioned on what z_0 shows; best without guidance.
+        z_0: clean latents [B, c, h, w], or noisy latents if the times end at a noise level.
+        times: as of a sampler, falling; the steps are taken in reverse order.
 
     Yields:
-        Steps whose t rises to the first of the times, and whose z_0 is the estimate made on the way.
+        Steps whose t rises to the first of the times, and whose z_0 is the estimate that they used.
     """
     z = z_0
     for index, (t, s) in enumerate(reversed(step_points(times, schedule))):
         kept = t.alpha / s.alpha
-        here, at = (z, s) if s.sigma else (kept * z, t)
-        estimate = denoise(here, at.time)
-        z = kept * z + (t.sigma - kept * s.sigma) * noise_in(here, estimate, at)
+        source, point = (z, s) if s.sigma else (kept * z, t)
+        estimate = denoise(source, point.time)
+        z = kept * z + (t.sigma - kept * s.sigma) * noise_in(source, estimate, point)
         yield Step(index, t.time, z, estimate)

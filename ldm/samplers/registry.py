@@ -1,7 +1,7 @@
-"""The table of samplers: generators that walk times from noise to data, given nothing but denoise(z_t, t) -> z_0.
+"""The table of samplers: generators of steps from noise to data, which only need denoise(z_t, t) -> z_0.
 
-They walk times, not sigma / alpha, which is infinite where a rectified flow or a zero-terminal-SNR schedule begins.
-The caller owns progress bars, previews and cancellation.
+They take times, not sigma / alpha, which is infinite at the beginning of a rectified flow or a zero-terminal-SNR
+schedule. Progress bars, previews and cancellation are up to the caller.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ SHARED_ARGUMENTS = 5  # denoise, z, times, schedule, generators
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """A sampler and what there is to know of it."""
+    """A sampler and its properties."""
 
     run: Callable[..., Iterator[Step]]  # (denoise, z, times, schedule, generators, **options) -> steps
-    order: int  # the error falls with steps^-order; of stochastic ones, that of moments; 0: not with steps
+    order: int  # the error falls with steps^-order (of moments, if stochastic); 0: not with the number of steps
     calls: str = "S"  # of the network in S steps
-    draws: bool = False  # whether noise is drawn on the way, whatever eta
-    alone: bool = False  # whether its steps would depend on all pictures of a batch, so that each needs its own
+    draws: bool = False  # whether it draws noise, whatever its options
+    alone: bool = False  # whether its steps depend on all images of a batch, so that each needs its own
     time_defaults: TimeDefaults  # how it chooses its times
 
     @functools.cached_property
@@ -48,10 +48,10 @@ class Sampler:
         return f"order {self.order}  {draws:15} {self.calls:7} calls  {self.time_defaults.spacing:9} {does}"
 
 
-LATTICE = TimeDefaults(spacing="leading", ends_clean=True)  # of papers that step over noise levels
-SIGMAS = TimeDefaults(spacing="linspace", fractional=True, noise_only=True)  # of Karras et al. 2022 in k-diffusion
-LEVELS = TimeDefaults(spacing="trailing")  # of papers that visit all noise levels
-SOLVER = TimeDefaults(spacing="linspace", drops_lowest=True)  # of Lu et al. 2022
+LATTICE = TimeDefaults(spacing="leading", ends_clean=True)  # papers that skip noise levels
+SIGMAS = TimeDefaults(spacing="linspace", fractional=True, noise_only=True)  # Karras et al. 2022 in k-diffusion
+LEVELS = TimeDefaults(spacing="trailing")  # papers that use all noise levels
+SOLVER = TimeDefaults(spacing="linspace", drops_lowest=True)  # Lu et al. 2022
 
 SAMPLERS: dict[str, Sampler] = {
     "ddim": Sampler(run=ddim, order=1, time_defaults=LATTICE),
@@ -83,10 +83,10 @@ SAMPLERS: dict[str, Sampler] = {
     "restart": Sampler(
         run=restart, order=2, calls="3 S - 1", draws=True, time_defaults=SIGMAS
     ),  # one less where S is odd
-    "lcm": Sampler(  # of a consistency function there is no error to fall
+    "lcm": Sampler(  # a consistency function has no error that falls
         run=lcm, order=0, draws=True, time_defaults=TimeDefaults(spacing="rungs")
     ),
-    "langevin": Sampler(  # the step size leaves bias
+    "langevin": Sampler(  # its step size causes a bias
         run=langevin, order=0, calls="5 S - 4", draws=True, time_defaults=LEVELS
     ),
     "predictor_corrector": Sampler(run=predictor_corrector, order=0, calls="2 S - 1", draws=True, time_defaults=LEVELS),

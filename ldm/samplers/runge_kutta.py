@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-# Dormand & Prince 1980, table 2 (RK5(4)7M): where each slope is taken, in parts of the step, and the weights of the
-# slopes before it on the way there. The last is the step itself: its slope is the first of the next step.
+# Dormand & Prince 1980, table 2 (RK5(4)7M): the place of each slope, as a share of the step, and the weights of the
+# slopes before it. The last one is the step itself: its slope is the first of the next step.
 NODES = (0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
 WEIGHTS = (
     (),
@@ -20,33 +20,29 @@ WEIGHTS = (
     (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
     (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
 )
-# What the step of order 5 has more than that of order 4, which is an estimate of the error of the latter.
+# The difference of the steps of order 5 and 4 estimates the error of the latter.
 DIFFERENCES = (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
 
-SAFETY, SHRINK, GROW = (
-    0.9,
-    0.2,
-    5.0,
-)  # of the length that would just do; limits of one change (Hairer et al. 1993, II.4)
+SAFETY, SHRINK, GROW = 0.9, 0.2, 5.0  # of the step length; limits of one change (Hairer et al. 1993, II.4)
 
 
 def adaptive(
     slope: Callable[[float, Tensor], Tensor], y: Tensor, start: float, stop: float, tolerance: float
 ) -> Iterator[tuple[float, Tensor]]:
-    """Solve dy/dx = slope(x, y) from `start` to `stop`, which may be below, in steps as long as the tolerance lets be.
+    """Solve dy/dx = slope(x, y) from `start` to `stop`, which may be lower, with adaptive steps within a tolerance.
 
-    What a step adds to the error, divided by 1 + |y|, is at most `tolerance`: the root of the mean of its squares over
-    each row of y, so the steps are those of the worst row. Each step is 6 calls of `slope`, the first one 7, and the
-    last call before a yield is the slope at the yielded point. Waits for the device once a step, to judge the error.
+    The error that a step adds, divided by 1 + |y|, is at most `tolerance`. It is the root mean square over each row of
+    y, and the worst row decides. Each step calls `slope` 6 times, the first one 7 times; the last call before a yield
+    is the slope at the yielded point. Each step synchronizes with the device once, to read the error.
 
     Args:
         slope: (x, y) -> dy/dx, like y.
-        y: [B, ...], where it begins.
+        y: [B, ...] at `start`.
         start, stop: the range of x.
         tolerance: relative and absolute.
 
     Yields:
-        x and y at the end of each accepted step; the last x is `stop`. Nothing where start is stop.
+        x and y at the end of each accepted step; the last x is `stop`. Nothing if start equals stop.
 
     Raises:
         ValueError: the tolerance is not a positive number, or no step is short enough for it.
@@ -57,7 +53,7 @@ def adaptive(
     slopes = [slope(x, y)] if start != stop else []
     while x != stop:
         if abs(stop - x) <= abs(step) * (1 + 1e-9):
-            step = stop - x  # the end exactly, and no sliver before it
+            step = stop - x  # end exactly at `stop`, without a tiny last step
         if abs(step) <= 1e-14 * abs(stop - start):
             raise ValueError(f"no step at x = {x} is short enough for tolerance {tolerance}; use a larger one")
         for node, weights in zip(NODES[1:], WEIGHTS[1:], strict=True):
@@ -74,7 +70,7 @@ def adaptive(
 
 
 def _mean(weights: tuple[float, ...], slopes: list[Tensor]) -> Tensor:
-    """The sum of slopes by their weights."""
+    """The weighted sum of slopes."""
     return sum(weight * slope for weight, slope in zip(weights, slopes, strict=True) if weight)
 
 

@@ -1,4 +1,4 @@
-"""Samplers that ask the network a second time in the middle of each step: second order with nothing remembered."""
+"""Singlestep samplers, which call the network again in the middle of each step: second order without a memory."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from ldm.schedules.base import Schedule
 
 
 def dpm2(denoise: Denoise, z: Tensor, times: Tensor, schedule: Schedule, generators: Generators) -> Iterator[Step]:
-    """DPM-Solver-2: the slope in the middle of a step, in log(sigma / alpha), is that of all of it (Lu et al. 2022a).
+    """DPM-Solver-2: one slope for a step, that of its middle in log(sigma / alpha) (Lu et al. 2022a).
 
-    Algorithm 1 with r = 1/2, of steps along straight lines as in Karras et al. 2022. Steps from or to an infinite
+    Algorithm 1 with r = 1/2, with steps along straight lines as in Karras et al. 2022. Steps from or to an infinite
     logarithm are Euler's.
     """
     for index, (t, s) in enumerate(step_points(times, schedule)):
@@ -30,7 +30,7 @@ def dpm2(denoise: Denoise, z: Tensor, times: Tensor, schedule: Schedule, generat
 
 
 def dpmpp_2s(denoise: Denoise, z: Tensor, times: Tensor, schedule: Schedule, generators: Generators) -> Iterator[Step]:
-    """DPM-Solver++(2S): z_0 in the middle of a step, in log(alpha / sigma), is that of all of it (Lu et al. 2022b).
+    """DPM-Solver++(2S): one estimate for a step, that of its middle in log(alpha / sigma) (Lu et al. 2022b).
 
     Algorithm 1 with r = 1/2. Steps from or to an infinite logarithm are of first order. DPMSolverSinglestepScheduler of
     diffusers counts network calls as steps: its middles are every other of its times, wherever they lie.

@@ -1,7 +1,7 @@
-"""The times that samplers walk: where they begin, where they end, how the steps between are spaced.
+"""The times of a sampler's steps: where they begin, where they end, and how they are spaced.
 
-Papers and programs differ in this more than in the samplers themselves (Lin et al. 2023, table 2). What a sampler does
-where nobody says otherwise is its `TimeDefaults`.
+Papers and programs differ more in these than in the samplers themselves (Lin et al. 2023, table 2). `TimeDefaults` are
+the defaults of a sampler.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ldm.schedules.base import Schedule
 
-LARGEST_RATIO = 4096.0  # sigma / alpha that stands for infinity where a logarithm or a root of it is needed
+LARGEST_RATIO = 4096.0  # sigma / alpha in place of infinity, for logarithms and roots
 KARRAS_RHO = 7.0  # Karras et al. 2022, table 1
 RUNGS = 50  # levels that consistency is distilled on
 # sigma / alpha where ten steps on Stable Diffusion 1's schedule begin, and where the last of them ends, optimized for
@@ -26,21 +26,21 @@ ALIGNED = (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152
 
 @dataclass(frozen=True, kw_only=True)
 class TimeDefaults:
-    """How a sampler chooses its times, and begins; the same habits as in diffusers."""
+    """How a sampler chooses its times and its initial noise by default; the same as in diffusers."""
 
-    spacing: str = "leading"  # a key of SPACINGS, where neither the caller nor the model names one
-    fractional: bool = False  # linspace may fall between noise levels, and the network is told so
-    drops_lowest: bool = False  # of leading and linspace, one time more is laid out, and the lowest left out
-    ends_clean: bool | None = None  # at t = 0, or at the first noise level, unless the model says; None: always at 0
-    noise_only: bool = False  # begins with the variance of noise alone, not of noised latents, except for leading
+    spacing: str = "leading"  # a key of SPACINGS, unless the caller or the model specifies one
+    fractional: bool = False  # linspace may fall between noise levels, with fractional timesteps
+    drops_lowest: bool = False  # leading and linspace have one more time, and the lowest is dropped
+    ends_clean: bool | None = None  # at t = 0 or the first noise level, unless the model specifies it; None: at 0
+    noise_only: bool = False  # begin with the variance of noise alone, not of noised latents, except for leading
 
 
 class Layout(NamedTuple):
-    """What a spacing is to lay out."""
+    """The arguments of a spacing."""
 
     schedule: Schedule
     steps: int  # times to return
-    points: int  # times to lay out, of which the lowest are left out
+    points: int  # times to compute, of which the lowest are dropped
     offset: int  # leading: the lowest index
     fractional: bool
 
@@ -50,88 +50,88 @@ class Layout(NamedTuple):
         return self.schedule.config.timesteps
 
 
-def _trailing(ask: Layout) -> Tensor:
+def _trailing(layout: Layout) -> Tensor:
     """T, T - T/S, ...: begins at t = 1, where sampling begins (Lin et al. 2023, section 3.3)."""
-    step = ask.levels - (ask.levels - ask.levels / ask.steps)  # as numpy adds it: the last bit decides between levels
-    positions = ask.levels - torch.arange(ask.steps, dtype=torch.float64) * step
-    return positions.round() if ask.schedule.discrete else positions
+    step = layout.levels - (layout.levels - layout.levels / layout.steps)  # as in numpy, to the bit
+    positions = layout.levels - torch.arange(layout.steps, dtype=torch.float64) * step
+    return positions.round() if layout.schedule.discrete else positions
 
 
-def _leading(ask: Layout) -> Tensor:
+def _leading(layout: Layout) -> Tensor:
     """Whole strides of T // S from the offset up: indices 981, ..., 21, 1 for 50 steps of 1000, as LDM's DDIM.
 
-    Never t = 1. The offset gives way where the highest index would pass the last level.
+    Never t = 1. The offset is reduced if the highest index would exceed the last level.
     """
-    stride = ask.levels // ask.points
-    lowest = stride * (ask.points - ask.steps) + ask.offset
-    lowest = min(lowest, ask.levels - 1 - stride * (ask.steps - 1))
-    return 1 + lowest + stride * torch.arange(ask.steps - 1, -1, -1, dtype=torch.float64)
+    stride = layout.levels // layout.points
+    lowest = stride * (layout.points - layout.steps) + layout.offset
+    lowest = min(lowest, layout.levels - 1 - stride * (layout.steps - 1))
+    return 1 + lowest + stride * torch.arange(layout.steps - 1, -1, -1, dtype=torch.float64)
 
 
-def _linspace(ask: Layout) -> Tensor:
+def _linspace(layout: Layout) -> Tensor:
     """T, ..., 1 in equal parts, both ends included; a single one is T."""
-    index = torch.arange(ask.points, dtype=torch.float64) * ((ask.levels - 1) / max(ask.points - 1, 1))
-    index[-1] = ask.levels - 1
-    if ask.schedule.discrete and not ask.fractional:
+    index = torch.arange(layout.points, dtype=torch.float64) * ((layout.levels - 1) / max(layout.points - 1, 1))
+    index[-1] = layout.levels - 1
+    if layout.schedule.discrete and not layout.fractional:
         index = index.round()
-    return 1 + index.flip(0)[: ask.steps]
+    return 1 + index.flip(0)[: layout.steps]
 
 
-def _karras(ask: Layout) -> Tensor:
+def _karras(layout: Layout) -> Tensor:
     """(sigma / alpha)^(1/7) in equal parts from the last noise level to the first (Karras et al. 2022, eq. 5)."""
-    high, low = _ends(ask).pow(1 / KARRAS_RHO)
-    return _positions(ask, (high + _parts(ask) * (low - high)).pow(KARRAS_RHO))
+    high, low = _ends(layout).pow(1 / KARRAS_RHO)
+    return _positions(layout, (high + _parts(layout) * (low - high)).pow(KARRAS_RHO))
 
 
-def _log_snr(ask: Layout) -> Tensor:
+def _log_snr(layout: Layout) -> Tensor:
     """log(sigma / alpha) in equal parts from the last noise level to the first (Lu et al. 2022, arXiv:2206.00927)."""
-    high, low = _ends(ask).log()
-    return _positions(ask, (high + _parts(ask) * (low - high)).exp())
+    high, low = _ends(layout).log()
+    return _positions(layout, (high + _parts(layout) * (low - high)).exp())
 
 
-def _ays(ask: Layout) -> Tensor:
+def _ays(layout: Layout) -> Tensor:
     """The noise levels of `ALIGNED`, for other numbers of steps with equal parts of logs between them.
 
-    It begins at t = 1 whatever sigma / alpha is there, and leaves out levels that the schedule does not reach.
+    It always begins at t = 1, and skips levels that the schedule does not reach.
     """
-    (high, low), last = _ends(ask).log().tolist(), len(ALIGNED) - 1
+    (high, low), last = _ends(layout).log().tolist(), len(ALIGNED) - 1
     reached = {index: math.log(ratio) for index, ratio in enumerate(ALIGNED) if low < math.log(ratio) < high}
     known = torch.tensor(sorted(({last: low} | reached | {0: high}).items()), dtype=torch.float64)
-    at, logs = known[:, 0] * (ask.steps / last), known[:, 1].contiguous()
-    step = torch.arange(ask.steps, dtype=torch.float64)
+    at, logs = known[:, 0] * (layout.steps / last), known[:, 1].contiguous()
+    step = torch.arange(layout.steps, dtype=torch.float64)
     after = torch.searchsorted(at, step, right=True)
     share = (step - at[after - 1]) / (at[after] - at[after - 1])
-    positions = _positions(ask, torch.lerp(logs[after - 1], logs[after], share).exp())
-    positions[0] = ask.levels
+    positions = _positions(layout, torch.lerp(logs[after - 1], logs[after], share).exp())
+    positions[0] = layout.levels
     return positions
 
 
-def _rungs(ask: Layout) -> Tensor:
+def _rungs(layout: Layout) -> Tensor:
     """Every few of the 50 levels that consistency is distilled on: 1, 0.76, 0.5, 0.26 (Luo et al. 2023, LCM).
 
     More than 50 steps are trailing.
     """
-    if ask.steps > RUNGS:
-        return _trailing(ask)
-    index = torch.arange(ask.steps, dtype=torch.float64) * RUNGS // ask.steps
-    positions = ask.levels * (1 - index / RUNGS)
-    return positions.round() if ask.schedule.discrete else positions
+    if layout.steps > RUNGS:
+        return _trailing(layout)
+    index = torch.arange(layout.steps, dtype=torch.float64) * RUNGS // layout.steps
+    positions = layout.levels * (1 - index / RUNGS)
+    return positions.round() if layout.schedule.discrete else positions
 
 
-def _ends(ask: Layout) -> Tensor:
+def _ends(layout: Layout) -> Tensor:
     """sigma / alpha of the last noise level and of the first."""
-    alpha, sigma = ask.schedule(torch.tensor([ask.levels, 1.0], dtype=torch.float64) / ask.levels)
+    alpha, sigma = layout.schedule(torch.tensor([layout.levels, 1.0], dtype=torch.float64) / layout.levels)
     return torch.where(alpha == 0, LARGEST_RATIO, sigma / alpha)
 
 
-def _parts(ask: Layout) -> Tensor:
+def _parts(layout: Layout) -> Tensor:
     """0 to 1 in equal parts; a single one is 0."""
-    return torch.linspace(0, 1, ask.steps, dtype=torch.float64)
+    return torch.linspace(0, 1, layout.steps, dtype=torch.float64)
 
 
-def _positions(ask: Layout, ratios: Tensor) -> Tensor:
-    """Where sigma / alpha has these values; between levels, and so as strictly falling as they are."""
-    return (ask.schedule.time(ratios) * ask.levels).clamp(min=1)  # a last bit below the first level is not
+def _positions(layout: Layout, ratios: Tensor) -> Tensor:
+    """The positions at which sigma / alpha has these values, also between levels, so that they fall strictly."""
+    return (layout.schedule.time(ratios) * layout.levels).clamp(min=1)  # rounding may give just below 1
 
 
 SPACINGS: dict[str, Callable[[Layout], Tensor]] = {  # -> [S] falling positions, in noise levels, up to T
@@ -153,17 +153,18 @@ def times(
     offset: int = 1,
     ends_clean: bool | None = None,
 ) -> Tensor:
-    """The times a sampler walks, float64 [steps + 1], falling to where it ends.
+    """The times of a sampler's steps, float64 [steps + 1], falling.
 
-    Each is the time of a noise level where the schedule has levels, unless the habit or the spacing says otherwise.
+    Each is the time of a noise level if the schedule has levels, unless the defaults or the spacing allow others.
 
     Args:
         schedule: the noise levels.
         steps: of the sampler.
         spacing: a key of SPACINGS.
-        habit: the sampler's.
+        time_defaults: of the sampler.
         offset: lowest index of leading, what diffusers calls steps_offset.
-        ends_clean: at t = 0 or at the first noise level, what diffusers calls set_alpha_to_one; None: as the habit is.
+        ends_clean: at t = 0 or at the first noise level, what diffusers calls set_alpha_to_one; None: the sampler's
+            default.
 
     Raises:
         ValueError: an unknown spacing, or a number of steps below 1 or above the number of noise levels.

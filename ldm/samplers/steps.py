@@ -1,4 +1,4 @@
-"""What samplers share: a walk over times, the noise levels at both ends of a step, noise drawn per image."""
+"""What samplers share: the points at both ends of each step, and noise that is drawn per image."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from ldm.schedules.base import Schedule
 Denoise = Callable[[Tensor, float], Tensor]
 Generators = Sequence[torch.Generator]
 
-NO_SIGNAL = 1e-3  # below this alpha at t = 1 straight lines are drawn in rectified flow's coordinates: see `Point`
+NO_SIGNAL = 1e-3  # if alpha at t = 1 is below this, straight lines are those of rectified flow: see `Point`
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a sampler knows after a step."""
+    """The state of a sampler after a step."""
 
     index: int  # 0 for the first step
-    t: float  # the time that has been reached; that of the end of the walk after the last step
-    z: Tensor  # [B, c, h, w], noisy latents at t; the result after the last step
-    z_0: Tensor  # [B, c, h, w], the estimate of clean latents that made this step
+    t: float  # the time that the step ends at
+    z: Tensor  # [B, c, h, w], noisy latents at t; after the last step, the result
+    z_0: Tensor  # [B, c, h, w], the estimate of clean latents that the step used
 
 
 class NoiseLevel(NamedTuple):
@@ -38,11 +38,11 @@ class NoiseLevel(NamedTuple):
 
 
 class Point(NamedTuple):
-    """A time and its noise level, as numbers, which leave the dtype and the device of latents alone.
+    """A time and its noise level, as Python numbers, which do not affect the dtype and the device of latents.
 
-    z_t / scale runs along a straight line for as long as z_0 and noise stay what they are. The scale is alpha, which
-    makes sigma / alpha the time on that line (Karras et al. 2022); where next to no signal is left at t = 1 and
-    sigma / alpha explodes, it is alpha + sigma, the scale in which every schedule is a rectified flow.
+    With constant z_0 and noise, z_t / scale moves along a straight line. The scale is alpha, so that sigma / alpha is
+    the time on that line (Karras et al. 2022). If almost no signal is left at t = 1, where sigma / alpha explodes, it
+    is alpha + sigma, with which every schedule is a rectified flow.
     """
 
     time: float
@@ -53,12 +53,12 @@ class Point(NamedTuple):
 
 
 def signal_remains(schedule: Schedule) -> bool:
-    """Whether z_t at t = 1 still holds something of z_0, so that sigma / alpha is a number to work with."""
+    """Whether z_t at t = 1 contains some of z_0, so that sigma / alpha is not too large to compute with."""
     return schedule(1.0)[0].item() > NO_SIGNAL
 
 
 def step_points(times: Tensor, schedule: Schedule) -> list[tuple[Point, Point]]:
-    """Where each step begins and ends. The last may end where it begins: that is how some models end.
+    """The points where each step begins and ends. The last step may have length 0, as diffusers ends some models.
 
     Raises:
         ValueError: the times do not fall.
@@ -80,7 +80,7 @@ def middle(t: Point, s: Point, schedule: Schedule) -> Point:
 
 
 def _log_snr_halves(ratios: Tensor) -> Tensor:
-    """log(alpha / sigma), with a finite number for no signal at all where the next level leaves room for it."""
+    """log(alpha / sigma). At a first level without signal it is finite, if the next level is well below."""
     begins_in_noise = ratios[0] == 0 and ratios[1] * LARGEST_RATIO > 1
     return torch.cat([ratios[:1].clamp(min=1 / LARGEST_RATIO) if begins_in_noise else ratios[:1], ratios[1:]]).log()
 
@@ -88,16 +88,16 @@ def _log_snr_halves(ratios: Tensor) -> Tensor:
 def initial_noise(
     shape: Sequence[int], generators: Generators, schedule: Schedule, t: float = 1.0, noise_only: bool = False
 ) -> Tensor:
-    """Where sampling begins: normal z_t [B, c, h, w], float32 on the CPU, of variance alpha^2 + sigma^2.
+    """The noise that sampling begins with: normal z_t [B, c, h, w], float32 on the CPU, variance alpha^2 + sigma^2.
 
-    That is the variance of noised latents of unit scale, 1 unless variance explodes.
+    This is the variance of noised latents of unit scale: 1, except on variance-exploding schedules.
 
     Args:
         shape: (B, c, h, w).
         generators: one per image, on the CPU.
         schedule: gives alpha and sigma.
         t: the time at which sampling begins.
-        noise_only: give them variance sigma^2 instead, as if no signal were left at t.
+        noise_only: use variance sigma^2 instead, as if no signal were left at t.
 
     Raises:
         ValueError: B is not the number of generators.
@@ -110,12 +110,12 @@ def initial_noise(
 
 def noise_like(z: Tensor, generators: Generators) -> Tensor:
     """Standard normal noise like z [B, ...]; each image draws float32 numbers from its own CPU generator."""
-    drawn = torch.stack([torch.randn(z.shape[1:], generator=generator) for generator in generators])
-    return drawn.to(z.device, z.dtype)
+    values = torch.stack([torch.randn(z.shape[1:], generator=generator) for generator in generators])
+    return values.to(z.device, z.dtype)
 
 
 def noise_in(z: Tensor, z_0: Tensor, t: Point) -> Tensor:
-    """The noise that makes z_t of z_0."""
+    """The noise in z_t, if its clean latents are z_0."""
     return (z - t.alpha * z_0) / t.sigma
 
 
@@ -130,14 +130,14 @@ def ddim_step(z: Tensor, z_0: Tensor, t: NoiseLevel, s: NoiseLevel) -> Tensor:
     return mix(z, z_0, kept, s.alpha - t.alpha * kept)
 
 
-def drawn(
+def posterior_sample(
     z: Tensor, z_0: Tensor, t: Point, s: Point, generators: Generators, noise_scale: float | Tensor = 1.0
 ) -> Tensor:
     """z_s drawn from q(z_s | z_t, z_0), the posterior of the noising process (Ho et al. 2020, eq. 6 and 7).
 
-    Its noise is multiplied by `noise_scale`, a number or like z; at t = 0 there is none.
+    Its noise is multiplied by `noise_scale`, a number or like z; there is no noise at t = 0.
     """
-    share = max(fresh_share(t, s), 0.0)  # where s is t, nothing is drawn
+    share = max(fresh_share(t, s), 0.0)  # 0 if s is t
     z = t.alpha / s.alpha * (s.sigma / t.sigma) ** 2 * z + s.alpha * share * z_0
     return z + s.sigma * math.sqrt(share) * noise_scale * noise_like(z, generators) if s.sigma else z
 
@@ -150,7 +150,7 @@ def noised(z: Tensor, t: Point, u: Point, generators: Generators, noise_scale: f
 
 
 def line_step(z: Tensor, lines: list[tuple[Tensor, Tensor]], t: Point, s: Point) -> Tensor:
-    """z_s from z_t along the mean of the straight lines that pairs of z_0 and noise span."""
+    """z_s from z_t along the mean of the straight lines through pairs of z_0 and noise."""
     signal, noise = s.alpha / s.scale - t.alpha / t.scale, s.sigma / s.scale - t.sigma / t.scale
     slope = sum(signal * z_0 + noise * noise_in for z_0, noise_in in lines) / len(lines)
     return s.scale * (z / t.scale + slope)

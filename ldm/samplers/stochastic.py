@@ -1,4 +1,4 @@
-"""Samplers that solve the reverse stochastic differential equation to higher order, and those that renew the noise."""
+"""Stochastic samplers: solvers of the reverse stochastic differential equation, and samplers that add fresh noise."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from ldm.samplers.steps import (
     Generators,
     Point,
     Step,
-    drawn,
     fresh_share,
     middle,
     noise_like,
     noised,
+    posterior_sample,
     step_points,
 )
 from ldm.schedules.base import Schedule
 
 
 def dpmpp_sde(denoise: Denoise, z: Tensor, times: Tensor, schedule: Schedule, generators: Generators) -> Iterator[Step]:
-    """SDE-DPM-Solver++(2S): each step uses z_0 as estimated in its middle (Lu et al. 2022b; Katherine Crowson's code).
+    """SDE-DPM-Solver++(2S): each step uses the estimate in its middle (Lu et al. 2022b; Katherine Crowson's code).
 
-    The middle, in log(alpha / sigma), is reached by a step of `ddpm`; that half is then taken again, with the same
-    noise, as if z_0 had been that of the middle all the time. Steps from or to an infinite logarithm are `ddpm`'s.
+    A step of `ddpm` goes to the middle in log(alpha / sigma). This half is then repeated with the same noise and the
+    estimate of the middle. Steps from or to an infinite logarithm are `ddpm`'s.
     """
     for index, (t, s) in enumerate(step_points(times, schedule)):
         z_0 = clean = denoise(z, t.time)
         if math.isfinite(s.log_snr_half - t.log_snr_half):
             m = middle(t, s, schedule)
-            z = drawn(z, z_0, t, m, generators)
+            z = posterior_sample(z, z_0, t, m, generators)
             clean = denoise(z, m.time)
             z = z + m.alpha * fresh_share(t, m) * (clean - z_0)
             t = m
-        z = drawn(z, clean, t, s, generators)
+        z = posterior_sample(z, clean, t, s, generators)
         yield Step(index, s.time, z, z_0)
 
 
@@ -59,9 +59,9 @@ def dpmpp_3m_sde(
 ) -> Iterator[Step]:
     """`dpmpp_2m_sde` with a parabola through three steps (Katherine Crowson's DPM-Solver++(3M) SDE).
 
-    The variance of samples stays of second order, with a smaller error: an estimate knows nothing of the noise that its
-    own step draws. In fewer than 15 steps the last ones are of lower order. The parabola is weighed exactly, where
-    k-diffusion counts its curvature half and diffusers has a sign wrong.
+    The variance of samples is still of second order, with a smaller error, because an estimate does not depend on the
+    noise of its own step. In fewer than 15 steps the last ones are of lower order. The mean of the parabola is exact,
+    where k-diffusion halves its curvature and diffusers has a wrong sign.
     """
     yield from _multistep(denoise, z, times, schedule, generators, order=3)
 
@@ -76,20 +76,20 @@ def restart(
     low: float = 0.1,
     high: float = 2.0,
 ) -> Iterator[Step]:
-    """`heun`, but at low noise back up with fresh noise and down again, which forgets errors (Xu et al. 2023, alg. 1).
+    """`heun` that returns to higher noise once and samples again, which reduces errors (Xu et al. 2023, algorithm 1).
 
-    Once, where sigma / alpha first gets to `low`, or at the last step's begin if it never does. Each restart walks down
-    in half as many steps as the whole walk has, spaced as in Karras et al. 2022; they belong to the step before it.
+    Restarts happen where sigma / alpha first reaches `low`, or else at the beginning of the last step. Each restart
+    takes half as many steps as the sampler, spaced as in Karras et al. 2022. They are part of the step before them.
 
     Args:
-        restarts: how often (K of the paper).
-        low, high: sigma / alpha at the ends of the restarted interval; the paper searches several per model.
+        restarts: number of restarts (K of the paper).
+        low, high: sigma / alpha at the ends of the restarted interval; the paper searches for good values per model.
 
     Raises:
         ValueError: restarts is negative, or low is not below high.
     """
     if restarts < 0 or not 0 < low < high < math.inf:
-        raise ValueError(f"restarts {restarts} must be at least 0, and their interval {low} to {high} positive, rising")
+        raise ValueError(f"restarts {restarts} must be at least 0, and 0 < low < high, not {low} and {high}")
     steps = step_points(times, schedule)
     reached = [index for index, (_, s) in enumerate(steps) if s.sigma and s.sigma <= low * s.alpha]
     bottom = reached[0] if reached else len(steps) - 2
@@ -105,12 +105,12 @@ def restart(
 
 
 def lcm(denoise: Denoise, z: Tensor, times: Tensor, schedule: Schedule, generators: Generators) -> Iterator[Step]:
-    """Multistep consistency sampling: estimate z_0, noise it to s with fresh noise (Luo et al. 2023, algorithm 3).
+    """Multistep consistency sampling: estimate z_0, add fresh noise up to s (Luo et al. 2023, algorithm 3).
 
-    Exact at any number of steps where the denoiser is a consistency function, which leads from z_t along the
-    probability flow to z_0, as distilled models do; of the mean of z_0, what others say, it makes blurred pictures. The
-    scalings c_skip and c_out (eq. 9) are part of that function, so of the denoiser; for the authors' models they differ
-    from 0 and 1 by less than 1e-5 at the times that are walked.
+    It is exact with any number of steps if the denoiser is a consistency function, which maps z_t to the end of its
+    probability flow, as distilled models do. Other denoisers estimate the mean of z_0, which gives blurred images. The
+    scalings c_skip and c_out (eq. 9) are part of the denoiser; for the authors' models they differ from 0 and 1 by less
+    than 1e-5 at the sampling times.
     """
     for index, (t, s) in enumerate(step_points(times, schedule)):
         z_0 = denoise(z, t.time)
@@ -121,7 +121,7 @@ def lcm(denoise: Denoise, z: Tensor, times: Tensor, schedule: Schedule, generato
 def _multistep(
     denoise: Denoise, z: Tensor, times: Tensor, schedule: Schedule, generators: Generators, order: int
 ) -> Iterator[Step]:
-    """`ddpm` with z_0 the mean of a polynomial; as a step goes from x = 0 to 1, z_0 at x weighs e^(2 growth x)."""
+    """`ddpm` with z_0 the mean of a polynomial, weighted by e^(2 h x) along a step of length h, x from 0 to 1."""
     steps = step_points(times, schedule)
     past: list[tuple[float, Tensor]] = []  # log(alpha / sigma) and z_0, newest first
     for index, (t, s) in enumerate(steps):
@@ -129,13 +129,13 @@ def _multistep(
         past = [(t.log_snr_half, z_0), *past]
         used = usable(past, index, len(steps))
         means = moments(2 * (s.log_snr_half - t.log_snr_half), 3) if used == 3 else MIDDLE
-        z = drawn(z, mean_between(past[:used], t.log_snr_half, s.log_snr_half, means), t, s, generators)
+        z = posterior_sample(z, mean_between(past[:used], t.log_snr_half, s.log_snr_half, means), t, s, generators)
         past = past[: order - 1]
         yield Step(index, s.time, z, z_0)
 
 
 def _down(high: float, s: Point, steps: int, schedule: Schedule) -> list[tuple[Point, Point]]:
-    """Steps from where sigma / alpha is `high`, or from t = 1, down to s; none if s is not below."""
+    """Steps from where sigma / alpha is `high`, or from t = 1, down to s; none if s is not lower."""
     alpha, sigma = (level.item() for level in schedule(1.0))
     top, end = min(high, sigma / alpha if alpha else high) ** (1 / KARRAS_RHO), (s.sigma / s.alpha) ** (1 / KARRAS_RHO)
     if top <= end:

@@ -1,7 +1,7 @@
-"""What leads a picture by the gradient of a score: to a class (Dhariwal & Nichol 2021), to a text (GLIDE, section 2.3).
+"""Guides by the gradient of a score: to a class (Dhariwal & Nichol 2021), or to a text (GLIDE, section 2.3).
 
-A lead is put around the guided denoiser of a run, see `guidances.Ingredients`; the mathematics is that of
-`guidance_by_gradient`.
+A guide wraps the guided denoiser of a run, see `ldm.guidance.registry.Ingredients`; the mathematics is in
+`ldm.guidance.gradient`.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ from ldm.sampling.settings import Settings
 from ldm.schedules.base import Schedule
 from ldm.schedules.registry import make_schedule
 
-SHARPNESS = 100.0  # of cosines: what CLIP's own temperature comes to in training (Radford et al. 2021, section 2.5)
+SHARPNESS = 100.0  # factor of cosines: CLIP's temperature after training (Radford et al. 2021, section 2.5)
 
-GRADIENT_GUIDES = {  # fields of `Settings` that are the scale of a lead, and what gives a model that lead
+GRADIENT_GUIDES = {  # settings that are the scale of a guide -> where the guide comes from
     "classifier_scale": "a classifier of noisy latents: --classifier FOLDER",
     "clip_scale": "a CLIP: --clip-guidance NAME",
 }
 
 
 class GradientGuide(Protocol):
-    """What leads pictures somewhere."""
+    """A guide by the gradient of a score."""
 
     def check(self, picture: Settings) -> None:
-        """Raise ValueError for a picture that it can't lead."""
+        """Raise ValueError for an image that it can't guide."""
 
     def around(self, denoise: Denoise, pictures: Sequence[Settings], schedule: Schedule) -> Denoise:
-        """The denoiser of B pictures, led."""
+        """The guided denoiser of B images."""
 
 
 class ClassifierGuide:
-    """Leads each picture to the class that its settings name, at `classifier_scale`."""
+    """Guides each image to the class that its settings name, at `classifier_scale`."""
 
     def __init__(self, classifier: Classifier):
         self.classifier, self.schedule = classifier, make_schedule(classifier.config.schedule)
 
     def check(self, picture: Settings) -> None:
-        """Raise ValueError for a picture of no class that is known."""
+        """Raise ValueError for an image of an unknown class."""
         self.classifier.config.row(picture.classifier_class or picture.prompt)
 
     def around(self, denoise: Denoise, pictures: Sequence[Settings], schedule: Schedule) -> Denoise:
@@ -57,19 +57,20 @@ class ClassifierGuide:
             logits = classify(self.classifier, self.schedule, *translated(z_t, t, schedule, self.schedule))
             return logits.log_softmax(1).gather(1, rows.to(logits.device)[:, None])[:, 0]  # [B]
 
-        led = by_gradient(denoise, score, pictures[0].classifier_scale, schedule)
-        return lambda z_t, t: (led if schedule(t)[0] > 0 else denoise)(z_t, t)  # noise alone is of no class
+        guided = by_gradient(denoise, score, pictures[0].classifier_scale, schedule)
+        return lambda z_t, t: (guided if schedule(t)[0] > 0 else denoise)(z_t, t)  # not at pure noise
 
 
 class ClipGuide:
-    """Leads each picture to its prompt by the cosine of their embeddings, at `clip_scale`.
+    """Guides each image to its prompt by the cosine of their embeddings, at `clip_scale`.
 
-    It rates the decoded estimate of the clean picture: any CLIP will do, none has to know noise (Bansal et al. 2023).
+    It scores the decoded estimate of the clean image, so any CLIP can be used, without training on noise (Bansal et al.
+    2023).
 
     Args:
-        see: pictures [B, 3, H, W] in [-1, 1] -> [B, d], differentiable.
+        see: images [B, 3, H, W] in [-1, 1] -> [B, d], differentiable.
         read: texts -> [B, d].
-        decode: latents [B, c, h, w] -> pictures.
+        decode: latents [B, c, h, w] -> images.
     """
 
     def __init__(
@@ -81,9 +82,9 @@ class ClipGuide:
         self.see, self.read, self.decode = see, read, decode
 
     def check(self, picture: Settings) -> None:
-        """Raise ValueError for a picture without a prompt."""
+        """Raise ValueError for an image without a prompt."""
         if not (picture.clip_prompt or picture.prompt).strip():
-            raise ValueError("clip guidance leads to a text, and the prompt is empty; give a prompt or a clip prompt")
+            raise ValueError("clip guidance requires a text; specify a prompt or a clip prompt")
 
     def around(self, denoise: Denoise, pictures: Sequence[Settings], schedule: Schedule) -> Denoise:
         """By the gradient of the cosine with respect to the estimate of z_0, see `by_estimate`."""

@@ -1,4 +1,4 @@
-"""Completing a picture with a denoiser that was trained to make whole ones: known latents, and a walk that turns back.
+"""Completing an image with a model that was not trained to: known latents, and repeated steps.
 
 Blending is the replacement method of Song et al. 2020 (arXiv:2011.13456, appendix I.2) and blended latent diffusion
 (Avrahami et al. 2022); the repetitions are RePaint's (Lugmayr et al. 2022, arXiv:2201.09865, algorithm 1).
@@ -16,32 +16,32 @@ from ldm.guidance.base import Denoise
 from ldm.samplers.steps import Generators, Step, noised, step_points
 from ldm.schedules.base import Schedule
 
-SEGMENTS = 25  # that a walk is cut into: RePaint jumps back 10 of 250 steps
+SEGMENTS = 25  # parts that are repeated: RePaint jumps back 10 of 250 steps
 
 # (denoise, z, times, schedule, generators) -> steps
 Sample = Callable[[Denoise, Tensor, Tensor, Schedule, Generators], Iterator[Step]]
 
 
 def blended(denoise: Denoise, known: Tensor, painted: Tensor) -> Denoise:
-    """A denoiser whose estimate is the known latents where nothing is to be painted.
+    """A denoiser whose estimate is the known latents outside the painted part.
 
-    There z_t is then always the known latents with the noise of t, and the walk ends at them. Elsewhere the estimate
-    rests on z_t alone: E[z_0 | z_t], not E[z_0 | z_t, known], and is the better the less noise there is. Samples are
-    those of p(z_0 | known) where both parts are independent; where they are not, too little of the known part bears
-    on the other at high noise, which `resampled` makes up for.
+    There z_t is always the known latents with the noise of t, and sampling ends at them. In the painted part the
+    estimate depends on z_t alone: it is E[z_0 | z_t], not E[z_0 | z_t, known], and is better at lower noise. Samples
+    are exact if both parts are independent. Otherwise the known part has too little influence at high noise, which
+    `resampled` improves.
 
     Args:
         denoise: (z_t, t) -> z_0, guided or not.
         known: clean latents [1, c, h, w].
-        painted: [1, 1, h, w], 1 where latents are to be made, 0 where they are known.
+        painted: [1, 1, h, w], 1 where latents are sampled, 0 where they are known.
     """
     return lambda z_t, t: known + painted * (denoise(z_t, t) - known)
 
 
 def painted_latents(mask: Tensor, downsampling: int) -> Tensor:
-    """Which latents are to be painted, [1, 1, h, w] of 0 and 1, for a mask of pixels [1, H, W] likewise.
+    """The painted latents [1, 1, h, w], 0 or 1, of a mask of pixels [1, H, W].
 
-    All whose pixels are not all known: the rest of them is known, and is put back in the finished picture.
+    These are all latents with a painted pixel. Their known pixels are restored in the finished image.
     """
     return F.max_pool2d(mask[None], downsampling)  # [1, 1, H, W] -> [1, 1, H / f, W / f]
 
@@ -56,19 +56,19 @@ def resampled(
     repeats: int,
     segments: int = SEGMENTS,
 ) -> Iterator[Step]:
-    """Walk each segment of the times `repeats` times, noising back to its begin in between (RePaint, algorithm 1).
+    """Sample each segment of the times `repeats` times, adding noise back to its beginning (RePaint, algorithm 1).
 
-    What was made at the end of a segment meets the known part, as noisy as itself, at its begin again: so both come to
-    fit. Samplers know nothing of it; one with a memory begins each segment without.
+    Repetition lets the painted part adapt to the known part at the same noise. Samplers run on each segment separately,
+    so multistep samplers begin each without a memory.
 
     Args:
         sample: a sampler's `run`, with its options.
-        denoise: as `blended` makes it.
-        z: where the walk begins [B, c, h, w].
+        denoise: as `blended` returns it.
+        z: [B, c, h, w] at the first time.
         times: falling [S + 1].
-        schedule, generators: as samplers take them.
-        repeats: 1 is the walk in segments, without turning back.
-        segments: as many as there are, or one for each step where there are fewer.
+        schedule, generators: as for samplers.
+        repeats: of each segment; 1 repeats nothing.
+        segments: their number, at most one per step.
     """
     length, index = max(round((len(times) - 1) / segments), 1), 0
     for first in range(0, len(times) - 1, length):

@@ -1,4 +1,4 @@
-"""What all noise schedules share: times on one side, alpha and sigma on the other (Song et al. 2021, section 3)."""
+"""The base of noise schedules, which map times to alpha and sigma (Song et al. 2021, section 3)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """Which noise schedule, and its constants; None is the paper's value."""
+    """A noise schedule and its constants; None is the paper's value."""
 
     name: str = "scaled_linear"  # a key of SCHEDULES
     timesteps: int = 1000  # noise levels T of a table; elsewhere the range of the network's time input
@@ -26,9 +26,9 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """What all schedules share. A subclass adds `_levels` (alpha, sigma), `_embedded`, `_located` and `_dlogsnr_dt`.
+    """A noise schedule. Subclasses implement `_levels` (alpha, sigma), `_embedded`, `_located` and `_dlogsnr_dt`.
 
-    All is computed on the CPU in float64. Keep times there: numbers on the CPU never make an accelerator wait.
+    Everything is computed on the CPU in float64. Keep times on the CPU, where they do not synchronize an accelerator.
     """
 
     config: ScheduleConfig
@@ -39,7 +39,7 @@ class Schedule:
         """alpha and sigma at times t (any shape, in [0, 1]), in `dtype`, or else in the dtype of t.
 
         Raises:
-            ValueError: a time is outside [0, 1], or in half precision, which cannot tell neighbouring levels apart.
+            ValueError: a time is outside [0, 1], or in half precision, which is too coarse for noise levels.
         """
         t = torch.as_tensor(t, dtype=None if isinstance(t, Tensor) else torch.float64)
         dtype = dtype or t.dtype
@@ -53,7 +53,7 @@ class Schedule:
     def dlogsnr_dt(self, t: Tensor | float) -> Tensor:
         """-d log(snr) / dt at times t in [1/T, 1], float64; infinite where no signal is left.
 
-        A table's is that of the interval which ends at t, and at its first level that of the interval which begins.
+        For a table it is that of the interval that ends at t; for its first level, that of the interval that begins.
         """
         t = torch.as_tensor(t, dtype=None if isinstance(t, Tensor) else torch.float64)
         return self._dlogsnr_dt(self._position(t)).to(t.device) * self.config.timesteps
@@ -68,7 +68,7 @@ class Schedule:
         return self._located(torch.as_tensor(ratio, dtype=torch.float64)) / self.config.timesteps
 
     def quantize(self, u: Tensor) -> Tensor:
-        """u in [0, 1), where uniform on it -> each of the T levels (k + 1) / T equally often, or times in [1/T, 1)."""
+        """Map uniform u in [0, 1) to the T levels (k + 1) / T with equal frequency, or to times in [1/T, 1)."""
         timesteps, share = self.config.timesteps, u.to(torch.float64)
         if self.discrete:
             t = ((share * timesteps).floor() + 1).clamp(max=timesteps) / timesteps
@@ -77,7 +77,7 @@ class Schedule:
         return t.to(u.dtype)
 
     def nearest(self, t: Tensor) -> Tensor:
-        """Of the times at which networks are trained, those nearest to t."""
+        """The nearest times to t at which networks are trained."""
         timesteps, position = self.config.timesteps, t.to(torch.float64) * self.config.timesteps
         position = position.round() if self.discrete else position
         return position.clamp(1, timesteps).div(timesteps).to(t.dtype)
@@ -89,13 +89,13 @@ class Schedule:
 
     @property
     def ends_in_pure_noise(self) -> bool:
-        """Whether alpha is 0 at t = 1: nothing of z_0 is left there, and noise alone says nothing about it."""
+        """Whether alpha is 0 at t = 1, where z_t is noise alone."""
         return self(1.0)[0].item() == 0
 
     def _position(self, t: Tensor) -> Tensor:
-        """t in units of noise levels [0, T], float64 on the CPU; float32 times snap to the level they mean."""
+        """t in units of noise levels [0, T], float64 on the CPU; float32 times close to a level become it."""
         if t.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"times are {t.dtype}, which blurs noise levels together; use float32 or float64")
+            raise ValueError(f"times are {t.dtype}, which is too coarse for noise levels; use float32 or float64")
         timesteps = self.config.timesteps
         position = t.detach().to("cpu", torch.float64) * timesteps
         if not ((position >= 0) & (position <= timesteps)).all():
@@ -107,7 +107,7 @@ class Schedule:
 
 
 def with_betas(config: ScheduleConfig, start: float, end: float, below: float = 1.0) -> ScheduleConfig:
-    """Fill in the paper's betas where none are given, and check them."""
+    """Fill in the paper's betas if they are None, and check them."""
     start = start if config.beta_start is None else config.beta_start
     end = end if config.beta_end is None else config.beta_end
     if not 0 < start <= end < below:
@@ -116,7 +116,7 @@ def with_betas(config: ScheduleConfig, start: float, end: float, below: float = 
 
 
 def with_sigmas(config: ScheduleConfig, low: float, high: float) -> ScheduleConfig:
-    """Fill in the paper's smallest and largest noise level where none are given, and check them."""
+    """Fill in the paper's smallest and largest noise level if they are None, and check them."""
     low = low if config.sigma_min is None else config.sigma_min
     high = high if config.sigma_max is None else config.sigma_max
     if not 0 < low < high < math.inf:

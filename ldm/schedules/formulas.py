@@ -1,4 +1,4 @@
-"""Noise schedules that are formulas, whose networks are trained at all times: sub-VP, EDM, rectified flow."""
+"""Noise schedules that are formulas, for networks trained at all times: sub-VP, EDM, rectified flow."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RHO = 7.0  # Karras et al. 2022, table 1
 class SubVariancePreserving(Schedule):
     """alpha = exp(-B / 2), sigma = 1 - exp(-B), B the integral of beta up to t (Song et al. 2021, eq. 29).
 
-    The variance beside latents of unit scale is below 1, never below 3/4.
+    The variance of z_t for latents of unit scale is between 3/4 and 1.
     """
 
     def _levels(self, position: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,15 +38,15 @@ class SubVariancePreserving(Schedule):
         return (start + rise * position) / torch.tanh(integral / 2)
 
     def _betas(self) -> tuple[float, float]:
-        """beta where time begins, and how much it rises per noise level."""
+        """beta at t = 0, and its increase per noise level."""
         return self.config.beta_start, (self.config.beta_end - self.config.beta_start) / self.config.timesteps
 
 
 class Edm(Schedule):
-    """alpha = 1, sigma^(1/7) linear in t from the first of T levels up, below it sigma is (Karras et al. 2022, eq. 5).
+    """alpha = 1, sigma^(1/7) linear in t from the first of T levels, sigma linear below it (Karras et al. 2022, eq. 5).
 
-    Latents have unit scale, so sigma_data is always 1: the paper's models of pictures, with sigma_data 0.5, are the
-    same models of twice the pictures at twice the sigmas.
+    Latents have unit scale, so sigma_data is always 1: the paper's models of pixels, with sigma_data 0.5,
+    correspond to pixels and sigmas multiplied by 2.
     """
 
     unit_input = True
@@ -56,7 +56,7 @@ class Edm(Schedule):
         return torch.ones_like(sigma), sigma
 
     def _embedded(self, position: Tensor) -> Tensor:
-        """ln(sigma) / 4, as in table 1, moved and stretched to begin at 0 and end at T."""
+        """ln(sigma) / 4, as in table 1, mapped linearly to [0, T]."""
         low, high = math.log(self.config.sigma_min), math.log(self.config.sigma_max)
         return (RHO * self._root(position).log() - low) / (high - low) * self.config.timesteps
 
@@ -70,12 +70,12 @@ class Edm(Schedule):
         return 2 * RHO * self._line()[1] / self._root(position)
 
     def _root(self, position: Tensor) -> Tensor:
-        """sigma^(1/7), below the first level its."""
+        """sigma^(1/7); below the first level that of the first."""
         low, slope = self._line()
         return low + (position - 1).clamp(min=0) * slope
 
     def _line(self) -> tuple[float, float]:
-        """sigma^(1/7) of the first level, and how much it rises per level."""
+        """sigma^(1/7) of the first level, and its increase per level."""
         low, high = self.config.sigma_min ** (1 / RHO), self.config.sigma_max ** (1 / RHO)
         return low, (high - low) / (self.config.timesteps - 1)
 
@@ -89,7 +89,7 @@ class RectifiedFlow(Schedule):
         return (1 - t) / whole, shift * t / whole
 
     def _embedded(self, position: Tensor) -> Tensor:
-        return self._levels(position)[1] * self.config.timesteps  # sigma, so that a network outlives its shift
+        return self._levels(position)[1] * self.config.timesteps  # sigma, so that a network works with any shift
 
     def _located(self, ratio: Tensor) -> Tensor:
         unshifted = ratio / self.config.shift  # sigma / alpha = shift t / (1 - t)
@@ -100,10 +100,10 @@ class RectifiedFlow(Schedule):
 
 
 def resolution_shift(pixels: int, trained_pixels: int) -> float:
-    """The shift of flow that makes pictures of `pixels` pixels as uncertain as those of `trained_pixels` at shift 1.
+    """The shift of flow at which noise hides images of `pixels` pixels as much as `trained_pixels` at shift 1.
 
-    sqrt(m / n): a picture of m pixels hides as well as one of n behind sqrt(m / n) times its sigma / alpha. It
-    multiplies a shift that the model has been trained with (Esser et al. 2024, eq. 23).
+    It is sqrt(m / n): an image of m pixels needs sqrt(m / n) times the sigma / alpha of one of n pixels. Multiply it by
+    the shift that the model was trained with (Esser et al. 2024, eq. 23).
 
     Raises:
         ValueError: a number of pixels is not positive.
@@ -119,7 +119,7 @@ def sub_vp(config: ScheduleConfig) -> Schedule:
 
 
 def edm(config: ScheduleConfig) -> Schedule:
-    """sigma from sigma_min to sigma_max beside unscaled latents, most time at low noise (Karras et al. 2022)."""
+    """sigma from sigma_min to sigma_max with alpha 1, most of the time at low noise (Karras et al. 2022)."""
     return Edm(with_sigmas(config, 0.002, 80.0))
 
 

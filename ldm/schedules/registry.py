@@ -1,7 +1,7 @@
 """The table of noise schedules t -> (alpha, sigma) with z_t = alpha z_0 + sigma noise (Song et al. 2021, section 3).
 
-Time t runs from 0 (clean: alpha 1, sigma 0) to 1 (noise). Some schedules are tables of T noise levels, of which level
-k, as papers count from 0, is at t = (k + 1) / T; the others are formulas.
+Time t runs from 0 (clean: alpha 1, sigma 0) to 1 (noise). Some schedules are tables of T noise levels, with level
+k, counted from 0, at t = (k + 1) / T; the others are formulas.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SCHEDULES: dict[str, Callable[[ScheduleConfig], Schedule]] = {
 
 
 def make_schedule(config: ScheduleConfig) -> Schedule:
-    """Build the schedule that a config names; its own `.config` has every default filled in.
+    """Build the schedule that a config names; its `.config` has every default filled in.
 
     Raises:
         ValueError: an unknown name, a constant out of range, or an option that the schedule does not have.

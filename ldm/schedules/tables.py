@@ -1,4 +1,4 @@
-"""Noise schedules that are tables of T noise levels, of which papers count the index k = t T - 1 (Ho et al. 2020)."""
+"""Noise schedules that are tables of T noise levels, with index k = t T - 1 (Ho et al. 2020)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from ldm.schedules.base import Schedule, ScheduleConfig, with_betas, with_sigmas
 
 @dataclass(frozen=True, eq=False)
 class TableSchedule(Schedule):
-    """T noise levels given by their ratios sigma / alpha; between two of them log(sigma / alpha) is linear in t.
+    """T noise levels, defined by their ratios sigma / alpha; between two of them log(sigma / alpha) is linear in t.
 
-    Below the first level sigma / alpha is linear, and down to it from infinity alpha / sigma is, since logs end there.
+    Below the first level sigma / alpha is linear. Next to a level without signal alpha / sigma is, where logs are
+    infinite.
     """
 
     ratios: Tensor  # [T + 1] float64, rising sigma / alpha of clean data (0) and each level; the last may be infinite
@@ -36,7 +37,7 @@ class TableSchedule(Schedule):
         return torch.where(high.isinf(), low / (1 - weight), ratio)
 
     def _embedded(self, position: Tensor) -> Tensor:
-        return (position - 1).clamp(min=0)  # below the first level the network is told the first
+        return (position - 1).clamp(min=0)  # below the first level, the index of the first
 
     def _located(self, ratio: Tensor) -> Tensor:
         """The inverse of `_ratio`."""
@@ -47,7 +48,7 @@ class TableSchedule(Schedule):
         return below + torch.where(high.isinf(), 1 - low / ratio, weight).clamp(max=1)
 
     def _dlogsnr_dt(self, position: Tensor) -> Tensor:
-        below = ((position - 1e-9).ceil() - 1).clamp(1, self.config.timesteps - 1)  # levels may be a last bit too high
+        below = ((position - 1e-9).ceil() - 1).clamp(1, self.config.timesteps - 1)  # tolerates rounding
         low, high = self.ratios[below.long()], self.ratios[below.long() + 1]
         return 2 * torch.where(high.isinf(), 1 / (1 - (position - below)), (high / low).log())
 

@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate.commands import launch as accelerate_launch
@@ -31,19 +32,22 @@ class AccelerateSettings:
     environment: dict[str, str]
 
     @classmethod
-    def read(cls, config_file: str | None = None, processes: int | None = None) -> AccelerateSettings:
+    def read(
+        cls, config_file: str | None = None, processes: int | None = None, **machine: int | str | None
+    ) -> AccelerateSettings:
         """Read a config file of accelerate, by default the one that `accelerate config` wrote, if there is one.
 
         Args:
             config_file: a path, or the name of a file of configs/accelerate.
             processes: over all machines; None: as in the file, else one for each GPU, else 1.
+            machine: machine_rank and main_process_ip, where they differ from the file.
 
         Raises:
             FileNotFoundError, ValueError: for a missing or unreadable file, or more processes than GPUs.
         """
         if processes is not None and processes < 1:
             raise ValueError(f"--processes {processes} must be at least 1")
-        arguments = _read_arguments(config_file, processes)
+        arguments = _read_arguments(config_file, {"num_processes": processes, **machine})
         gpus = _gpus(arguments)
         machines, total = arguments.num_machines or 1, max(arguments.num_processes or 1, 1)
         if total % machines:
@@ -79,10 +83,10 @@ class AccelerateSettings:
         return [shared | {"RANK": str(first + i), "LOCAL_RANK": str(i)} for i in range(self.processes)]
 
 
-def _read_arguments(config_file: str | None, processes: int | None) -> argparse.Namespace:
+def _read_arguments(config_file: str | None, options: dict[str, Any]) -> argparse.Namespace:
     """Return the arguments of `accelerate launch`, completed from the config file and the devices."""
     words = [] if config_file is None else ["--config_file", find_recipe(config_file, ["accelerate"])]
-    words += [] if processes is None else ["--num_processes", str(processes)]
+    words += [f"--{name}={value}" for name, value in options.items() if value is not None]
     arguments = accelerate_launch.launch_command_parser().parse_args([*words, "stipple"])
     logging.getLogger(accelerate_launch.__name__).setLevel(logging.ERROR)  # it names every default that it takes
     try:

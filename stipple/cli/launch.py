@@ -13,7 +13,7 @@ from stipple.cli.process_group import run_processes, stop_with_launcher
 from stipple.cli.training_arguments import TRAINING, read_arguments
 from stipple_core.config import one_line_errors
 
-LAUNCH_FLAGS = ("--processes", "--config_file", "--config-file")
+LAUNCH_FLAGS = ("--processes", *(f"--{name}" for name in ("config_file", "machine_rank", "main_process_ip")))
 
 
 def launch(name: str, argv: Sequence[str] | None = None) -> None:
@@ -30,7 +30,8 @@ def launch(name: str, argv: Sequence[str] | None = None) -> None:
     with one_line_errors():
         from stipple.cli.accelerate_settings import AccelerateSettings
 
-        settings = AccelerateSettings.read(arguments.config_file, arguments.processes)
+        machine = {name: getattr(arguments, name) for name in ("machine_rank", "main_process_ip")}
+        settings = AccelerateSettings.read(arguments.config_file, arguments.processes, **machine)
     if settings.processes == 1:
         os.environ.update(settings.environment)
         return module.run(config, arguments)
@@ -52,11 +53,12 @@ def python() -> list[str]:
 
 
 def without_launch_flags(argv: Sequence[str]) -> list[str]:
-    """Remove --processes and --config_file, with their values, from a command line that was parsed before."""
+    """Remove LAUNCH_FLAGS, with their values, from a command line that was parsed before."""
     words, rest = iter(argv), []
     for word in words:
-        if word in LAUNCH_FLAGS:
-            next(words)
-        elif word.partition("=")[0] not in LAUNCH_FLAGS:
+        flag, equals, _ = word.partition("=")
+        if f"--{flag[2:].replace('-', '_')}" not in LAUNCH_FLAGS:
             rest.append(word)
+        elif not equals:
+            next(words)  # its value
     return rest

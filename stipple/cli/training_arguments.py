@@ -77,6 +77,12 @@ def training_parser(name: str, launches: bool = False) -> Parser:
             "--config_file", "--config-file", metavar="FILE",
             help="a config file of accelerate, or one of configs/accelerate, such as fsdp",
         )  # fmt: skip
+        group.add_argument(
+            "--machine_rank", "--machine-rank", type=int, metavar="N", help="several machines: the rank of this one"
+        )
+        group.add_argument(
+            "--main_process_ip", "--main-process-ip", metavar="ADDRESS", help="several machines: that of rank 0"
+        )
     return parser
 
 

@@ -106,7 +106,7 @@ def _summary(config: type) -> str:
 
 
 def _type_name(annotation: Any) -> str:
-    return annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
 
 
 def _yaml(value: Any) -> str:

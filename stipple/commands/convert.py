@@ -1,8 +1,10 @@
-"""Turn a single file of CompVis' kind into a model folder, or a model folder into a single file.
+"""Convert a single file in CompVis' format to a model folder, or a model folder to a single file.
 
 stipple convert sd-v1-5.safetensors checkpoints/sd-v1-5
 stipple convert checkpoints/mine mine.safetensors --precision fp16
-stipple convert vae-ft-mse.ckpt checkpoints/vae-ft-mse     (a first stage alone gives a folder with vae/)
+stipple convert vae-ft-mse.ckpt checkpoints/vae-ft-mse
+
+A file that contains an autoencoder alone becomes a folder with vae/ in it.
 """
 
 from __future__ import annotations
@@ -13,37 +15,36 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stipple.cli.argument_parser import Parser
 from stipple_core.config import one_line_errors, short_warnings
 
-if TYPE_CHECKING:  # torch takes seconds to import: --help answers at once
+if TYPE_CHECKING:  # importing torch takes seconds, and --help does not need it
     import torch
 
 PRECISIONS = {"fp32": "float32", "fp16": "float16"}
 FILE = ".safetensors"
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose complaints are one line."""
-
-    def error(self, message: str) -> None:
-        raise ValueError(message)
-
-
-def parser() -> Parser:
-    """The command line."""
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.add_argument("source", metavar="SRC", help="a .ckpt or .safetensors file, or a model folder")
-    p.add_argument("target", metavar="DST", help=f"a folder, or a {FILE} file; it must not exist")
-    p.add_argument("--yaml", metavar="FILE", help="CompVis' YAML of a single file, for what its keys don't tell")
-    p.add_argument("--tokenizer", metavar="FOLDER", help="the text encoder's, where a single file needs another")
-    p.add_argument("--prediction", choices=["noise", "clean", "velocity"], help="what a single file's UNet outputs")
-    p.add_argument("--precision", choices=list(PRECISIONS), help="of the weights written; default: as in SRC")
-    p.add_argument("--variant", metavar="NAME", help="such as fp16: which weights of a folder that has several")
-    return p
+def make_parser() -> Parser:
+    """Return the parser of the command."""
+    parser = Parser("convert", "SOURCE TARGET [flags]", __doc__)
+    first = parser.first
+    first.add_argument("source", metavar="SOURCE", help="a .ckpt or .safetensors file, or a model folder")
+    first.add_argument("target", metavar="TARGET", help=f"a folder or a {FILE} file that does not exist")
+    first.add_argument("--precision", choices=PRECISIONS, help="of the written weights (default: as in SOURCE)")
+    parser.add_help_flag(first)
+    group = parser.add_argument_group("how the source is read")
+    group.add_argument("--yaml", metavar="FILE", help="single file: its YAML config in CompVis' format")
+    group.add_argument("--tokenizer", metavar="FOLDER", help="single file: its tokenizer (default: the usual one)")
+    group.add_argument(
+        "--prediction", choices=["noise", "clean", "velocity"], help="single file: what its UNet predicts"
+    )
+    group.add_argument("--variant", metavar="NAME", help="model folder: which of its weight files, such as fp16")
+    return parser
 
 
 def stored_dtype(weights: dict[str, torch.Tensor]) -> torch.dtype:
-    """float16 where all matrices of an outline are, else float32."""
+    """Return float16 if all matrices of an outline are float16, else float32."""
     import torch
 
     matrices = [value for value in weights.values() if value.ndim > 1 and value.is_floating_point()]
@@ -51,23 +52,23 @@ def stored_dtype(weights: dict[str, torch.Tensor]) -> torch.dtype:
 
 
 def require_finite(source: Path, **networks: torch.nn.Module | None) -> None:
-    """Raise a ValueError that names the first five weights which hold NaN or infinity, if there are any."""
-    wrong = [
+    """Raise ValueError, with the names of the first five, if any weights contain NaN or infinity."""
+    names = [
         f"{name} of the {part}"
         for part, network in networks.items()
         if network is not None
         for name, value in network.state_dict().items()
         if not value.isfinite().all()
     ]
-    if wrong:
-        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise ValueError(f"{source} has weights that are not finite: {'; '.join(wrong[:5])}{more}; get it again")
+    if names:
+        more = f"; and {len(names) - 5} more" if len(names) > 5 else ""
+        raise ValueError(f"{source} has weights that are not finite: {'; '.join(names[:5])}{more}; get it again")
 
 
 def convert_first_stage(arguments: argparse.Namespace, dtype: torch.dtype) -> None:
-    """An autoencoder alone: a file of it to a folder with vae/, or such a folder to a file."""
+    """Convert an autoencoder alone: a file to a folder with vae/, or such a folder to a file."""
     from autoencoder import Autoencoder
-    from ldm.formats.single_file import save_first_stage
+    from ldm.formats.single_file_writer import save_first_stage
     from stipple_core.files.checkpoint_folder import write_folder
 
     autoencoder = Autoencoder.load(arguments.source, variant=arguments.variant)
@@ -79,14 +80,15 @@ def convert_first_stage(arguments: argparse.Namespace, dtype: torch.dtype) -> No
 
 
 def convert_model(arguments: argparse.Namespace, stored: torch.dtype, dtype: torch.dtype) -> None:
-    """A whole model, held in memory in the precision that it is stored in, which is the least."""
+    """Convert a whole model, which is held in memory in its stored precision."""
     from ldm.formats.model_folder import save_model
     from ldm.formats.opening import open_model
+    from ldm.formats.single_file_writer import save_single_file
     from ldm.formats.single_file import save_single_file
     from stipple_core.files.checkpoint_folder import write_folder
 
-    said = {"config_yaml": arguments.yaml, "tokenizer": arguments.tokenizer, "prediction": arguments.prediction}
-    parts = open_model(arguments.source, stored, arguments.variant, **said)
+    options = {"config_yaml": arguments.yaml, "tokenizer": arguments.tokenizer, "prediction": arguments.prediction}
+    parts = open_model(arguments.source, stored, arguments.variant, **options)
     require_finite(arguments.source, UNet=parts.unet, autoencoder=parts.autoencoder, conditioner=parts.conditioner)
     if arguments.target.suffix == FILE:
         save_single_file(parts, arguments.target, dtype)
@@ -95,8 +97,8 @@ def convert_model(arguments: argparse.Namespace, stored: torch.dtype, dtype: tor
 
 
 def run(argv: Sequence[str]) -> None:
-    """Check, read, and only then write."""
-    arguments = parser().parse_args(argv)
+    """Check the arguments, read the source, then write the target."""
+    arguments = make_parser().parse_args(argv)
     arguments.source, arguments.target = Path(arguments.source), Path(arguments.target)
     source, target = arguments.source, arguments.target
     if not source.exists():
@@ -106,34 +108,41 @@ def run(argv: Sequence[str]) -> None:
 
     import torch
 
-    from autoencoder.formats.compvis_first_stage import first_stage_keys
-    from ldm.formats.compvis.compvis_unet import NETWORK
-    from ldm.formats.diffusers.networks_folder import STEM
-    from ldm.formats.model_folder import INDEX
-    from stipple_core.files.weights import SUFFIXES, find_weights, outline
+    from stipple_core.files.weights import SUFFIXES
 
     if source.is_file() and target.suffix in SUFFIXES:
         raise ValueError(f"{source} and {target} are both files; give a folder as one of them")
     if target.suffix in SUFFIXES and target.suffix != FILE:
         raise ValueError(f"{target} must end in {FILE}: other single files are pickles, which are not written")
-    if source.is_file():
-        weights = outline(source)
-        whole = any(name.startswith(NETWORK) for name in weights) or not first_stage_keys(weights)
-    else:
-        whole = (source / INDEX).is_file()
-        inner = source / "unet" if whole else next(p for p in (source / "vae", source / "vqvae", source) if p.is_dir())
-        weights = outline(find_weights(inner, STEM, arguments.variant))
+    weights, is_model = read_outline(source, arguments.variant)
     stored = stored_dtype(weights)
     dtype = getattr(torch, PRECISIONS[arguments.precision]) if arguments.precision else stored
-    if whole:
+    if is_model:
         convert_model(arguments, stored, dtype)
     else:
         convert_first_stage(arguments, dtype)
     print(f"{source} -> {target}")
 
 
+def read_outline(source: Path, variant: str | None) -> tuple[dict[str, torch.Tensor], bool]:
+    """Return names, shapes and types of weights, and whether they are a whole model and not an autoencoder alone."""
+    from autoencoder.formats.compvis_first_stage import first_stage_keys
+    from ldm.formats.compvis.compvis_unet import NETWORK
+    from ldm.formats.diffusers.networks_folder import STEM
+    from ldm.formats.model_folder import INDEX
+    from stipple_core.files.weights import find_weights, outline
+
+    if source.is_file():
+        weights = outline(source)
+        return weights, any(name.startswith(NETWORK) for name in weights) or not first_stage_keys(weights)
+    is_model = (source / INDEX).is_file()
+    folders = (source / "unet",) if is_model else (source / "vae", source / "vqvae", source)
+    folder = next((path for path in folders if path.is_dir()), folders[0])
+    return outline(find_weights(folder, STEM, variant)), is_model
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line; exits with 2 after a user's mistake."""
+    """Run the command line; exits with 2 after a user's mistake."""
     with short_warnings(), one_line_errors():
         run(sys.argv[1:] if argv is None else argv)
 

@@ -1,4 +1,4 @@
-"""Skips optimizer steps whose loss or gradient is not finite: agreed on by all processes, undone, printed and counted.
+"""Skips optimizer steps with a non-finite loss or gradient: all processes agree, the step is undone and reported.
 
 A skipped step changes nothing: weights, moments and averages wait for the result of `passes`, the buffers of networks
 are restored, and scripts that keep other state check `step_skipped`. If a step has two optimizers, as in adversarial

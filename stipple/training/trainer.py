@@ -80,7 +80,7 @@ class Trainer:
         self._averages: list[tuple[Optimizer, Ema]] = []
         self._settings = settings
 
-    # -- registering what a run consists of ---------------------------------------------------------------------------
+    # -- registration --------------------------------------------------------------------------------------------------
 
     def network(self, name: str, model: nn.Module, may_partition: bool = False) -> nn.Module:
         """Register a trained model and move it to the device; returns it wrapped for several processes.

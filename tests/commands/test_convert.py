@@ -12,7 +12,7 @@ import torch
 from autoencoder import Autoencoder
 from ldm.formats.model_folder import save_model
 from ldm.formats.opening import open_model
-from ldm.formats.single_file import save_first_stage, save_single_file
+from ldm.formats.single_file_writer import save_first_stage, save_single_file
 from stipple.commands.convert import main
 from stipple_core.files.weights import read_weights, write_weights
 from tests.helpers.single_files import build_parts, save_words, write_yaml
@@ -125,7 +125,7 @@ def test_a_model_that_the_compvis_format_cannot_hold_writes_nothing(sources, tmp
     build_model(tmp_path / "own").save(tmp_path / "model")
     before = sorted(tmp_path.iterdir())
     message = refused(capsys, tmp_path / "model", tmp_path / "new" / "x.safetensors")
-    assert "norm_num_groups 8 can't be said in a CompVis file" in message
+    assert "norm_num_groups 8 can't be stored in a CompVis file" in message
     assert sorted(tmp_path.iterdir()) == before
 
 

@@ -84,7 +84,7 @@ def test_every_command_has_a_module_with_a_main():
     [
         (["drow"], "command 'drow' is unknown; did you mean draw?"),
         (["xyz"], "command 'xyz' is unknown; the commands are draw, img2img"),
-        (["train", "--confg", "emoji"], "unrecognized arguments: --confg emoji; did you mean --config?"),
+        (["train", "--confg", "emoji"], "unrecognized arguments: --confg; did you mean --config?"),
         (["train", "--config", "emojy"], "config file emojy does not exist; did you mean emoji?"),
         (["train", "--config", "emoji", "data.fold=x"], "unknown config key data.fold; did you mean data.folder?"),
         (["train", "--config", "emoji", "--processes", "2", "data.fold=x"], "did you mean data.folder?"),
@@ -135,7 +135,19 @@ def test_an_installed_package_has_its_resources_inside(tmp_path, monkeypatch):
 
 
 def test_launch_flags_are_not_passed_to_the_processes():
-    words = ["--processes", "2", "--config", "a", "--config_file=b", "--config-file", "c", "x=--processes", "--compile"]
+    words = [
+        "--processes",
+        "2",
+        "--config",
+        "a",
+        "--config_file=b",
+        "--config-file",
+        "c",
+        "--machine_rank",
+        "1",
+        "x=--processes",
+        "--compile",
+    ]
     assert without_launch_flags(words) == ["--config", "a", "x=--processes", "--compile"]
 
 

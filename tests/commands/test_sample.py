@@ -44,9 +44,9 @@ def test_a_map_sets_size_and_classes_of_the_picture(folders, tmp_path, capsys):
 def test_invalid_requests_are_one_line(folders, tmp_path, capsys):
     Image.new("RGB", (30, 22)).save(tmp_path / "colors.png")
     for kind, words, expected in (
-        ("unconditional", ["--prompt", "a cat"], "is of no use: this model is unconditional; leave it empty"),
-        ("class", ["--class-name", "shirt"], "is no class of this model"),
-        ("semantic", [], "this model is told a semantic map, and none is given; give a map"),
+        ("unconditional", ["--prompt", "a cat"], "can't be used: this model is unconditional; leave it empty"),
+        ("class", ["--class-name", "shirt"], "is not a class of this model"),
+        ("semantic", [], "this model requires a semantic map, and there is none; add a map"),
         ("semantic", ["--map", tmp_path / "colors.png"], "colors.png can't be used: a map has one channel"),
     ):
         error = refused(sample.main, capsys, tmp_path / "out", "--checkpoint", folders[kind], *words)

@@ -47,7 +47,7 @@ def test_back_projection_makes_the_result_match_the_image(model):
     assert model.plan("", image=small)[0].back_projection == 3
     for asked in ({"noise_level": 0.2}, {"mask": Image.new("L", (8, 8), 255)}):  # invented detail is kept
         assert model.plan("", image=small, **asked)[0].back_projection == 0
-    with pytest.raises(ValueError, match="told a picture to be enlarged, and none is given"):
+    with pytest.raises(ValueError, match="requires an image to enlarge, and there is none"):
         model.plan("")
     with pytest.raises(ValueError, match="back projection 2 is for models that enlarge; leave it out"):
         build("text").plan("", image=small, back_projection=2)
@@ -83,7 +83,7 @@ def test_invalid_requests_are_one_line(checkpoint, tmp_path, tmp_path_factory, c
         ([tmp_path / "small.png", "--checkpoint", text], "this model was not trained to enlarge pictures; give one"),
         (
             [tmp_path / "small.png", "--checkpoint", checkpoint, "--noise-level", 0.9],
-            "noise level 0.9 is more than this",
+            "noise level 0.9 exceeds that of this",
         ),
     ):
         assert expected in refused(upscale.main, capsys, tmp_path / "out", *words)

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from conditioning import Context, Unconditional
-from conditioning.build import ConditionerConfig, build_conditioner, load_conditioner
+from conditioning.conditioners import ConditionerConfig, build_conditioner, load_conditioner
 from conditioning.encoders.scratch import TransformerConfig
 from conditioning.hints.hints import SpatialConfig
+from conditioning.interface.input_reader import InputReader, Widths
 from conditioning.interface.inputs import ConditionInputs
-from conditioning.interface.reader import InputReader, Widths
 from conditioning.readers.combined import CombinedConditioner, joined
 from conditioning.readers.frame import FrameConfig
 from stipple.stages.ldm.batch_encoder import BatchEncoder

@@ -137,7 +137,7 @@ def test_the_fingerprint_changes_with_weights_tokenizer_and_options(bert):
 
 MISTAKES = {
     "unknown kind": (dict(kind="clip", name="x"), "kind 'clip' is unknown; use one of"),
-    "no name": (dict(), "needs `name`"),
+    "no name": (dict(), "requires `name`"),
     "unknown layer": (dict(layer="first"), "layer 'first' is unknown; use one of last, penultimate"),
     "no folder": (dict(name="./nowhere/at/all"), "./nowhere/at/all does not exist"),
     "no network": (dict(name="openai/clip-vit-large-patch14"), "hf download openai/clip-vit-large-patch14"),
@@ -145,7 +145,7 @@ MISTAKES = {
     "small vocabulary": (dict(kind="scratch", scratch=TransformerConfig(vocab_size=99)), "must be at least 514"),
     "heads": (dict(kind="scratch", scratch=TransformerConfig(width=30, heads=4)), "not divisible by 4 heads"),
     "unknown architecture": (dict(kind="open_clip", name="ViT-Z-9"), "no architecture 'ViT-Z-9'; similar ones: "),
-    "no tag": (dict(kind="open_clip", name="RN50"), "needs `pretrained`: a file, random, or one of openai"),
+    "no tag": (dict(kind="open_clip", name="RN50"), "requires `pretrained`: a file, random, or one of"),
     "weights of open_clip": (
         dict(kind="open_clip", name="RN50", pretrained="cc12m"),
         "set `pretrained` to a",

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from conditioning import TextConditioner, conditioner_from_compvis, load_conditioner
-from conditioning.build import ConditionerConfig, build_conditioner
+from conditioning.conditioners import ConditionerConfig, build_conditioner
 from conditioning.layouts.layout_tokenizer import LayoutConfig, LayoutTokenizer
 from tests.helpers.small_encoders import ldm_bert_shapes
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from conditioning import ConditionerConfig, ConditionInputs, Context, build_conditioner, load_conditioner
-from conditioning.interface.reader import InputReader, Widths
+from conditioning.interface.input_reader import InputReader, Widths
 from conditioning.readers.registry import READERS
 
 

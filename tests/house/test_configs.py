@@ -14,7 +14,7 @@ from torch import nn
 
 from autoencoder import Autoencoder, PatchDiscriminator
 from autoencoder.losses.perceptual import PERCEPTUAL, make_perceptual
-from conditioning.build import ConditionerConfig
+from conditioning.conditioners import ConditionerConfig
 from conditioning.encoders.scratch import random_transformer, train_tokenizer
 from conditioning.readers.frame import FrameReader
 from conditioning.readers.spatial import SpatialReader
@@ -101,7 +101,7 @@ def of_prompts(config: ConditionerConfig) -> tuple[int, int]:
     """Widths of the tokens and of the vector of the prompt conditioner; 0: none."""
     if config.kind in ("transformers", "open_clip"):
         return encoder_width(config.name), 0
-    if config.kind == "class" and config.classes.encoded_as == "vector":
+    if config.kind == "class" and config.classes.told_as == "vector":
         return 0, config.classes.width
     widths = {"scratch": config.scratch.width, "layout": config.layout.width, "class": config.classes.width}
     return widths.get(config.kind, 0), 0
@@ -341,7 +341,7 @@ def test_every_config_that_a_page_a_script_or_a_recipe_mentions_exists():
 
 def test_every_command_and_override_in_the_comments_of_recipes_is_valid():
     scripts = {"autoencoder": AutoencoderRunConfig, "ldm": LdmRunConfig}
-    commands = r"(?:\w+\.py|stipple [\w-]+)\s+--config (configs/(\w+)/\S+\.yaml)((?:\s+[a-z_.]+=\S+)*)"
+    commands = r"stipple [\w-]+\s+(?:--config_file \S+\s+)?--config (configs/(\w+)/\S+\.yaml)((?:\s+[a-z_.]+=\S+)*)"
     for path in [path for path in ALL if path.parent.name in scripts]:
         comments = " ".join(re.findall(r"#(.*)", path.read_text("utf-8"))).replace("\\", " ")
         for config, folder, overrides in re.findall(commands, comments):

@@ -27,7 +27,7 @@ def anchors(text: str) -> set[str]:
 
 
 @pytest.mark.parametrize("path", PAGES, ids=page)
-def test_links_of_a_page_lead_to_files_and_headings(path):
+def test_links_of_a_page_point_to_files_and_headings(path):
     for target in LINK.findall(re.sub(r"```.*?```", "", path.read_text("utf-8"), flags=re.DOTALL)):
         if "://" in target:
             continue

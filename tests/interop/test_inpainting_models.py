@@ -88,5 +88,7 @@ def test_a_text_model_that_is_shown_a_hint_draws_at_first_as_it_did(tmp_path, se
     settings = dict(steps=2, guidance_scale=3.0, seed=0, sampler="ddim", height=SIDE, width=SIDE)
     before = made(PROMPT, **settings)[0]
     settings.pop("seed")
-    after = draw_with_hints(model, hint, prompt=PROMPT, **{k: v for k, v in settings.items() if k not in ("height", "width")})
+    after = draw_with_hints(
+        model, hint, prompt=PROMPT, **{k: v for k, v in settings.items() if k not in ("height", "width")}
+    )
     assert (127.5 * (after[0] - image_to_tensor(before))).abs().max() <= 0.51

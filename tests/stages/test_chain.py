@@ -1,7 +1,7 @@
 """The whole chain of commands on real images, for KL and VQ, in one process and in two.
 
-The chain of KL runs the commands that a user types, each in its own process below its launcher. The chain of VQ runs the
-same commands in processes forked from one that has torch loaded, which takes fewer seconds and changes nothing else.
+The KL chain runs the commands that a user types, each in its own process below its launcher. The VQ chain runs the same
+commands in processes forked from one that has torch loaded, which is faster and changes nothing else.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from conditioning import Unconditional
-from conditioning.build import ConditionerConfig
+from conditioning.conditioners import ConditionerConfig
 from ldm import TextToImage
 from ldm.formats.opening import open_model
 from ldm.networks.unet_config import UNetConfig

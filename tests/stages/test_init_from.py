@@ -12,7 +12,7 @@ import yaml
 from autoencoder import Autoencoder
 from ldm.formats.model_folder import save_model
 from ldm.formats.opening import open_model
-from ldm.formats.single_file import save_first_stage, save_single_file
+from ldm.formats.single_file_writer import save_first_stage, save_single_file
 from ldm.sampling.defaults import default_settings
 from stipple_core.files.manifest import problem
 from stipple_core.files.weights import read_weights
@@ -212,7 +212,7 @@ def test_overwriting_the_file_of_init_from_does_not_change_the_weights_of_a_run(
 
 
 def test_new_input_channels_have_no_effect_at_first(tmp_path):
-    from conditioning.build import ConditionerConfig
+    from conditioning.conditioners import ConditionerConfig
     from conditioning.hints.hints import SpatialConfig
     from stipple.stages.ldm.build_model import make_unet
     from stipple.stages.ldm.ldm_run import LdmRunConfig

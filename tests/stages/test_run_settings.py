@@ -1,4 +1,4 @@
-"""What both stages refuse of their settings before anything is written, and what they say where a resume has others."""
+"""Settings of both stages: invalid ones are refused, and changed ones are reported when a run is resumed."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from stipple.stages.ldm.ldm_run import LdmRunConfig
 from stipple_core.config import load_config, save_config
 
 BOTH = (AutoencoderRunConfig, LdmRunConfig)
-GIVEN = ["data.folder=FOLDER"]
+REQUIRED = ["data.folder=FOLDER"]
 
 
 def read(stage: type, *overrides: str):
     needed = ["autoencoder=FOLDER"] * (stage is LdmRunConfig)
-    return load_config(stage, None, [*GIVEN, *needed, *overrides])
+    return load_config(stage, None, [*REQUIRED, *needed, *overrides])
 
 
 @pytest.mark.parametrize("stage", BOTH, ids=["stage 1", "stage 2"])
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     {
         "optimizer.warmup_steps=-5": "optimizer.warmup_steps -5 must be at least 0",
         "validation.images=0": "validation.images 0 must be at least 1",
@@ -33,35 +33,35 @@ def read(stage: type, *overrides: str):
         "trainer.timeout_minutes=1e12": "trainer.timeout_minutes 1e.12 must be above 0 and at most",
         "trainer.workers=-1": "trainer.workers -1 must be at least 0",
         "seed=99999999999999999999999": r"seed 99999999999999999999999 must be from",
-        "run=''": "run is ''; name the folder",
-        "run=' '": "run is ' '; name the folder",
+        "run=''": "run is ''; set it to the name",
+        "run=' '": "run is ' '; set it to the name",
     }.items(),
 )
-def test_settings_that_make_no_sense_are_refused_by_key_value_and_rule(stage, override, told):
-    with pytest.raises(ValueError, match=told) as refused:
+def test_invalid_settings_are_refused_with_key_value_and_rule(stage, override, message):
+    with pytest.raises(ValueError, match=message) as refused:
         read(stage, override)
     assert "\n" not in str(refused.value)
 
 
-def test_samples_are_drawn_at_no_negative_number_of_steps():
+def test_a_negative_number_of_steps_between_samples_is_refused():
     with pytest.raises(ValueError, match="samples.every -1 must be at least 0"):
         read(LdmRunConfig, "samples.every=-1")
 
 
 @pytest.mark.parametrize("stage", BOTH, ids=["stage 1", "stage 2"])
-def test_validation_that_is_never_done_needs_no_images(stage):
+def test_a_run_without_validation_needs_no_validation_images(stage):
     assert read(stage, "validation.every=0", "validation.images=0").validation.images == 0
 
 
 @pytest.mark.parametrize("stage", BOTH, ids=["stage 1", "stage 2"])
-def test_changed_settings_are_told_and_what_is_no_part_of_what_is_learned_is_not(stage, tmp_path):
+def test_changes_lists_the_settings_that_affect_results(stage, tmp_path):
     path = str(tmp_path / "config.yaml")
     save_config(read(stage), path)
     free = ["trainer.steps=7", "trainer.workers=2", "run=other", "validation.every=5", "trainer.resume=false"]
     moved = ["data.maps=elsewhere", "data.folder=moved"]
     assert changes(read(stage, *free, *moved), path) == ""
     now = ["seed=3", "trainer.batch_size=8", "data.flip=true", "trainer.precision=bf16", "optimizer.learning_rate=0.5"]
-    told = changes(read(stage, *now), path)
+    changed = changes(read(stage, *now), path)
     for each in (
         "seed 0 -> 3",
         "batch_size 32 -> 8",
@@ -69,7 +69,7 @@ def test_changed_settings_are_told_and_what_is_no_part_of_what_is_learned_is_not
         "precision no -> bf16",
         "_rate 0.0001 -> 0.5",
     ):
-        assert each in told
+        assert each in changed
     assert changes(read(stage, *now, "ema.decay=0.5", "data.crop=random"), path).endswith(" and 2 more")
 
 
@@ -82,10 +82,10 @@ def test_settings_that_cannot_be_read_are_not_compared(tmp_path):
     assert changes(config, str(tmp_path / "config.yaml")) == "seed 5 -> 0"
 
 
-def test_what_a_run_reads_besides_its_data_may_be_moved(tmp_path):
+def test_files_that_a_run_reads_besides_its_data_may_be_moved(tmp_path):
     def run(folder: str) -> LdmRunConfig:
-        kept = f"preservation={{folder: {folder}, prompt: a dog}}"
-        return read(LdmRunConfig, kept, f"conditioner.retrieval={{database: {folder}}}", "init_from=MODEL")
+        preservation = f"preservation={{folder: {folder}, prompt: a dog}}"
+        return read(LdmRunConfig, preservation, f"conditioner.retrieval={{database: {folder}}}", "init_from=MODEL")
 
     save_config(run("here"), str(tmp_path / "config.yaml"))
     assert changes(run("there"), str(tmp_path / "config.yaml")) == ""

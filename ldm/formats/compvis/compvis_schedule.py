@@ -1,4 +1,4 @@
-"""The noise schedule in the single files of CompVis and Stability, told from the tables that lie beside the weights."""
+"""The noise schedule in the single files of CompVis and Stability, from the tables beside the weights."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from ldm.schedules.base import ScheduleConfig
 from ldm.schedules.registry import make_schedule
 
 PREDICTIONS = {"eps": "noise", "x0": "clean", "v": "velocity"}
-BETA_SCHEDULES = {"linear": "scaled_linear", "sqrt_linear": "linear", "cosine": "cosine"}  # theirs -> ours
+BETA_SCHEDULES = {"linear": "scaled_linear", "sqrt_linear": "linear", "cosine": "cosine"}  # CompVis' names -> Stipple's
 PUBLISHED_BETAS = [(0.00085, 0.012), (0.0015, 0.0195), (0.0015, 0.0205), (0.0015, 0.0155), (0.0015, 0.015)]
 
 
 def schedule_from_compvis(
     weights: Mapping[str, Tensor], params: Mapping[str, Any] | None = None
 ) -> tuple[ScheduleConfig, str]:
-    """The noise schedule of a whole file, and what its network predicts, a key of ldm.denoising.prediction.PREDICTIONS.
+    """The noise schedule of a whole file, and the prediction of its network, a key of PREDICTIONS in ldm.denoising.
 
     Args:
-        weights: with the buffers `betas` or `alphas_cumprod`, which nearly all files have; they are believed first.
-        params: `model.params` of the YAML: beta_schedule, linear_start, linear_end, timesteps; SD's are taken for what
-            is not there. `parameterization` "v" must be said of SD2 at 768 pixels, and "x0" where it is so: weights
-            don't tell what they predict, and it is taken to be the noise.
+        weights: with the buffers `betas` or `alphas_cumprod`, which nearly all files have and which take precedence.
+        params: `model.params` of the YAML: beta_schedule, linear_start, linear_end, timesteps; the defaults are
+            SD's. Specify `parameterization` "v" for SD2 at 768 pixels, and "x0" for models of clean latents: weights do
+            not determine the prediction, and the default is noise.
 
     Raises:
-        ValueError: the buffers are of no schedule that we have, or the YAML says something that we have not.
+        ValueError: the buffers or the YAML describe a schedule that is not supported.
     """
     params = params or {}
     kind, target = params.get("beta_schedule", "linear"), params.get("parameterization", "eps")
     for option, value, known in (("beta_schedule", kind, BETA_SCHEDULES), ("parameterization", target, PREDICTIONS)):
-        if value not in list(known):  # which asks nothing of a value that can't be a key
+        if value not in list(known):  # a list, since the value may not be hashable
             raise ValueError(f"{option} {value!r} is not implemented; only {', '.join(known)} are")
     betas = (params.get("linear_start", 0.00085), params.get("linear_end", 0.012))
     config = _fitted(weights) or _schedule(BETA_SCHEDULES[kind], params.get("timesteps", 1000), betas)
@@ -41,7 +41,7 @@ def schedule_from_compvis(
 
 
 def _fitted(weights: Mapping[str, Tensor]) -> ScheduleConfig | None:
-    """The schedule whose table is in the buffers, its constants as round as precision allows; None without buffers."""
+    """The schedule whose table is in the buffers, with the roundest constants in precision; None without buffers."""
     name = next((name for name in ("alphas_cumprod", "betas") if name in weights), None)
     if name is None:
         return None
@@ -68,7 +68,7 @@ def _betas(alpha_bar: Tensor) -> Tensor:
 
 
 def _candidates(levels: int, start: float, end: float) -> Iterator[ScheduleConfig]:
-    """Schedules of so many levels: published ones, and of such a first and last beta, the roundest first."""
+    """Candidates with this many levels: published ones, then those of this first and last beta, the roundest first."""
     rounded = [(float(f"{start:.{digits}g}"), float(f"{end:.{digits}g}")) for digits in range(2, 9)]
     for zero_terminal_snr in (False, True):
         for name in ("scaled_linear", "linear"):

@@ -1,6 +1,6 @@
-"""UNets in the single files of CompVis and Stability: their keys, and what keys and shapes say of the network.
+"""UNets in the single files of CompVis and Stability: their keys, and the config that keys and shapes imply.
 
-Names here are without the prefix `model.diffusion_model.`; `unet_keys` takes it off.
+Names here are without the prefix `model.diffusion_model.`, which `unet_keys` removes.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ QKV = ("to_q", "to_k", "to_v")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Known:
-    """What the shapes of a published UNet don't tell."""
+class PublishedUNet:
+    """Options of a published UNet that its shapes do not determine."""
 
     sample_size: int  # of the latents that it was trained on
     heads: int | None = None  # on all levels
-    head_channels: int | None = None  # of each head on all levels, where it is this that they share
+    head_channels: int | None = None  # of each head, if the same on all levels
 
 
 SD = (320, 640, 1280, 1280)
 KNOWN = {  # by features per level and width of the context
-    (SD, 768): Known(sample_size=64, heads=8),  # Stable Diffusion 1
-    (SD, 1024): Known(sample_size=64, head_channels=64),  # Stable Diffusion 2
-    (SD, 1280): Known(sample_size=32, heads=8),  # text-to-image of 1.45 billion
-    ((192, 384, 576, 960), 640): Known(sample_size=64, head_channels=32),  # the smaller text-to-image
-    ((256, 512, 1024), 512): Known(sample_size=32, head_channels=32),  # ImageNet, f = 8
-    ((192, 384, 576, 960), 512): Known(sample_size=64, heads=1),  # ImageNet, f = 4
-    ((448, 896, 1344, 1792), 768): Known(sample_size=48, head_channels=32),  # retrieval-augmented
-    ((128, 256, 384, 512), 512): Known(sample_size=64, head_channels=32),  # layout
-    ((224, 448, 672, 896), None): Known(sample_size=64, head_channels=32),  # CelebA-HQ, FFHQ, LSUN bedrooms
-    ((192, 384, 384, 768, 768), None): Known(sample_size=32, heads=8),  # LSUN churches
-    ((256, 512, 768, 1024), None): Known(sample_size=64, heads=8),  # inpainting
-    ((128, 512, 1024), None): Known(sample_size=64, heads=8),  # semantic maps
-    ((160, 320, 320, 640), None): Known(sample_size=64, head_channels=32),  # super-resolution
+    (SD, 768): PublishedUNet(sample_size=64, heads=8),  # Stable Diffusion 1
+    (SD, 1024): PublishedUNet(sample_size=64, head_channels=64),  # Stable Diffusion 2
+    (SD, 1280): PublishedUNet(sample_size=32, heads=8),  # text-to-image of 1.45 billion
+    ((192, 384, 576, 960), 640): PublishedUNet(sample_size=64, head_channels=32),  # the smaller text-to-image
+    ((256, 512, 1024), 512): PublishedUNet(sample_size=32, head_channels=32),  # ImageNet, f = 8
+    ((192, 384, 576, 960), 512): PublishedUNet(sample_size=64, heads=1),  # ImageNet, f = 4
+    ((448, 896, 1344, 1792), 768): PublishedUNet(sample_size=48, head_channels=32),  # retrieval-augmented
+    ((128, 256, 384, 512), 512): PublishedUNet(sample_size=64, head_channels=32),  # layout
+    ((224, 448, 672, 896), None): PublishedUNet(sample_size=64, head_channels=32),  # CelebA-HQ, FFHQ, LSUN bedrooms
+    ((192, 384, 384, 768, 768), None): PublishedUNet(sample_size=32, heads=8),  # LSUN churches
+    ((256, 512, 768, 1024), None): PublishedUNet(sample_size=64, heads=8),  # inpainting
+    ((128, 512, 1024), None): PublishedUNet(sample_size=64, heads=8),  # semantic maps
+    ((160, 320, 320, 640), None): PublishedUNet(sample_size=64, head_channels=32),  # super-resolution
 }
 
 
@@ -61,12 +61,13 @@ def unet_config(weights: Mapping[str, Tensor], params: Mapping[str, Any] | None 
 
     Args:
         weights: under CompVis' names.
-        params: `model.params.unet_config.params` of its YAML: needed for a model that is not in `KNOWN`, to say
-            num_heads or num_head_channels, which then override. Its image_size counts for such a model only: SD's own
-            YAML files say 32 and mean 64. SD2 at 768 pixels has the shapes of SD2 at 512: replace sample_size by 96.
+        params: `model.params.unet_config.params` of its YAML: required for num_heads or num_head_channels of a model
+            that is not in `KNOWN`; they override the table. Its image_size is used for such a model only, since SD's
+            YAML files have 32 in place of 64. SD2 at 768 pixels has the shapes of SD2 at 512: replace sample_size
+            by 96.
 
     Raises:
-        ValueError: it is no such UNet, its heads can't be told, or the YAML is another model's.
+        ValueError: it is no such UNet, its heads are unknown, or the YAML is of another model.
     """
     params = dict(params or {})
     try:
@@ -89,7 +90,7 @@ def unet_config(weights: Mapping[str, Tensor], params: Mapping[str, Any] | None 
 
 
 def _require_same(shape: Mapping[str, Any], params: Mapping[str, Any]) -> None:
-    """Raise a ValueError if the YAML is another model's."""
+    """Raise ValueError if the YAML is of another model."""
     channels = shape["block_out_channels"]
     found = {
         "in_channels": shape["in_channels"],
@@ -98,15 +99,15 @@ def _require_same(shape: Mapping[str, Any], params: Mapping[str, Any]) -> None:
         "channel_mult": [width // channels[0] for width in channels],
     }
     for name, value in found.items():
-        given = params.get(name, value)
-        if (list(given) if isinstance(value, list) else given) != value:
-            raise ValueError(f"{name} is {given} in the YAML and {value} in the weights; give the YAML of this model")
+        values = params.get(name, value)
+        if (list(values) if isinstance(value, list) else values) != value:
+            raise ValueError(f"{name} is {values} in the YAML and {value} in the weights; give the YAML of this model")
     if shape["attention"] == "plain" and params.get("use_new_attention_order"):
         raise ValueError("use_new_attention_order is not implemented; only UNets without it are")
 
 
 def _shape(weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The fields of UNetConfig that are seen in the weights. Raises KeyError with the name of a key that is missing."""
+    """The fields of UNetConfig that the weights determine. Raises KeyError with the name of a key that is missing."""
     outputs = sorted({int(key.split(".")[1]) for key in weights if key.startswith("output_blocks.")})
     if not outputs:
         raise KeyError("output_blocks")
@@ -135,7 +136,7 @@ def _shape(weights: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _is_odd(name: str, value: Tensor) -> bool:
-    """Whether a weight has other dimensions than its name tells."""
+    """Whether a weight has other dimensions than its name implies."""
     for pattern, dimensions in DIMENSIONS.items():
         if re.search(pattern, name):
             return value.ndim != dimensions
@@ -143,7 +144,7 @@ def _is_odd(name: str, value: Tensor) -> bool:
 
 
 def _transformers(weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Fields of UNetConfig about spatial transformers, of which the one in the middle speaks for all."""
+    """Fields of UNetConfig about spatial transformers, read from the one in the middle."""
     keys = [key for key in weights if key.endswith("attn2.to_k.weight")]
     widths = {weights[key].shape for key in keys}
     itself = len({width for _, width in widths}) > 1 and all(dim == width for dim, width in widths)
@@ -155,19 +156,19 @@ def _transformers(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def _heads(shape: Mapping[str, Any], known: Known | None, params: Mapping[str, Any]) -> tuple[int, ...]:
-    """Heads per level: what the YAML says, or else the table."""
-    given = {name: params.get(name, -1) for name in ("num_heads", "num_head_channels")}
-    if max(given.values()) < 1:
+def _heads(shape: Mapping[str, Any], known: PublishedUNet | None, params: Mapping[str, Any]) -> tuple[int, ...]:
+    """Heads per level: from the YAML, or else from the table."""
+    values = {name: params.get(name, -1) for name in ("num_heads", "num_head_channels")}
+    if max(values.values()) < 1:
         if known is None:
             raise ValueError(
                 f"heads of a UNet of {shape['block_out_channels']} channels with context width "
-                f"{shape['cross_attention_dim']} can't be told from its weights; give its YAML, which says num_heads"
+                f"{shape['cross_attention_dim']} are unknown; specify its YAML, which has num_heads"
             )
-        given = {"num_heads": known.heads or -1, "num_head_channels": known.head_channels or -1}
-    channels, width = shape["block_out_channels"], given["num_head_channels"]
+        values = {"num_heads": known.heads or -1, "num_head_channels": known.head_channels or -1}
+    channels, width = shape["block_out_channels"], values["num_head_channels"]
     if width < 1:
-        return (given["num_heads"],) * len(channels)
+        return (values["num_heads"],) * len(channels)
     for dim, attends in zip(channels, (*shape["attention_levels"][:-1], True), strict=True):
         if attends and dim % width:
             raise ValueError(f"num_head_channels {width} does not divide {dim} channels; give the YAML of this model")
@@ -175,23 +176,23 @@ def _heads(shape: Mapping[str, Any], known: Known | None, params: Mapping[str, A
 
 
 def unet_from_compvis(weights: Mapping[str, Tensor], config: UNetConfig) -> dict[str, Tensor]:
-    """Weights under CompVis' names in ours. Raises ValueError naming keys that are missing, left over or misshapen."""
+    """Weights in CompVis' names -> Stipple's. Raises ValueError for missing, unexpected or misshapen keys."""
     with torch.device("meta"):
-        ours = UNet(config).state_dict()
-    require_fit(misfits(unet_to_compvis(ours, config), weights), "the UNet")
+        stipple = UNet(config).state_dict()
+    require_fit(misfits(unet_to_compvis(stipple, config), weights), "the UNet")
     names, parts = module_names(config), _split(weights, config)
-    return {name: parts[name] if name in parts else weights[renamed(name, names)] for name in ours}
+    return {name: parts[name] if name in parts else weights[renamed(name, names)] for name in stipple}
 
 
 def unet_to_compvis(weights: Mapping[str, Tensor], config: UNetConfig) -> dict[str, Tensor]:
-    """Weights under our names in CompVis', the exact inverse of `unet_from_compvis`.
+    """Weights in Stipple's names -> CompVis' names, the exact inverse of `unet_from_compvis`.
 
     Raises:
-        ValueError: naming keys that don't fit the config, or an option of which CompVis' UNet has one value.
+        ValueError: naming keys that don't fit the config, or an option that CompVis' UNet does not have.
     """
     for name, value in (("norm_num_groups", 32), ("norm_eps", 1e-5)):
         if getattr(config, name) != value:
-            raise ValueError(f"{name} {getattr(config, name)} can't be said in a CompVis file; only {value} can")
+            raise ValueError(f"{name} {getattr(config, name)} can't be stored in a CompVis file; only {value} can")
     with torch.device("meta"):
         require_fit(misfits(UNet(config).state_dict(), weights), "the UNet")
     names, fused = module_names(config), _fuse(weights, config)
@@ -203,33 +204,34 @@ def unet_to_compvis(weights: Mapping[str, Tensor], config: UNetConfig) -> dict[s
 def _fuse(weights: Mapping[str, Tensor], config: UNetConfig) -> dict[str, Tensor]:
     """Matrices of plain attention as CompVis' convolutions over a line: q, k, v of the first head, of the second..."""
     fused = {}
-    for ours, theirs, heads in attentions(config) if config.attention == "plain" else ():
+    for stipple, compvis, heads in attentions(config) if config.attention == "plain" else ():
         for kind in ("weight", "bias"):
-            parts = [weights[f"{ours}.{part}.{kind}"].unflatten(0, (heads, -1)) for part in QKV]
-            fused[f"{theirs}.qkv.{kind}"] = torch.stack(parts, dim=1).flatten(0, 2)  # [3 C, C] or [3 C]
-        for name, value in (("qkv", fused[f"{theirs}.qkv.weight"]), ("proj_out", weights[f"{ours}.to_out.0.weight"])):
-            fused[f"{theirs}.{name}.weight"] = value.unsqueeze(-1)  # [3 C or C, C, 1]
+            parts = [weights[f"{stipple}.{part}.{kind}"].unflatten(0, (heads, -1)) for part in QKV]
+            fused[f"{compvis}.qkv.{kind}"] = torch.stack(parts, dim=1).flatten(0, 2)  # [3 C, C] or [3 C]
+        output = weights[f"{stipple}.to_out.0.weight"]
+        for name, value in (("qkv", fused[f"{compvis}.qkv.weight"]), ("proj_out", output)):
+            fused[f"{compvis}.{name}.weight"] = value.unsqueeze(-1)  # [3 C or C, C, 1]
     return fused
 
 
 def _split(weights: Mapping[str, Tensor], config: UNetConfig) -> dict[str, Tensor]:
-    """The inverse of `_fuse`, under our names."""
+    """The inverse of `_fuse`, in Stipple's names."""
     split = {}
-    for ours, theirs, heads in attentions(config) if config.attention == "plain" else ():
-        split[f"{ours}.to_out.0.weight"] = weights[f"{theirs}.proj_out.weight"].squeeze(-1)  # [C, C]
+    for stipple, compvis, heads in attentions(config) if config.attention == "plain" else ():
+        split[f"{stipple}.to_out.0.weight"] = weights[f"{compvis}.proj_out.weight"].squeeze(-1)  # [C, C]
         for kind, fused in (
-            ("weight", weights[f"{theirs}.qkv.weight"].squeeze(-1)),
-            ("bias", weights[f"{theirs}.qkv.bias"]),
+            ("weight", weights[f"{compvis}.qkv.weight"].squeeze(-1)),
+            ("bias", weights[f"{compvis}.qkv.bias"]),
         ):
             parts = fused.unflatten(0, (heads, 3, -1)).unbind(1)  # each [heads, C / heads, C] or [heads, C / heads]
-            split |= {f"{ours}.{part}.{kind}": value.flatten(0, 1) for part, value in zip(QKV, parts, strict=True)}
+            split |= {f"{stipple}.{part}.{kind}": value.flatten(0, 1) for part, value in zip(QKV, parts, strict=True)}
     return split
 
 
 def unet_keys(names: Collection[str]) -> dict[str, str]:
-    """Where in a whole file the UNet's weights are, by names without prefix.
+    """The keys of the UNet's weights in a whole file, by names without prefix.
 
-    They are those of averages over training, if there are any.
+    Weights averaged over training are preferred.
 
     Raises:
         ValueError: there is no UNet, or an average of a part of it.

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from ldm.networks.unet_config import UNetConfig
 
-ENDS = {  # ours -> theirs
+ENDS = {  # Stipple's names -> CompVis' names
     "conv_in": "input_blocks.0.0",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
@@ -27,33 +27,33 @@ PLAIN = {"group_norm": "norm", "to_out.0": "proj_out"}  # to_q, to_k and to_v ar
 
 
 def attentions(config: UNetConfig) -> Iterator[tuple[str, str, int]]:
-    """Our name and theirs of each spatial transformer or plain attention, and the number of its heads."""
+    """Names in Stipple and CompVis of each spatial transformer or plain attention, and its number of heads."""
     yield "mid_block.attentions.0", "middle_block.1", config.attention_heads[-1]
-    for block, layer, theirs, level in _layers(config):
+    for block, layer, compvis, level in _layers(config):
         if config.attention_levels[level]:
-            yield f"{block}.attentions.{layer}", f"{theirs}.1", config.attention_heads[level]
+            yield f"{block}.attentions.{layer}", f"{compvis}.1", config.attention_heads[level]
 
 
 def module_names(config: UNetConfig) -> dict[str, str]:
-    """Our names -> theirs, of modules within which the rest of a name is the same."""
+    """Stipple's names -> CompVis' names, of modules within which the rest of a name is the same."""
     names = dict(ENDS)
     residuals = {"mid_block.resnets.0": "middle_block.0", "mid_block.resnets.1": "middle_block.2"}
-    residuals |= {f"{block}.resnets.{layer}": f"{theirs}.0" for block, layer, theirs, _ in _layers(config)}
-    for ours, theirs in _steps(config):
+    residuals |= {f"{block}.resnets.{layer}": f"{compvis}.0" for block, layer, compvis, _ in _layers(config)}
+    for stipple, compvis in _steps(config):
         if config.resample == "residual":
-            residuals[ours] = theirs
+            residuals[stipple] = compvis
         else:
-            names[f"{ours}.conv"] = f"{theirs}.op" if ours.startswith("down") else f"{theirs}.conv"
-    for ours, theirs in residuals.items():
-        names |= {f"{ours}.{part}": f"{theirs}.{name}" for part, name in RESIDUAL.items()}
-    for ours, theirs, _ in attentions(config):
-        parts = {f"{ours}.{part}": f"{theirs}.{name}" for part, name in PLAIN.items()}
-        names |= parts if config.attention == "plain" else {ours: theirs}
+            names[f"{stipple}.conv"] = f"{compvis}.op" if stipple.startswith("down") else f"{compvis}.conv"
+    for stipple, compvis in residuals.items():
+        names |= {f"{stipple}.{part}": f"{compvis}.{name}" for part, name in RESIDUAL.items()}
+    for stipple, compvis, _ in attentions(config):
+        parts = {f"{stipple}.{part}": f"{compvis}.{name}" for part, name in PLAIN.items()}
+        names |= parts if config.attention == "plain" else {stipple: compvis}
     return names
 
 
 def renamed(name: str, names: dict[str, str]) -> str:
-    """A parameter's name in theirs, given `module_names`."""
+    """A parameter's name in CompVis, by `module_names`."""
     module, rest = name, ""
     while module not in names:
         module, _, last = module.rpartition(".")
@@ -62,7 +62,7 @@ def renamed(name: str, names: dict[str, str]) -> str:
 
 
 def _layers(config: UNetConfig) -> Iterator[tuple[str, int, str, int]]:
-    """Each residual block: the block of ours that it is in and its index there, their block, its level."""
+    """Each residual block: the block of stipple that it is in and its index there, their block, its level."""
     levels, layers = len(config.block_out_channels), config.layers_per_block
     for level in range(levels):
         for layer in range(layers):
@@ -73,7 +73,7 @@ def _layers(config: UNetConfig) -> Iterator[tuple[str, int, str, int]]:
 
 
 def _steps(config: UNetConfig) -> Iterator[tuple[str, str]]:
-    """Our name and theirs of each step between levels; theirs have a place of their own down, not up."""
+    """Names in Stipple and CompVis of each step between levels; down, they have their own index in CompVis."""
     levels, layers = len(config.block_out_channels), config.layers_per_block
     for level in range(levels - 1):
         yield f"down_blocks.{level}.downsamplers.0", f"input_blocks.{(level + 1) * (layers + 1)}.0"

@@ -28,14 +28,14 @@ BUFFERS = (
 
 
 def schedule_buffers(config: ScheduleConfig) -> dict[str, Tensor]:
-    """All BUFFERS of T steps, each [T] float32; without the zero terminal SNR, which programs make themselves.
+    """All BUFFERS of T steps, each [T] float32; without zero terminal SNR, which programs apply themselves.
 
     Raises:
-        ValueError: the schedule preserves no variance, and so has no betas.
+        ValueError: the schedule is not variance-preserving, so that it has no betas.
     """
     schedule = make_schedule(replace(config, zero_terminal_snr=False))
     if not isinstance(schedule, VariancePreserving):
-        raise ValueError(f"schedule {config.name!r} can't be said in a CompVis file; only those made of betas can")
+        raise ValueError(f"schedule {config.name!r} can't be stored in a CompVis file; only schedules of betas can")
     steps = config.timesteps
     kept = schedule((torch.arange(steps, dtype=torch.float64) + 1) / steps)[0].square()  # [T] alpha bar
     before = torch.cat([torch.ones_like(kept[:1]), kept[:-1]])

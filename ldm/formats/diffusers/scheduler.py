@@ -1,4 +1,4 @@
-"""How a model is to be sampled, in the options of diffusers' schedulers, and back: what scheduler_config.json says."""
+"""How a model is sampled, converted to and from the options of diffusers' schedulers (scheduler_config.json)."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from ldm.schedules.registry import make_schedule
 
 BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
 PREDICTION_TYPES = {"noise": "epsilon", "clean": "sample", "velocity": "v_prediction"}
-THEIR_SPACINGS = ("trailing", "leading", "linspace")
-SWITCHES = {"karras": "use_karras_sigmas", "log_snr": "use_exponential_sigmas"}  # spacings that are switches of theirs
-OWN_CLASS = "Schedule"  # the class name in scheduler_config.json where diffusers has none of the kind
-TYPES = {  # of the options that are read; null is what their classes write where an option has no value
+DIFFUSERS_SPACINGS = ("trailing", "leading", "linspace")
+SWITCHES = {"karras": "use_karras_sigmas", "log_snr": "use_exponential_sigmas"}  # switches in diffusers
+OWN_CLASS = "Schedule"  # the class name of schedules that diffusers does not have
+TYPES = {  # of the options that are read; diffusers writes null for an option without a value
     "_class_name": str | None,
     "beta_end": float | None,
     "beta_start": float | None,
-    "continuous": bool,  # an option of ours, which diffusers hands on unread
+    "continuous": bool,  # an option of Stipple, which diffusers ignores
     "num_train_timesteps": int,
     "rescale_betas_zero_snr": bool,
-    "sampler": str | None,  # an option of ours, where diffusers has no such sampler
+    "sampler": str | None,  # of Stipple, for samplers that diffusers does not have
     "set_alpha_to_one": bool | None,
     "shift": float,
-    "spacing": str | None,  # an option of ours, where diffusers has no such spacing
+    "spacing": str | None,  # of Stipple, for spacings that diffusers does not have
     "steps_offset": int,
     "use_exponential_sigmas": bool | None,
     "use_karras_sigmas": bool | None,
@@ -46,32 +46,32 @@ TYPES = {  # of the options that are read; null is what their classes write wher
 
 @dataclass(frozen=True, kw_only=True)
 class Scheduling:
-    """What a scheduler_config.json says."""
+    """The noise levels of a model, its prediction, and how it is sampled by default."""
 
     schedule: ScheduleConfig  # the noise levels
     prediction: str  # what the network outputs, a key of PREDICTIONS
-    spacing: str | None = "trailing"  # how a sampler chooses its times, a key of SPACINGS; None: as is its habit
+    spacing: str | None = "trailing"  # of the sampler's times, a key of SPACINGS; None: the sampler's default
     offset: int = 1  # leading: the index of the lowest time
-    ends_clean: bool | None = True  # DDIM, PNDM: at t = 0, or at the first noise level; None: as is the sampler's habit
-    sampler: str | None = "ddim"  # a key of SAMPLERS; None: one that we don't have
+    ends_clean: bool | None = True  # DDIM, PNDM: at t = 0, or at the first noise level; None: the sampler's default
+    sampler: str | None = "ddim"  # a key of SAMPLERS; None: not supported
 
 
 def as_pipeline(scheduling: Scheduling, name: str) -> Scheduling:
-    """How a pipeline of diffusers samples, by its class name, whatever its scheduler's file says.
+    """Apply what a pipeline of diffusers changes in its scheduler, by the class name of the pipeline.
 
-    Those of Stable Diffusion set steps_offset to 1: it was missing in the files of the first models, and CompVis' DDIM,
-    whose leading times these are, counts from 1.
+    Pipelines of Stable Diffusion set steps_offset to 1: it was missing in the files of the first models, and CompVis'
+    DDIM counts its times from 1.
     """
     return replace(scheduling, offset=1) if name.startswith("StableDiffusion") else scheduling
 
 
 def scheduling_to_diffusers(scheduling: Scheduling) -> dict[str, Any]:
-    """Say it in the options of diffusers' schedulers, or in our own words where diffusers has none like it."""
+    """Convert to the options of diffusers' schedulers, or to the fields of `Scheduling`."""
     schedule, prediction = make_schedule(scheduling.schedule).config, scheduling.prediction
     check_prediction(prediction)
     if schedule.name in BETA_SCHEDULES and prediction in PREDICTION_TYPES:
         return {
-            "_class_name": CLASSES.get(scheduling.sampler, "DDIMScheduler"),  # which opens whatever has betas
+            "_class_name": CLASSES.get(scheduling.sampler, "DDIMScheduler"),  # which supports all schedules of betas
             "beta_schedule": BETA_SCHEDULES[schedule.name],
             "clip_sample": False,
             "num_train_timesteps": schedule.timesteps,
@@ -79,7 +79,7 @@ def scheduling_to_diffusers(scheduling: Scheduling) -> dict[str, Any]:
             "rescale_betas_zero_snr": schedule.zero_terminal_snr,
             "skip_prk_steps": True,
             "steps_offset": scheduling.offset,
-            **_where_said(
+            **_without_none(
                 beta_start=schedule.beta_start,
                 beta_end=schedule.beta_end,
                 continuous=schedule.continuous or None,
@@ -96,17 +96,17 @@ def scheduling_to_diffusers(scheduling: Scheduling) -> dict[str, Any]:
             "shift": schedule.shift,
             **_spacing_to_diffusers(
                 scheduling.spacing, FLOW_CLASS
-            ),  # for us; diffusers' flow matching knows only linspace
+            ),  # which diffusers ignores: its flow matching supports linspace only
         }
     own = asdict(scheduling) | {"schedule": asdict(schedule)}
     return {"_class_name": OWN_CLASS, **own}
 
 
 def scheduling_from_diffusers(options: Mapping[str, Any]) -> Scheduling:
-    """Read a scheduler_config.json, of any of diffusers' schedulers that has betas, of its flow matching, or ours.
+    """Read scheduler_config.json of diffusers' schedulers of betas or flow matching, or of `scheduling_to_diffusers`.
 
     Raises:
-        ValueError: naming the option that we don't implement, or whose value is of the wrong type.
+        ValueError: an option is not supported, or its value has the wrong type.
     """
     _check_types({name: value for name, value in options.items() if name in TYPES}, TYPES)
     kind = options.get("_class_name")
@@ -132,18 +132,18 @@ def scheduling_from_diffusers(options: Mapping[str, Any]) -> Scheduling:
 
 
 def _own(options: Mapping[str, Any]) -> Scheduling:
-    """Read what is in our own words."""
+    """Read the fields of `Scheduling`."""
     schedule = options.get("schedule")
     if not isinstance(schedule, Mapping):
         raise ValueError(f"scheduler option schedule = {schedule!r} must hold the keys of ScheduleConfig")
     _check_types(schedule, get_type_hints(ScheduleConfig))
-    told = {"prediction": None} | {name: value for name, value in options.items() if name != "schedule"}
-    _check_types(told, get_type_hints(Scheduling))
-    check_prediction(told["prediction"])
+    values = {"prediction": None} | {name: value for name, value in options.items() if name != "schedule"}
+    _check_types(values, get_type_hints(Scheduling))
+    check_prediction(values["prediction"])
     for name, known in (("spacing", SPACINGS), ("sampler", SAMPLERS)):
-        if told.get(name) is not None:
-            _known(name, told[name], known)
-    return Scheduling(schedule=make_schedule(ScheduleConfig(**schedule)).config, **told)
+        if values.get(name) is not None:
+            _known(name, values[name], known)
+    return Scheduling(schedule=make_schedule(ScheduleConfig(**schedule)).config, **values)
 
 
 def _check_types(options: Mapping[str, Any], types: Mapping[str, Any]) -> None:
@@ -172,62 +172,63 @@ def _schedule_from_diffusers(options: Mapping[str, Any]) -> ScheduleConfig:
 
 
 def _sampler_from_diffusers(options: Mapping[str, Any]) -> str | None:
-    """Ours that is theirs; None where we have none."""
+    """The name of the sampler in SAMPLERS; None if it is not supported."""
     if (own := options.get("sampler")) is not None:
         return _known("sampler", own, SAMPLERS)
-    found = [ours for ours, theirs in CLASSES.items() if theirs == options.get("_class_name")]
-    for name, default in VARIANTS.get(found[0], {}).items() if found else ():
-        said, known = options.get(name, default), {VARIANTS[ours][name] for ours in found}
-        found = [ours for ours in found if VARIANTS[ours][name] == said]
-        if not found:
-            words = " and ".join(repr(value) for value in sorted(known))
-            raise ValueError(f"scheduler option {name} = {said!r} is not implemented; only {words} are")
-    return found[0] if found else None
+    names = [name for name, diffusers_class in CLASSES.items() if diffusers_class == options.get("_class_name")]
+    for option, default in VARIANTS.get(names[0], {}).items() if names else ():
+        value, supported = options.get(option, default), {VARIANTS[name][option] for name in names}
+        names = [name for name in names if VARIANTS[name][option] == value]
+        if not names:
+            words = " and ".join(repr(value) for value in sorted(supported))
+            raise ValueError(f"scheduler option {option} = {value!r} is not implemented; only {words} are")
+    return names[0] if names else None
 
 
 def _spacing_to_diffusers(spacing: str | None, kind: str) -> dict[str, Any]:
-    """diffusers' Karras is a switch beside the spacing, and between the ends of that; some classes lack it."""
+    """The options of a spacing. Some are switches beside timestep_spacing, which some classes of diffusers lack."""
     if spacing in SWITCHES and kind in WITHOUT_SWITCHES:
         return {"timestep_spacing": "trailing", "spacing": spacing}
     if spacing in SWITCHES:
         return {"timestep_spacing": "linspace", SWITCHES[spacing]: True}
-    if spacing in THEIR_SPACINGS:
+    if spacing in DIFFUSERS_SPACINGS:
         return {"timestep_spacing": spacing}
-    return _where_said(spacing=spacing)
+    return _without_none(spacing=spacing)
 
 
 def _spacing_from_diffusers(options: Mapping[str, Any]) -> str | None:
     if (own := options.get("spacing")) is not None:
         return _known("spacing", own, SPACINGS)
-    for ours, switch in SWITCHES.items():
+    for name, switch in SWITCHES.items():
         if options.get(switch):
-            return ours
-    said = None if options.get("_class_name") in WITHOUT_SPACING else options.get("timestep_spacing")
-    return None if said is None else _translate("timestep_spacing", said, {name: name for name in THEIR_SPACINGS})
+            return name
+    spacing = None if options.get("_class_name") in WITHOUT_SPACING else options.get("timestep_spacing")
+    names = {name: name for name in DIFFUSERS_SPACINGS}
+    return None if spacing is None else _translate("timestep_spacing", spacing, names)
 
 
-def _known(option: str, said: str, known: Mapping[str, Any]) -> str:
-    """What an option of ours says, if there is one of that name."""
-    if said not in known:
-        raise ValueError(f"scheduler option {option} = {said!r} is unknown; use one of {', '.join(known)}")
-    return said
+def _known(option: str, value: str, names: Mapping[str, Any]) -> str:
+    """The value of an option, if it is a known name. Raises ValueError otherwise."""
+    if value not in names:
+        raise ValueError(f"scheduler option {option} = {value!r} is unknown; use one of {', '.join(names)}")
+    return value
 
 
-def _where_said(**options: Any) -> dict[str, Any]:
+def _without_none(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
 def _check_fixed(options: Mapping[str, Any]) -> None:
-    """Refuse the values that we don't implement of what the scheduler's own class reads."""
+    """Raise ValueError for values that are not supported, of options that the scheduler's class reads."""
     for name, value in ({"trained_betas": None} | FIXED.get(options.get("_class_name"), {})).items():
-        said = options.get(name, value)
-        if said != value:
-            raise ValueError(f"scheduler option {name} = {said!r} is not implemented; only {value!r} is")
+        found = options.get(name, value)
+        if found != value:
+            raise ValueError(f"scheduler option {name} = {found!r} is not implemented; only {value!r} is")
 
 
-def _translate(option: str, theirs: str, names: Mapping[str, str]) -> str:
-    """Find our name for diffusers' value of a scheduler option."""
-    for ours, name in names.items():
-        if name == theirs:
-            return ours
-    raise ValueError(f"scheduler option {option} = {theirs!r} is not implemented; only {', '.join(names.values())} are")
+def _translate(option: str, value: str, names: Mapping[str, str]) -> str:
+    """The name in Stipple for diffusers' value of a scheduler option."""
+    for name, diffusers_name in names.items():
+        if diffusers_name == value:
+            return name
+    raise ValueError(f"scheduler option {option} = {value!r} is not implemented; only {', '.join(names.values())} are")

@@ -1,4 +1,4 @@
-"""The networks of a stage-1 run: autoencoder, discriminator and perceptual distance, and what trains them."""
+"""The networks of a stage-1 run (autoencoder, discriminator, perceptual distance) and their training state."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def build_networks(config: AutoencoderRunConfig, init: Autoencoder | None, devic
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderTraining:
-    """The networks that a stage-1 run trains, and what trains them."""
+    """The trained networks of a stage-1 run with their optimizers and average."""
 
     network: nn.Module  # the autoencoder, wrapped for several processes
     discriminator_network: nn.Module  # the discriminator, wrapped

@@ -17,7 +17,7 @@ from stipple_core.images.images import grid, tensor_to_image
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderValidationConfig:
-    """When and on what an autoencoder is measured."""
+    """The schedule and the size of the validation on held-out images, and the measurement of the latent scale."""
 
     every: int = 1000  # optimizer steps; 0: never
     images: int = 256  # held-out images, at most

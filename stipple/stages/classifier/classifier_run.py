@@ -78,7 +78,7 @@ def build_classifier(
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierTraining:
-    """The classifier that a run trains, and what trains it."""
+    """The trained classifier of a run with its optimizer and average."""
 
     classifier: Classifier
     network: nn.Module  # the classifier, wrapped for several processes

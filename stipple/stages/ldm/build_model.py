@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from autoencoder import Autoencoder, open_autoencoder
-from conditioning.build import ConditionerConfig, build_conditioner
 from conditioning.classes.class_conditioner import ClassConditioner
+from conditioning.conditioners import ConditionerConfig, build_conditioner
 from conditioning.interface.conditioner import Conditioner
 from conditioning.readers.combined import CombinedConditioner
 from conditioning.readers.registry import READERS, build_readers

@@ -30,9 +30,7 @@ class SamplesConfig:
     prompts: list[str] = field(default_factory=list)  # empty: the captions of some held-out images
     sampler: str = "ddim"
     steps: int = 50
-    corrections: int | None = (
-        None  # of langevin and predictor_corrector, at each noise level; null: the default of the sampler
-    )
+    corrections: int | None = None  # of langevin and predictor_corrector, at each noise level; null: their default
     guidance_scale: float = 5.0
     guidance_bound: float | None = None  # largest absolute value of estimates: 1 for pixels; null: no bound
     guidance_percentile: float | None = None  # dynamic thresholding to the bound, 99.5 is usual; null: clip
@@ -44,7 +42,7 @@ class SamplesConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LdmValidationConfig:
-    """When and on what the validation loss is measured."""
+    """The schedule and the size of the validation on held-out images."""
 
     every: int = 1000  # optimizer steps; 0: never
     images: int = 64  # held-out images, at most

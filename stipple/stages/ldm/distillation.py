@@ -22,7 +22,7 @@ CONSISTENCY_ONLY = ("levels", "target_decay", "huber")  # settings without effec
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationConfig:
-    """How a student is trained to imitate the model of `init_from`, its teacher, whose copy it starts as.
+    """Distillation of the model of `init_from`, the teacher, into a student that starts as its copy.
 
     Raises:
         ValueError: a value is not supported.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from conditioning.build import ConditionerConfig
+from conditioning.conditioners import ConditionerConfig
 from ldm.formats.diffusers.network_kinds import NetworkConfig, folder_of
 from ldm.formats.model_parts import ModelParts
 from ldm.formats.opening import open_model
@@ -51,7 +51,7 @@ class DiffusionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PreservationConfig:
-    """Images of a class that the model draws before training, and is trained on beside the data (DreamBooth)."""
+    """Prior preservation: the model draws images of a class, and is trained on them together with the data."""
 
     folder: str  # of the class images; missing ones are drawn into it first
     prompt: str  # of the class, such as "a dog": the prompt of the images and their caption
@@ -70,14 +70,14 @@ class LdmRunConfig:
 
     run: str = "runs/ldm"  # the run folder, which everything is written to
     seed: int = 0  # of all random numbers
-    init_from: str | None = None  # model folder or single file to start from; sets the defaults of what it decides
+    init_from: str | None = None  # model folder or single file to start from; other keys default to its values
     data: DataConfig
     preservation: PreservationConfig | None = None  # train on images of the class too, so that it is not forgotten
     lora: LoraConfig | None = None  # train low-rank adapters of init_from instead of its weights
     inversion: InversionConfig | None = None  # train the embedding of a new word for init_from and nothing else
     autoencoder: str  # model folder of stage 1, any diffusers model folder, or a single file; default: init_from
     cache: str | None = None  # folder that stipple cache fills; null: encode images while training
-    cache_contexts: bool = True  # of captions too; false where they would take too much disk (docs/scaling.md)
+    cache_contexts: bool = True  # also cache contexts of captions; false saves disk space (docs/scaling.md)
     cache_precision: Literal["fp32", "fp16"] = "fp32"  # of the cached moments
     conditioner: ConditionerConfig = field(default_factory=ConditionerConfig)  # default: that of init_from
     unet: UNetConfig = field(default_factory=UNetConfig)

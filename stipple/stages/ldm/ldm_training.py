@@ -20,7 +20,7 @@ from stipple_core.images.drawn_pictures import model_hash
 
 @dataclass(frozen=True, kw_only=True)
 class LdmTraining:
-    """The networks that a stage-2 run trains, and what trains them."""
+    """The trained networks of a stage-2 run with their optimizer and averages."""
 
     trainer: Trainer
     model: TextToImage

@@ -27,7 +27,7 @@ from stipple_core.operators.winograd import lay_out
 
 
 def with_class_captions(records: Records, config: PreservationConfig) -> Records:
-    """The records of a run whose class images are not drawn yet: with the captions that `with_class` will return."""
+    """Return records with the captions that `with_class` will return, before the class images are drawn."""
     count = max(config.images, len(_images_in(Path(config.folder))))
     placeholder = dataclasses.replace(records.train[0], captions=((config.prompt,),))
     return _joined(records, [placeholder] * count)

@@ -1,4 +1,4 @@
-"""The latent cache of a stage-2 run: what it depends on, and what of it a run can use."""
+"""The latent cache of a stage-2 run, and the settings and data that it depends on."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ class InversionConfig:
     """A new word of the text encoder; its embedding is all that is trained."""
 
     token: str  # the word, such as <toy>; some caption has to contain it
-    initial: str  # a similar word, whose embedding is the initial value
+    initial: str  # a similar word; its embedding is the initial value
     vectors: int = 1  # how many tokens the word stands for
 
     def __post_init__(self):

@@ -73,7 +73,7 @@ class Optimizer:
         return not searching
 
     def forget(self, parameter: nn.Parameter, rows: torch.Tensor) -> None:
-        """Clear the moments of some rows of a parameter, whose values were replaced."""
+        """Clear the moments of some rows of a parameter after their values were replaced."""
         moments = self._rule(parameter).state.get(parameter, {})
         for name, moment in moments.items():
             if getattr(moment, "shape", None) == parameter.shape:

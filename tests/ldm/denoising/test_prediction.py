@@ -104,7 +104,7 @@ def test_without_signal_the_network_alone_answers(prediction):
 def test_noise_and_score_without_signal_raise_with_the_reason(prediction):
     z_0, noise = draw(torch.float32)
     alpha = torch.tensor([0.5, 0.5, 0.0, 0.5, 0.5])
-    with pytest.raises(ValueError, match=f"{prediction} prediction says nothing about z_0 where alpha is 0"):
+    with pytest.raises(ValueError, match=f"{prediction} prediction does not determine z_0 where alpha is 0"):
         to_clean(noise, noise, alpha, (1 - alpha**2).sqrt(), prediction)
 
 

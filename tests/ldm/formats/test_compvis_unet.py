@@ -246,7 +246,7 @@ def test_a_damaged_unet_ends_in_one_line(seed):
 
 def test_what_a_compvis_file_cannot_say_is_not_written():
     config = replace(drawn(0)[2], norm_num_groups=8)
-    with pytest.raises(ValueError, match="norm_num_groups 8 can't be said in a CompVis file; only 32 can"):
+    with pytest.raises(ValueError, match="norm_num_groups 8 can't be stored in a CompVis file; only 32 can"):
         unet_to_compvis(ours_of(config), config)
 
 

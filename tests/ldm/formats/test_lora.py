@@ -173,5 +173,7 @@ def test_paths_may_hold_colons(tmp_path):
 
 def test_a_folder_without_a_lora_is_one_line(folder):
     for path in (folder, folder / "nothere"):
-        with pytest.raises(FileNotFoundError, match=f"no LoRA is in {path}; give a file, or the folder that training"):
+        with pytest.raises(
+            FileNotFoundError, match=f"there is no LoRA in {path}; use a file, or the folder that training"
+        ):
             read_lora(path)

@@ -11,7 +11,7 @@ from ldm.formats.compvis.compvis_schedule import schedule_from_compvis
 from ldm.formats.diffusers.known_schedulers import CLASSES, FIXED, VARIANTS
 from ldm.formats.diffusers.networks_folder import load_scheduling, save_scheduling
 from ldm.formats.diffusers.scheduler import (
-    THEIR_SPACINGS,
+    DIFFUSERS_SPACINGS,
     Scheduling,
     scheduling_from_diffusers,
     scheduling_to_diffusers,
@@ -111,7 +111,7 @@ def test_every_sampler_and_spacing_survives_its_file_which_diffusers_opens(sampl
     assert written["_class_name"] == CLASSES.get(sampler, "DDIMScheduler")
     back = scheduling_from_diffusers(written)
     assert (back.schedule, back.prediction, back.sampler) == (scheduling.schedule, "velocity", sampler)
-    assert back.spacing == (None if sampler in ("dpmpp_2s", "lcm") and spacing in THEIR_SPACINGS else spacing)
+    assert back.spacing == (None if sampler in ("dpmpp_2s", "lcm") and spacing in DIFFUSERS_SPACINGS else spacing)
     if sampler != "dpmpp_sde":  # whose class needs torchsde
         opened = getattr(diffusers, written["_class_name"]).from_config(written)
         opened.set_timesteps(7)

@@ -18,7 +18,8 @@ from ldm.formats.compvis.schedule_buffers import BUFFERS, schedule_buffers
 from ldm.formats.diffusers.scheduler import Scheduling
 from ldm.formats.model_folder import save_model
 from ldm.formats.opening import open_model
-from ldm.formats.single_file import modelspec, open_single_file, save_first_stage, save_single_file
+from ldm.formats.single_file import open_single_file
+from ldm.formats.single_file_writer import modelspec, save_first_stage, save_single_file
 from ldm.networks.unet import UNet
 from ldm.pipeline import TextToImage
 from ldm.schedules.base import ScheduleConfig
@@ -268,7 +269,7 @@ def test_the_tables_of_the_schedule_are_those_of_ddpm():
     theirs = tables["posterior_mean_coef1"][400] * z_0 + tables["posterior_mean_coef2"][400] * z_t
     assert theirs.item() == pytest.approx(mean.item(), rel=1e-5)
     assert tables["posterior_variance"][400].item() == pytest.approx(1 / precision.item(), rel=1e-5)
-    with pytest.raises(ValueError, match="schedule 'flow' can't be said in a CompVis file"):
+    with pytest.raises(ValueError, match="schedule 'flow' can't be stored in a CompVis file"):
         schedule_buffers(ScheduleConfig(name="flow"))
 
 
@@ -312,7 +313,7 @@ WRONG = [
     (lambda s: {n: v for n, v in s.items() if not n.startswith("model.")}, "holds a first stage only"),
     (lambda s: {"layers.0.weight": torch.zeros(2)}, "no key begins with model.diffusion_model.; the first keys are la"),
     (lambda s: {n: v for n, v in s.items() if not n.startswith("first_")}, "no key begins with first_stage_model."),
-    (lambda s: s | {f"control_model.{i}": torch.zeros(1) for i in range(7)}, "keys of no known part: .*; and 2 more"),
+    (lambda s: s | {f"control_model.{i}": torch.zeros(1) for i in range(7)}, "keys of unknown parts: .*; and 2 more"),
     (lambda s: s | {"model.diffusion_model.out.2.weight": torch.zeros(4, 9, 3, 3)}, r"out.2.weight is \[4, 9, 3, 3\]"),
     (lambda s: s | {"first_stage_model.encoder.extra": torch.zeros(1)}, "encoder.extra is not known"),
     (
@@ -396,7 +397,7 @@ def test_a_reader_that_would_come_back_as_another_is_refused(kind, words, tmp_pa
     config = SpatialConfig(kind=kind, downsampling=2, noise=0.0 if kind == "edges" else 0.5)
     changed = CombinedConditioner(parts.conditioner.prompts, {"spatial": SpatialReader(config)})
     parts = type(parts)(parts.autoencoder, parts.unet, changed, parts.scheduling)
-    with pytest.raises(ValueError, match=f"spatial.kind {kind} as it is here has no place in a single file"):
+    with pytest.raises(ValueError, match=f"a single file can't hold the options of spatial.kind {kind}"):
         save_single_file(parts, tmp_path / "x.safetensors")
     assert not list(tmp_path.iterdir())
 
@@ -438,11 +439,11 @@ def test_what_compvis_has_no_word_for_is_refused_and_nothing_is_written(words, t
 
     flow = Scheduling(schedule=ScheduleConfig(name="flow"), prediction="flow")
     sigmas = Scheduling(schedule=ScheduleConfig(name="ve"), prediction="noise")
-    refused("prediction 'flow' can't be said", change(scheduling=flow))
-    refused("schedule 've' can't be said", change(scheduling=sigmas))
+    refused("prediction 'flow' can't be stored", change(scheduling=flow))
+    refused("schedule 've' can't be stored", change(scheduling=sigmas))
     refused("tokenizer of its own", change(conditioner=own.conditioner))
     refused("norm_num_groups 8 can't be said", change(autoencoder=own.autoencoder))
-    refused("norm_num_groups 8 can't be said", change(unet=own.unet))
+    refused("norm_num_groups 8 can't be stored", change(unet=own.unet))
     refused("must end in .safetensors", parts, tmp_path / "x.ckpt")
 
 

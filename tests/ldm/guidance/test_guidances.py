@@ -136,8 +136,8 @@ def test_every_sampler_takes_every_guidance(method, sampler):
 
 
 @pytest.mark.parametrize("around", [{"rescale": 0.5}, {"bound": 3.0}], ids=str)
-def test_cfg_plus_plus_whose_estimate_is_not_one_takes_nothing_that_reads_it(around):
-    with pytest.raises(ValueError, match="leave out guidance rescale and guidance bound"):
+def test_cfg_plus_plus_refuses_what_changes_its_estimate(around):
+    with pytest.raises(ValueError, match="does not support guidance rescale and guidance bound"):
         GuidanceConfig(method="cfg_plus_plus", scale=0.5, **around)
 
 

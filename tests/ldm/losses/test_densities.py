@@ -168,7 +168,7 @@ def test_importance_that_is_restored_goes_on_as_if_it_had_not_been():
     for importance in (one, other):
         importance.learn(u, u**2)
     assert all(torch.equal(a, b) for a, b in zip(one.draw(u), other.draw(u), strict=True))
-    with pytest.raises(ValueError, match="losses of 50 times, not of 1000"):
+    with pytest.raises(ValueError, match="losses of 50 timesteps; this schedule has 1000"):
         Importance(SCHEDULES["flow"]).load_state_dict(one.state_dict())
 
 

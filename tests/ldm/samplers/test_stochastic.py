@@ -245,7 +245,7 @@ def test_a_network_of_twice_the_channels_says_its_variance():
         return torch.cat([0.1 * z_in, torch.tanh(z_in)], 1)  # [B, 2 c, h, w]
 
     wrapped = LearnedVariance(network)
-    with pytest.raises(ValueError, match="has said no variance yet"):
+    with pytest.raises(ValueError, match="has not been called yet"):
         wrapped.interpolation()
     denoise = Denoiser(wrapped, schedule, "noise")
     plain = Denoiser(lambda z_in, timestep, context: 0.1 * z_in, schedule, "noise")

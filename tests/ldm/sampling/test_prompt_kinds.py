@@ -93,7 +93,7 @@ def test_a_table_from_scratch_has_a_row_of_its_own_for_no_class():
     assert conditioner.embedding.weight.shape == (4, 4) and conditioner.null_class == 3
     told = conditioner.encode(["2", "", "0"]).tokens
     assert torch.equal(told, conditioner.embedding.weight[[2, 3, 0]][:, None])
-    vector = ClassConfig(names=["a", "b"], width=4, encoded_as="vector")
+    vector = ClassConfig(names=["a", "b"], width=4, told_as="vector")
     context = build_conditioner(ConditionerConfig(kind="class", classes=vector)).encode(["b", ""])
     assert context.tokens is None and context.vector.shape == (2, 4)
 
@@ -113,14 +113,14 @@ def test_layouts_name_their_classes_and_keep_them_on_disk(tmp_path):
     ("config", "captions", "message"),
     [
         ({"kind": "class", "classes": ClassConfig(names=["shoes", "hat"])}, ["shoe"], "did you mean 'shoes'"),
-        ({"kind": "class", "classes": ClassConfig(names=["shoes", "hat"])}, ["3"], "'3' is no class"),
+        ({"kind": "class", "classes": ClassConfig(names=["shoes", "hat"])}, ["3"], "'3' is not a class"),
         ({"kind": "class"}, [""], "there are no classes"),
         (
             {"kind": "layout", "layout": LayoutConfig(names=["cat"])},
             ["dog 0 0 1 1"],
-            "no object .* the classes are cat",
+            "not an object .* the classes are cat",
         ),
-        ({"kind": "layout"}, ["dog 0 0 1"], "is no object of a layout"),
+        ({"kind": "layout"}, ["dog 0 0 1"], "is not an object of a layout"),
         ({"kind": "unconditional"}, ["a dog"], r"reads no captions; set data.captions=\[\]"),
         ({"kind": "clas"}, [], "kind 'clas' is unknown; use one of transformers, open_clip, scratch, class"),
     ],

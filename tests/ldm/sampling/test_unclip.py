@@ -12,7 +12,7 @@ import stipple.commands.img2img as img2img
 import txt2img
 from conditioning import ConditionInputs
 from conditioning.readers.retrieval import nearest
-from ldm.formats.single_file import save_single_file
+from ldm.formats.single_file_writer import save_single_file
 from ldm.pipeline import TextToImage
 from ldm.sampling import prior_sampling
 from ldm.sampling.prior_sampling import sample_embeddings
@@ -117,7 +117,7 @@ def test_what_is_retrieved_for_a_prompt_is_what_the_model_is_told(runs):
 
 def test_a_prior_has_no_single_file(runs, tmp_path):
     prior = TextToImage.load(runs / "unclip-prior" / "model")
-    with pytest.raises(ValueError, match="a model of ImageEmbeddings can't be said in a CompVis file"):
+    with pytest.raises(ValueError, match="a model of ImageEmbeddings can't be stored in a CompVis file"):
         save_single_file(prior.parts, tmp_path / "prior.safetensors")
 
 

@@ -1,4 +1,4 @@
-"""diffusers' training step: the loop of its documented train_text_to_image.py, with encoders or without."""
+"""A training step with diffusers: the loop of its documented train_text_to_image.py, with encoders or without."""
 
 from __future__ import annotations
 

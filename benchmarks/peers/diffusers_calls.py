@@ -1,4 +1,4 @@
-"""diffusers, as its documentation has it used. Nothing of ours is imported, which would count as their memory."""
+"""diffusers as its documentation uses it. It imports nothing of Stipple, which would count as memory of diffusers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from benchmarks.shared.inputs import GUIDANCE_SCALE, PROMPT, SEED, Pair, Wanted
+from benchmarks.shared.inputs import GUIDANCE_SCALE, PROMPT, SEED, ImageRequest, Pair
 
 SCALE = 0.18215  # of Stable Diffusion's latents
 SAVINGS = ("slicing", "tiling", "attention slicing")  # what it has for less memory
@@ -55,8 +55,8 @@ def open_pipeline(folder: Path, channels_last: bool = False, saving: str | None 
     return pipeline
 
 
-def draw(pipeline: Any, wanted: Wanted, after_step: Callable[[], None]) -> list[Image.Image]:
-    """The pictures wanted."""
+def draw(pipeline: Any, request: ImageRequest, after_step: Callable[[], None]) -> list[Image.Image]:
+    """The pictures request."""
 
     def callback(_: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         after_step()
@@ -64,11 +64,11 @@ def draw(pipeline: Any, wanted: Wanted, after_step: Callable[[], None]) -> list[
 
     return pipeline(
         PROMPT,
-        num_images_per_prompt=wanted.batch,
-        height=wanted.size,
-        width=wanted.size,
+        num_images_per_prompt=request.batch,
+        height=request.size,
+        width=request.size,
         guidance_scale=GUIDANCE_SCALE,
-        num_inference_steps=wanted.steps,
-        generator=[torch.Generator("cpu").manual_seed(SEED + i) for i in range(wanted.batch)],
+        num_inference_steps=request.steps,
+        generator=[torch.Generator("cpu").manual_seed(SEED + i) for i in range(request.batch)],
         callback_on_step_end=callback,
     ).images

@@ -1,4 +1,4 @@
-"""All kinds of conditioners: builds the one that a config describes, and loads the one in a model folder."""
+"""Functions that build the conditioner of a config, and that load the one in a model folder."""
 
 from __future__ import annotations
 
@@ -37,10 +37,7 @@ from conditioning.text.text_conditioner import TextConditioner
 from conditioning.text.two_encoders import SUFFIX, SecondEncoderConfig, TwoEncoders
 from conditioning.tokenizers.tokenizer import read_tokenizer
 
-ENCODERS = (
-    "text_encoder",
-    "bert",
-)  # in a model folder; diffusers' LDMTextToImagePipeline uses the second
+ENCODERS = ("text_encoder", "bert")  # folders of a model; diffusers' LDMTextToImagePipeline uses the second
 LAYERS = {"last": 0, "penultimate": 1}  # name -> number of layers removed at the end
 NAMING = ("class", "layout")  # kinds whose classes are named by captions
 UNMASKED = ("clip", "clip_text_model", OPEN_CLIP, LDM_BERT, BOXES)  # model types that were trained without a mask
