@@ -17,13 +17,6 @@ from pathlib import Path
 
 from stipple.cli.argument_parser import Parser
 from stipple_core.config import one_line_errors
-from stipple_core.data.dataset import ImageDataset
-from stipple_core.data.records.data_config import DataConfig
-from stipple_core.data.sources.scan import scan
-from stipple_core.embedders import EmbedderConfig, build_embedder
-from stipple_core.files.weights import write_weights
->>=======
->>>>>>> h-cli
 
 BATCH = 32  # images that are embedded together
 
@@ -35,9 +28,9 @@ def embed(arguments: argparse.Namespace) -> None:
 
     from autoencoder import ImageEmbeddings
     from conditioning.readers.retrieval import NAMES
+    from stipple_core.data.dataset import ImageDataset
     from stipple_core.data.records.data_config import DataConfig
     from stipple_core.data.sources.scan import scan
-    from stipple_core.data.dataset import ImageDataset
     from stipple_core.embedders import EmbedderConfig, build_embedder
     from stipple_core.files.weights import write_weights
 
