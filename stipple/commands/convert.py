@@ -84,7 +84,6 @@ def convert_model(arguments: argparse.Namespace, stored: torch.dtype, dtype: tor
     from ldm.formats.model_folder import save_model
     from ldm.formats.opening import open_model
     from ldm.formats.single_file_writer import save_single_file
-    from ldm.formats.single_file import save_single_file
     from stipple_core.files.checkpoint_folder import write_folder
 
     options = {"config_yaml": arguments.yaml, "tokenizer": arguments.tokenizer, "prediction": arguments.prediction}
