@@ -122,7 +122,7 @@ def to_compvis(weights: Mapping[str, Tensor], config: AutoencoderConfig) -> dict
     """
     if config.norm_num_groups != GROUPS:
         groups = config.norm_num_groups
-        raise ValueError(f"norm_num_groups {groups} is not supported by CompVis' format; only {GROUPS} is")
+        raise ValueError(f"norm_num_groups {groups} can't be stored in a CompVis file; only {GROUPS} can")
     levels = _count(weights, r"decoder\.up_blocks\.(\d+)\.")
     converted = {}
     for name, value in weights.items():

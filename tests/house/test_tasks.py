@@ -84,12 +84,12 @@ def test_every_module_that_names_a_task_is_listed():
 
 PLACES = {  # conditioning, formats of other programs, commands of tasks, and what builds models
     "autoencoder/__init__.py": {"a prior", "pixels"},
+    "autoencoder/autoencoder_opening.py": {"a prior", "pixels"},
     "autoencoder/image_embeddings.py": {"a prior"},
-    "autoencoder/opening.py": {"a prior", "pixels"},
     "autoencoder/pixels.py": {"pixels"},
     "conditioning/__init__.py": {"unconditional"},
-    "conditioning/conditioners.py": {"layout", "retrieval", "two text encoders", "unconditional"},
     "conditioning/classes/class_conditioner.py": {"class", "unconditional"},
+    "conditioning/conditioners.py": {"layout", "retrieval", "two text encoders", "unconditional"},
     "conditioning/formats/compvis_conditioner.py": {"layout", "unconditional"},
     "conditioning/formats/unet_inputs.py": {"inpainting", "semantic synthesis", "super-resolution", "unconditional"},
     "conditioning/hints/hints.py": {"depth", "inpainting", "semantic synthesis", "super-resolution"},
@@ -101,7 +101,7 @@ PLACES = {  # conditioning, formats of other programs, commands of tasks, and wh
     "ldm/formats/diffusers/network_kinds.py": {"a prior"},
     "ldm/formats/diffusers/prior_options.py": {"a prior"},
     "ldm/formats/model_folder.py": {"inpainting", "pixels"},
-    "ldm/formats/single_file.py": {"inpainting"},
+    "ldm/formats/single_file_writer.py": {"inpainting"},
     "ldm/networks/prior.py": {"a prior"},
     "ldm/sampling/decoding.py": {"a prior", "pixels"},
     "ldm/sampling/model.py": {"a prior", "pixels"},

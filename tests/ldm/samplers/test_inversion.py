@@ -85,12 +85,12 @@ def test_what_is_no_word_or_does_not_fit_is_refused_in_one_line(conditioner, tmp
         (lambda: new_token(conditioner, "<toy>", rows[:, 1:]), "of width"),
         (lambda: initial_rows(conditioner, "a a a", 2), "3 tokens"),
         (lambda: initial_rows(conditioner, " ", 2), "0 tokens"),
-        (lambda: new_token(Unconditional(), "<toy>", rows), "none, or two"),
+        (lambda: new_token(Unconditional(), "<toy>", rows), "exactly one text encoder"),
     ]:
         with pytest.raises(ValueError, match=told):
             act()
     save_file({"a": rows, "b": rows.clone()}, tmp_path / "two.safetensors")
-    with pytest.raises(ValueError, match="no embedding of one word"):
+    with pytest.raises(ValueError, match="not the embedding of one word"):
         read_embedding(tmp_path / "two.safetensors")
 
 
