@@ -132,8 +132,10 @@ def run(command: DrawingCommand, argv: Sequence[str]) -> None:
     """Check the command line, open the model, and draw the pictures."""
     with one_line_errors():
         arguments = read_arguments(command, argv)
-        if names := asked_for_help(arguments):
-            return print("\n\n".join(list_choices(name, arguments.checkpoint) for name in names))
+        choices = [list_choices(name, arguments.checkpoint) for name in asked_for_help(arguments)]
+    if choices:
+        return print("\n\n".join(choices))
+    with one_line_errors():
         request = read_request(command, arguments)
         jobs, record = read_jobs(request)
         if request.prompts or request.from_file:  # otherwise a picture is drawn again, which any command can do
