@@ -93,7 +93,7 @@ def schedule_of(zero_terminal_snr):
     return make_schedule(ScheduleConfig(beta_start=0.00085, beta_end=0.012, zero_terminal_snr=zero_terminal_snr))
 
 
-def ours(sampler, prediction, walked, generators, schedule, **options):
+def stipple(sampler, prediction, walked, generators, schedule, **options):
     """(timestep, z as the network sees it) of each call, and the end."""
     seen = []
 
@@ -107,7 +107,7 @@ def ours(sampler, prediction, walked, generators, schedule, **options):
     return [*seen, (0.0, last.z)]
 
 
-def theirs(scheduler, steps, generators, **options):
+def reference(scheduler, steps, generators, **options):
     """The same of diffusers' scheduler."""
     scheduler.set_timesteps(steps)
     z = torch.cat([torch.randn(1, 2, 5, 5, generator=g) for g in generators])
@@ -137,16 +137,18 @@ def predictions(case, zero):
 
 
 def difference(case, spacing, zero, steps, prediction):
-    sampler, said, options = CASES[case]
-    told = said | SPACINGS[spacing] | {"steps_offset": 1, "prediction_type": PREDICTION_TYPES[prediction]}
-    told |= {"rescale_betas_zero_snr": True} if zero else {}
-    scheduler = getattr(diffusers, CLASSES[sampler])(**BETAS, **told)
+    sampler, specified, options = CASES[case]
+    condition = specified | SPACINGS[spacing] | {"steps_offset": 1, "prediction_type": PREDICTION_TYPES[prediction]}
+    condition |= {"rescale_betas_zero_snr": True} if zero else {}
+    scheduler = getattr(diffusers, CLASSES[sampler])(**BETAS, **condition)
     options = options | ({"averaged": prediction} if sampler == "pndm" else {})
     schedule = schedule_of(zero)
     walked = times(schedule, steps, spacing, SAMPLERS[sampler].time_defaults)
     if sampler == "pndm":
         walked[-1] = 0.0
-    return apart(ours(sampler, prediction, walked, seeds(2), schedule, **options), theirs(scheduler, steps, seeds(2)))
+    return apart(
+        stipple(sampler, prediction, walked, seeds(2), schedule, **options), reference(scheduler, steps, seeds(2))
+    )
 
 
 def comparable(case, spacing, zero, steps):
@@ -200,19 +202,19 @@ def test_dpmpp_2s_takes_the_steps_of_diffusers_where_it_walks_our_middles(spacin
     scheduler.sigmas = torch.tensor([*(p.sigma / p.alpha for p in points), 0.0])
     scheduler.set_begin_index(0)  # or it looks for its place by the timestep, which may be there twice
     z = initial_noise((2, 2, 5, 5), seeds(2), schedule)
-    assert apart(ours("dpmpp_2s", prediction, walked, seeds(2), schedule), stepped(scheduler, z))[0] < 1e-4
+    assert apart(stipple("dpmpp_2s", prediction, walked, seeds(2), schedule), stepped(scheduler, z))[0] < 1e-4
 
 
 @pytest.mark.parametrize("prediction", PREDICTION_TYPES)
 def test_ddpm_and_stochastic_ddim_are_those_of_diffusers(prediction):
-    schedule, said = schedule_of(False), PREDICTION_TYPES[prediction]
+    schedule, specified = schedule_of(False), PREDICTION_TYPES[prediction]
     for sampler, kind, options in (("ddpm", "DDPMScheduler", {}), ("ddim", "DDIMScheduler", {"eta": 0.6})):
         scheduler = getattr(diffusers, kind)(
-            **BETAS, clip_sample=False, timestep_spacing="trailing", prediction_type=said
+            **BETAS, clip_sample=False, timestep_spacing="trailing", prediction_type=specified
         )
         generators = seeds(1)
-        expected = theirs(scheduler, 50, generators, generator=generators[0], **options)
-        found = ours(sampler, prediction, times(schedule, 50), seeds(1), schedule, **options)
+        expected = reference(scheduler, 50, generators, generator=generators[0], **options)
+        found = stipple(sampler, prediction, times(schedule, 50), seeds(1), schedule, **options)
         assert apart(found, expected)[0] < 1e-5
 
 
@@ -224,4 +226,4 @@ def test_euler_on_flow_is_that_of_diffusers(shift):
     scheduler.set_timesteps(sigmas=times(schedule, 20)[:-1].tolist())
     scheduler.scale_model_input = lambda z, t: z
     expected = stepped(scheduler, initial_noise((2, 2, 5, 5), seeds(2), schedule))
-    assert apart(ours("euler", "flow", times(schedule, 20), seeds(2), schedule), expected)[0] < 1e-5
+    assert apart(stipple("euler", "flow", times(schedule, 20), seeds(2), schedule), expected)[0] < 1e-5

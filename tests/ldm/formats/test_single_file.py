@@ -77,15 +77,15 @@ def picture(parts, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_is_known_by_its_keys_and_opens_as_it_was(kind, files, words, yaml):
-    path, given = files(kind)
+    path, provided = files(kind)
     opened = open_single_file(path, yaml, tokenizer=words if kind == "bert" else None)
-    assert opened.unet.config == given.unet.config and opened.autoencoder.config == given.autoencoder.config
-    assert opened.scheduling.schedule == given.scheduling.schedule
-    assert type(opened.conditioner) is type(given.conditioner)
-    assert opened.autoencoder.scaling_factor == pytest.approx(given.autoencoder.scaling_factor)
+    assert opened.unet.config == provided.unet.config and opened.autoencoder.config == provided.autoencoder.config
+    assert opened.scheduling.schedule == provided.scheduling.schedule
+    assert type(opened.conditioner) is type(provided.conditioner)
+    assert opened.autoencoder.scaling_factor == pytest.approx(provided.autoencoder.scaling_factor)
     for part in ("unet", "autoencoder", "conditioner"):
-        assert same(getattr(opened, part).state_dict(), getattr(given, part).state_dict()), part
-    assert configs(opened) == configs(given)
+        assert same(getattr(opened, part).state_dict(), getattr(provided, part).state_dict()), part
+    assert configs(opened) == configs(provided)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -140,8 +140,8 @@ def test_diffusers_own_converter_makes_our_folder_of_our_file(files, tmp_path):
     text.pop("text_model.embeddings.position_ids", None)
     text = {name: value for name, value in text.items() if "position_ids" not in name}
     assert same(unet, parts.unet.state_dict()) and same(vae, parts.autoencoder.state_dict())
-    ours = {name.removeprefix("text_model."): w for name, w in parts.conditioner.encoder.weights().items()}
-    assert same({name.removeprefix("text_model."): w for name, w in text.items()}, ours)
+    stipple = {name.removeprefix("text_model."): w for name, w in parts.conditioner.encoder.weights().items()}
+    assert same({name.removeprefix("text_model."): w for name, w in text.items()}, stipple)
 
 
 def test_weights_averaged_over_training_are_preferred(files, yaml, tmp_path):
@@ -265,8 +265,8 @@ def test_the_tables_of_the_schedule_are_those_of_ddpm():
     prior, like = kept[399].sqrt() * z_0, (1 - betas[400]).sqrt()
     precision = 1 / (1 - kept[399]) + like**2 / betas[400]
     mean = (prior / (1 - kept[399]) + like * z_t / betas[400]) / precision
-    theirs = tables["posterior_mean_coef1"][400] * z_0 + tables["posterior_mean_coef2"][400] * z_t
-    assert theirs.item() == pytest.approx(mean.item(), rel=1e-5)
+    reference = tables["posterior_mean_coef1"][400] * z_0 + tables["posterior_mean_coef2"][400] * z_t
+    assert reference.item() == pytest.approx(mean.item(), rel=1e-5)
     assert tables["posterior_variance"][400].item() == pytest.approx(1 / precision.item(), rel=1e-5)
     with pytest.raises(ValueError, match="schedule 'flow' can't be stored in a CompVis file"):
         schedule_buffers(ScheduleConfig(name="flow"))
@@ -382,12 +382,12 @@ def test_a_model_that_is_shown_more_than_a_prompt_draws_what_it_is_shown(kind, s
 
 
 def test_a_file_with_the_first_stage_twice_opens_as_ldms_inpainting_model(files, yaml, tmp_path):
-    path, given = files("holes")
+    path, provided = files("holes")
     state = read_weights(path)
     stage = {name: value for name, value in state.items() if name.startswith("first_stage_model.")}
     twice = {name.replace("first_stage_model.", "cond_stage_model."): value for name, value in stage.items()}
     write_weights(state | twice, tmp_path / "x.safetensors")
-    assert configs(open_single_file(tmp_path / "x.safetensors", yaml)) == configs(given)
+    assert configs(open_single_file(tmp_path / "x.safetensors", yaml)) == configs(provided)
 
 
 @pytest.mark.parametrize("kind", ["edges", "low_resolution"])

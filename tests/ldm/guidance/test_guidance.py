@@ -130,9 +130,9 @@ def test_guiding_z_0_is_guiding_the_output_for_every_prediction(z_t, prediction)
         a, b = network(z_in, timestep, context), network(z_in, timestep, NULL.repeat(3))
         return extrapolate(a, b, 4.0)
 
-    schedule, told = SCHEDULES["scaled_linear"], CONTEXT
-    one = classifier_free(Denoiser(network, schedule, prediction), told, NULL, 4.0)(z_t, 0.6)
-    torch.testing.assert_close(one, Denoiser(guided_network, schedule, prediction)(z_t, 0.6, told))
+    schedule, condition = SCHEDULES["scaled_linear"], CONTEXT
+    one = classifier_free(Denoiser(network, schedule, prediction), condition, NULL, 4.0)(z_t, 0.6)
+    torch.testing.assert_close(one, Denoiser(guided_network, schedule, prediction)(z_t, 0.6, condition))
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -142,9 +142,9 @@ def test_rescaling_takes_back_the_contrast_of_each_image_in_the_output_of_the_ne
     """Lin et al. 2023, eq. 14-16, where the output is mixed, not z_0."""
     schedule = SCHEDULES[name]
     denoiser = Denoiser(lambda z_in, timestep, context: torch.tanh(z_in * context.vector), schedule, prediction)
-    told, without = (denoiser.output(z_t, t, context) for context in (CONTEXT, NULL.repeat(3)))
-    guided = extrapolate(told, without, 6.0)
-    full = guided * told.std(1, keepdim=True) / guided.std(1, keepdim=True)
+    condition, without = (denoiser.output(z_t, t, context) for context in (CONTEXT, NULL.repeat(3)))
+    guided = extrapolate(condition, without, 6.0)
+    full = guided * condition.std(1, keepdim=True) / guided.std(1, keepdim=True)
     for factor in (0.0, 0.7, 1.0):
         output = factor * full + (1 - factor) * guided
         rescaling = rescaled(factor, denoiser.coefficients)
@@ -250,8 +250,8 @@ def test_a_dynamic_threshold_is_the_percentile_of_each_image(bound):
     assert torch.equal(found[0], z[0])
     assert found.abs().max() <= bound
     both = thresholded(lambda z, t: z, 1.0, 90.0)(z.float(), 0.4)
-    theirs = DDIMScheduler(thresholding=True, dynamic_thresholding_ratio=0.9, sample_max_value=1e9)
-    torch.testing.assert_close(both, theirs._threshold_sample(z.float()))
+    reference = DDIMScheduler(thresholding=True, dynamic_thresholding_ratio=0.9, sample_max_value=1e9)
+    torch.testing.assert_close(both, reference._threshold_sample(z.float()))
 
 
 @pytest.mark.parametrize("scale", [-2.0, 0.0, 1.0, 0.5, 7.5])
@@ -268,7 +268,8 @@ def test_prompts_are_composed_from_one_call_without_those_that_weigh_nothing(z_t
     found = composed(denoiser, [CONTEXT, *others], [3.0, 1.5, -0.5, 0.0], NULL)(z_t, 0.4)
     assert denoiser.sizes == [(12, [1, 2, 3, 2, 2, 2, -1, 0, 4, 0.5, 0.5, 0.5])]
     first, second, third, null = (
-        denoiser(z_t, 0.4, told.repeat(3) if len(told.vector) == 1 else told) for told in (CONTEXT, *others[:2], NULL)
+        denoiser(z_t, 0.4, condition.repeat(3) if len(condition.vector) == 1 else condition)
+        for condition in (CONTEXT, *others[:2], NULL)
     )
     torch.testing.assert_close(found, null + 3 * (first - null) + 1.5 * (second - null) - 0.5 * (third - null))
 

@@ -38,12 +38,12 @@ def some(schedule, t):
 def test_the_exact_classifier_guides_as_being_told_the_class_does(name, scale):
     """Dhariwal & Nichol 2021 and Ho & Salimans 2022 are one where p(y | z_t, t) is Bayes' rule."""
     schedule = SCHEDULES[name]
-    untold, told = denoiser_of(TWO, schedule), denoiser_of(Mixture((1.0,), TWO.means[1:], TWO.stds[1:]), schedule)
+    untold, condition = denoiser_of(TWO, schedule), denoiser_of(Mixture((1.0,), TWO.means[1:], TWO.stds[1:]), schedule)
     guided = by_gradient(untold, classes(schedule), scale, schedule)
     for t in NOISED:
         if schedule(t)[0] > 0:
             z_t = some(schedule, t)
-            expected = extrapolate(told(z_t, t), untold(z_t, t), scale)
+            expected = extrapolate(condition(z_t, t), untold(z_t, t), scale)
             torch.testing.assert_close(guided(z_t, t), expected, rtol=1e-10, atol=1e-10)
 
 
@@ -126,11 +126,11 @@ def test_gradients_are_the_same_in_inference_mode_through_a_network_and_what_it_
         return -z_0.square().flatten(1).mean(1)
 
     def run(z_t):
-        told = Context(tokens=tokens + 0.0)  # made in the mode of the caller
+        condition = Context(tokens=tokens + 0.0)  # made in the mode of the caller
         denoiser = Denoiser(CachedUNet(unet), schedule, "velocity")
-        plain = classifier_free(denoiser, told, None, 1.0)
+        plain = classifier_free(denoiser, condition, None, 1.0)
         guided = [by_estimate(plain, score, 50.0, schedule, through) for through in (True, False)]
-        both = classifier_free(denoiser, told, Context(tokens=told.tokens * 0), 3.0)
+        both = classifier_free(denoiser, condition, Context(tokens=condition.tokens * 0), 3.0)
         guided += [by_gradient(both, score, 50.0, schedule), by_estimate(both, score, 50.0, schedule)]
         return [plain(z_t, 0.6), *(denoise(z_t, 0.6) for denoise in guided)]
 

@@ -81,9 +81,9 @@ def test_the_consistency_function_is_that_of_diffusers(prediction):
     for index in (999, 500, 20, 1, 0):
         output = denoiser.output(z_t, (index + 1) / 1000)
         scheduler._step_index = None
-        wanted = scheduler.step(output, index, z_t, torch.Generator().manual_seed(0)).denoised
+        expected = scheduler.step(output, index, z_t, torch.Generator().manual_seed(0)).denoised
         found = ConsistencyFunction(denoiser)(z_t, (index + 1) / 1000)
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -120,8 +120,8 @@ def test_the_loss_is_zero_at_the_exact_solution_and_positive_elsewhere(name, pre
 
     def loss(shift):
         outputs[:] = answers(shift)
-        told = t, s, None, schedule
-        return consistency_loss(denoiser, denoiser, teacher_of(POINT, schedule), z_t, *told, huber=0.0)
+        condition = t, s, None, schedule
+        return consistency_loss(denoiser, denoiser, teacher_of(POINT, schedule), z_t, *condition, huber=0.0)
 
     assert loss(0.0).max() < 1e-18
     outputs[:] = [answer for answer, _ in zip([next(answers(0.0)), [*answers(0.1)][1]], range(2), strict=True)]
@@ -168,11 +168,11 @@ def test_the_teacher_guides_each_image_at_its_own_scale():
     denoiser = Denoiser(
         lambda z, timestep, context: z * context.tokens.mean((1, 2)).view(-1, 1, 1, 1), SCHEDULES["flow"], "flow"
     )
-    told, null = context_of(3), context_of(1, -1.0)
+    condition, null = context_of(3), context_of(1, -1.0)
     z_t, t, scales = torch.randn(3, 2, 4, 4), torch.tensor([0.3, 0.6, 1.0]), torch.tensor([1.0, 4.0, 7.5])
-    found = guided_teacher(denoiser, told, null, scales)(z_t, t)
+    found = guided_teacher(denoiser, condition, null, scales)(z_t, t)
     for i, scale in enumerate(scales.tolist()):
-        one = classifier_free(denoiser, told.select(i), null, scale)
+        one = classifier_free(denoiser, condition.select(i), null, scale)
         torch.testing.assert_close(found[i : i + 1], one(z_t[i : i + 1], t[i : i + 1]))
 
 
@@ -235,9 +235,9 @@ def test_a_distilled_mixture_is_led_along_its_flow_in_one_step():
         optimizer.step()
         falling.step()
     z = torch.linspace(-2, 2, 41, dtype=torch.float64)
-    wanted = TWO.flow(z, (0.0, 1.0), (1.0, 0.0))
+    expected = TWO.flow(z, (0.0, 1.0), (1.0, 0.0))
     with torch.no_grad():
         found = student(z.float().view(-1, 1, 1, 1), 1.0).flatten()
     at_once = TWO.denoise(z, 0.0, 1.0)
-    error, before = ((each - wanted).square().mean().sqrt().item() for each in (found, at_once))
+    error, before = ((each - expected).square().mean().sqrt().item() for each in (found, at_once))
     assert error < 0.12 and before > 0.8

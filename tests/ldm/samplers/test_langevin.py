@@ -120,11 +120,11 @@ def test_predictor_corrector_is_that_of_diffusers(monkeypatch):
     scheduler = diffusers.ScoreSdeVeScheduler(steps, snr=0.16, sigma_min=0.01, sigma_max=50.0)
     scheduler.set_timesteps(steps)
     scheduler.set_sigmas(steps)
-    mine, theirs = seeds(2)[1], seeds(2)[1]
+    mine, reference = seeds(2)[1], seeds(2)[1]
     z = start = initial_noise((1, 2, 5, 5), seeds(1), schedule).double()
     monkeypatch.setattr(
         "diffusers.schedulers.scheduling_sde_ve.randn_tensor",
-        lambda shape, **_: noise_like(torch.empty(shape, dtype=torch.float64), [theirs]),
+        lambda shape, **_: noise_like(torch.empty(shape, dtype=torch.float64), [reference]),
     )
     for index in range(40):  # at sigma from 50 down
         sigma = scheduler.sigmas[index].double()
@@ -133,11 +133,11 @@ def test_predictor_corrector_is_that_of_diffusers(monkeypatch):
             z = scheduler.step_correct(score(z), z).prev_sample
         z = scheduler.step_pred(score(z), scheduler.timesteps[index], z).prev_sample
     walk = torch.arange(1000, 1000 - 41, -1, dtype=torch.float64) / 1000
-    ours = list(predictor_corrector(denoiser_of(TWO, schedule), start, walk, schedule, [mine]))
-    assert len(ours) == 40
+    stipple = list(predictor_corrector(denoiser_of(TWO, schedule), start, walk, schedule, [mine]))
+    assert len(stipple) == 40
     by_sigma = levels(schedule, 0.96)[1]
     corrected = scheduler.step_correct((TWO.denoise(z, 1.0, by_sigma) - z) / by_sigma**2, z).prev_sample
-    torch.testing.assert_close(ours[-1].z, corrected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(stipple[-1].z, corrected, rtol=1e-4, atol=1e-4)
 
 
 def test_wrong_options_say_what_is_wrong():

@@ -225,8 +225,8 @@ def test_learned_variance_lies_between_small_and_large(name):
         return drawn(variance="learned", interpolation=lambda: torch.full((4, 3, 4), v, dtype=torch.float32))
 
     small, large = drawn(), drawn(variance="large")
-    for ours, exact in ((learned(0.0), small), (learned(1.0), large)):
-        assert all(torch.equal(one, other) for one, other in zip(ours, exact, strict=True))
+    for stipple, exact in ((learned(0.0), small), (learned(1.0), large)):
+        assert all(torch.equal(one, other) for one, other in zip(stipple, exact, strict=True))
     middle = learned(0.5)
     mean = next(ddpm(lambda z, t: 0 * z, z, walk, schedule, seeds(2, 5), variance="learned", interpolation=nothing)).z
     torch.testing.assert_close((middle[0] - mean) ** 2, (small[0] - mean) * (large[0] - mean), rtol=1e-9, atol=1e-12)

@@ -91,12 +91,12 @@ def test_where_no_signal_is_left_logs_and_roots_begin_at_a_large_ratio(spacing):
 
 def test_log_snr_is_the_exponential_spacing_of_diffusers():
     diffusers = pytest.importorskip("diffusers")
-    theirs = diffusers.EulerDiscreteScheduler(
+    reference = diffusers.EulerDiscreteScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", use_exponential_sigmas=True
     )
-    theirs.set_timesteps(13)
+    reference.set_timesteps(13)
     alpha, sigma = VP(times(VP, 13, "log_snr"))
-    torch.testing.assert_close((sigma / alpha).float(), theirs.sigmas, rtol=1e-4, atol=0)  # theirs are float32
+    torch.testing.assert_close((sigma / alpha).float(), reference.sigmas, rtol=1e-4, atol=0)  # theirs are float32
 
 
 def test_aligned_steps_are_the_published_timesteps_of_stable_diffusion():
@@ -136,8 +136,13 @@ def test_spacings_of_noise_fall_between_levels_so_that_no_two_times_are_one(spac
 
 
 def test_a_walk_ends_clean_unless_habit_or_model_say_otherwise():
-    for time_defaults, said, end in [(None, False, 0), (True, None, 0), (True, False, 0.001), (False, None, 0.001)]:
-        assert times(VP, 5, "trailing", TimeDefaults(ends_clean=time_defaults), ends_clean=said)[-1] == end
+    for time_defaults, specified, end in [
+        (None, False, 0),
+        (True, None, 0),
+        (True, False, 0.001),
+        (False, None, 0.001),
+    ]:
+        assert times(VP, 5, "trailing", TimeDefaults(ends_clean=time_defaults), ends_clean=specified)[-1] == end
     assert times(VP, 5, "trailing", TimeDefaults(ends_clean=False), ends_clean=True)[-1] == 0
 
 
@@ -162,6 +167,6 @@ def test_rungs_are_the_times_of_lcm(steps):
 
     scheduler = LCMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     scheduler.set_timesteps(steps, original_inference_steps=50)
-    ours = times(make_schedule(ScheduleConfig(name="scaled_linear")), steps, "rungs")
-    assert [round(t * 1000) - 1 for t in ours[:-1].tolist()] == scheduler.timesteps.tolist()
-    assert ours[-1] == 0
+    stipple = times(make_schedule(ScheduleConfig(name="scaled_linear")), steps, "rungs")
+    assert [round(t * 1000) - 1 for t in stipple[:-1].tolist()] == scheduler.timesteps.tolist()
+    assert stipple[-1] == 0

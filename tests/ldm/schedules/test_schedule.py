@@ -130,9 +130,9 @@ def test_edm_levels_are_those_of_the_paper():
 def test_edm_tells_the_network_a_linear_function_of_a_quarter_of_the_logarithm_of_sigma():
     t = grid()
     noise = SCHEDULES["edm"](t)[1].log() / 4  # c_noise of table 1
-    told = SCHEDULES["edm"].timestep(t).double()
-    assert (told[0].item(), told[-1].item()) == (0, 1000) and SCHEDULES["edm"].timestep(0.0) == 0
-    torch.testing.assert_close(told, (noise - noise[0]) / (noise[-1] - noise[0]) * 1000, rtol=1e-6, atol=1e-4)
+    condition = SCHEDULES["edm"].timestep(t).double()
+    assert (condition[0].item(), condition[-1].item()) == (0, 1000) and SCHEDULES["edm"].timestep(0.0) == 0
+    torch.testing.assert_close(condition, (noise - noise[0]) / (noise[-1] - noise[0]) * 1000, rtol=1e-6, atol=1e-4)
 
 
 def test_flow_is_straight_and_shift_keeps_its_ends():
@@ -246,10 +246,10 @@ def test_the_time_of_a_ratio_is_the_inverse_of_the_schedule(name):
     assert SCHEDULES[name].time(0.0) == 0 and SCHEDULES[name].time(1e9) == pytest.approx(1, abs=1e-6)
 
 
-@pytest.mark.parametrize(("name", "theirs"), [("linear", "linear"), ("cosine", "squaredcos_cap_v2")])
-def test_tables_are_those_of_diffusers(name, theirs):
+@pytest.mark.parametrize(("name", "reference"), [("linear", "linear"), ("cosine", "squaredcos_cap_v2")])
+def test_tables_are_those_of_diffusers(name, reference):
     diffusers = pytest.importorskip("diffusers")
-    alpha_bar = diffusers.DDIMScheduler(beta_schedule=theirs).alphas_cumprod.double().numpy()
+    alpha_bar = diffusers.DDIMScheduler(beta_schedule=reference).alphas_cumprod.double().numpy()
     np.testing.assert_allclose(SCHEDULES[name](grid())[0].square().numpy(), alpha_bar, rtol=2e-4)  # theirs are float32
 
 
