@@ -1,4 +1,4 @@
-"""Claims about trained inpainting models: diffusers' pictures are ours, and a text model becomes one without a jump."""
+"""Trained inpainting models: diffusers makes the same images, and a text model becomes one without a jump."""
 
 import json
 from dataclasses import replace

@@ -1,6 +1,6 @@
 """Our samplers take the steps of diffusers' schedulers, from the same network, whatever it predicts.
 
-Compared is all that the network is given (z_t at each call, scaled as it sees it, and the timestep) and the end. Whole
+They compare all inputs of the network (z_t at each call, scaled as it sees it, and the timestep) and the end. Whole
 pictures, and which times are chosen, are in test_diffusers_pictures.py and test_schedule_interop.py.
 """
 
@@ -27,7 +27,7 @@ SPACINGS = {
     "karras": {"timestep_spacing": "linspace", "use_karras_sigmas": True},
     "log_snr": {"timestep_spacing": "linspace", "use_exponential_sigmas": True},
 }
-# sampler, what makes it of diffusers' class, what makes it of ours
+# sampler, options of diffusers' class, options of Stipple's sampler
 CASES = {
     "ddim": ("ddim", {"clip_sample": False}, {}),
     "pndm": ("pndm", {"skip_prk_steps": True, "set_alpha_to_one": True}, {}),
@@ -181,7 +181,7 @@ def test_deterministic_samplers_walk_the_trajectories_of_diffusers(walk):
 
 
 @pytest.mark.parametrize("reason", DIFFERENCES)
-def test_where_diffusers_does_otherwise_the_difference_is_as_large_as_it_is_said_to_be(reason):
+def test_known_differences_from_diffusers_are_as_large_as_documented(reason):
     walks = [walk for walk in ALL if reasons(walk) == [reason]]
     found = [difference(*walk, prediction)[0] for walk in walks for prediction in predictions(walk[0], walk[2])]
     most = DIFFERENCES[reason][1]
@@ -192,7 +192,7 @@ def test_where_diffusers_does_otherwise_the_difference_is_as_large_as_it_is_said
 @pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace", "karras"])
 @pytest.mark.parametrize("steps", STEPS)
 def test_dpmpp_2s_takes_the_steps_of_diffusers_where_it_walks_our_middles(spacing, prediction, steps):
-    """Its steps are network calls, and its middles every other time wherever that lies, so ours are handed to it."""
+    """Its steps are network calls, and its middles every other time so Stipple's times are passed to it."""
     schedule = schedule_of(False)
     walked = times(schedule, steps, spacing, SAMPLERS["dpmpp_2s"].time_defaults)
     points = [p for t, s in step_points(walked, schedule) for p in ((t, middle(t, s, schedule)) if s.sigma else (t,))]
@@ -220,7 +220,7 @@ def test_ddpm_and_stochastic_ddim_are_those_of_diffusers(prediction):
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_euler_on_flow_is_that_of_diffusers(shift):
-    """Its own times stop at 1/1000 of the unshifted range, so ours are handed to it."""
+    """Its own times stop at 1/1000 of the unshifted range, so Stipple's times are passed to it."""
     schedule = make_schedule(ScheduleConfig(name="flow", shift=shift))
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
     scheduler.set_timesteps(sigmas=times(schedule, 20)[:-1].tolist())

@@ -3,12 +3,14 @@
 What differs by definition, and by how much:
 
 - DDPMScheduler with large or learned variance draws noise in its last step, too, unless that begins at the first noise
-  level: beta from there to clean data, with 4 trailing steps noise of 0.57. Ours end clean; here theirs draws zeros.
+  level: beta from there to clean data, with 4 trailing steps noise of 0.57. Stipple's end clean; here diffusers' draws
+  zeros.
 - DPMSolverSDEScheduler correlates the noise of the middle with that of the whole step as a Brownian motion in sigma;
-  ours does so as the reverse process. Both have the right variance. Here theirs is handed ours.
+  Stipple's does so as the reverse process. Both have the right variance. Here diffusers' gets Stipple's.
 - DPMSolverMultistepScheduler of order 3 weighs the bend of its parabola by (1 - e^-2h - 2h) / (2h)^2 - 1/2, which
-  becomes -1 for short steps; the integral is twice (1 - e^-2h - 2h) / (2h)^2 + 1/2. Here theirs is corrected; otherwise
-  the results of the network below differ by 10 to 33 % of their spread with 25 steps, and with 100 by no less.
+  becomes -1 for short steps; the integral is twice (1 - e^-2h - 2h) / (2h)^2 + 1/2. Here diffusers' is corrected;
+  otherwise the results of the network below differ by 10 to 33 % of their spread with 25 steps, and with 100 by no
+  less.
 - LCMScheduler's c_skip and c_out are part of a denoiser: here they wrap it.
 - EulerDiscreteScheduler's churn asks the network before it adds the noise, Karras et al. 2022 after it;
   HeunDiscreteScheduler has none. Nothing to compare.
@@ -109,7 +111,7 @@ def test_euler_ancestral_is_that_of_diffusers(steps, prediction, spacing):
     scheduler = diffusers.EulerAncestralDiscreteScheduler(
         **BETAS, prediction_type=PREDICTION_TYPES[prediction], timestep_spacing=spacing, steps_offset=1
     )
-    if prediction == "clean":  # which theirs does not implement
+    if prediction == "clean":  # which diffusers does not implement
         with pytest.raises(NotImplementedError):
             reference(scheduler, steps, generator=True)
         return
@@ -172,14 +174,14 @@ def reverse_process(scheduler, generators):
 
 
 @pytest.mark.parametrize("spacing", ["trailing", "leading", "karras"])
-@pytest.mark.parametrize("prediction", ["noise", "velocity"])  # theirs has no other
+@pytest.mark.parametrize("prediction", ["noise", "velocity"])  # diffusers has no other
 @pytest.mark.parametrize("steps", STEPS)
 def test_dpmpp_sde_is_that_of_diffusers(steps, prediction, spacing, monkeypatch):
     """Its module wants torchsde, of which it uses nothing when its noise comes from elsewhere."""
     monkeypatch.setitem(sys.modules, "torchsde", types.ModuleType("torchsde"))
     kind = importlib.import_module("diffusers.schedulers.scheduling_dpmsolver_sde").DPMSolverSDEScheduler
     if spacing == "karras" and steps == 1:
-        pytest.skip("theirs begins a single step at the lowest noise level, which is where its linspace of 1 begins")
+        pytest.skip("diffusers begins a single step at the lowest noise level, which is where its linspace of 1 begins")
     specified = {"use_karras_sigmas": True} if spacing == "karras" else {"timestep_spacing": spacing}
     scheduler = kind(**BETAS, **specified, prediction_type=PREDICTION_TYPES[prediction], steps_offset=1)
     found = stipple("dpmpp_sde", prediction, laid_out("dpmpp_sde", steps, spacing))

@@ -77,7 +77,7 @@ def test_edm_and_negative_velocity_on_exploding_variance_are_karras_precondition
 
 
 @pytest.mark.parametrize("sigma", [0.002, 0.1, 0.5, 3.0, 80.0])
-def test_a_model_of_pictures_with_sigma_data_one_half_is_ours_with_pictures_and_sigmas_doubled(sigma):
+def test_a_model_of_pixels_with_sigma_data_one_half_is_the_same_with_pixels_and_sigmas_doubled(sigma):
     """Karras et al. 2022, table 1 in its own coordinates: x, sigma and D of pictures, sigma_data = 0.5."""
     data = 0.5
     doubled = make_schedule(ScheduleConfig(name="edm", sigma_min=2 * 0.002, sigma_max=2 * 80.0))
@@ -116,7 +116,7 @@ def test_noise_and_score_on_a_schedule_that_ends_in_pure_noise_raise_with_the_re
 
 @pytest.mark.parametrize("prediction", ["clean", "velocity", "flow", "edm"])
 @pytest.mark.parametrize("name", ["flow", "zero_terminal"])
-def test_pure_noise_denoises_to_what_the_network_says(name, prediction):
+def test_pure_noise_denoises_to_the_output_of_the_network(name, prediction):
     z_0 = torch.full((2, 1, 2, 2), 0.25, dtype=torch.float64)
     noise = torch.randn(2, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     denoiser = Denoiser(lambda z_in, timestep, context: denoiser.target(z_0, z_in, 1.0), SCHEDULES[name], prediction)
@@ -125,7 +125,7 @@ def test_pure_noise_denoises_to_what_the_network_says(name, prediction):
 
 @pytest.mark.parametrize(("name", "prediction"), PAIRS)
 @pytest.mark.parametrize("at_levels", [True, False])
-def test_a_denoiser_that_is_prepared_for_its_times_says_the_same_to_the_last_bit(name, prediction, at_levels):
+def test_a_prepared_denoiser_returns_the_same_bits(name, prediction, at_levels):
     network = lambda z_in, timestep, context: torch.tanh(z_in) + timestep.view(-1, 1, 1, 1) / 1000  # noqa: E731
     denoiser = Denoiser(network, SCHEDULES[name], prediction, at_levels)
     visited = times(SCHEDULES[name], 7, "karras")

@@ -1,4 +1,4 @@
-"""Windows fused at every step: when they change nothing, what each is told, and that settings record them."""
+"""Windows fused at every step: when they change nothing, the context of each, and that settings record them."""
 
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ def noise(*shape: int) -> torch.Tensor:
 
 
 def blur(z_t, timestep, context):
-    """A local network: each output sees one latent to each side, and is told the time."""
+    """A local network: each output sees one latent to each side, and depends on the time."""
     return F.avg_pool2d(z_t.tanh(), 3, stride=1, padding=1) * timestep[:, None, None, None]
 
 
@@ -47,7 +47,7 @@ def test_latents_that_fit_into_one_window_are_handed_on_as_they_are():
 
 
 @pytest.mark.parametrize("overlap", range(5))
-def test_windows_overlap_as_told_and_are_no_more_than_needed(overlap):
+def test_windows_overlap_as_configured_and_are_no_more_than_needed(overlap):
     for length in range(4, 60):
         starts = []
         network = Windowed(lambda z_t, *_: starts.append(z_t.storage_offset()) or z_t, 8, overlap)  # noqa: B023
@@ -58,7 +58,7 @@ def test_windows_overlap_as_told_and_are_no_more_than_needed(overlap):
 
 
 @pytest.mark.parametrize("perturbed", [False, True])
-def test_a_window_is_told_its_part_of_the_latents_and_all_of_the_rest(perturbed):
+def test_a_window_has_its_part_of_the_context_latents_and_all_tokens(perturbed):
     """An output that depends on the aligned map and nothing else is whole where each window has its own part."""
     condition = Context(tokens=noise(1, 3, 5), vector=noise(1, 4), latents=noise(1, 2, 20, 30))
     context = PerturbedContext(condition, 1, ("mid_block",)) if perturbed else condition

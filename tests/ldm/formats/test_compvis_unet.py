@@ -169,7 +169,7 @@ def test_under_both_names_it_is_the_same_network(seed):
         assert close(unet(x, timesteps, condition), expected, 2e-5)
 
 
-def test_the_yaml_says_heads_of_an_unknown_unet_and_overrides_those_of_a_known_one():
+def test_the_yaml_has_the_heads_of_an_unknown_unet_and_overrides_those_of_a_known_one():
     unknown = empty(unet_shapes(**SD | dict(model_channels=64, context_dim=96)))
     with pytest.raises(
         ValueError, match=r"heads of a UNet of \(64, 128, 256, 256\) channels with context width 96 can't"
@@ -241,7 +241,7 @@ def test_a_damaged_unet_ends_in_one_line(seed):
         assert "\n" not in str(error.value)
 
 
-def test_what_a_compvis_file_cannot_say_is_not_written():
+def test_what_a_compvis_file_cannot_store_is_not_written():
     config = replace(drawn(0)[2], norm_num_groups=8)
     with pytest.raises(ValueError, match="norm_num_groups 8 can't be stored in a CompVis file; only 32 can"):
         unet_to_compvis(ours_of(config), config)
@@ -287,7 +287,7 @@ def ldm_linear(start: float, end: float, timesteps: int = 1000) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kept", [("betas", "alphas_cumprod"), ("betas",), ("alphas_cumprod",)], ids="+".join)
 @pytest.mark.parametrize("ends", PUBLISHED_BETAS)
-def test_published_schedules_are_told_from_their_tables_in_any_precision(ends, kept, dtype):
+def test_published_schedules_are_recognized_from_their_tables_in_any_precision(ends, kept, dtype):
     tables = buffers(ldm_linear(*ends), dtype)
     config, prediction = schedule_from_compvis({name: tables[name] for name in kept}, {"linear_start": 0.1})
     assert config == ScheduleConfig(beta_start=ends[0], beta_end=ends[1]) and prediction == "noise"
@@ -304,7 +304,7 @@ def test_published_schedules_are_told_from_their_tables_in_any_precision(ends, k
         ScheduleConfig(beta_start=0.00085, beta_end=0.012, zero_terminal_snr=True),
     ],
 )
-def test_other_schedules_of_ours_are_told_from_their_tables(config, kept):
+def test_other_schedules_of_stipple_are_recognized_from_their_tables(config, kept):
     levels = config.timesteps
     alpha_bar = make_schedule(config)((torch.arange(levels, dtype=torch.float64) + 1) / levels)[0].square()
     betas = 1 - alpha_bar / torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])

@@ -104,7 +104,7 @@ def test_the_scheduler_classes_of_diffusers_are_read_and_written(sampler, tmp_pa
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_every_sampler_and_spacing_survives_its_file_which_diffusers_opens(sampler, spacing):
-    """Where diffusers has no such sampler its DDIM opens the model, and we find ours again."""
+    """Where diffusers has no such sampler its DDIM opens the model, and Stipple finds its own again."""
     scheduling = Scheduling(schedule=TABLES["SD"], prediction="velocity", spacing=spacing, sampler=sampler)
     written = scheduling_to_diffusers(scheduling)
     assert written["_class_name"] == CLASSES.get(sampler, "DDIMScheduler")
@@ -204,7 +204,7 @@ WALKS += [("SD 1", STABLE_DIFFUSION_1, sampler, "karras") for sampler in ("euler
 )
 @pytest.mark.parametrize("steps", [2, 7, 50, 600])
 def test_every_sampler_walks_the_timesteps_and_alphas_of_diffusers(options, sampler, spacing, steps):
-    """Between two levels their sigma / alpha is linear, ours its logarithm, up to 2 % apart just above the first."""
+    """Between levels diffusers interpolates sigma / alpha and Stipple its logarithm, up to 2 % apart above the first."""
     changes = {"use_karras_sigmas": True} if spacing == "karras" else {"timestep_spacing": spacing}
     options = options | ({} if spacing == "as said" else changes)
     kind = getattr(diffusers, CLASSES[sampler])
@@ -307,7 +307,7 @@ def test_options_that_another_sampler_reads_refuse_nothing():
     assert read(_class_name="TCDScheduler").sampler is None
 
 
-def test_latents_are_not_clipped_whatever_the_file_says():
+def test_latents_are_not_clipped_whatever_the_file_specifies():
     """StableDiffusionPipeline sets clip_sample to false, too; it is true by default, for pictures."""
     assert read(_class_name="DDIMScheduler", clip_sample=True) == read(_class_name="DDIMScheduler")
 

@@ -1,4 +1,4 @@
-"""Claims about single files: every kind opens by its keys, comes back bit for bit, and other programs read ours."""
+"""Single files: every kind opens by its keys, comes back bit for bit, and other programs read Stipple's."""
 
 import os
 from dataclasses import replace
@@ -215,7 +215,7 @@ def without(path, *prefixes):
     return {name: value for name, value in read_weights(path).items() if not name.startswith(prefixes)}
 
 
-def test_a_yaml_says_what_keys_do_not_and_nothing_in_it_is_executed(files, tmp_path, monkeypatch):
+def test_a_yaml_adds_what_keys_do_not_determine_and_is_not_executed(files, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "system", lambda *_: pytest.fail("executed"))
     write_weights(without(files("sd1")[0], *BUFFERS), tmp_path / "x.safetensors")
     text = YAML.replace("linear_start", "parameterization: v\n    scale_factor: 0.5\n    linear_start")
@@ -225,7 +225,7 @@ def test_a_yaml_says_what_keys_do_not_and_nothing_in_it_is_executed(files, tmp_p
     assert opened.scheduling.prediction == "velocity" and opened.autoencoder.scaling_factor == 0.5
 
 
-def test_what_it_predicts_is_said_by_the_caller_then_the_yaml_then_the_file(files, yaml, tmp_path):
+def test_the_prediction_comes_from_the_caller_then_the_yaml_then_the_file(files, yaml, tmp_path):
     path, _ = files("sd2")
 
     def predicts(source, config=yaml, prediction=None):
@@ -272,7 +272,7 @@ def test_the_tables_of_the_schedule_are_those_of_ddpm():
         schedule_buffers(ScheduleConfig(name="flow"))
 
 
-def test_the_header_says_what_the_model_is(files):
+def test_the_header_describes_the_model(files):
     path, parts = files("sd2")
     metadata = read_metadata(path)
     assert metadata.pop("modelspec.date").startswith("20")

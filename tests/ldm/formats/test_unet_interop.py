@@ -113,7 +113,7 @@ def test_odd_sizes_are_upsampled_as_diffusers_does(size):
         )
 
 
-def test_diffusers_opens_our_folder_and_we_open_theirs(config, tmp_path):
+def test_diffusers_opens_folders_of_stipple_and_stipple_those_of_diffusers(config, tmp_path):
     stipple = random_unet(config).eval()
     save_unet(stipple, tmp_path / "ours")
     kind = UNet2DModel if config.attention == "plain" else UNet2DConditionModel

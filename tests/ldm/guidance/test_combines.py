@@ -98,8 +98,8 @@ def test_zero_star_is_classifier_free_where_the_fit_is_1_and_knows_no_scale_of_t
         * condition
     )
     for scale in SCALES:
-        told_more = condition + across  # whose fit by `told` is 1
-        torch.testing.assert_close(guide(clean, told_more, condition, scale), extrapolate(told_more, condition, scale))
+        longer = condition + across  # whose projection on `condition` is 1
+        torch.testing.assert_close(guide(clean, longer, condition, scale), extrapolate(longer, condition, scale))
         torch.testing.assert_close(guide(clean, condition, other, scale), guide(clean, condition, -7 * other, scale))
     assert torch.equal(guide(clean, condition, torch.zeros_like(condition), 3.0), 3 * condition)
 
@@ -166,7 +166,7 @@ def test_any_way_to_combine_can_be_rescaled():
         torch.testing.assert_close(guided, plain / plain.std((1, 2, 3), keepdim=True) * expected_value)
 
 
-def test_wrong_options_say_what_is_wrong():
+def test_wrong_options_raise_a_message_that_names_the_error():
     for options, words in (
         ({"momentum": 1.0}, "guidance momentum 1.0 must be between -1 and 1"),
         ({"momentum": math.nan}, "guidance momentum nan"),

@@ -95,7 +95,7 @@ def test_one_context_serves_a_whole_batch_and_each_image_may_have_its_negative_p
     assert denoiser.sizes == [(6, [2, 2, 2, 0, -1, -2])]
 
 
-def test_a_denoiser_that_is_told_nothing_is_guided_by_nothing(z_t):
+def test_an_unconditional_denoiser_is_not_guided(z_t):
     assert torch.equal(classifier_free(lambda z, t, context: z, None, None, 1.0)(z_t, 0.4), z_t)
 
 
@@ -164,12 +164,12 @@ def test_guidance_in_an_interval_costs_nothing_outside():
 
 
 @pytest.mark.parametrize("scale", [math.nan, math.inf, -math.inf])
-def test_a_scale_that_is_no_number_says_so(scale):
+def test_a_scale_that_is_no_number_is_refused(scale):
     with pytest.raises(ValueError, match=f"guidance scale {scale} must be a finite number"):
         classifier_free(Counting(SCHEDULES["flow"]), CONTEXT, NULL, scale)
 
 
-def test_wrong_options_say_what_is_wrong():
+def test_wrong_options_raise_a_message_that_names_the_error():
     with pytest.raises(ValueError, match="guidance rescale 1.2 must be between 0"):
         rescaled(1.2, None)
     with pytest.raises(ValueError, match="guidance interval from t = 0.2 to 0.6"):
@@ -191,7 +191,7 @@ class Told:
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("scale", [-0.5, 0.5, 3.0, 8.0])
 def test_guidance_of_two_gaussians_is_their_product_of_powers(name, scale):
-    """p(z_t | told)^scale p(z_t)^(1 - scale) is a Gaussian with the precision P = scale / V_1 + (1 - scale) / V_0 and
+    """p(z_t | context)^scale p(z_t)^(1 - scale) is a Gaussian with the precision P = scale / V_1 + (1 - scale) / V_0 and
     the mean (scale M_1 / V_1 + (1 - scale) M_0 / V_0) / P, V = alpha^2 std^2 + sigma^2 and M = alpha mean. Its score is
     -P (z_t - mean), and by Tweedie's formula z_0 = (z_t + sigma^2 score) / alpha."""
     schedule, (m_1, std_1), (m_0, std_0) = SCHEDULES[name], (1.5, 0.4), (0.2, 0.9)
@@ -219,7 +219,7 @@ def test_a_scale_may_be_a_function_of_time_which_saves_the_same_passes(z_t):
 
 
 def test_guidance_in_an_interval_of_noise_levels_is_one_of_times():
-    """Kynkaanniemi et al. 2024 give theirs in sigma / alpha."""
+    """Kynkaanniemi et al. 2024 specify intervals in sigma / alpha."""
     schedule = SCHEDULES["scaled_linear"]
     start, stop = schedule.time(5.42).item(), schedule.time(0.28).item()
     denoise = in_interval(lambda z, t: True, lambda z, t: False, start, stop)
@@ -303,7 +303,7 @@ def test_autoguidance_extrapolates_from_the_weaker_model_and_calls_what_it_needs
     torch.testing.assert_close(autoguidance(strong, strong, scale)(z_t, 0.4), z_t.sin())
 
 
-def test_wrong_options_of_other_guidances_say_what_is_wrong():
+def test_wrong_options_of_other_guidances_raise_a_message_that_names_the_error():
     for bound, percentile, words in (
         (0.0, None, "guidance bound 0.0 must be a positive number"),
         (math.nan, None, "guidance bound nan"),

@@ -71,7 +71,7 @@ def built(method, provided, scale):
 
 
 @pytest.mark.parametrize("method", GUIDANCES)
-def test_a_config_makes_the_guidance_that_it_names_in_the_calls_that_the_table_says(method):
+def test_a_config_builds_the_guidance_that_it_names_with_the_calls_of_the_table(method):
     provided = ingredients()
     config = GuidanceConfig(method=method, scale=SCALES[method])
     found = guided(config, provided)(Z, 0.5)
@@ -205,7 +205,7 @@ def test_the_rescaled_combines_are_those_of_the_table():
         ({"method": "perturbed_attention", "scale": -2.0}, "guidance scale -2.0 and perturbed scale 3.0 add up to 1"),
     ],
 )
-def test_a_config_that_is_wrong_says_so_in_one_line(options, words):
+def test_an_invalid_config_is_refused_in_one_line(options, words):
     with pytest.raises(ValueError, match=words) as raised:
         GuidanceConfig(**options)
     assert "\n" not in str(raised.value)
@@ -217,6 +217,6 @@ def test_options_of_other_methods_do_not_stand_in_the_way():
     assert not GuidanceConfig(method="autoguidance", scale=2.0).reads_null
 
 
-def test_autoguidance_without_a_weaker_model_says_so():
+def test_autoguidance_without_a_weaker_model_is_refused():
     with pytest.raises(ValueError, match="autoguidance requires a weaker model; specify one"):
         guided(GuidanceConfig(method="autoguidance"), replace(ingredients(), weak=None))

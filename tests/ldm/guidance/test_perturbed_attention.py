@@ -40,7 +40,7 @@ def z_t():
 
 
 class Watched(CachedUNet):
-    """A reader that counts the batches of latents and of what is told."""
+    """A `CachedUNet` that records the batches of latents and contexts."""
 
     def __init__(self, unet: UNet):
         super().__init__(unet)
@@ -198,7 +198,7 @@ def test_any_way_to_combine_serves(z_t):
     assert (added * denoiser(z_t, T, condition)).flatten(1).sum(1).abs().max() < 1e-9
 
 
-def test_what_can_not_be_done_says_so(z_t):
+def test_unsupported_arguments_are_refused(z_t):
     condition, null = contexts()
     denoiser = denoiser_of(random_unet(SMALL).double())
     with pytest.raises(ValueError, match="perturbed scale nan must be a finite number"):

@@ -213,7 +213,7 @@ class Toy(nn.Module):
         return self.layers(x).view_as(z_in)
 
 
-def test_a_distilled_mixture_is_led_along_its_flow_in_one_step():
+def test_a_distilled_mixture_reaches_the_end_of_its_flow_in_one_step():
     """The mean of z_0, which is what the teacher says at once, is many times further from where the flow ends."""
     torch.manual_seed(0)
     schedule, network = SCHEDULES["flow"], Toy()

@@ -172,7 +172,7 @@ def test_the_network_that_outputs_the_target_has_no_loss(weighting):
     assert diffusion_loss(denoiser, z_0, None, T, noise, weighting).abs().max() == 0
 
 
-def test_the_network_is_told_the_context_and_the_loss_is_float32_from_bfloat16_outputs():
+def test_the_network_gets_the_context_and_the_loss_is_float32_from_bfloat16_outputs():
     z_0, noise = (x.float() for x in draw())
     condition = []
 
@@ -201,7 +201,7 @@ def test_weights_are_finite_at_both_ends_of_time(weighting):
         assert loss_weight(Denoiser(guess, SCHEDULES[name], prediction), ends, weighting).isfinite().all()
 
 
-def test_a_wrong_weighting_says_what_is_wrong():
+def test_a_wrong_weighting_raises_a_message_that_names_the_error():
     z_0, noise = draw()
     denoiser = Denoiser(guess, SCHEDULES["scaled_linear"], "noise")
     with pytest.raises(ValueError, match="unknown loss weighting 'snr'; use one of simple, min_snr"):

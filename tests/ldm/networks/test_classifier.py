@@ -58,7 +58,7 @@ def test_a_classifier_is_read_back_as_it_was_and_reads_any_size(tmp_path, pool):
         load_classifier(tmp_path / "model" / "unet")
 
 
-def test_its_logits_depend_on_the_noise_level_and_not_on_whose_schedule_says_it():
+def test_its_logits_depend_on_the_noise_level_and_not_on_the_schedule():
     stipple_result, vp, ve = classifier(), *(make_schedule(ScheduleConfig(name=name)) for name in ("linear", "ve"))
     z_0, noise = torch.randn(2, 2, 3, 16, 16)
     at = 0.4
@@ -70,7 +70,7 @@ def test_its_logits_depend_on_the_noise_level_and_not_on_whose_schedule_says_it(
     assert (here - classify(stipple_result, vp, alpha * z_0 + sigma * noise, 0.9)).abs().max() > 1e-4
 
 
-def test_a_lead_moves_the_estimate_towards_its_class_and_away_below_zero():
+def test_a_guide_moves_the_estimate_towards_its_class_and_away_below_zero():
     stipple_result, schedule = classifier(), make_schedule(ScheduleConfig(name="linear"))
     z_t = torch.randn(4, 3, 16, 16)
 
@@ -83,7 +83,7 @@ def test_a_lead_moves_the_estimate_towards_its_class_and_away_below_zero():
     assert share(-1.0) < share(1e-9) < share(1.0)
 
 
-def test_pictures_led_by_a_classifier_differ_and_at_scale_0_do_not():
+def test_images_guided_by_a_classifier_differ_and_at_scale_0_do_not():
     stipple_result = model()
     plain = image_to_tensor(stipple_result("", seed=1)[0])
     stipple_result.gradient_guides["classifier_scale"] = ClassifierGuide(classifier())
@@ -145,14 +145,14 @@ def test_the_drawing_commands_take_a_classifier_and_a_clip(tmp_path, clip, capsy
 
 
 @pytest.mark.parametrize(("name", "scale"), [("classifier", "classifier-scale"), ("clip-guidance", "clip-scale")])
-def test_what_leads_by_no_scale_is_refused(tmp_path, capsys, name, scale):
+def test_a_guide_without_a_scale_is_refused(tmp_path, capsys, name, scale):
     for words in ((), (f"--{scale}", 0)):
         error = refused(partial(drawing.draw, COMMAND), capsys, tmp_path / "out", "a", f"--{name}", "FOLDER", *words)
         assert f"--{name} leads as much as --{scale} says, and it says nothing" in error
 
 
 @pytest.mark.parametrize(("saved", "precision"), [(None, "fp16"), (None, "bf16"), (torch.float16, "fp32")])
-def test_a_classifier_of_an_autoencoder_leads_in_every_precision(tmp_path, saved, precision):
+def test_a_classifier_of_an_autoencoder_guides_in_every_precision(tmp_path, saved, precision):
     stipple_result = build_model_of(Unconditional())
     stipple_result.autoencoder.save(tmp_path / "stage-1")
     trained_on = open_autoencoder(tmp_path / "stage-1").fingerprint()
@@ -165,7 +165,7 @@ def test_a_classifier_of_an_autoencoder_leads_in_every_precision(tmp_path, saved
     assert "classifier_scale" in model.gradient_guides
 
 
-def test_what_can_not_lead_says_so_in_one_line(tmp_path):
+def test_a_guide_that_does_not_fit_is_refused_in_one_line(tmp_path):
     stipple_result = model()
     with pytest.raises(ValueError, match="classifier scale 3.0 needs a classifier of noisy latents: --classifier"):
         stipple_result("", classifier_scale=3.0)

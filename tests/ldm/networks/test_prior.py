@@ -45,14 +45,16 @@ def test_a_model_folder_opens_in_diffusers_with_the_same_output(prior, tmp_path,
 
     save_unet(prior, tmp_path)
     reference, context = Theirs.from_pretrained(tmp_path / "prior").eval(), condition(mask)
-    seen = torch.ones(2, 5, dtype=torch.bool) if context.mask is None else context.mask  # without, theirs is not causal
+    seen = (
+        torch.ones(2, 5, dtype=torch.bool) if context.mask is None else context.mask
+    )  # without one, diffusers' is not causal
     with torch.no_grad():
         expected = reference(Z_T.flatten(1), TIMESTEP, context.vector, context.tokens, seen).predicted_image_embedding
         torch.testing.assert_close(prior(Z_T, TIMESTEP, context).flatten(1), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(reference.post_process_latents(expected), expected)  # a scale of its own it has not
 
 
-def test_theirs_opens_here(tmp_path):
+def test_a_prior_of_diffusers_opens_here(tmp_path):
     from diffusers import PriorTransformer as Theirs
 
     torch.manual_seed(0)
@@ -122,7 +124,7 @@ class Embedder(torch.nn.Module):
         ({}, {"data": DataConfig(folder="", image_size=32, maps="maps")}, "data.maps maps is of no use"),
     ],
 )
-def test_a_prior_that_does_not_fit_is_told_its_own_keys(prior, changes, message):
+def test_a_prior_that_does_not_fit_is_refused_with_its_config_keys(prior, changes, message):
     autoencoder = ImageEmbeddings(Embedder(), torch.zeros(8), torch.ones(8))
     condition = {"context_dim": 8, "vector_dim": 8, "latent_channels": 0, "max_length": 5}
     conditioner = SimpleNamespace(**condition, hint=None, reads=frozenset(), has_positions=False)

@@ -67,7 +67,7 @@ def test_many_langevin_steps_forget_where_they_began_and_leave_the_bias_of_their
     assert found[1] == pytest.approx(variance / (1 - step_size * sigma**2 / (4 * variance)), rel=1e-9)
 
 
-def test_corrections_inflate_the_variance_as_their_signal_to_noise_ratio_says():
+def test_corrections_inflate_the_variance_by_their_signal_to_noise_ratio():
     """(1 + r^2) v of a Gaussian in many dimensions: 2.6 % too much at the paper's r of 0.16."""
     schedule = SCHEDULES["ve"]
     walk = torch.tensor([0.5, 0.5], dtype=torch.float64)
@@ -140,7 +140,7 @@ def test_predictor_corrector_is_that_of_diffusers(monkeypatch):
     torch.testing.assert_close(stipple[-1].z, corrected, rtol=1e-4, atol=1e-4)
 
 
-def test_wrong_options_say_what_is_wrong():
+def test_wrong_options_raise_a_message_that_names_the_error():
     schedule = SCHEDULES["flow"]
     asked = (two(schedule), torch.ones(1, 2), times(schedule, 2), schedule, seeds(1))
     for run, options, message in (

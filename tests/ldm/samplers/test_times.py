@@ -96,7 +96,7 @@ def test_log_snr_is_the_exponential_spacing_of_diffusers():
     )
     reference.set_timesteps(13)
     alpha, sigma = VP(times(VP, 13, "log_snr"))
-    torch.testing.assert_close((sigma / alpha).float(), reference.sigmas, rtol=1e-4, atol=0)  # theirs are float32
+    torch.testing.assert_close((sigma / alpha).float(), reference.sigmas, rtol=1e-4, atol=0)  # diffusers' are float32
 
 
 def test_aligned_steps_are_the_published_timesteps_of_stable_diffusion():
@@ -130,12 +130,12 @@ def test_aligned_steps_fall_on_schedules_that_do_not_reach_their_levels():
 
 @pytest.mark.parametrize("spacing", ["karras", "log_snr", "ays"])
 def test_spacings_of_noise_fall_between_levels_so_that_no_two_times_are_one(spacing):
-    """Of a thousand, many have the same level of a table as the nearest: the network is told where between they are."""
+    """Of a thousand, many have the same level of a table as the nearest: so the network gets fractional timesteps."""
     found = torch.tensor(indices(1000, spacing), dtype=torch.float64)
     assert len(found.unique()) == 1000 and len(found.round().unique()) < 900
 
 
-def test_a_walk_ends_clean_unless_habit_or_model_say_otherwise():
+def test_times_end_clean_unless_the_defaults_or_the_model_specify_otherwise():
     for time_defaults, specified, end in [
         (None, False, 0),
         (True, None, 0),
@@ -152,7 +152,7 @@ def test_the_offset_gives_way_before_a_time_passes_one():
         assert max(indices(steps, "leading", replace(SAMPLERS["unipc"].time_defaults))) <= 999
 
 
-def test_wrong_requests_say_what_is_wrong():
+def test_wrong_arguments_raise_a_message_that_names_the_error():
     with pytest.raises(ValueError, match="0 steps"):
         times(VP, 0)
     with pytest.raises(ValueError, match="1001 steps"):

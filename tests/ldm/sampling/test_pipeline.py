@@ -135,7 +135,7 @@ def test_guidance_scale_1_makes_no_unconditional_pass_and_others_one(model, monk
     assert seen == [4] * 4 + [2] * 4
 
 
-def test_guidance_leads_from_the_negative_prompt_and_scale_0_is_the_negative_prompt(model):
+def test_guidance_moves_away_from_the_negative_prompt_and_scale_0_is_the_negative_prompt(model):
     assert np.array_equal(pixels(model("a cat", guidance_scale=0)), pixels(model("", guidance_scale=1)))
     swapped = model("a cat", guidance_scale=0, negative_prompt="a heart")
     assert np.array_equal(pixels(swapped), pixels(model("a heart", guidance_scale=1)))
@@ -165,7 +165,7 @@ def test_sizes_need_not_be_square_or_those_of_training(model):
     assert image.size == (44, 20)
 
 
-def test_a_picture_says_all_that_made_it(model):
+def test_an_image_has_all_settings_that_made_it(model):
     made = list(model.generate(PROMPTS, num_images=2, seed=-1, negative_prompt="a dog", batch_size=3))
     seeds = [picture.settings.seed for picture in made]
     assert seeds == list(range(seeds[0], seeds[0] + 4))

@@ -57,7 +57,7 @@ def runs(tmp_path_factory, autoencoder, settings_of_runs) -> Path:
     return folder
 
 
-def test_a_prior_is_said_to_serve_a_decoder(runs):
+def test_the_command_of_a_prior_names_its_decoder(runs):
     prior = TextToImage.load(runs / "unclip-prior" / "model")
     words = drawing_command(prior, "a cat", ["--checkpoint", "runs/prior/model"])
     assert words == ["txt2img.py", "a cat", "--checkpoint", "DECODER", "--prior", "runs/prior/model"]
@@ -103,7 +103,7 @@ def test_a_prior_of_other_embeddings_is_refused(runs):
             model.use_prior(prior)
 
 
-def test_what_is_retrieved_for_a_prompt_is_what_the_model_is_told(runs):
+def test_the_model_is_conditioned_on_what_is_retrieved_for_a_prompt(runs):
     model = TextToImage.load(runs / "rdm" / "model")
     reader = model.conditioner.readers["retrieval"]
     (tokens,) = model.conditioner.encode(["a cat"], ConditionInputs(prompts=["a cat"])).tokens
@@ -127,7 +127,7 @@ def test_no_candidate_of_a_prior_is_that_of_a_neighboring_seed(runs, monkeypatch
     assert len(set(seeds)) == 2 * 3
 
 
-def test_a_prior_draws_nothing_and_says_so_before_it_computes(runs, tmp_path, capsys, monkeypatch):
+def test_a_prior_refuses_to_draw_before_it_computes(runs, tmp_path, capsys, monkeypatch):
     prior = TextToImage.load(runs / "unclip-prior" / "model")
     monkeypatch.setattr(prior, "sample", lambda batch: pytest.fail("it was sampled"))
     with pytest.raises(ValueError, match="makes embeddings, not pictures"):
@@ -192,7 +192,7 @@ def test_training_refuses_a_database_that_is_not_there_before_it_writes(runs, au
     assert "retrieval.database" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
-def test_in_training_no_picture_is_told_of_itself_mirrored_or_cut(runs):
+def test_in_training_no_image_is_conditioned_on_itself_mirrored_or_cropped(runs):
     """Also where it is seen otherwise than stipple embed saw it, and where another stands in for it."""
     model = TextToImage.load(runs / "rdm" / "model")
     reader, folder = model.conditioner.readers["retrieval"], str(ROOT / "tests" / "pictures")
@@ -203,13 +203,13 @@ def test_in_training_no_picture_is_told_of_itself_mirrored_or_cut(runs):
     own = reader.database[[reader.rows[name] for name in batch.names]][:, None]  # [B, 1, d]
     given = Inputs(model.autoencoder, model.conditioner, model.conditioner, None).given(batch)
 
-    def told_of_itself(given: ConditionInputs) -> int:
+    def is_own_neighbor(given: ConditionInputs) -> int:
         return int((reader(given).tokens == own).all(-1).any(1).sum())
 
-    assert told_of_itself(given) == 0 < told_of_itself(dataclasses.replace(given, names=None))
+    assert is_own_neighbor(given) == 0 < is_own_neighbor(dataclasses.replace(given, names=None))
 
 
-def test_a_run_that_goes_on_with_another_database_says_so(runs, autoencoder, tmp_path, capsys):
+def test_a_run_that_resumes_with_another_database_warns(runs, autoencoder, tmp_path, capsys):
     shutil.copytree(runs / "rdm", tmp_path / "run")
     write_weights({"embeddings": torch.randn(30, 16)}, tmp_path / "embeddings.safetensors")
     specified = [f"autoencoder={autoencoder}", f"conditioner.retrieval.encoder.name=local-dir:{runs}", *UNET, *BRIEF]

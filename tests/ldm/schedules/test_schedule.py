@@ -188,7 +188,7 @@ def test_float32_times_mean_the_level_itself(name):
         assert torch.equal(single, double)
 
 
-def test_a_time_below_the_first_level_is_told_to_the_network_as_the_first():
+def test_times_below_the_first_level_have_its_timestep():
     assert SCHEDULES["scaled_linear"].timestep(torch.tensor([0.0, 0.0004])).tolist() == [0, 0]
 
 
@@ -250,7 +250,9 @@ def test_the_time_of_a_ratio_is_the_inverse_of_the_schedule(name):
 def test_tables_are_those_of_diffusers(name, reference):
     diffusers = pytest.importorskip("diffusers")
     alpha_bar = diffusers.DDIMScheduler(beta_schedule=reference).alphas_cumprod.double().numpy()
-    np.testing.assert_allclose(SCHEDULES[name](grid())[0].square().numpy(), alpha_bar, rtol=2e-4)  # theirs are float32
+    np.testing.assert_allclose(
+        SCHEDULES[name](grid())[0].square().numpy(), alpha_bar, rtol=2e-4
+    )  # diffusers' are float32
 
 
 @pytest.mark.parametrize(
@@ -267,7 +269,7 @@ def test_tables_are_those_of_diffusers(name, reference):
         (ScheduleConfig(name="edm", zero_terminal_snr=True), "zero_terminal_snr is for .* not edm"),
     ],
 )
-def test_a_wrong_config_says_what_is_wrong(config, says):
+def test_a_wrong_config_raises_a_message_that_names_the_error(config, says):
     with pytest.raises(ValueError, match=says):
         make_schedule(config)
 
@@ -281,7 +283,7 @@ def test_a_schedule_knows_the_constants_it_was_made_of():
     assert make_schedule(ScheduleConfig(beta_end=0.0155)).config.beta_start == 0.00085
 
 
-def test_wrong_times_say_what_is_wrong():
+def test_wrong_times_raise_a_message_that_names_the_error():
     schedule = SCHEDULES["scaled_linear"]
     for outside in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match="outside"):
