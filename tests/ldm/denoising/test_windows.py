@@ -86,7 +86,7 @@ def test_a_context_without_latents_stays_the_same_object_so_that_it_is_read_once
         ({"window": 8, "overlap": 5}, "overlap 5"),
         ({"window": 8, "overlap": -1}, "overlap -1"),
     ]
-    + [({"overlap": 2}, "give a window"), ({"window": 8, "reuse": 2}, "reuse 2")],
+    + [({"overlap": 2}, "requires window"), ({"window": 8, "reuse": 2}, "reuse 2")],
 )
 def test_windows_that_can_not_be_are_refused_in_one_line(provided, word):
     with pytest.raises(ValueError, match=word) as error:

@@ -204,7 +204,7 @@ WALKS += [("SD 1", STABLE_DIFFUSION_1, sampler, "karras") for sampler in ("euler
 )
 @pytest.mark.parametrize("steps", [2, 7, 50, 600])
 def test_every_sampler_walks_the_timesteps_and_alphas_of_diffusers(options, sampler, spacing, steps):
-    """Between levels diffusers interpolates sigma / alpha and Stipple its logarithm, up to 2 % apart above the first."""
+    """Between levels diffusers interpolates sigma / alpha and Stipple its logarithm, up to 2 % apart at first."""
     changes = {"use_karras_sigmas": True} if spacing == "karras" else {"timestep_spacing": spacing}
     options = options | ({} if spacing == "as said" else changes)
     kind = getattr(diffusers, CLASSES[sampler])

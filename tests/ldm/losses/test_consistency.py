@@ -12,17 +12,22 @@ from ldm.losses.consistency import (
     ConsistencyFunction,
     boundary,
     consistency_loss,
-    ddim_step,
     distance,
     guidance_loss,
     guided_teacher,
     rung,
 )
 from ldm.samplers.onestep import ddim
+from ldm.samplers.steps import NoiseLevel, ddim_step
 from tests.helpers.oracles import GAUSSIAN, SCHEDULES, TWO, Mixture
 
 POINT = Mixture((1.0,), (0.7,), (0.0,))
 PREDICTION_TYPES = {"noise": "epsilon", "velocity": "v_prediction", "clean": "sample"}
+
+
+def noise_levels(schedule, *times):
+    """alpha and sigma [B] at each of some times [B]."""
+    return [NoiseLevel(*schedule(t, torch.float64)) for t in times]
 
 
 def levels(schedule, t):
@@ -109,7 +114,7 @@ def test_the_loss_is_zero_at_the_exact_solution_and_positive_elsewhere(name, pre
     z_t, outputs = noised(POINT, schedule, t), []
     denoiser = Denoiser(network, schedule, prediction)
     z_0 = torch.full_like(z_t, 0.7)
-    z_s = ddim_step(z_t, z_0, t, s, schedule)
+    z_s = ddim_step(z_t, z_0, *noise_levels(schedule, t, s))
 
     def answers(shift):
         """What a network of that prediction says at z_s and at z_t where z_0 is `shift` more."""
@@ -147,7 +152,7 @@ def test_a_step_of_ddim_is_that_of_the_sampler_with_a_time_for_each_image():
     schedule, denoise = SCHEDULES["zero_terminal"], teacher_of(TWO, SCHEDULES["zero_terminal"])
     t, s = torch.tensor([1.0, 0.6, 0.02], dtype=torch.float64), torch.tensor([0.98, 0.4, 0.001], dtype=torch.float64)
     z_t = noised(TWO, schedule, t)
-    found = ddim_step(z_t, denoise(z_t, t), t, s, schedule)
+    found = ddim_step(z_t, denoise(z_t, t), *noise_levels(schedule, t, s))
     for i in range(3):
         walk, one = torch.stack([t[i], s[i]]), z_t[i : i + 1]
         (step,) = ddim(lambda z, time: denoise(z, torch.tensor([time])), one, walk, schedule, [])
