@@ -9,7 +9,6 @@ from PIL import Image
 import stipple.commands.img2img as img2img
 import txt2img
 from ldm import TextToImage
-from ldm.sampling.plan import walked
 from tests.helpers.drawn import build, folder_of, photo, pixels, record, refused, run
 
 EMOJI = Path(img2img.__file__).parent / "checkpoints" / "emoji"
@@ -44,7 +43,7 @@ def test_of_the_steps_the_last_ones_are_taken_as_many_as_strength_says(model, st
     (whole,) = model.plan("a heart", steps=steps)
     (picture,) = model.plan("a heart", image=photo(32, 32), steps=steps, strength=strength)
     assert model.steps(picture) == taken
-    times = [walked(model, one).tolist() for one in (whole, picture)]
+    times = [model.sampling_times(one).tolist() for one in (whole, picture)]
     assert times[1] == times[0][steps - taken :]
 
 

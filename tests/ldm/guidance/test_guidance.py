@@ -192,8 +192,8 @@ class Told:
 @pytest.mark.parametrize("scale", [-0.5, 0.5, 3.0, 8.0])
 def test_guidance_of_two_gaussians_is_their_product_of_powers(name, scale):
     """p(z_t | context)^scale p(z_t)^(1 - scale) is a Gaussian with the precision P = scale / V_1 + (1 - scale) / V_0
-    and the mean (scale M_1 / V_1 + (1 - scale) M_0 / V_0) / P, V = alpha^2 std^2 + sigma^2 and M = alpha mean. Its score
-    is -P (z_t - mean), and by Tweedie's formula z_0 = (z_t + sigma^2 score) / alpha."""
+    and the mean (scale M_1 / V_1 + (1 - scale) M_0 / V_0) / P, V = alpha^2 std^2 + sigma^2 and M = alpha mean. Its
+    score is -P (z_t - mean), and by Tweedie's formula z_0 = (z_t + sigma^2 score) / alpha."""
     schedule, (m_1, std_1), (m_0, std_0) = SCHEDULES[name], (1.5, 0.4), (0.2, 0.9)
     contexts = (Context(vector=torch.tensor([pair], dtype=torch.float64)) for pair in ((m_1, std_1), (m_0, std_0)))
     guided = classifier_free(Told(schedule), *contexts, scale)
