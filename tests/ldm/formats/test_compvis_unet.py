@@ -172,7 +172,7 @@ def test_under_both_names_it_is_the_same_network(seed):
 def test_the_yaml_has_the_heads_of_an_unknown_unet_and_overrides_those_of_a_known_one():
     unknown = empty(unet_shapes(**SD | dict(model_channels=64, context_dim=96)))
     with pytest.raises(
-        ValueError, match=r"heads of a UNet of \(64, 128, 256, 256\) channels with context width 96 can't"
+        ValueError, match=r"heads of a UNet of \(64, 128, 256, 256\) channels with context width 96 are unknown"
     ):
         unet_config(unknown)
     assert unet_config(unknown, {"num_heads": 4, "image_size": 8}).attention_heads == (4, 4, 4, 4)
