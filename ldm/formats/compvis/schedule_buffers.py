@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ldm.schedules.registry import ScheduleConfig, make_schedule
-from ldm.schedules.tables import VariancePreserving
+from ldm.schedules.table_schedules import VariancePreserving
 
 BUFFERS = (
     "betas",

@@ -6,7 +6,7 @@ import torch
 
 from ldm.schedules.formulas import resolution_shift
 from ldm.schedules.registry import ScheduleConfig, make_schedule
-from ldm.schedules.tables import TableSchedule, VariancePreserving
+from ldm.schedules.table_schedules import TableSchedule, VariancePreserving
 from tests.helpers.oracles import CONFIGS, SCHEDULES
 
 TABLES = [name for name in CONFIGS if isinstance(SCHEDULES[name], TableSchedule)]
