@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from ldm.schedules.base import Schedule, ScheduleConfig
 from ldm.schedules.formulas import edm, flow, sub_vp
-from ldm.schedules.tables import cosine, linear, scaled_linear, ve
+from ldm.schedules.table_schedules import cosine, linear, scaled_linear, ve
 
 SCHEDULES: dict[str, Callable[[ScheduleConfig], Schedule]] = {
     "linear": linear,

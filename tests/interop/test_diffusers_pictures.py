@@ -68,7 +68,7 @@ def models(tmp_path_factory):
     return built
 
 
-def theirs(models, name, sampler, seeds, spacing=None, **settings) -> torch.Tensor:
+def reference(models, name, sampler, seeds, spacing=None, **settings) -> torch.Tensor:
     """Pictures of diffusers [B, 3, H, W] in [0, 255], not rounded; its pipeline cannot decode with a VQModel itself."""
     _, pipeline, config, _ = models[name]
     change = {"use_karras_sigmas": True} if spacing == "karras" else {"timestep_spacing": spacing} if spacing else {}
@@ -83,7 +83,7 @@ def theirs(models, name, sampler, seeds, spacing=None, **settings) -> torch.Tens
     return (images.clamp(-1, 1) + 1) * 127.5
 
 
-def ours(models, name, sampler, seed, **settings) -> torch.Tensor:
+def stipple(models, name, sampler, seed, **settings) -> torch.Tensor:
     """Our pictures, the same."""
     model = models[name][-1]
     plan = model.plan(PROMPTS, sampler=sampler, seed=seed, negative_prompt=NEGATIVE, **settings)
@@ -95,9 +95,9 @@ def ours(models, name, sampler, seed, **settings) -> torch.Tensor:
 def difference(models, name, sampler, steps, spacing=None, rescale=0.0, height=24, width=40) -> float:
     """The largest, in 1/255."""
     size = dict(height=height, width=width, guidance_scale=5.0, guidance_rescale=rescale)
-    expected = theirs(models, name, sampler, [5, 6], spacing, num_inference_steps=steps, **size)
+    expected = reference(models, name, sampler, [5, 6], spacing, num_inference_steps=steps, **size)
     assert expected.std() > 10  # of something
-    return (ours(models, name, sampler, 5, steps=steps, spacing=spacing, **size) - expected).abs().max().item()
+    return (stipple(models, name, sampler, 5, steps=steps, spacing=spacing, **size) - expected).abs().max().item()
 
 
 def comparable(name, sampler, spacing, steps) -> bool:
@@ -153,8 +153,8 @@ def test_the_command_line_makes_the_png_of_diffusers(models, name, sampler, tmp_
     made = [np.asarray(Image.open(path)).astype(int) for path in capsys.readouterr().out.split()]
     pipeline.scheduler = getattr(diffusers, CLASSES[sampler]).from_config(config)
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in (11, 12)]
-    wanted = dict(num_inference_steps=4, negative_prompt=NEGATIVE, guidance_rescale=0.5, height=40, width=24)
-    expected = pipeline(PROMPTS[0], num_images_per_prompt=2, generator=generators, **wanted).images
+    expected_value = dict(num_inference_steps=4, negative_prompt=NEGATIVE, guidance_rescale=0.5, height=40, width=24)
+    expected = pipeline(PROMPTS[0], num_images_per_prompt=2, generator=generators, **expected_value).images
     assert np.abs(np.stack(made) - np.stack([np.asarray(image) for image in expected])).max() <= 1
 
 
@@ -169,8 +169,8 @@ def test_an_old_file_is_read_as_stable_diffusion_pipeline_reads_it(models, tmp_p
     """Which sets steps_offset to 1 and clip_sample to false, whatever the file says."""
     folder = Path(tmp_path / "old")
     models["SD1"][-1].save(folder)
-    for said in ({"steps_offset": 0, "clip_sample": True}, {}):
-        old = {name: value for name, value in SD.items() if name not in ("steps_offset", "clip_sample")} | said
+    for specified in ({"steps_offset": 0, "clip_sample": True}, {}):
+        old = {name: value for name, value in SD.items() if name not in ("steps_offset", "clip_sample")} | specified
         old["_class_name"] = "DDIMScheduler"
         (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(old))
         assert TextToImage.load(folder).scheduling.offset == 1

@@ -1,4 +1,4 @@
-"""Claims about trained inpainting models: diffusers' pictures are ours, and a text model becomes one without a jump."""
+"""Trained inpainting models: diffusers makes the same images, and a text model becomes one without a jump."""
 
 import json
 from dataclasses import replace
@@ -31,7 +31,7 @@ def files() -> Files:
 def folder(tmp_path_factory):
     """A model of Stable Diffusion's kind for inpainting; its autoencoder draws nothing, which diffusers would do."""
     made = build_model(tmp_path_factory.mktemp("encoder"))
-    told = with_hints(made.conditioner, 5, 4, made.autoencoder.downsampling)
+    condition = with_hints(made.conditioner, 5, 4, made.autoencoder.downsampling)
     torch.manual_seed(2)
     wide = UNet(replace(made.unet.config, in_channels=9)).requires_grad_(False).eval()
     for parameter in wide.parameters():
@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
         made.autoencoder.quant_conv.weight[4:] = 0
         made.autoencoder.quant_conv.bias[4:] = -60
     path = tmp_path_factory.mktemp("model")
-    TextToImage(made.autoencoder, wide, told, made.scheduling, made.defaults).save(path)
+    TextToImage(made.autoencoder, wide, condition, made.scheduling, made.defaults).save(path)
     return path
 
 
@@ -49,17 +49,17 @@ def test_diffusers_opens_our_folder_as_an_inpainting_model_and_draws_the_same(fo
     assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "StableDiffusionInpaintPipeline"
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
-    given, model = files(), TextToImage.load(folder)
-    theirs = pipeline(
-        PROMPT, negative_prompt=NEGATIVE, image=tensor_to_image(given.image), mask_image=given.mask[None],
+    provided, model = files(), TextToImage.load(folder)
+    reference = pipeline(
+        PROMPT, negative_prompt=NEGATIVE, image=tensor_to_image(provided.image), mask_image=provided.mask[None],
         latents=torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), strength=1.0, height=SIDE,
         width=SIDE, num_inference_steps=4, guidance_scale=3.0, output_type="pt",
     ).images[0]  # fmt: skip
-    hint = model.conditioner.readers["spatial"].hint.of_files(given, SIDE, SIDE, torch.Generator())
+    hint = model.conditioner.readers["spatial"].hint.of_files(provided, SIDE, SIDE, torch.Generator())
     settings = dict(steps=4, guidance_scale=3.0, negative_prompt=NEGATIVE, sampler=model.defaults.sampler)
-    ours = draw_with_hints(model, hint, prompt=PROMPT, **settings)[0]
-    assert (127.5 * ours.std()) > 10
-    difference = (127.5 * (ours + 1) - 255 * theirs).abs()
+    stipple = draw_with_hints(model, hint, prompt=PROMPT, **settings)[0]
+    assert (127.5 * stipple.std()) > 10
+    difference = (127.5 * (stipple + 1) - 255 * reference).abs()
     assert difference.mean() < 0.1 and difference.max() < 1
 
 

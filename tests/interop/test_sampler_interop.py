@@ -1,6 +1,6 @@
 """Our samplers take the steps of diffusers' schedulers, from the same network, whatever it predicts.
 
-Compared is all that the network is given (z_t at each call, scaled as it sees it, and the timestep) and the end. Whole
+They compare all inputs of the network (z_t at each call, scaled as it sees it, and the timestep) and the end. Whole
 pictures, and which times are chosen, are in test_diffusers_pictures.py and test_schedule_interop.py.
 """
 
@@ -28,7 +28,7 @@ SPACINGS = {
     "karras": {"timestep_spacing": "linspace", "use_karras_sigmas": True},
     "log_snr": {"timestep_spacing": "linspace", "use_exponential_sigmas": True},
 }
-# sampler, what makes it of diffusers' class, what makes it of ours
+# sampler, options of diffusers' class, options of Stipple's sampler
 CASES = {
     "ddim": ("ddim", {"clip_sample": False}, {}),
     "pndm": ("pndm", {"skip_prk_steps": True, "set_alpha_to_one": True}, {}),
@@ -94,7 +94,7 @@ def schedule_of(zero_terminal_snr):
     return make_schedule(ScheduleConfig(beta_start=0.00085, beta_end=0.012, zero_terminal_snr=zero_terminal_snr))
 
 
-def ours(sampler, prediction, walked, generators, schedule, **options):
+def stipple(sampler, prediction, walked, generators, schedule, **options):
     """(timestep, z as the network sees it) of each call, and the end."""
     seen = []
 
@@ -108,7 +108,7 @@ def ours(sampler, prediction, walked, generators, schedule, **options):
     return [*seen, (0.0, last.z)]
 
 
-def theirs(scheduler, steps, generators, **options):
+def reference(scheduler, steps, generators, **options):
     """The same of diffusers' scheduler."""
     scheduler.set_timesteps(steps)
     z = torch.cat([torch.randn(1, 2, 5, 5, generator=g) for g in generators])
@@ -138,16 +138,18 @@ def predictions(case, zero):
 
 
 def difference(case, spacing, zero, steps, prediction):
-    sampler, said, options = CASES[case]
-    told = said | SPACINGS[spacing] | {"steps_offset": 1, "prediction_type": PREDICTION_TYPES[prediction]}
-    told |= {"rescale_betas_zero_snr": True} if zero else {}
-    scheduler = getattr(diffusers, CLASSES[sampler])(**BETAS, **told)
+    sampler, specified, options = CASES[case]
+    condition = specified | SPACINGS[spacing] | {"steps_offset": 1, "prediction_type": PREDICTION_TYPES[prediction]}
+    condition |= {"rescale_betas_zero_snr": True} if zero else {}
+    scheduler = getattr(diffusers, CLASSES[sampler])(**BETAS, **condition)
     options = options | ({"averaged": prediction} if sampler == "pndm" else {})
     schedule = schedule_of(zero)
     walked = times(schedule, steps, spacing, SAMPLERS[sampler].time_defaults)
     if sampler == "pndm":
         walked[-1] = 0.0
-    return apart(ours(sampler, prediction, walked, seeds(2), schedule, **options), theirs(scheduler, steps, seeds(2)))
+    return apart(
+        stipple(sampler, prediction, walked, seeds(2), schedule, **options), reference(scheduler, steps, seeds(2))
+    )
 
 
 def comparable(case, spacing, zero, steps):
@@ -180,7 +182,7 @@ def test_deterministic_samplers_walk_the_trajectories_of_diffusers(walk):
 
 
 @pytest.mark.parametrize("reason", DIFFERENCES)
-def test_where_diffusers_does_otherwise_the_difference_is_as_large_as_it_is_said_to_be(reason):
+def test_known_differences_from_diffusers_are_as_large_as_documented(reason):
     walks = [walk for walk in ALL if reasons(walk) == [reason]]
     found = [difference(*walk, prediction)[0] for walk in walks for prediction in predictions(walk[0], walk[2])]
     most = DIFFERENCES[reason][1]
@@ -191,7 +193,7 @@ def test_where_diffusers_does_otherwise_the_difference_is_as_large_as_it_is_said
 @pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace", "karras"])
 @pytest.mark.parametrize("steps", STEPS)
 def test_dpmpp_2s_takes_the_steps_of_diffusers_where_it_walks_our_middles(spacing, prediction, steps):
-    """Its steps are network calls, and its middles every other time wherever that lies, so ours are handed to it."""
+    """Its steps are network calls, and its middles every other time so Stipple's times are passed to it."""
     schedule = schedule_of(False)
     walked = times(schedule, steps, spacing, SAMPLERS["dpmpp_2s"].time_defaults)
     points = [p for t, s in step_points(walked, schedule) for p in ((t, middle(t, s, schedule)) if s.sigma else (t,))]
@@ -201,28 +203,28 @@ def test_dpmpp_2s_takes_the_steps_of_diffusers_where_it_walks_our_middles(spacin
     scheduler.sigmas = torch.tensor([*(p.sigma / p.alpha for p in points), 0.0])
     scheduler.set_begin_index(0)  # or it looks for its place by the timestep, which may be there twice
     z = initial_noise((2, 2, 5, 5), seeds(2), schedule)
-    assert apart(ours("dpmpp_2s", prediction, walked, seeds(2), schedule), stepped(scheduler, z))[0] < 1e-4
+    assert apart(stipple("dpmpp_2s", prediction, walked, seeds(2), schedule), stepped(scheduler, z))[0] < 1e-4
 
 
 @pytest.mark.parametrize("prediction", PREDICTION_TYPES)
 def test_ddpm_and_stochastic_ddim_are_those_of_diffusers(prediction):
-    schedule, said = schedule_of(False), PREDICTION_TYPES[prediction]
+    schedule, specified = schedule_of(False), PREDICTION_TYPES[prediction]
     for sampler, kind, options in (("ddpm", "DDPMScheduler", {}), ("ddim", "DDIMScheduler", {"eta": 0.6})):
         scheduler = getattr(diffusers, kind)(
-            **BETAS, clip_sample=False, timestep_spacing="trailing", prediction_type=said
+            **BETAS, clip_sample=False, timestep_spacing="trailing", prediction_type=specified
         )
         generators = seeds(1)
-        expected = theirs(scheduler, 50, generators, generator=generators[0], **options)
-        found = ours(sampler, prediction, times(schedule, 50), seeds(1), schedule, **options)
+        expected = reference(scheduler, 50, generators, generator=generators[0], **options)
+        found = stipple(sampler, prediction, times(schedule, 50), seeds(1), schedule, **options)
         assert apart(found, expected)[0] < 1e-5
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_euler_on_flow_is_that_of_diffusers(shift):
-    """Its own times stop at 1/1000 of the unshifted range, so ours are handed to it."""
+    """Its own times stop at 1/1000 of the unshifted range, so Stipple's times are passed to it."""
     schedule = make_schedule(ScheduleConfig(name="flow", shift=shift))
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
     scheduler.set_timesteps(sigmas=times(schedule, 20)[:-1].tolist())
     scheduler.scale_model_input = lambda z, t: z
     expected = stepped(scheduler, initial_noise((2, 2, 5, 5), seeds(2), schedule))
-    assert apart(ours("euler", "flow", times(schedule, 20), seeds(2), schedule), expected)[0] < 1e-5
+    assert apart(stipple("euler", "flow", times(schedule, 20), seeds(2), schedule), expected)[0] < 1e-5

@@ -3,12 +3,14 @@
 What differs by definition, and by how much:
 
 - DDPMScheduler with large or learned variance draws noise in its last step, too, unless that begins at the first noise
-  level: beta from there to clean data, with 4 trailing steps noise of 0.57. Ours end clean; here theirs draws zeros.
+  level: beta from there to clean data, with 4 trailing steps noise of 0.57. Stipple's end clean; here diffusers' draws
+  zeros.
 - DPMSolverSDEScheduler correlates the noise of the middle with that of the whole step as a Brownian motion in sigma;
-  ours does so as the reverse process. Both have the right variance. Here theirs is handed ours.
+  Stipple's does so as the reverse process. Both have the right variance. Here diffusers' gets Stipple's.
 - DPMSolverMultistepScheduler of order 3 weighs the bend of its parabola by (1 - e^-2h - 2h) / (2h)^2 - 1/2, which
-  becomes -1 for short steps; the integral is twice (1 - e^-2h - 2h) / (2h)^2 + 1/2. Here theirs is corrected; otherwise
-  the results of the network below differ by 10 to 33 % of their spread with 25 steps, and with 100 by no less.
+  becomes -1 for short steps; the integral is twice (1 - e^-2h - 2h) / (2h)^2 + 1/2. Here diffusers' is corrected;
+  otherwise the results of the network below differ by 10 to 33 % of their spread with 25 steps, and with 100 by no
+  less.
 - LCMScheduler's c_skip and c_out are part of a denoiser: here they wrap it.
 - EulerDiscreteScheduler's churn asks the network before it adds the noise, Karras et al. 2022 after it;
   HeunDiscreteScheduler has none. Nothing to compare.
@@ -52,14 +54,14 @@ def seed():
     return [torch.Generator().manual_seed(3)]
 
 
-def ours(sampler, prediction, walk, network=network, wrap=lambda denoise: denoise, **options):
+def stipple(sampler, prediction, walk, network=network, wrap=lambda denoise: denoise, **options):
     generators, time_defaults = seed(), SAMPLERS[sampler].time_defaults
     denoise = wrap(Denoiser(network, SCHEDULE, prediction, at_levels=not time_defaults.fractional))
     z = initial_noise((1, 2, 5, 5), generators, SCHEDULE)
     return [step.z for step in SAMPLERS[sampler].run(denoise, z, walk, SCHEDULE, generators, **options)]
 
 
-def theirs(scheduler, steps, network=network, prepare=lambda scheduler, generators: None, **options):
+def reference(scheduler, steps, network=network, prepare=lambda scheduler, generators: None, **options):
     """Each state of diffusers' scheduler; those that hold z_t / alpha scale it back themselves for the network."""
     generators, states = seed(), []
     scheduler.set_timesteps(steps)
@@ -96,10 +98,10 @@ def test_ddpm_is_that_of_diffusers_whatever_its_variance(steps, spacing, predict
 
     monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", noise)
     learned = LearnedVariance(with_variance)
-    said, options = (learned, {"interpolation": learned.interpolation}) if variance == "learned" else (network, {})
-    found = ours("ddpm", prediction, laid_out("ddpm", steps, spacing), said, variance=variance, **options)
-    wanted = theirs(scheduler, steps, with_variance if variance == "learned" else network, generator=True)
-    for one, other in zip(found, wanted, strict=True):
+    specified, options = (learned, {"interpolation": learned.interpolation}) if variance == "learned" else (network, {})
+    found = stipple("ddpm", prediction, laid_out("ddpm", steps, spacing), specified, variance=variance, **options)
+    expected = reference(scheduler, steps, with_variance if variance == "learned" else network, generator=True)
+    for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, **CLOSE)
 
 
@@ -110,12 +112,12 @@ def test_euler_ancestral_is_that_of_diffusers(steps, prediction, spacing):
     scheduler = diffusers.EulerAncestralDiscreteScheduler(
         **BETAS, prediction_type=PREDICTION_TYPES[prediction], timestep_spacing=spacing, steps_offset=1
     )
-    if prediction == "clean":  # which theirs does not implement
+    if prediction == "clean":  # which diffusers does not implement
         with pytest.raises(NotImplementedError):
-            theirs(scheduler, steps, generator=True)
+            reference(scheduler, steps, generator=True)
         return
-    found = ours("euler_ancestral", prediction, laid_out("euler_ancestral", steps, spacing))
-    torch.testing.assert_close(found[-1], theirs(scheduler, steps, generator=True)[-1], **CLOSE)
+    found = stipple("euler_ancestral", prediction, laid_out("euler_ancestral", steps, spacing))
+    torch.testing.assert_close(found[-1], reference(scheduler, steps, generator=True)[-1], **CLOSE)
 
 
 class ThirdOrder(diffusers.DPMSolverMultistepScheduler):
@@ -138,21 +140,21 @@ class ThirdOrder(diffusers.DPMSolverMultistepScheduler):
 @pytest.mark.parametrize("prediction", PREDICTION_TYPES)
 @pytest.mark.parametrize("steps", STEPS)
 def test_multistep_sde_solvers_are_those_of_diffusers(steps, prediction, spacing, order):
-    said = {"use_karras_sigmas": True} if spacing == "karras" else {"timestep_spacing": spacing}
+    specified = {"use_karras_sigmas": True} if spacing == "karras" else {"timestep_spacing": spacing}
     scheduler = ThirdOrder(
-        **BETAS, **said, prediction_type=PREDICTION_TYPES[prediction], steps_offset=1, solver_order=order,
+        **BETAS, **specified, prediction_type=PREDICTION_TYPES[prediction], steps_offset=1, solver_order=order,
         algorithm_type="sde-dpmsolver++",
     )  # fmt: skip
     sampler = f"dpmpp_{order}m_sde"
-    found = ours(sampler, prediction, laid_out(sampler, steps, spacing))
-    for one, other in zip(found, theirs(scheduler, steps, generator=True), strict=True):
+    found = stipple(sampler, prediction, laid_out(sampler, steps, spacing))
+    for one, other in zip(found, reference(scheduler, steps, generator=True), strict=True):
         torch.testing.assert_close(one, other, **CLOSE)
 
 
 def test_the_parabola_of_diffusers_is_another_and_changes_samples_visibly():
     options = dict(solver_order=3, algorithm_type="sde-dpmsolver++", timestep_spacing="trailing")
     kinds = (diffusers.DPMSolverMultistepScheduler, ThirdOrder)
-    ends = [theirs(kind(**BETAS, **options), 25, generator=True)[-1] for kind in kinds]
+    ends = [reference(kind(**BETAS, **options), 25, generator=True)[-1] for kind in kinds]
     assert 0.01 < (ends[0] - ends[1]).abs().mean() / ends[1].std() < 0.5
 
 
@@ -173,19 +175,19 @@ def reverse_process(scheduler, generators):
 
 
 @pytest.mark.parametrize("spacing", ["trailing", "leading", "karras"])
-@pytest.mark.parametrize("prediction", ["noise", "velocity"])  # theirs has no other
+@pytest.mark.parametrize("prediction", ["noise", "velocity"])  # diffusers has no other
 @pytest.mark.parametrize("steps", STEPS)
 def test_dpmpp_sde_is_that_of_diffusers(steps, prediction, spacing, monkeypatch):
     """Its module wants torchsde, of which it uses nothing when its noise comes from elsewhere."""
     monkeypatch.setitem(sys.modules, "torchsde", types.ModuleType("torchsde"))
     kind = importlib.import_module("diffusers.schedulers.scheduling_dpmsolver_sde").DPMSolverSDEScheduler
     if spacing == "karras" and steps == 1:
-        pytest.skip("theirs begins a single step at the lowest noise level, which is where its linspace of 1 begins")
-    said = {"use_karras_sigmas": True} if spacing == "karras" else {"timestep_spacing": spacing}
-    scheduler = kind(**BETAS, **said, prediction_type=PREDICTION_TYPES[prediction], steps_offset=1)
-    found = ours("dpmpp_sde", prediction, laid_out("dpmpp_sde", steps, spacing))
-    wanted = theirs(scheduler, steps, prepare=reverse_process)
-    torch.testing.assert_close(found[-1], wanted[-1], **CLOSE)
+        pytest.skip("diffusers begins a single step at the lowest noise level, which is where its linspace of 1 begins")
+    specified = {"use_karras_sigmas": True} if spacing == "karras" else {"timestep_spacing": spacing}
+    scheduler = kind(**BETAS, **specified, prediction_type=PREDICTION_TYPES[prediction], steps_offset=1)
+    found = stipple("dpmpp_sde", prediction, laid_out("dpmpp_sde", steps, spacing))
+    expected = reference(scheduler, steps, prepare=reverse_process)
+    torch.testing.assert_close(found[-1], expected[-1], **CLOSE)
 
 
 @pytest.mark.parametrize("prediction", PREDICTION_TYPES)
@@ -202,7 +204,9 @@ def test_lcm_is_that_of_diffusers(steps, prediction):
 
         return consistency
 
-    wanted = theirs(scheduler, steps, generator=True)
-    for one, other in zip(ours("lcm", prediction, walk, wrap=boundary), wanted, strict=True):
+    expected = reference(scheduler, steps, generator=True)
+    for one, other in zip(stipple("lcm", prediction, walk, wrap=boundary), expected, strict=True):
         torch.testing.assert_close(one, other, **CLOSE)
-    torch.testing.assert_close(ours("lcm", prediction, walk)[-1], wanted[-1], rtol=1e-4, atol=1e-4)  # too small to see
+    torch.testing.assert_close(
+        stipple("lcm", prediction, walk)[-1], expected[-1], rtol=1e-4, atol=1e-4
+    )  # too small to see

@@ -68,30 +68,30 @@ def network_of_two(z_in, timestep, context):
 def test_edm_and_negative_velocity_on_exploding_variance_are_karras_preconditioning(name, t):
     """Karras et al. 2022, table 1 with sigma_data = 1."""
     schedule = SCHEDULES[name]
-    sigma, told = schedule(t)[1].item(), schedule.timestep(t).expand(2)
+    sigma, condition = schedule(t)[1].item(), schedule.timestep(t).expand(2)
     z_t = draw_large(sigma)
     c_skip, c_out, c_in = 1 / (1 + sigma**2), sigma / (1 + sigma**2) ** 0.5, 1 / (1 + sigma**2) ** 0.5
-    paper = c_skip * z_t + c_out * network_of_two(c_in * z_t, told, None)
+    paper = c_skip * z_t + c_out * network_of_two(c_in * z_t, condition, None)
     torch.testing.assert_close(Denoiser(network_of_two, schedule, "edm")(z_t, t), paper)
-    negative = lambda *told: -network_of_two(*told)  # noqa: E731
+    negative = lambda *condition: -network_of_two(*condition)  # noqa: E731
     torch.testing.assert_close(Denoiser(negative, schedule, "velocity")(z_t, t), paper)
 
 
 @pytest.mark.parametrize("sigma", [0.002, 0.1, 0.5, 3.0, 80.0])
-def test_a_model_of_pictures_with_sigma_data_one_half_is_ours_with_pictures_and_sigmas_doubled(sigma):
+def test_a_model_of_pixels_with_sigma_data_one_half_is_the_same_with_pixels_and_sigmas_doubled(sigma):
     """Karras et al. 2022, table 1 in its own coordinates: x, sigma and D of pictures, sigma_data = 0.5."""
     data = 0.5
     doubled = make_schedule(ScheduleConfig(name="edm", sigma_min=2 * 0.002, sigma_max=2 * 80.0))
     t = doubled.time(2 * sigma).item()
-    told = doubled.timestep(t).expand(2)
+    condition = doubled.timestep(t).expand(2)
     x = draw_large((sigma**2 + data**2) ** 0.5)
     c_skip, c_out = data**2 / (sigma**2 + data**2), sigma * data / (sigma**2 + data**2) ** 0.5
     c_in = 1 / (sigma**2 + data**2) ** 0.5
-    paper = c_skip * x + c_out * network_of_two(c_in * x, told, None)
+    paper = c_skip * x + c_out * network_of_two(c_in * x, condition, None)
     torch.testing.assert_close(Denoiser(network_of_two, doubled, "edm")(2 * x, t) / 2, paper)
     c_noise = [(s.log() / 4).item() for s in (doubled(t)[1] / 2, torch.tensor(0.002), torch.tensor(80.0))]
     told_by_paper = 1000 * (c_noise[0] - c_noise[1]) / (c_noise[2] - c_noise[1])
-    assert told[0].item() == pytest.approx(told_by_paper, rel=1e-6, abs=1e-3)
+    assert condition[0].item() == pytest.approx(told_by_paper, rel=1e-6, abs=1e-3)
 
 
 def test_one_time_for_all_is_each_images_time():
@@ -117,7 +117,7 @@ def test_noise_and_score_on_a_schedule_that_ends_in_pure_noise_raise_with_the_re
 
 @pytest.mark.parametrize("prediction", ["clean", "velocity", "flow", "edm"])
 @pytest.mark.parametrize("name", ["flow", "zero_terminal"])
-def test_pure_noise_denoises_to_what_the_network_says(name, prediction):
+def test_pure_noise_denoises_to_the_output_of_the_network(name, prediction):
     z_0 = torch.full((2, 1, 2, 2), 0.25, dtype=torch.float64)
     noise = torch.randn(2, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     denoiser = Denoiser(lambda z_in, timestep, context: denoiser.target(z_0, z_in, 1.0), SCHEDULES[name], prediction)
@@ -126,7 +126,7 @@ def test_pure_noise_denoises_to_what_the_network_says(name, prediction):
 
 @pytest.mark.parametrize(("name", "prediction"), PAIRS)
 @pytest.mark.parametrize("at_levels", [True, False])
-def test_a_denoiser_that_is_prepared_for_its_times_says_the_same_to_the_last_bit(name, prediction, at_levels):
+def test_a_prepared_denoiser_returns_the_same_bits(name, prediction, at_levels):
     network = lambda z_in, timestep, context: torch.tanh(z_in) + timestep.view(-1, 1, 1, 1) / 1000  # noqa: E731
     denoiser = Denoiser(network, SCHEDULES[name], prediction, at_levels)
     visited = times(SCHEDULES[name], 7, "karras")

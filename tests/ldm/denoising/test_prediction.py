@@ -129,6 +129,6 @@ def test_half_precision_outputs_do_not_lower_the_precision_of_latents():
     assert clean.dtype == torch.float32
 
 
-def test_an_unknown_prediction_says_what_there_is():
+def test_an_unknown_prediction_is_refused_with_the_list_of_predictions():
     with pytest.raises(ValueError, match="unknown prediction 'epsilon'; use one of noise, clean, velocity, flow"):
         target(*draw(torch.float32), torch.tensor(0.6), torch.tensor(0.8), "epsilon")

@@ -1,4 +1,4 @@
-"""Windows fused at every step: when they change nothing, what each is told, and that settings record them."""
+"""Windows fused at every step: when they change nothing, the context of each, and that settings record them."""
 
 from dataclasses import replace
 
@@ -21,15 +21,15 @@ def noise(*shape: int) -> torch.Tensor:
 
 
 def blur(z_t, timestep, context):
-    """A local network: each output sees one latent to each side, and is told the time."""
+    """A local network: each output sees one latent to each side, and depends on the time."""
     return F.avg_pool2d(z_t.tanh(), 3, stride=1, padding=1) * timestep[:, None, None, None]
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_a_network_that_sees_less_than_the_rim_is_wide_gives_the_same(size):
-    z_t, told = noise(2, 3, *size), torch.tensor([3.0, 700.0])
-    fused = Windowed(blur, 8, 4)(z_t, told, None)
-    torch.testing.assert_close(fused, blur(z_t, told, None), rtol=0, atol=1e-12)
+    z_t, condition = noise(2, 3, *size), torch.tensor([3.0, 700.0])
+    fused = Windowed(blur, 8, 4)(z_t, condition, None)
+    torch.testing.assert_close(fused, blur(z_t, condition, None), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("overlap", range(5))
@@ -42,12 +42,12 @@ def test_weights_add_up_to_1_for_every_size(overlap):
 def test_latents_that_fit_into_one_window_are_handed_on_as_they_are():
     seen = []
     context, z_t, t = Context(latents=noise(1, 1, 8, 6)), noise(1, 2, 8, 6), torch.ones(1)
-    result = Windowed(lambda *told: seen.append(told) or told[0], 8, 4)(z_t, t, context)
+    result = Windowed(lambda *condition: seen.append(condition) or condition[0], 8, 4)(z_t, t, context)
     assert result is z_t and seen[0][2] is context and len(seen) == 1
 
 
 @pytest.mark.parametrize("overlap", range(5))
-def test_windows_overlap_as_told_and_are_no_more_than_needed(overlap):
+def test_windows_overlap_as_configured_and_are_no_more_than_needed(overlap):
     for length in range(4, 60):
         starts = []
         network = Windowed(lambda z_t, *_: starts.append(z_t.storage_offset()) or z_t, 8, overlap)  # noqa: B023
@@ -58,18 +58,18 @@ def test_windows_overlap_as_told_and_are_no_more_than_needed(overlap):
 
 
 @pytest.mark.parametrize("perturbed", [False, True])
-def test_a_window_is_told_its_part_of_the_latents_and_all_of_the_rest(perturbed):
+def test_a_window_has_its_part_of_the_context_latents_and_all_tokens(perturbed):
     """An output that depends on the aligned map and nothing else is whole where each window has its own part."""
-    told = Context(tokens=noise(1, 3, 5), vector=noise(1, 4), latents=noise(1, 2, 20, 30))
-    context = PerturbedContext(told, 1, ("mid_block",)) if perturbed else told
+    condition = Context(tokens=noise(1, 3, 5), vector=noise(1, 4), latents=noise(1, 2, 20, 30))
+    context = PerturbedContext(condition, 1, ("mid_block",)) if perturbed else condition
 
     def echo(z_t, timestep, context):
         inner = context.context if perturbed else context
-        assert inner.tokens is told.tokens and inner.vector is told.vector
+        assert inner.tokens is condition.tokens and inner.vector is condition.vector
         return inner.latents
 
     fused = Windowed(echo, 8, 4)(noise(1, 2, 20, 30), torch.ones(1), context)
-    torch.testing.assert_close(fused, told.latents, rtol=0, atol=1e-12)
+    torch.testing.assert_close(fused, condition.latents, rtol=0, atol=1e-12)
 
 
 def test_a_context_without_latents_stays_the_same_object_so_that_it_is_read_once():
@@ -80,17 +80,17 @@ def test_a_context_without_latents_stays_the_same_object_so_that_it_is_read_once
 
 
 @pytest.mark.parametrize(
-    "given, word",
+    "provided, word",
     [
         ({"window": 1}, "window 1"),
         ({"window": 8, "overlap": 5}, "overlap 5"),
         ({"window": 8, "overlap": -1}, "overlap -1"),
     ]
-    + [({"overlap": 2}, "give a window"), ({"window": 8, "reuse": 2}, "reuse 2")],
+    + [({"overlap": 2}, "requires window"), ({"window": 8, "reuse": 2}, "reuse 2")],
 )
-def test_windows_that_can_not_be_are_refused_in_one_line(given, word):
+def test_windows_that_can_not_be_are_refused_in_one_line(provided, word):
     with pytest.raises(ValueError, match=word) as error:
-        Settings(**given)
+        Settings(**provided)
     assert "\n" not in str(error.value)
 
 
@@ -118,7 +118,9 @@ def test_every_guidance_works_on_windows_and_batches_do_not_matter(model, method
 
 def test_windows_bound_what_the_network_sees(model, monkeypatch):
     sizes, forward = [], model.unet.forward
-    monkeypatch.setattr(model.unet, "forward", lambda z_t, *told: sizes.append(z_t.shape[2:]) or forward(z_t, *told))
+    monkeypatch.setattr(
+        model.unet, "forward", lambda z_t, *condition: sizes.append(z_t.shape[2:]) or forward(z_t, *condition)
+    )
     model("a cat", window=8, overlap=4, width=5 * SIDE, steps=1)
     assert len(sizes) > 5 and set(sizes) == {(8, 8)}
 

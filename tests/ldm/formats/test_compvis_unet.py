@@ -78,11 +78,11 @@ def test_the_shapes_to_be_read_are_those_of_the_original_classes():
 
 @pytest.mark.parametrize("model", PUBLISHED)
 def test_published_unets_are_recognized_and_every_key_is_placed(model):
-    (config, _), theirs = PUBLISHED[model], unet_shapes(**OPTIONS[model])
-    assert unet_config(empty(theirs)) == config
-    has_positions = unet_from_compvis(empty(theirs), config)
+    (config, _), reference = PUBLISHED[model], unet_shapes(**OPTIONS[model])
+    assert unet_config(empty(reference)) == config
+    has_positions = unet_from_compvis(empty(reference), config)
     assert shapes_of(has_positions) == shapes_of(ours_of(config))
-    assert shapes_of(unet_to_compvis(has_positions, config)) == theirs
+    assert shapes_of(unet_to_compvis(has_positions, config)) == reference
 
 
 def test_each_row_of_the_table_is_of_a_published_unet():
@@ -142,10 +142,10 @@ def test_any_unet_survives_the_way_to_compvis_and_back_bit_by_bit(seed):
     options, heads, config = drawn(seed)
     torch.manual_seed(seed)
     weights = {name: torch.randn(value.shape) for name, value in ours_of(config).items()}
-    theirs = unet_to_compvis(weights, config)
-    assert shapes_of(theirs) == unet_shapes(**options)
-    assert unet_config(theirs, {"image_size": 16, **heads}) == config
-    back = unet_from_compvis(theirs, config)
+    reference = unet_to_compvis(weights, config)
+    assert shapes_of(reference) == unet_shapes(**options)
+    assert unet_config(reference, {"image_size": 16, **heads}) == config
+    back = unet_from_compvis(reference, config)
     assert list(back) == list(weights)
     assert all(torch.equal(value, back[name]) for name, value in weights.items())
 
@@ -156,26 +156,26 @@ def test_under_both_names_it_is_the_same_network(seed):
     options["adm_in_channels"] = None  # the reference has no vector
     config = replace(config, vector_dim=None)
     torch.manual_seed(seed)
-    theirs = {
+    reference = {
         name: torch.randn(shape) * (0.1 if len(shape) == 1 else (shape[1] * len(shape)) ** -0.5)
         for name, shape in unet_shapes(**options).items()
     }
     unet = UNet(config)
-    unet.load_state_dict(unet_from_compvis(theirs, config))
-    told = SimpleNamespace(tokens=None, mask=None, vector=None, latents=None)
+    unet.load_state_dict(unet_from_compvis(reference, config))
+    condition = SimpleNamespace(tokens=None, mask=None, vector=None, latents=None)
     if config.cross_attention_dim:
-        told.tokens = torch.randn(2, 5, config.cross_attention_dim)
+        condition.tokens = torch.randn(2, 5, config.cross_attention_dim)
     x, timesteps = torch.randn(2, config.in_channels, 8, 8), torch.tensor([3.0, 700.0])
     heads = dict(zip(config.block_out_channels, config.attention_heads, strict=True))  # the last of its width counts
     with torch.no_grad():
-        expected = Reference(theirs, config.layers_per_block, lambda dim: heads[dim])(x, timesteps, told.tokens)
-        assert close(unet(x, timesteps, told), expected, 2e-5)
+        expected = Reference(reference, config.layers_per_block, lambda dim: heads[dim])(x, timesteps, condition.tokens)
+        assert close(unet(x, timesteps, condition), expected, 2e-5)
 
 
-def test_the_yaml_says_heads_of_an_unknown_unet_and_overrides_those_of_a_known_one():
+def test_the_yaml_has_the_heads_of_an_unknown_unet_and_overrides_those_of_a_known_one():
     unknown = empty(unet_shapes(**SD | dict(model_channels=64, context_dim=96)))
     with pytest.raises(
-        ValueError, match=r"heads of a UNet of \(64, 128, 256, 256\) channels with context width 96 can't"
+        ValueError, match=r"heads of a UNet of \(64, 128, 256, 256\) channels with context width 96 are unknown"
     ):
         unet_config(unknown)
     assert unet_config(unknown, {"num_heads": 4, "image_size": 8}).attention_heads == (4, 4, 4, 4)
@@ -206,17 +206,17 @@ def test_an_order_of_heads_that_we_do_not_know_is_refused():
 
 
 def test_keys_without_place_are_named():
-    (config, _), theirs = PUBLISHED["SD1"], empty(unet_shapes(**OPTIONS["SD1"]))
-    theirs["label_emb.weight"] = theirs.pop("out.2.bias")
-    theirs["time_embed.0.bias"] = torch.empty(3, device="meta")
+    (config, _), reference = PUBLISHED["SD1"], empty(unet_shapes(**OPTIONS["SD1"]))
+    reference["label_emb.weight"] = reference.pop("out.2.bias")
+    reference["time_embed.0.bias"] = torch.empty(3, device="meta")
     with pytest.raises(ValueError) as error:
-        unet_from_compvis(theirs, config)
+        unet_from_compvis(reference, config)
     for part in ("out.2.bias is missing", "label_emb.weight is not known", "time_embed.0.bias is [3], not [1280]"):
         assert part in str(error.value)
-    ours = ours_of(config)
-    ours["stray"] = ours.pop("conv_in.bias")
+    stipple = ours_of(config)
+    stipple["stray"] = stipple.pop("conv_in.bias")
     with pytest.raises(ValueError, match="conv_in.bias is missing; stray is not known"):
-        unet_to_compvis(ours, config)
+        unet_to_compvis(stipple, config)
 
 
 def test_what_is_no_unet_is_refused_in_one_line():
@@ -244,7 +244,7 @@ def test_a_damaged_unet_ends_in_one_line(seed):
         assert "\n" not in str(error.value)
 
 
-def test_what_a_compvis_file_cannot_say_is_not_written():
+def test_what_a_compvis_file_cannot_store_is_not_written():
     config = replace(drawn(0)[2], norm_num_groups=8)
     with pytest.raises(ValueError, match="norm_num_groups 8 can't be stored in a CompVis file; only 32 can"):
         unet_to_compvis(ours_of(config), config)
@@ -290,7 +290,7 @@ def ldm_linear(start: float, end: float, timesteps: int = 1000) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kept", [("betas", "alphas_cumprod"), ("betas",), ("alphas_cumprod",)], ids="+".join)
 @pytest.mark.parametrize("ends", PUBLISHED_BETAS)
-def test_published_schedules_are_told_from_their_tables_in_any_precision(ends, kept, dtype):
+def test_published_schedules_are_recognized_from_their_tables_in_any_precision(ends, kept, dtype):
     tables = buffers(ldm_linear(*ends), dtype)
     config, prediction = schedule_from_compvis({name: tables[name] for name in kept}, {"linear_start": 0.1})
     assert config == ScheduleConfig(beta_start=ends[0], beta_end=ends[1]) and prediction == "noise"
@@ -307,7 +307,7 @@ def test_published_schedules_are_told_from_their_tables_in_any_precision(ends, k
         ScheduleConfig(beta_start=0.00085, beta_end=0.012, zero_terminal_snr=True),
     ],
 )
-def test_other_schedules_of_ours_are_told_from_their_tables(config, kept):
+def test_other_schedules_of_stipple_are_recognized_from_their_tables(config, kept):
     levels = config.timesteps
     alpha_bar = make_schedule(config)((torch.arange(levels, dtype=torch.float64) + 1) / levels)[0].square()
     betas = 1 - alpha_bar / torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])

@@ -74,11 +74,13 @@ def test_diffusers_draws_the_same_with_our_file_as_we_do(file, folder):
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.load_lora_weights(folder / "lora", weight_name=file)
-    theirs = pipeline("a red heart", generator=torch.manual_seed(5), num_inference_steps=5, output_type="np", **DRAWN)
-    theirs = theirs.images[0] * 255
-    ours = drawn(opened(folder, folder / "lora" / file))
-    assert np.abs(ours - theirs).max() <= 1
-    assert np.abs(ours - drawn(opened(folder))).max() > 20  # it does something
+    reference = pipeline(
+        "a red heart", generator=torch.manual_seed(5), num_inference_steps=5, output_type="np", **DRAWN
+    )
+    reference = reference.images[0] * 255
+    stipple_result = drawn(opened(folder, folder / "lora" / file))
+    assert np.abs(stipple_result - reference).max() <= 1
+    assert np.abs(stipple_result - drawn(opened(folder))).max() > 20  # it does something
 
 
 def test_both_files_are_the_same_addition_bit_for_bit(folder):
@@ -118,15 +120,17 @@ def test_the_addition_of_a_convolution_is_a_product_of_matrices_in_whatever_memo
 
 def test_alphas_come_from_the_file_the_metadata_or_are_the_rank(folder, tmp_path):
     weights = load_file(folder / "lora" / DIFFUSERS_FILE)
-    said = json.loads(read_metadata(folder / "lora" / DIFFUSERS_FILE)["lora_adapter_metadata"])
+    specified = json.loads(read_metadata(folder / "lora" / DIFFUSERS_FILE)["lora_adapter_metadata"])
     save_file(weights, tmp_path / "plain.safetensors")
-    said |= {"unet.lora_alpha": 8, "unet.alpha_pattern": {"attn1.to_q": 2}, "unet.use_rslora": True}
-    save_file(weights, tmp_path / "said.safetensors", {"lora_adapter_metadata": json.dumps(said)})
-    plain, told = (read_lora(tmp_path / f"{name}.safetensors").layers for name in ("plain", "said"))
+    specified |= {"unet.lora_alpha": 8, "unet.alpha_pattern": {"attn1.to_q": 2}, "unet.use_rslora": True}
+    save_file(weights, tmp_path / "said.safetensors", {"lora_adapter_metadata": json.dumps(specified)})
+    plain, condition = (read_lora(tmp_path / f"{name}.safetensors").layers for name in ("plain", "said"))
     first = "down_blocks.0.attentions.0.transformer_blocks.0"
     assert {low.scale for low in plain.values()} == {1.0}
     assert {low.scale for low in read_lora(folder / "lora").layers.values()} == {0.75}
-    assert told["unet", f"{first}.attn1.to_q"].scale == 1.0 and told["unet", f"{first}.attn2.to_q"].scale == 4.0
+    assert (
+        condition["unet", f"{first}.attn1.to_q"].scale == 1.0 and condition["unet", f"{first}.attn2.to_q"].scale == 4.0
+    )
 
 
 def test_what_is_no_lora_or_of_another_model_is_refused_in_one_line_and_changes_nothing(folder, tmp_path):
@@ -135,14 +139,14 @@ def test_what_is_no_lora_or_of_another_model_is_refused_in_one_line_and_changes_
     key = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     half = {f"{key}.lora_A.weight": torch.zeros(2, 32)}
     whole = half | {f"{key}.lora_B.weight": torch.zeros(32, 2)}
-    for weights, told in [
+    for weights, condition in [
         ({"a.b": torch.zeros(1)}, "no plain LoRA"),
         (whole | {f"{key}.lora_magnitude_vector": torch.zeros(32)}, "lora_magnitude_vector"),
         (half, "one half only"),
         (half | {f"{key}.lora_B.weight": torch.full((32, 2), torch.nan)}, "not finite"),
     ]:
         save_file(weights, path)
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=condition):
             read_lora(path)
     before = {name: value.clone() for name, value in parameters(model).items()}
     last = list(lora.layers)[-1]

@@ -13,7 +13,7 @@ from stipple_core.files.weights import OLD_ATTENTION, read_weights, write_weight
 from tests.helpers.single_files import UNET, VAE, build_parts
 
 diffusers = pytest.importorskip("diffusers")
-NEW = {ours: old for old, ours in OLD_ATTENTION.items()}
+NEW = {stipple: old for old, stipple in OLD_ATTENTION.items()}
 SCHEDULER = dict(beta_schedule="scaled_linear", beta_start=0.0015, beta_end=0.0195, clip_sample=False, steps_offset=1)
 
 
@@ -71,9 +71,9 @@ def pixels(image):
 
 
 def test_an_unconditional_folder_of_diffusers_draws_what_its_own_pipeline_draws(ldm_folder):
-    theirs = diffusers.LDMPipeline.from_pretrained(ldm_folder)
-    theirs.set_progress_bar_config(disable=True)
-    expected = theirs(generator=torch.Generator().manual_seed(5), num_inference_steps=4).images[0]
+    reference = diffusers.LDMPipeline.from_pretrained(ldm_folder)
+    reference.set_progress_bar_config(disable=True)
+    expected = reference(generator=torch.Generator().manual_seed(5), num_inference_steps=4).images[0]
     model = TextToImage.load(ldm_folder)
     image = model("", steps=4, seed=5, sampler="ddim")[0]
     assert np.abs(pixels(image) - pixels(expected)).max() <= 1 and pixels(expected).std() > 5

@@ -59,21 +59,21 @@ def test_a_schedule_survives_its_file(scheduling, tmp_path):
 def test_diffusers_reads_the_same_noise_levels_and_timesteps(table, spacing, tmp_path):
     scheduling = Scheduling(schedule=table, prediction="noise", spacing=spacing)
     save_scheduling(scheduling, tmp_path)
-    theirs = diffusers.DDIMScheduler.from_pretrained(tmp_path / "scheduler")
+    reference = diffusers.DDIMScheduler.from_pretrained(tmp_path / "scheduler")
     schedule = make_schedule(table)
     levels = torch.arange(1, table.timesteps + 1, dtype=torch.float64) / table.timesteps
-    assert torch.allclose(schedule(levels)[0].square().float(), theirs.alphas_cumprod, rtol=1e-4, atol=1e-7)
-    theirs.set_timesteps(20)
-    assert schedule.timestep(times(schedule, 20, spacing)[:-1]).tolist() == theirs.timesteps.tolist()
+    assert torch.allclose(schedule(levels)[0].square().float(), reference.alphas_cumprod, rtol=1e-4, atol=1e-7)
+    reference.set_timesteps(20)
+    assert schedule.timestep(times(schedule, 20, spacing)[:-1]).tolist() == reference.timesteps.tolist()
 
 
 def test_diffusers_reads_the_same_flow(tmp_path):
     save_scheduling(OTHERS["flow"], tmp_path)
-    theirs = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path / "scheduler")
+    reference = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path / "scheduler")
     schedule = make_schedule(OTHERS["flow"].schedule)
     levels = torch.arange(1000, 0, -1, dtype=torch.float64) / 1000
-    assert torch.allclose(schedule(levels)[1].float(), theirs.sigmas[:1000])
-    assert torch.allclose(schedule.timestep(levels), theirs.timesteps)
+    assert torch.allclose(schedule(levels)[1].float(), reference.sigmas[:1000])
+    assert torch.allclose(schedule.timestep(levels), reference.timesteps)
 
 
 def read(**options):
@@ -105,7 +105,7 @@ def test_the_scheduler_classes_of_diffusers_are_read_and_written(sampler, tmp_pa
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_every_sampler_and_spacing_survives_its_file_which_diffusers_opens(sampler, spacing):
-    """Where diffusers has no such sampler its DDIM opens the model, and we find ours again."""
+    """Where diffusers has no such sampler its DDIM opens the model, and Stipple finds its own again."""
     scheduling = Scheduling(schedule=TABLES["SD"], prediction="velocity", spacing=spacing, sampler=sampler)
     written = scheduling_to_diffusers(scheduling)
     assert written["_class_name"] == CLASSES.get(sampler, "DDIMScheduler")
@@ -205,25 +205,25 @@ WALKS += [("SD 1", STABLE_DIFFUSION_1, sampler, "karras") for sampler in ("euler
 )
 @pytest.mark.parametrize("steps", [2, 7, 50, 600])
 def test_every_sampler_walks_the_timesteps_and_alphas_of_diffusers(options, sampler, spacing, steps):
-    """Between two levels their sigma / alpha is linear, ours its logarithm, up to 2 % apart just above the first."""
+    """Between levels diffusers interpolates sigma / alpha and Stipple its logarithm, up to 2 % apart at first."""
     changes = {"use_karras_sigmas": True} if spacing == "karras" else {"timestep_spacing": spacing}
     options = options | ({} if spacing == "as said" else changes)
     kind = getattr(diffusers, CLASSES[sampler])
-    theirs = kind.from_config({name: value for name, value in options.items() if name[0] != "_"})
-    theirs.set_timesteps(steps)
+    reference = kind.from_config({name: value for name, value in options.items() if name[0] != "_"})
+    reference.set_timesteps(steps)
     found, time_defaults = scheduling_from_diffusers(options), SAMPLERS[sampler].time_defaults
     schedule = make_schedule(found.schedule)
     walk = times(schedule, steps, found.spacing or time_defaults.spacing, time_defaults, found.offset)[:-1]
     timesteps = schedule.timestep(walk) if time_defaults.fractional else schedule.timestep(walk).round()
     repeated = {"pndm": 1, "heun": slice(2, None, 2)}.get(sampler)  # they list the times of calls
-    listed = theirs.timesteps if repeated is None else np.delete(theirs.timesteps.numpy(), repeated)
+    listed = reference.timesteps if repeated is None else np.delete(reference.timesteps.numpy(), repeated)
     np.testing.assert_allclose(timesteps, np.asarray(listed), atol=2e-3)
     alpha, sigma = schedule(walk)
-    if hasattr(theirs, "sigmas"):
-        sigmas = theirs.sigmas[:-1] if sampler != "heun" else theirs.sigmas[:-1][::2]
+    if hasattr(reference, "sigmas"):
+        sigmas = reference.sigmas[:-1] if sampler != "heun" else reference.sigmas[:-1][::2]
         np.testing.assert_allclose(sigma / alpha, sigmas, rtol=2e-2 if steps == 600 else 1e-3)
     else:
-        np.testing.assert_allclose(alpha.square(), theirs.alphas_cumprod[np.asarray(listed)], rtol=2e-5)
+        np.testing.assert_allclose(alpha.square(), reference.alphas_cumprod[np.asarray(listed)], rtol=2e-5)
 
 
 REFUSED = [
@@ -308,7 +308,7 @@ def test_options_that_another_sampler_reads_refuse_nothing():
     assert read(_class_name="TCDScheduler").sampler is None
 
 
-def test_latents_are_not_clipped_whatever_the_file_says():
+def test_latents_are_not_clipped_whatever_the_file_specifies():
     """StableDiffusionPipeline sets clip_sample to false, too; it is true by default, for pictures."""
     assert read(_class_name="DDIMScheduler", clip_sample=True) == read(_class_name="DDIMScheduler")
 

@@ -1,4 +1,4 @@
-"""Claims about single files: every kind opens by its keys, comes back bit for bit, and other programs read ours."""
+"""Single files: every kind opens by its keys, comes back bit for bit, and other programs read Stipple's."""
 
 import os
 from dataclasses import replace
@@ -78,15 +78,15 @@ def picture(parts, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_is_known_by_its_keys_and_opens_as_it_was(kind, files, words, yaml):
-    path, given = files(kind)
+    path, provided = files(kind)
     opened = open_single_file(path, yaml, tokenizer=words if kind == "bert" else None)
-    assert opened.unet.config == given.unet.config and opened.autoencoder.config == given.autoencoder.config
-    assert opened.scheduling.schedule == given.scheduling.schedule
-    assert type(opened.conditioner) is type(given.conditioner)
-    assert opened.autoencoder.scaling_factor == pytest.approx(given.autoencoder.scaling_factor)
+    assert opened.unet.config == provided.unet.config and opened.autoencoder.config == provided.autoencoder.config
+    assert opened.scheduling.schedule == provided.scheduling.schedule
+    assert type(opened.conditioner) is type(provided.conditioner)
+    assert opened.autoencoder.scaling_factor == pytest.approx(provided.autoencoder.scaling_factor)
     for part in ("unet", "autoencoder", "conditioner"):
-        assert same(getattr(opened, part).state_dict(), getattr(given, part).state_dict()), part
-    assert configs(opened) == configs(given)
+        assert same(getattr(opened, part).state_dict(), getattr(provided, part).state_dict()), part
+    assert configs(opened) == configs(provided)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -141,8 +141,8 @@ def test_diffusers_own_converter_makes_our_folder_of_our_file(files, tmp_path):
     text.pop("text_model.embeddings.position_ids", None)
     text = {name: value for name, value in text.items() if "position_ids" not in name}
     assert same(unet, parts.unet.state_dict()) and same(vae, parts.autoencoder.state_dict())
-    ours = {name.removeprefix("text_model."): w for name, w in parts.conditioner.encoder.weights().items()}
-    assert same({name.removeprefix("text_model."): w for name, w in text.items()}, ours)
+    stipple = {name.removeprefix("text_model."): w for name, w in parts.conditioner.encoder.weights().items()}
+    assert same({name.removeprefix("text_model."): w for name, w in text.items()}, stipple)
 
 
 def test_weights_averaged_over_training_are_preferred(files, yaml, tmp_path):
@@ -216,7 +216,7 @@ def without(path, *prefixes):
     return {name: value for name, value in read_weights(path).items() if not name.startswith(prefixes)}
 
 
-def test_a_yaml_says_what_keys_do_not_and_nothing_in_it_is_executed(files, tmp_path, monkeypatch):
+def test_a_yaml_adds_what_keys_do_not_determine_and_is_not_executed(files, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "system", lambda *_: pytest.fail("executed"))
     write_weights(without(files("sd1")[0], *BUFFERS), tmp_path / "x.safetensors")
     text = YAML.replace("linear_start", "parameterization: v\n    scale_factor: 0.5\n    linear_start")
@@ -226,7 +226,7 @@ def test_a_yaml_says_what_keys_do_not_and_nothing_in_it_is_executed(files, tmp_p
     assert opened.scheduling.prediction == "velocity" and opened.autoencoder.scaling_factor == 0.5
 
 
-def test_what_it_predicts_is_said_by_the_caller_then_the_yaml_then_the_file(files, yaml, tmp_path):
+def test_the_prediction_comes_from_the_caller_then_the_yaml_then_the_file(files, yaml, tmp_path):
     path, _ = files("sd2")
 
     def predicts(source, config=yaml, prediction=None):
@@ -266,14 +266,14 @@ def test_the_tables_of_the_schedule_are_those_of_ddpm():
     prior, like = kept[399].sqrt() * z_0, (1 - betas[400]).sqrt()
     precision = 1 / (1 - kept[399]) + like**2 / betas[400]
     mean = (prior / (1 - kept[399]) + like * z_t / betas[400]) / precision
-    theirs = tables["posterior_mean_coef1"][400] * z_0 + tables["posterior_mean_coef2"][400] * z_t
-    assert theirs.item() == pytest.approx(mean.item(), rel=1e-5)
+    reference = tables["posterior_mean_coef1"][400] * z_0 + tables["posterior_mean_coef2"][400] * z_t
+    assert reference.item() == pytest.approx(mean.item(), rel=1e-5)
     assert tables["posterior_variance"][400].item() == pytest.approx(1 / precision.item(), rel=1e-5)
     with pytest.raises(ValueError, match="schedule 'flow' can't be stored in a CompVis file"):
         schedule_buffers(ScheduleConfig(name="flow"))
 
 
-def test_the_header_says_what_the_model_is(files):
+def test_the_header_describes_the_model(files):
     path, parts = files("sd2")
     metadata = read_metadata(path)
     assert metadata.pop("modelspec.date").startswith("20")
@@ -383,12 +383,12 @@ def test_a_model_that_is_shown_more_than_a_prompt_draws_what_it_is_shown(kind, s
 
 
 def test_a_file_with_the_first_stage_twice_opens_as_ldms_inpainting_model(files, yaml, tmp_path):
-    path, given = files("holes")
+    path, provided = files("holes")
     state = read_weights(path)
     stage = {name: value for name, value in state.items() if name.startswith("first_stage_model.")}
     twice = {name.replace("first_stage_model.", "cond_stage_model."): value for name, value in stage.items()}
     write_weights(state | twice, tmp_path / "x.safetensors")
-    assert configs(open_single_file(tmp_path / "x.safetensors", yaml)) == configs(given)
+    assert configs(open_single_file(tmp_path / "x.safetensors", yaml)) == configs(provided)
 
 
 @pytest.mark.parametrize("kind", ["edges", "low_resolution"])

@@ -16,36 +16,61 @@ def config(request) -> UNetConfig:
     return request.param
 
 
-def context_for(config: UNetConfig, masked: bool):
-    told = context(width=config.cross_attention_dim)
+def theirs_of(unet: UNet) -> UNet2DConditionModel | UNet2DModel:
+    kind = UNet2DModel if unet.config.attention == "plain" else UNet2DConditionModel
+    reference = kind(**unet_to_diffusers(unet.config))
+    reference.load_state_dict(unet.state_dict(), strict=True)
+    return reference.train()
+
+
+def told_for(config: UNetConfig, masked: bool):
+    condition = context(width=config.cross_attention_dim)
     if config.vector_dim:
-        told.vector = torch.randn(2, config.vector_dim)
+        condition.vector = torch.randn(2, config.vector_dim)
     if config.in_channels > 4:
-        told.latents = torch.randn(2, config.in_channels - 4, 8, 8)
-    if masked and told.tokens is not None:
-        told.mask = torch.tensor([[True] * 5, [True, True, False, False, False]])
-    return told
+        condition.latents = torch.randn(2, config.in_channels - 4, 8, 8)
+    if masked and condition.tokens is not None:
+        condition.mask = torch.tensor([[True] * 5, [True, True, False, False, False]])
+    return condition
+
+
+def run_theirs(reference, z_t, timestep, condition):
+    sample = z_t if condition.latents is None else torch.cat([z_t, condition.latents], dim=1)
+    if isinstance(reference, UNet2DModel):
+        return reference(sample, timestep).sample
+    dim, options = (
+        reference.config.time_cond_proj_dim,
+        {"class_labels": condition.vector, "encoder_attention_mask": condition.mask},
+    )
+    if dim is not None:
+        embed = LatentConsistencyModelPipeline.get_guidance_scale_embedding
+        options["timestep_cond"] = embed(None, condition.guidance - 1, dim)
+    return reference(sample, timestep, condition.tokens, **options).sample
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_outputs_and_gradients_are_those_of_diffusers(config, dtype):
     """In float32 gradients are compared all together: those of queries are sums that cancel to a millionth."""
-    ours = random_unet(config).train()
-    theirs = diffusers_unet(ours).to(dtype)
-    ours = ours.to(dtype)
-    told, timestep = context_for(config, masked=dtype == torch.float32), torch.tensor([3.0, 700.25])
-    for name, value in vars(told).items():
-        setattr(told, name, value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value)
+    stipple = random_unet(config).train()
+    reference = diffusers_unet(stipple).to(dtype)
+    stipple = stipple.to(dtype)
+    condition, timestep = context_for(config, masked=dtype == torch.float32), torch.tensor([3.0, 700.25])
+    for name, value in vars(condition).items():
+        setattr(
+            condition, name, value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        )
     start = torch.linspace(-2, 2, 2 * 4 * 8 * 8, dtype=dtype).view(2, 4, 8, 8).sin()
     z_ours, z_theirs = start.clone().requires_grad_(), start.clone().requires_grad_()
-    output, expected = ours(z_ours, timestep, told), run_diffusers(theirs, z_theirs, timestep, told)
+    output, expected = stipple(z_ours, timestep, condition), run_diffusers(reference, z_theirs, timestep, condition)
     target = torch.randn_like(output)
     (output - target).square().mean().backward()
     (expected - target).square().mean().backward()
-    gradients = dict(theirs.named_parameters())
+    gradients = dict(reference.named_parameters())
     pairs = [(output, expected), (z_ours.grad, z_theirs.grad)]
     found = [  # softmax does not feel the bias of keys: noise
-        (value.grad, gradients[name].grad) for name, value in ours.named_parameters() if not name.endswith("to_k.bias")
+        (value.grad, gradients[name].grad)
+        for name, value in stipple.named_parameters()
+        if not name.endswith("to_k.bias")
     ]
     if dtype == torch.float32:
         pairs.append(tuple(torch.cat([grad.flatten() for grad in side]) for side in zip(*found, strict=True)))
@@ -56,54 +81,55 @@ def test_outputs_and_gradients_are_those_of_diffusers(config, dtype):
 
 @pytest.mark.parametrize("size", [(7, 9), (12, 8)])
 def test_odd_sizes_are_upsampled_as_diffusers_does(size):
-    ours = random_unet(SHAPES["attention on coarse levels"]).eval()
-    z_t, told = torch.randn(2, 4, *size), context()
+    stipple = random_unet(SHAPES["attention on coarse levels"]).eval()
+    z_t, condition = torch.randn(2, 4, *size), context()
     with torch.no_grad():
         assert close(
-            ours(z_t, torch.zeros(2), told), run_diffusers(diffusers_unet(ours).eval(), z_t, torch.zeros(2), told)
+            stipple(z_t, torch.zeros(2), condition),
+            run_theirs(theirs_of(stipple).eval(), z_t, torch.zeros(2), condition),
         )
 
 
-def test_diffusers_opens_our_folder_and_we_open_theirs(config, tmp_path):
-    ours = random_unet(config).eval()
-    save_unet(ours, tmp_path / "ours")
+def test_diffusers_opens_folders_of_stipple_and_stipple_those_of_diffusers(config, tmp_path):
+    stipple = random_unet(config).eval()
+    save_unet(stipple, tmp_path / "ours")
     kind = UNet2DModel if config.attention == "plain" else UNet2DConditionModel
-    theirs, report = kind.from_pretrained(tmp_path / "ours" / "unet", output_loading_info=True)
+    reference, report = kind.from_pretrained(tmp_path / "ours" / "unet", output_loading_info=True)
     assert not any(report.values())
-    theirs.save_pretrained(tmp_path / "theirs" / "unet")
+    reference.save_pretrained(tmp_path / "theirs" / "unet")
     back = load_unet(tmp_path / "theirs")
     assert back.config == config
-    assert list(back.state_dict()) == list(ours.state_dict())
-    assert all(torch.equal(value, back.state_dict()[name]) for name, value in ours.state_dict().items())
-    told, z_t = context_for(config, masked=False), torch.randn(2, 4, 8, 8)
+    assert list(back.state_dict()) == list(stipple.state_dict())
+    assert all(torch.equal(value, back.state_dict()[name]) for name, value in stipple.state_dict().items())
+    condition, z_t = context_for(config, masked=False), torch.randn(2, 4, 8, 8)
     with torch.no_grad():
-        expected = ours(z_t, torch.zeros(2), told)
-        assert torch.equal(back(z_t, torch.zeros(2), told), expected)
-        assert close(run_diffusers(theirs, z_t, torch.zeros(2), told), expected)
+        expected = stipple(z_t, torch.zeros(2), condition)
+        assert torch.equal(back(z_t, torch.zeros(2), condition), expected)
+        assert close(run_diffusers(reference, z_t, torch.zeros(2), condition), expected)
 
 
 def test_names_of_attention_in_diffusers_first_files_are_understood(tmp_path):
-    ours, old = random_unet(PLAIN), {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-    save_unet(ours, tmp_path)
+    stipple, old = random_unet(PLAIN), {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    save_unet(stipple, tmp_path)
     state = {}
-    for name, value in ours.state_dict().items():
+    for name, value in stipple.state_dict().items():
         for new, former in old.items():
             name = name.replace(f".{new}.", f".{former}.")
         state[name] = value
     assert "mid_block.attentions.0.proj_attn.bias" in state
     save_file(state, tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
     back = load_unet(tmp_path).state_dict()
-    assert all(torch.equal(value, back[name]) for name, value in ours.state_dict().items())
+    assert all(torch.equal(value, back[name]) for name, value in stipple.state_dict().items())
 
 
 def test_half_precision_is_stored_at_half_the_size_and_loaded_as_asked(tmp_path):
-    ours = random_unet(SMALL).to(memory_format=torch.channels_last)
-    save_unet(ours, tmp_path, torch.float16)
+    stipple = random_unet(SMALL).to(memory_format=torch.channels_last)
+    save_unet(stipple, tmp_path, torch.float16)
     stored = load_file(tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
     assert {value.dtype for value in stored.values()} == {torch.float16}
-    assert ours.conv_in.weight.dtype == torch.float32
+    assert stipple.conv_in.weight.dtype == torch.float32
     back = load_unet(tmp_path)
-    assert torch.equal(back.conv_in.weight, ours.conv_in.weight.half().float())
+    assert torch.equal(back.conv_in.weight, stipple.conv_in.weight.half().float())
     assert load_unet(tmp_path, torch.float16).conv_in.weight.dtype == torch.float16
 
 

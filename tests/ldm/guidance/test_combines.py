@@ -30,8 +30,8 @@ def pairs(count):
     return [(random(2, 4, 3, 3, seed=i), random(2, 4, 3, 3, seed=100 + i)) for i in range(count)]
 
 
-def guide(combine, told, untold, scale):
-    return combine(told, untold, scale, told, 0.5)
+def guide(combine, condition, untold, scale):
+    return combine(condition, untold, scale, condition, 0.5)
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -39,30 +39,30 @@ def test_apg_is_the_algorithm_of_its_paper(scale):
     """Sadat et al. 2024, algorithm 1, image by image."""
     momentum, norm, parallel = -0.5, 8.5, 0.3  # longer than some differences
     combine, running = apg(momentum, norm, parallel), [0.0, 0.0]
-    for told, untold in pairs(4):
-        guided = guide(combine, told, untold, scale)
+    for condition, untold in pairs(4):
+        guided = guide(combine, condition, untold, scale)
         for i in range(2):
-            running[i] = momentum * running[i] + (told[i] - untold[i]).flatten()
+            running[i] = momentum * running[i] + (condition[i] - untold[i]).flatten()
             cut = running[i] * min(1.0, norm / running[i].norm().item())
-            direction = told[i].flatten() / told[i].norm()
+            direction = condition[i].flatten() / condition[i].norm()
             line_step = cut.dot(direction) * direction
-            expected = told[i].flatten() + (scale - 1) * (cut - line_step + parallel * line_step)
+            expected = condition[i].flatten() + (scale - 1) * (cut - line_step + parallel * line_step)
             torch.testing.assert_close(guided[i].flatten(), expected)
 
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_apg_without_its_three_changes_is_classifier_free(scale):
     combine = apg(momentum=0.0, parallel=1.0)
-    for told, untold in pairs(3):
-        torch.testing.assert_close(guide(combine, told, untold, scale), extrapolate(told, untold, scale))
+    for condition, untold in pairs(3):
+        torch.testing.assert_close(guide(combine, condition, untold, scale), extrapolate(condition, untold, scale))
 
 
 def test_what_apg_adds_is_orthogonal_to_the_conditional_estimate_and_of_bounded_length():
-    (told, untold), *_ = pairs(1)
-    added = guide(apg(norm=2.0), told, untold, 5.0) - told
-    assert (added * told).flatten(1).sum(1).abs().max() < 1e-12
+    (condition, untold), *_ = pairs(1)
+    added = guide(apg(norm=2.0), condition, untold, 5.0) - condition
+    assert (added * condition).flatten(1).sum(1).abs().max() < 1e-12
     assert (added.flatten(1).norm(dim=1) <= 4 * 2.0 + 1e-12).all()
-    assert torch.equal(guide(apg(), told, told, 5.0), told)
+    assert torch.equal(guide(apg(), condition, condition, 5.0), condition)
 
 
 def test_a_new_apg_has_forgotten_the_run_before():
@@ -79,11 +79,11 @@ def test_zero_star_scales_the_unconditional_output_to_fit_the_conditional_one_be
     """Fan et al. 2025, eq. 6-8; the scale is that of a least-squares fit, image by image."""
     schedule = SCHEDULES["flow_shift" if prediction == "flow" else "scaled_linear"]
     denoiser, z_t, t = Denoiser(network, schedule, prediction), random(2, 4, 3, 3), 0.6
-    told, untold = (denoiser.output(z_t, t, context) for context in (CONTEXT, NULL.repeat(2)))
-    expected = torch.empty_like(told)
+    condition, untold = (denoiser.output(z_t, t, context) for context in (CONTEXT, NULL.repeat(2)))
+    expected = torch.empty_like(condition)
     for i in range(2):
-        fit = torch.linalg.lstsq(untold[i].reshape(-1, 1), told[i].reshape(-1, 1)).solution.item()
-        expected[i] = (1 - scale) * fit * untold[i] + scale * told[i]
+        fit = torch.linalg.lstsq(untold[i].reshape(-1, 1), condition[i].reshape(-1, 1)).solution.item()
+        expected[i] = (1 - scale) * fit * untold[i] + scale * condition[i]
     guided = classifier_free(denoiser, CONTEXT, NULL, scale, zero_star(denoiser.coefficients))(z_t, t)
     first, second = denoiser.coefficients(t)
     torch.testing.assert_close(guided, first * z_t + second * expected)
@@ -91,18 +91,22 @@ def test_zero_star_scales_the_unconditional_output_to_fit_the_conditional_one_be
 
 def test_zero_star_is_classifier_free_where_the_fit_is_1_and_knows_no_scale_of_the_unconditional_output():
     clean = zero_star(lambda t: (torch.tensor(0.0), torch.tensor(1.0)))
-    (told, other), *_ = pairs(1)
-    across = other - (other * told).flatten(1).sum(1).div(told.square().flatten(1).sum(1))[:, None, None, None] * told
+    (condition, other), *_ = pairs(1)
+    across = (
+        other
+        - (other * condition).flatten(1).sum(1).div(condition.square().flatten(1).sum(1))[:, None, None, None]
+        * condition
+    )
     for scale in SCALES:
-        told_more = told + across  # whose fit by `told` is 1
-        torch.testing.assert_close(guide(clean, told_more, told, scale), extrapolate(told_more, told, scale))
-        torch.testing.assert_close(guide(clean, told, other, scale), guide(clean, told, -7 * other, scale))
-    assert torch.equal(guide(clean, told, torch.zeros_like(told), 3.0), 3 * told)
+        longer = condition + across  # whose projection on `condition` is 1
+        torch.testing.assert_close(guide(clean, longer, condition, scale), extrapolate(longer, condition, scale))
+        torch.testing.assert_close(guide(clean, condition, other, scale), guide(clean, condition, -7 * other, scale))
+    assert torch.equal(guide(clean, condition, torch.zeros_like(condition), 3.0), 3 * condition)
 
 
 def test_while_its_output_is_zero_a_flow_stands_and_no_network_is_called():
     schedule, calls = SCHEDULES["flow_shift"], []
-    denoiser = Denoiser(lambda *told: calls.append(1) or network(*told), schedule, "flow")
+    denoiser = Denoiser(lambda *condition: calls.append(1) or network(*condition), schedule, "flow")
     visited = times(schedule, 10)
     guided = classifier_free(denoiser, CONTEXT, NULL, 3.0, zero_star(denoiser.coefficients))
     denoise = in_interval(guided, zero_output(denoiser.coefficients), start=visited[3].item(), stop=0.0)
@@ -126,9 +130,9 @@ def test_ddim_at_the_scales_of_cfg_plus_plus_is_its_algorithm(name, share):
     steps = ddim(guided, z, visited, schedule, [])
     alphas, sigmas = (level.tolist() for level in schedule(visited))
     for i, step in enumerate(steps):
-        told, untold = (denoiser(z, visited[i].item(), context) for context in (CONTEXT, NULL.repeat(2)))
+        condition, untold = (denoiser(z, visited[i].item(), context) for context in (CONTEXT, NULL.repeat(2)))
         noise = (z - alphas[i] * untold) / sigmas[i]
-        z = alphas[i + 1] * (untold + share * (told - untold)) + sigmas[i + 1] * noise
+        z = alphas[i + 1] * (untold + share * (condition - untold)) + sigmas[i + 1] * noise
         torch.testing.assert_close(step.z, z, rtol=1e-9, atol=1e-9)
 
 
@@ -158,11 +162,11 @@ def test_any_way_to_combine_can_be_rescaled():
         combine = rescaled(1.0, denoiser.coefficients, inner())
         guided = classifier_free(denoiser, CONTEXT, NULL, 9.0, combine)(z_t, 0.6)
         plain = classifier_free(denoiser, CONTEXT, NULL, 9.0, inner())(z_t, 0.6)
-        wanted = denoiser(z_t, 0.6, CONTEXT).std((1, 2, 3), keepdim=True)
-        torch.testing.assert_close(guided, plain / plain.std((1, 2, 3), keepdim=True) * wanted)
+        expected_value = denoiser(z_t, 0.6, CONTEXT).std((1, 2, 3), keepdim=True)
+        torch.testing.assert_close(guided, plain / plain.std((1, 2, 3), keepdim=True) * expected_value)
 
 
-def test_wrong_options_say_what_is_wrong():
+def test_wrong_options_raise_a_message_that_names_the_error():
     for options, words in (
         ({"momentum": 1.0}, "guidance momentum 1.0 must be between -1 and 1"),
         ({"momentum": math.nan}, "guidance momentum nan"),

@@ -95,7 +95,7 @@ def test_one_context_serves_a_whole_batch_and_each_image_may_have_its_negative_p
     assert denoiser.sizes == [(6, [2, 2, 2, 0, -1, -2])]
 
 
-def test_a_denoiser_that_is_told_nothing_is_guided_by_nothing(z_t):
+def test_an_unconditional_denoiser_is_not_guided(z_t):
     assert torch.equal(classifier_free(lambda z, t, context: z, None, None, 1.0)(z_t, 0.4), z_t)
 
 
@@ -130,9 +130,9 @@ def test_guiding_z_0_is_guiding_the_output_for_every_prediction(z_t, prediction)
         a, b = network(z_in, timestep, context), network(z_in, timestep, NULL.repeat(3))
         return extrapolate(a, b, 4.0)
 
-    schedule, told = SCHEDULES["scaled_linear"], CONTEXT
-    one = classifier_free(Denoiser(network, schedule, prediction), told, NULL, 4.0)(z_t, 0.6)
-    torch.testing.assert_close(one, Denoiser(guided_network, schedule, prediction)(z_t, 0.6, told))
+    schedule, condition = SCHEDULES["scaled_linear"], CONTEXT
+    one = classifier_free(Denoiser(network, schedule, prediction), condition, NULL, 4.0)(z_t, 0.6)
+    torch.testing.assert_close(one, Denoiser(guided_network, schedule, prediction)(z_t, 0.6, condition))
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -142,9 +142,9 @@ def test_rescaling_takes_back_the_contrast_of_each_image_in_the_output_of_the_ne
     """Lin et al. 2023, eq. 14-16, where the output is mixed, not z_0."""
     schedule = SCHEDULES[name]
     denoiser = Denoiser(lambda z_in, timestep, context: torch.tanh(z_in * context.vector), schedule, prediction)
-    told, without = (denoiser.output(z_t, t, context) for context in (CONTEXT, NULL.repeat(3)))
-    guided = extrapolate(told, without, 6.0)
-    full = guided * told.std(1, keepdim=True) / guided.std(1, keepdim=True)
+    condition, without = (denoiser.output(z_t, t, context) for context in (CONTEXT, NULL.repeat(3)))
+    guided = extrapolate(condition, without, 6.0)
+    full = guided * condition.std(1, keepdim=True) / guided.std(1, keepdim=True)
     for factor in (0.0, 0.7, 1.0):
         output = factor * full + (1 - factor) * guided
         rescaling = rescaled(factor, denoiser.coefficients)
@@ -164,12 +164,12 @@ def test_guidance_in_an_interval_costs_nothing_outside():
 
 
 @pytest.mark.parametrize("scale", [math.nan, math.inf, -math.inf])
-def test_a_scale_that_is_no_number_says_so(scale):
+def test_a_scale_that_is_no_number_is_refused(scale):
     with pytest.raises(ValueError, match=f"guidance scale {scale} must be a finite number"):
         classifier_free(Counting(SCHEDULES["flow"]), CONTEXT, NULL, scale)
 
 
-def test_wrong_options_say_what_is_wrong():
+def test_wrong_options_raise_a_message_that_names_the_error():
     with pytest.raises(ValueError, match="guidance rescale 1.2 must be between 0"):
         rescaled(1.2, None)
     with pytest.raises(ValueError, match="guidance interval from t = 0.2 to 0.6"):
@@ -191,9 +191,9 @@ class Told:
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("scale", [-0.5, 0.5, 3.0, 8.0])
 def test_guidance_of_two_gaussians_is_their_product_of_powers(name, scale):
-    """p(z_t | told)^scale p(z_t)^(1 - scale) is a Gaussian with the precision P = scale / V_1 + (1 - scale) / V_0 and
-    the mean (scale M_1 / V_1 + (1 - scale) M_0 / V_0) / P, V = alpha^2 std^2 + sigma^2 and M = alpha mean. Its score is
-    -P (z_t - mean), and by Tweedie's formula z_0 = (z_t + sigma^2 score) / alpha."""
+    """p(z_t | context)^scale p(z_t)^(1 - scale) is a Gaussian with the precision P = scale / V_1 + (1 - scale) / V_0
+    and the mean (scale M_1 / V_1 + (1 - scale) M_0 / V_0) / P, V = alpha^2 std^2 + sigma^2 and M = alpha mean. Its
+    score is -P (z_t - mean), and by Tweedie's formula z_0 = (z_t + sigma^2 score) / alpha."""
     schedule, (m_1, std_1), (m_0, std_0) = SCHEDULES[name], (1.5, 0.4), (0.2, 0.9)
     contexts = (Context(vector=torch.tensor([pair], dtype=torch.float64)) for pair in ((m_1, std_1), (m_0, std_0)))
     guided = classifier_free(Told(schedule), *contexts, scale)
@@ -219,7 +219,7 @@ def test_a_scale_may_be_a_function_of_time_which_saves_the_same_passes(z_t):
 
 
 def test_guidance_in_an_interval_of_noise_levels_is_one_of_times():
-    """Kynkaanniemi et al. 2024 give theirs in sigma / alpha."""
+    """Kynkaanniemi et al. 2024 specify intervals in sigma / alpha."""
     schedule = SCHEDULES["scaled_linear"]
     start, stop = schedule.time(5.42).item(), schedule.time(0.28).item()
     denoise = in_interval(lambda z, t: True, lambda z, t: False, start, stop)
@@ -250,8 +250,8 @@ def test_a_dynamic_threshold_is_the_percentile_of_each_image(bound):
     assert torch.equal(found[0], z[0])
     assert found.abs().max() <= bound
     both = thresholded(lambda z, t: z, 1.0, 90.0)(z.float(), 0.4)
-    theirs = DDIMScheduler(thresholding=True, dynamic_thresholding_ratio=0.9, sample_max_value=1e9)
-    torch.testing.assert_close(both, theirs._threshold_sample(z.float()))
+    reference = DDIMScheduler(thresholding=True, dynamic_thresholding_ratio=0.9, sample_max_value=1e9)
+    torch.testing.assert_close(both, reference._threshold_sample(z.float()))
 
 
 @pytest.mark.parametrize("scale", [-2.0, 0.0, 1.0, 0.5, 7.5])
@@ -268,7 +268,8 @@ def test_prompts_are_composed_from_one_call_without_those_that_weigh_nothing(z_t
     found = composed(denoiser, [CONTEXT, *others], [3.0, 1.5, -0.5, 0.0], NULL)(z_t, 0.4)
     assert denoiser.sizes == [(12, [1, 2, 3, 2, 2, 2, -1, 0, 4, 0.5, 0.5, 0.5])]
     first, second, third, null = (
-        denoiser(z_t, 0.4, told.repeat(3) if len(told.vector) == 1 else told) for told in (CONTEXT, *others[:2], NULL)
+        denoiser(z_t, 0.4, condition.repeat(3) if len(condition.vector) == 1 else condition)
+        for condition in (CONTEXT, *others[:2], NULL)
     )
     torch.testing.assert_close(found, null + 3 * (first - null) + 1.5 * (second - null) - 0.5 * (third - null))
 
@@ -302,7 +303,7 @@ def test_autoguidance_extrapolates_from_the_weaker_model_and_calls_what_it_needs
     torch.testing.assert_close(autoguidance(strong, strong, scale)(z_t, 0.4), z_t.sin())
 
 
-def test_wrong_options_of_other_guidances_say_what_is_wrong():
+def test_wrong_options_of_other_guidances_raise_a_message_that_names_the_error():
     for bound, percentile, words in (
         (0.0, None, "guidance bound 0.0 must be a positive number"),
         (math.nan, None, "guidance bound nan"),

@@ -1,4 +1,4 @@
-"""ldm/guidance/gradient.py: exact classifiers guide as being told does; gradients in inference mode."""
+"""Guidance by gradients: exact classifiers equal conditioning; gradients in inference mode."""
 
 import math
 
@@ -35,15 +35,15 @@ def some(schedule, t):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("scale", [-1.0, 0.5, 1.0, 3.0, 10.0])
-def test_the_exact_classifier_guides_as_being_told_the_class_does(name, scale):
+def test_guidance_by_the_exact_classifier_equals_conditioning_on_the_class(name, scale):
     """Dhariwal & Nichol 2021 and Ho & Salimans 2022 are one where p(y | z_t, t) is Bayes' rule."""
     schedule = SCHEDULES[name]
-    untold, told = denoiser_of(TWO, schedule), denoiser_of(Mixture((1.0,), TWO.means[1:], TWO.stds[1:]), schedule)
+    untold, condition = denoiser_of(TWO, schedule), denoiser_of(Mixture((1.0,), TWO.means[1:], TWO.stds[1:]), schedule)
     guided = by_gradient(untold, classes(schedule), scale, schedule)
     for t in NOISED:
         if schedule(t)[0] > 0:
             z_t = some(schedule, t)
-            expected = extrapolate(told(z_t, t), untold(z_t, t), scale)
+            expected = extrapolate(condition(z_t, t), untold(z_t, t), scale)
             torch.testing.assert_close(guided(z_t, t), expected, rtol=1e-10, atol=1e-10)
 
 
@@ -92,7 +92,7 @@ def test_a_gradient_that_stops_at_the_estimate_never_differentiates_the_denoiser
 
 
 @pytest.mark.parametrize("name", ["flow", "zero_terminal"])
-def test_noise_alone_says_nothing_and_the_error_says_what_to_do(name):
+def test_guidance_at_pure_noise_is_refused_with_a_fix(name):
     schedule = SCHEDULES[name]
     untold = denoiser_of(TWO, schedule)
     for guided in (by_gradient(untold, classes(schedule), 1.0, schedule), by_estimate(untold, None, 1.0, schedule)):
@@ -116,7 +116,7 @@ def test_every_sampler_ends_in_the_class_that_a_classifier_asks_for(sampler):
 
 
 @pytest.mark.parametrize("trained", [True, False], ids=["parameters with gradients", "frozen"])
-def test_gradients_are_the_same_in_inference_mode_through_a_network_and_what_it_was_told_there(trained):
+def test_gradients_through_a_network_and_its_context_are_the_same_in_inference_mode(trained):
     """As `TextToImage.sample` calls it; the network has read the same context in inference mode before."""
     unet = random_unet(SMALL).requires_grad_(trained)
     schedule = SCHEDULES["scaled_linear"]
@@ -126,11 +126,11 @@ def test_gradients_are_the_same_in_inference_mode_through_a_network_and_what_it_
         return -z_0.square().flatten(1).mean(1)
 
     def run(z_t):
-        told = Context(tokens=tokens + 0.0)  # made in the mode of the caller
+        condition = Context(tokens=tokens + 0.0)  # made in the mode of the caller
         denoiser = Denoiser(CachedUNet(unet), schedule, "velocity")
-        plain = classifier_free(denoiser, told, None, 1.0)
+        plain = classifier_free(denoiser, condition, None, 1.0)
         guided = [by_estimate(plain, score, 50.0, schedule, through) for through in (True, False)]
-        both = classifier_free(denoiser, told, Context(tokens=told.tokens * 0), 3.0)
+        both = classifier_free(denoiser, condition, Context(tokens=condition.tokens * 0), 3.0)
         guided += [by_gradient(both, score, 50.0, schedule), by_estimate(both, score, 50.0, schedule)]
         return [plain(z_t, 0.6), *(denoise(z_t, 0.6) for denoise in guided)]
 
@@ -150,7 +150,7 @@ def test_a_guided_walk_in_inference_mode_lets_no_graph_grow():
     assert not any(step.z.requires_grad or step.z.grad_fn for step in steps)
 
 
-def test_scale_0_calls_no_score_and_a_scale_that_is_no_number_says_so():
+def test_scale_0_calls_no_score_and_a_scale_that_is_no_number_is_refused():
     denoise = denoiser_of(TWO, SCHEDULES["flow"])
     assert by_gradient(denoise, None, 0.0, SCHEDULES["flow"]) is denoise
     for scale in (math.nan, math.inf):

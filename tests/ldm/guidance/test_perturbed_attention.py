@@ -40,15 +40,15 @@ def z_t():
 
 
 class Watched(CachedUNet):
-    """A reader that counts the batches of latents and of what is told."""
+    """A `CachedUNet` that records the batches of latents and contexts."""
 
     def __init__(self, unet: UNet):
         super().__init__(unet)
         self.batches = []
 
-    def __call__(self, z_t, timestep, told):
+    def __call__(self, z_t, timestep, condition):
         self.batches.append(len(z_t))
-        return super().__call__(z_t, timestep, told)
+        return super().__call__(z_t, timestep, condition)
 
 
 def contexts(width=SMALL.cross_attention_dim, images=2):
@@ -92,10 +92,10 @@ def blinded(unet, blocks):
 def test_guided_is_the_formula_of_the_paper_with_self_attention_replaced_by_hand(z_t, config, blocks, scale):
     """Ahn et al. 2024, eq. 15 and 16; the perturbed estimate by a network of its own, pass by pass."""
     unet = random_unet(config).double()
-    told, null = contexts()
+    condition, null = contexts()
     blind = blinded(unet, blocks)
-    guided = perturbed_attention(denoiser_of(unet), told, null, scale, 2.5, blocks)(z_t, T)
-    c, u, p = (denoiser_of(net)(z_t, T, of) for net, of in ((unet, told), (unet, null), (blind, told)))
+    guided = perturbed_attention(denoiser_of(unet), condition, null, scale, 2.5, blocks)(z_t, T)
+    c, u, p = (denoiser_of(net)(z_t, T, of) for net, of in ((unet, condition), (unet, null), (blind, condition)))
     torch.testing.assert_close(guided, u + scale * (c - u) + 2.5 * (c - p))
     assert (c - p).abs().max() > 1e-4
 
@@ -104,37 +104,37 @@ def test_guided_is_the_formula_of_the_paper_with_self_attention_replaced_by_hand
 def test_guided_is_what_diffusers_makes(z_t, scale):
     """Its processors of the middle block, and the formula of StableDiffusionPAGPipeline, on noise predictions."""
     unet, schedule = random_unet(SMALL).double(), SCHEDULES["scaled_linear"]
-    theirs, (told, null) = diffusers_unet(unet).double().eval(), contexts()
+    reference, (condition, null) = diffusers_unet(unet).double().eval(), contexts()
     free = scale != 1
     processor = PAGCFGIdentitySelfAttnProcessor2_0() if free else PAGIdentitySelfAttnProcessor2_0()
-    theirs.mid_block.attentions[0].transformer_blocks[0].attn1.processor = processor
-    parts = [null, told, told] if free else [told, told]
+    reference.mid_block.attentions[0].transformer_blocks[0].attn1.processor = processor
+    parts = [null, condition, condition] if free else [condition, condition]
     timestep = schedule.timestep(T).expand(len(parts) * 2)
-    output = theirs(torch.cat([z_t] * len(parts)), timestep, torch.cat([part.tokens for part in parts])).sample
+    output = reference(torch.cat([z_t] * len(parts)), timestep, torch.cat([part.tokens for part in parts])).sample
     mixin = SimpleNamespace(_get_pag_scale=lambda t: 3.0)
     noise = PAGMixin._apply_perturbed_attention_guidance(mixin, output, free, scale, 600)
-    guided = perturbed_attention(denoiser_of(unet, "noise"), told, null, scale, 3.0)(z_t, T)
+    guided = perturbed_attention(denoiser_of(unet, "noise"), condition, null, scale, 3.0)(z_t, T)
     expected = Denoiser(lambda *_: noise, schedule, "noise")(z_t, T)
     torch.testing.assert_close(guided, expected)
-    unperturbed = classifier_free(denoiser_of(unet, "noise"), told, null, scale)(z_t, T)
+    unperturbed = classifier_free(denoiser_of(unet, "noise"), condition, null, scale)(z_t, T)
     assert (expected - unperturbed).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("scale, count", [(1.0, 2), (4.0, 3), (0.0, 3)])
 def test_all_estimates_come_from_one_call(z_t, scale, count):
-    told, null = contexts()
+    condition, null = contexts()
     denoiser = denoiser_of(random_unet(SMALL).double())
-    guided = perturbed_attention(denoiser, told, null if scale != 1 else None, scale)
+    guided = perturbed_attention(denoiser, condition, null if scale != 1 else None, scale)
     for _ in range(2):
         guided(z_t, T)
     assert denoiser.network.batches == [2 * count] * 2
 
 
 def test_one_prompt_serves_a_batch(z_t):
-    told, null = contexts(images=1)
+    condition, null = contexts(images=1)
     denoiser = denoiser_of(random_unet(SMALL).double())
-    one = perturbed_attention(denoiser, told, null, 3.0)(z_t, T)
-    many = perturbed_attention(denoiser, told.repeat(2), null.repeat(2), 3.0)(z_t, T)
+    one = perturbed_attention(denoiser, condition, null, 3.0)(z_t, T)
+    many = perturbed_attention(denoiser, condition.repeat(2), null.repeat(2), 3.0)(z_t, T)
     assert torch.equal(one, many)
 
 
@@ -152,29 +152,31 @@ def test_an_unconditional_model_is_guided_by_perturbed_attention_alone(z_t, conf
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 4.0])
 def test_at_perturbed_scale_0_it_is_classifier_free_guidance_to_the_last_bit(z_t, scale):
-    told, null = contexts()
+    condition, null = contexts()
     denoiser = denoiser_of(random_unet(SMALL).double())
-    guided = perturbed_attention(denoiser, told, null, scale, 0.0)
-    assert torch.equal(guided(z_t, T), classifier_free(denoiser, told, null, scale)(z_t, T))
+    guided = perturbed_attention(denoiser, condition, null, scale, 0.0)
+    assert torch.equal(guided(z_t, T), classifier_free(denoiser, condition, null, scale)(z_t, T))
 
 
 @pytest.mark.parametrize("config", [SMALL, FIRST])
 def test_pictures_that_are_not_perturbed_are_as_they_would_be_alone(z_t, config):
     unet = random_unet(config).double()
-    told, null = contexts()
-    whole = PerturbedContext(told.cat(null).cat(told), 2, ("mid_block",))
+    condition, null = contexts()
+    whole = PerturbedContext(condition.cat(null).cat(condition), 2, ("mid_block",))
     reader, timestep = CachedUNet(unet), torch.full((6,), 300.0)
     output = reader(torch.cat([z_t] * 3), timestep, whole)
-    torch.testing.assert_close(output[:2], unet(z_t, timestep[:2], told))
+    torch.testing.assert_close(output[:2], unet(z_t, timestep[:2], condition))
     torch.testing.assert_close(output[2:4], unet(z_t, timestep[:2], null))
     assert not torch.allclose(output[4:], output[:2], atol=1e-5)
-    torch.testing.assert_close(reader(z_t, timestep[:2], told), unet(z_t, timestep[:2], told))  # nothing stays
+    torch.testing.assert_close(
+        reader(z_t, timestep[:2], condition), unet(z_t, timestep[:2], condition)
+    )  # nothing stays
 
 
 def test_the_estimates_are_the_same_where_latents_are_not_alike(z_t):
     """On a CPU a reader computes alike latents once, up to the first cross-attention."""
-    unet, (told, null) = random_unet(FIRST).double(), contexts()
-    whole = PerturbedContext(told.cat(null).cat(told), 2, ("mid_block",))
+    unet, (condition, null) = random_unet(FIRST).double(), contexts()
+    whole = PerturbedContext(condition.cat(null).cat(condition), 2, ("mid_block",))
     many = torch.cat([z_t, z_t, z_t])
     many[0] += 1
     alike, other = (CachedUNet(unet)(z, torch.full((6,), 300.0), whole) for z in (torch.cat([z_t] * 3), many))
@@ -183,23 +185,25 @@ def test_the_estimates_are_the_same_where_latents_are_not_alike(z_t):
 
 def test_any_way_to_combine_serves(z_t):
     """Rescaled as diffusers does, to the contrast of the conditional output, after both guidances."""
-    unet, (told, null) = random_unet(SMALL).double(), contexts()
+    unet, (condition, null) = random_unet(SMALL).double(), contexts()
     denoiser = denoiser_of(unet, "clean")
     combine = rescaled(1.0, denoiser.coefficients)
-    guided = perturbed_attention(denoiser, told, null, 6.0, 3.0, combine=combine)(z_t, T)
-    plain = perturbed_attention(denoiser, told, null, 6.0, 3.0)(z_t, T)
-    wanted = denoiser(z_t, T, told).std((1, 2, 3), keepdim=True)
-    torch.testing.assert_close(guided, plain / plain.std((1, 2, 3), keepdim=True) * wanted)
-    added = perturbed_attention(denoiser, told, null, 6.0, 3.0, combine=apg())(z_t, T) - denoiser(z_t, T, told)
-    assert (added * denoiser(z_t, T, told)).flatten(1).sum(1).abs().max() < 1e-9
+    guided = perturbed_attention(denoiser, condition, null, 6.0, 3.0, combine=combine)(z_t, T)
+    plain = perturbed_attention(denoiser, condition, null, 6.0, 3.0)(z_t, T)
+    expected_value = denoiser(z_t, T, condition).std((1, 2, 3), keepdim=True)
+    torch.testing.assert_close(guided, plain / plain.std((1, 2, 3), keepdim=True) * expected_value)
+    added = perturbed_attention(denoiser, condition, null, 6.0, 3.0, combine=apg())(z_t, T) - denoiser(
+        z_t, T, condition
+    )
+    assert (added * denoiser(z_t, T, condition)).flatten(1).sum(1).abs().max() < 1e-9
 
 
-def test_what_can_not_be_done_says_so(z_t):
-    told, null = contexts()
+def test_unsupported_arguments_are_refused(z_t):
+    condition, null = contexts()
     denoiser = denoiser_of(random_unet(SMALL).double())
     with pytest.raises(ValueError, match="perturbed scale nan must be a finite number"):
-        perturbed_attention(denoiser, told, null, 3.0, math.nan)
+        perturbed_attention(denoiser, condition, null, 3.0, math.nan)
     with pytest.raises(ValueError, match="guidance scale -2.0 and perturbed scale 3.0 add up to 1"):
-        perturbed_attention(denoiser, told, null, -2.0)
+        perturbed_attention(denoiser, condition, null, -2.0)
     with pytest.raises(ValueError, match="no self-attention in 'mid' of this UNet; use down_blocks.0.*mid_block"):
-        perturbed_attention(denoiser, told, null, 3.0, blocks=("mid",))(z_t, T)
+        perturbed_attention(denoiser, condition, null, 3.0, blocks=("mid",))(z_t, T)

@@ -19,10 +19,16 @@ from ldm.losses.consistency import (
 )
 from ldm.samplers.onestep import ddim
 from ldm.samplers.steps import ddim_step
+from ldm.samplers.steps import NoiseLevel, ddim_step
 from tests.helpers.oracles import GAUSSIAN, SCHEDULES, TWO, Mixture
 
 POINT = Mixture((1.0,), (0.7,), (0.0,))
 PREDICTION_TYPES = {"noise": "epsilon", "velocity": "v_prediction", "clean": "sample"}
+
+
+def noise_levels(schedule, *times):
+    """alpha and sigma [B] at each of some times [B]."""
+    return [NoiseLevel(*schedule(t, torch.float64)) for t in times]
 
 
 def levels(schedule, t):
@@ -81,9 +87,9 @@ def test_the_consistency_function_is_that_of_diffusers(prediction):
     for index in (999, 500, 20, 1, 0):
         output = denoiser.output(z_t, (index + 1) / 1000)
         scheduler._step_index = None
-        wanted = scheduler.step(output, index, z_t, torch.Generator().manual_seed(0)).denoised
+        expected = scheduler.step(output, index, z_t, torch.Generator().manual_seed(0)).denoised
         found = ConsistencyFunction(denoiser)(z_t, (index + 1) / 1000)
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -109,7 +115,7 @@ def test_the_loss_is_zero_at_the_exact_solution_and_positive_elsewhere(name, pre
     z_t, outputs = noised(POINT, schedule, t), []
     denoiser = Denoiser(network, schedule, prediction)
     z_0 = torch.full_like(z_t, 0.7)
-    z_s = ddim_step(z_t, z_0, t, s, schedule)
+    z_s = ddim_step(z_t, z_0, *noise_levels(schedule, t, s))
 
     def answers(shift):
         """What a network of that prediction says at z_s and at z_t where z_0 is `shift` more."""
@@ -120,8 +126,8 @@ def test_the_loss_is_zero_at_the_exact_solution_and_positive_elsewhere(name, pre
 
     def loss(shift):
         outputs[:] = answers(shift)
-        told = t, s, None, schedule
-        return consistency_loss(denoiser, denoiser, teacher_of(POINT, schedule), z_t, *told, huber=0.0)
+        condition = t, s, None, schedule
+        return consistency_loss(denoiser, denoiser, teacher_of(POINT, schedule), z_t, *condition, huber=0.0)
 
     assert loss(0.0).max() < 1e-18
     outputs[:] = [answer for answer, _ in zip([next(answers(0.0)), [*answers(0.1)][1]], range(2), strict=True)]
@@ -147,7 +153,7 @@ def test_a_step_of_ddim_is_that_of_the_sampler_with_a_time_for_each_image():
     schedule, denoise = SCHEDULES["zero_terminal"], teacher_of(TWO, SCHEDULES["zero_terminal"])
     t, s = torch.tensor([1.0, 0.6, 0.02], dtype=torch.float64), torch.tensor([0.98, 0.4, 0.001], dtype=torch.float64)
     z_t = noised(TWO, schedule, t)
-    found = ddim_step(z_t, denoise(z_t, t), t, s, schedule)
+    found = ddim_step(z_t, denoise(z_t, t), *noise_levels(schedule, t, s))
     for i in range(3):
         walk, one = torch.stack([t[i], s[i]]), z_t[i : i + 1]
         (step,) = ddim(lambda z, time: denoise(z, torch.tensor([time])), one, walk, schedule, [])
@@ -168,11 +174,11 @@ def test_the_teacher_guides_each_image_at_its_own_scale():
     denoiser = Denoiser(
         lambda z, timestep, context: z * context.tokens.mean((1, 2)).view(-1, 1, 1, 1), SCHEDULES["flow"], "flow"
     )
-    told, null = context_of(3), context_of(1, -1.0)
+    condition, null = context_of(3), context_of(1, -1.0)
     z_t, t, scales = torch.randn(3, 2, 4, 4), torch.tensor([0.3, 0.6, 1.0]), torch.tensor([1.0, 4.0, 7.5])
-    found = guided_teacher(denoiser, told, null, scales)(z_t, t)
+    found = guided_teacher(denoiser, condition, null, scales)(z_t, t)
     for i, scale in enumerate(scales.tolist()):
-        one = classifier_free(denoiser, told.select(i), null, scale)
+        one = classifier_free(denoiser, condition.select(i), null, scale)
         torch.testing.assert_close(found[i : i + 1], one(z_t[i : i + 1], t[i : i + 1]))
 
 
@@ -213,7 +219,7 @@ class Toy(nn.Module):
         return self.layers(x).view_as(z_in)
 
 
-def test_a_distilled_mixture_is_led_along_its_flow_in_one_step():
+def test_a_distilled_mixture_reaches_the_end_of_its_flow_in_one_step():
     """The mean of z_0, which is what the teacher says at once, is many times further from where the flow ends."""
     torch.manual_seed(0)
     schedule, network = SCHEDULES["flow"], Toy()
@@ -235,9 +241,9 @@ def test_a_distilled_mixture_is_led_along_its_flow_in_one_step():
         optimizer.step()
         falling.step()
     z = torch.linspace(-2, 2, 41, dtype=torch.float64)
-    wanted = TWO.flow(z, (0.0, 1.0), (1.0, 0.0))
+    expected = TWO.flow(z, (0.0, 1.0), (1.0, 0.0))
     with torch.no_grad():
         found = student(z.float().view(-1, 1, 1, 1), 1.0).flatten()
     at_once = TWO.denoise(z, 0.0, 1.0)
-    error, before = ((each - wanted).square().mean().sqrt().item() for each in (found, at_once))
+    error, before = ((each - expected).square().mean().sqrt().item() for each in (found, at_once))
     assert error < 0.12 and before > 0.8

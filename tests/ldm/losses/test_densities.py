@@ -181,6 +181,6 @@ def test_importance_that_is_restored_goes_on_as_if_it_had_not_been():
         ({"scale": 2.0}, "density.scale 2.0 must be between -1 and 1.75"),
     ],
 )
-def test_a_wrong_density_says_what_is_wrong(config, says):
+def test_a_wrong_density_raises_a_message_that_names_the_error(config, says):
     with pytest.raises(ValueError, match=says):
         DensityConfig(**config)

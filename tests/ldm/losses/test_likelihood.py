@@ -1,4 +1,4 @@
-"""ldm/likelihood/variational_bound.py and ldm/likelihood/flow_likelihood.py against exact densities, torch.distributions and each other."""
+"""The variational bound and the flow's likelihood, against exact densities, torch.distributions and each other."""
 
 import math
 

@@ -142,8 +142,8 @@ def test_schedules_that_cover_the_same_noise_have_the_same_expected_loss(name, w
 
     for other in ("edm", "ve"):
         config = ScheduleConfig(name=other, sigma_min=low, sigma_max=high, continuous=True)
-        wanted = expected(make_schedule(config))
-        assert expected(schedule) == pytest.approx(wanted, rel=0.015 if schedule.discrete else 1e-4)
+        expected_value = expected(make_schedule(config))
+        assert expected(schedule) == pytest.approx(expected_value, rel=0.015 if schedule.discrete else 1e-4)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -173,16 +173,16 @@ def test_the_network_that_outputs_the_target_has_no_loss(weighting):
     assert diffusion_loss(denoiser, z_0, None, T, noise, weighting).abs().max() == 0
 
 
-def test_the_network_is_told_the_context_and_the_loss_is_float32_from_bfloat16_outputs():
+def test_the_network_gets_the_context_and_the_loss_is_float32_from_bfloat16_outputs():
     z_0, noise = (x.float() for x in draw())
-    told = []
+    condition = []
 
     def network(z_in, timestep, context):
-        told.append(context)
+        condition.append(context)
         return z_in.bfloat16()
 
     loss = diffusion_loss(Denoiser(network, SCHEDULES["scaled_linear"], "noise"), z_0, "words", T.float(), noise)
-    assert told == ["words"] and loss.dtype == torch.float32
+    assert condition == ["words"] and loss.dtype == torch.float32
 
 
 def test_the_gradient_reaches_the_network():
@@ -202,7 +202,7 @@ def test_weights_are_finite_at_both_ends_of_time(weighting):
         assert loss_weight(Denoiser(guess, SCHEDULES[name], prediction), ends, weighting).isfinite().all()
 
 
-def test_a_wrong_weighting_says_what_is_wrong():
+def test_a_wrong_weighting_raises_a_message_that_names_the_error():
     z_0, noise = draw()
     denoiser = Denoiser(guess, SCHEDULES["scaled_linear"], "noise")
     with pytest.raises(ValueError, match="unknown loss weighting 'snr'; use one of simple, min_snr"):

@@ -33,31 +33,31 @@ def calls_of(module: torch.nn.Module) -> list[int]:
 
 
 def test_without_reuse_every_call_is_the_networks_own(unet):
-    reader, told = CachedUNet(unet), context()
+    reader, condition = CachedUNet(unet), context()
     for timestep in (900.0, 500.0, 20.0):
         z_t, timesteps = torch.randn(2, 4, 8, 8), torch.full((2,), timestep)
-        assert torch.equal(reader(z_t, timesteps, told), unet(z_t, timesteps, unet.read(told)))
+        assert torch.equal(reader(z_t, timesteps, condition), unet(z_t, timesteps, unet.read(condition)))
 
 
 @pytest.mark.parametrize("reuse", [2, 3])
 def test_inner_layers_are_computed_at_every_nth_call_and_outer_ones_at_each(unet, reuse):
-    reader, told = CachedUNet(unet, reuse), context()
+    reader, condition = CachedUNet(unet, reuse), context()
     inner, outer = calls_of(unet.mid_block.resnets[0]), calls_of(unet.down_blocks[0].resnets[0])
     made = []
     for _ in range(7):
-        reader(torch.randn(2, 4, 8, 8), torch.full((2,), 500.0), told)
+        reader(torch.randn(2, 4, 8, 8), torch.full((2,), 500.0), condition)
         made.append((len(outer), len(inner)))
     assert made == [(call + 1, call // reuse + 1) for call in range(7)]
 
 
 def test_what_is_computed_is_exact_and_what_is_reused_is_exact_where_nothing_changes(unet):
-    reader, told, timesteps = CachedUNet(unet, 2), context(), torch.full((2,), 500.0)
+    reader, condition, timesteps = CachedUNet(unet, 2), context(), torch.full((2,), 500.0)
     first, second, third = torch.randn(3, 2, 4, 8, 8)
-    exact = [unet(z_t, timesteps, told) for z_t in (first, second, third)]
-    torch.testing.assert_close(reader(first, timesteps, told), exact[0])
-    assert not torch.allclose(reader(second, timesteps, told), exact[1], rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(reader(third, timesteps, told), exact[2])
-    torch.testing.assert_close(reader(third, timesteps, told), exact[2])
+    exact = [unet(z_t, timesteps, condition) for z_t in (first, second, third)]
+    torch.testing.assert_close(reader(first, timesteps, condition), exact[0])
+    assert not torch.allclose(reader(second, timesteps, condition), exact[1], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(reader(third, timesteps, condition), exact[2])
+    torch.testing.assert_close(reader(third, timesteps, condition), exact[2])
 
 
 def test_another_context_or_an_interval_of_guidance_begins_anew(unet):

@@ -47,49 +47,49 @@ def classifier(pool: str = "attention", **options) -> Classifier:
 
 @pytest.mark.parametrize("pool", POOLS)
 def test_a_classifier_is_read_back_as_it_was_and_reads_any_size(tmp_path, pool):
-    ours = classifier(pool)
-    save_classifier(ours, tmp_path)
+    stipple_result = classifier(pool)
+    save_classifier(stipple_result, tmp_path)
     again, t = load_classifier(tmp_path), torch.tensor([5.0, 700.0])
     for side in (16, 24):
         z_t = torch.randn(2, 3, side, side)
-        assert torch.equal(again(z_t, t), ours(z_t, t)) and ours(z_t, t).shape == (2, 2)
-    assert again.config == ours.config
+        assert torch.equal(again(z_t, t), stipple_result(z_t, t)) and stipple_result(z_t, t).shape == (2, 2)
+    assert again.config == stipple_result.config
     with pytest.raises(ValueError, match="is not a classifier of noisy latents"):
         pixel_model().save(tmp_path / "model")
         load_classifier(tmp_path / "model" / "unet")
 
 
-def test_its_logits_depend_on_the_noise_level_and_not_on_whose_schedule_says_it():
-    ours, vp, ve = classifier(), *(make_schedule(ScheduleConfig(name=name)) for name in ("linear", "ve"))
+def test_its_logits_depend_on_the_noise_level_and_not_on_the_schedule():
+    stipple_result, vp, ve = classifier(), *(make_schedule(ScheduleConfig(name=name)) for name in ("linear", "ve"))
     z_0, noise = torch.randn(2, 2, 3, 16, 16)
     at = 0.4
     alpha, sigma = (level.item() for level in vp(at))
     far = ve.time(sigma / alpha).item()
-    here = classify(ours, vp, *translated(alpha * z_0 + sigma * noise, at, vp, vp))
-    there = classify(ours, vp, *translated(z_0 + sigma / alpha * noise, far, ve, vp))
+    here = classify(stipple_result, vp, *translated(alpha * z_0 + sigma * noise, at, vp, vp))
+    there = classify(stipple_result, vp, *translated(z_0 + sigma / alpha * noise, far, ve, vp))
     torch.testing.assert_close(here, there, atol=1e-4, rtol=1e-3)
-    assert (here - classify(ours, vp, alpha * z_0 + sigma * noise, 0.9)).abs().max() > 1e-4
+    assert (here - classify(stipple_result, vp, alpha * z_0 + sigma * noise, 0.9)).abs().max() > 1e-4
 
 
-def test_a_lead_moves_the_estimate_towards_its_class_and_away_below_zero():
-    ours, schedule = classifier(), make_schedule(ScheduleConfig(name="linear"))
+def test_a_guide_moves_the_estimate_towards_its_class_and_away_below_zero():
+    stipple_result, schedule = classifier(), make_schedule(ScheduleConfig(name="linear"))
     z_t = torch.randn(4, 3, 16, 16)
 
     def share(scale: float) -> float:
         pictures = [Settings(prompt="dress", classifier_scale=scale)] * 4
-        z_0 = ClassifierGuide(ours).around(lambda z, t: torch.zeros_like(z), pictures, schedule)(z_t, 0.5)
+        z_0 = ClassifierGuide(stipple_result).around(lambda z, t: torch.zeros_like(z), pictures, schedule)(z_t, 0.5)
         moved = z_t + 0.01 * z_0 / max(abs(scale), 1)
-        return classify(ours, schedule, moved, 0.5).softmax(1)[:, 1].mean().item()
+        return classify(stipple_result, schedule, moved, 0.5).softmax(1)[:, 1].mean().item()
 
     assert share(-1.0) < share(1e-9) < share(1.0)
 
 
-def test_pictures_led_by_a_classifier_differ_and_at_scale_0_do_not():
-    ours = pixel_model()
-    plain = image_to_tensor(ours("", seed=1)[0])
-    ours.gradient_guides["classifier_scale"] = ClassifierGuide(classifier())
-    same = image_to_tensor(ours("", seed=1, classifier_scale=0.0, classifier_class="apple")[0])
-    led = image_to_tensor(ours("", seed=1, classifier_scale=100.0, classifier_class="apple")[0])
+def test_images_guided_by_a_classifier_differ_and_at_scale_0_do_not():
+    stipple_result = pixel_model()
+    plain = image_to_tensor(stipple_result("", seed=1)[0])
+    stipple_result.gradient_guides["classifier_scale"] = ClassifierGuide(classifier())
+    same = image_to_tensor(stipple_result("", seed=1, classifier_scale=0.0, classifier_class="apple")[0])
+    led = image_to_tensor(stipple_result("", seed=1, classifier_scale=100.0, classifier_class="apple")[0])
     assert torch.equal(plain, same) and not torch.equal(plain, led)
 
 
@@ -146,34 +146,34 @@ def test_the_drawing_commands_take_a_classifier_and_a_clip(tmp_path, clip, capsy
 
 
 @pytest.mark.parametrize(("name", "scale"), [("classifier", "classifier-scale"), ("clip-guidance", "clip-scale")])
-def test_what_leads_by_no_scale_is_refused(tmp_path, capsys, name, scale):
+def test_a_guide_without_a_scale_is_refused(tmp_path, capsys, name, scale):
     for words in ((), (f"--{scale}", 0)):
         error = refused(partial(drawing.draw, COMMAND), capsys, tmp_path / "out", "a", f"--{name}", "FOLDER", *words)
         assert f"--{name} has no effect without its scale; add --{scale}" in error
 
 
 @pytest.mark.parametrize(("saved", "precision"), [(None, "fp16"), (None, "bf16"), (torch.float16, "fp32")])
-def test_a_classifier_of_an_autoencoder_leads_in_every_precision(tmp_path, saved, precision):
-    ours = build_model_of(Unconditional())
-    ours.autoencoder.save(tmp_path / "stage-1")
+def test_a_classifier_of_an_autoencoder_guides_in_every_precision(tmp_path, saved, precision):
+    stipple_result = build_model_of(Unconditional())
+    stipple_result.autoencoder.save(tmp_path / "stage-1")
     trained_on = open_autoencoder(tmp_path / "stage-1").fingerprint()
     shape = replace(PIXEL_UNET, in_channels=4, out_channels=4)
-    said = ClassifierConfig(unet=shape, names=NAMES, autoencoder=trained_on)
-    save_classifier(Classifier(said), tmp_path / "classifier")
-    ours.save(tmp_path / "model", saved)
+    specified = ClassifierConfig(unet=shape, names=NAMES, autoencoder=trained_on)
+    save_classifier(Classifier(specified), tmp_path / "classifier")
+    stipple_result.save(tmp_path / "model", saved)
     asked = dict(checkpoint=f"{tmp_path}/model", classifier=f"{tmp_path}/classifier", precision=precision, device="cpu")
     model, _ = open_for_drawing(Opening(**asked), {})
     assert "classifier_scale" in model.gradient_guides
 
 
-def test_what_can_not_lead_says_so_in_one_line(tmp_path):
-    ours = pixel_model()
+def test_a_guide_that_does_not_fit_is_refused_in_one_line(tmp_path):
+    stipple_result = pixel_model()
     with pytest.raises(ValueError, match="classifier scale 3.0 needs a classifier of noisy latents: --classifier"):
-        ours("", classifier_scale=3.0)
-    ours.gradient_guides["classifier_scale"] = ClassifierGuide(classifier())
+        stipple_result("", classifier_scale=3.0)
+    stipple_result.gradient_guides["classifier_scale"] = ClassifierGuide(classifier())
     with pytest.raises(ValueError, match="'dres' is no class of the classifier; did you mean 'dress'"):
-        ours("", classifier_scale=3.0, classifier_class="dres")
-    ours.save(tmp_path / "model")
+        stipple_result("", classifier_scale=3.0, classifier_class="dres")
+    stipple_result.save(tmp_path / "model")
     other = classifier()
     other.config = ClassifierConfig(unet=PIXEL_UNET, names=NAMES, autoencoder="another")
     save_classifier(other, tmp_path)

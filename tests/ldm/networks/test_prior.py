@@ -30,7 +30,7 @@ def prior() -> PriorTransformer:
     return prior
 
 
-def told(mask: bool = False) -> Context:
+def condition(mask: bool = False) -> Context:
     draws = torch.Generator().manual_seed(1)
     seen = torch.tensor([[True] * 5, [True, True, True, False, False]]) if mask else None
     tokens = torch.randn(2, 5, 8, generator=draws)
@@ -45,41 +45,43 @@ def test_a_model_folder_opens_in_diffusers_with_the_same_output(prior, tmp_path,
     from diffusers import PriorTransformer as Theirs
 
     save_unet(prior, tmp_path)
-    theirs, context = Theirs.from_pretrained(tmp_path / "prior").eval(), told(mask)
-    seen = torch.ones(2, 5, dtype=torch.bool) if context.mask is None else context.mask  # without, theirs is not causal
+    reference, context = Theirs.from_pretrained(tmp_path / "prior").eval(), condition(mask)
+    seen = (
+        torch.ones(2, 5, dtype=torch.bool) if context.mask is None else context.mask
+    )  # without one, diffusers' is not causal
     with torch.no_grad():
-        wanted = theirs(Z_T.flatten(1), TIMESTEP, context.vector, context.tokens, seen).predicted_image_embedding
-        torch.testing.assert_close(prior(Z_T, TIMESTEP, context).flatten(1), wanted, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(theirs.post_process_latents(wanted), wanted)  # a scale of its own it has not
+        expected = reference(Z_T.flatten(1), TIMESTEP, context.vector, context.tokens, seen).predicted_image_embedding
+        torch.testing.assert_close(prior(Z_T, TIMESTEP, context).flatten(1), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(reference.post_process_latents(expected), expected)  # a scale of its own it has not
 
 
-def test_theirs_opens_here(tmp_path):
+def test_a_prior_of_diffusers_opens_here(tmp_path):
     from diffusers import PriorTransformer as Theirs
 
     torch.manual_seed(0)
     Theirs(2, 6, 2, embedding_dim=8, num_embeddings=5).save_pretrained(tmp_path / "prior")
-    ours = load_unet(tmp_path)
-    assert ours.config == CONFIG
+    stipple_result = load_unet(tmp_path)
+    assert stipple_result.config == CONFIG
     again = PriorTransformer(CONFIG)
-    again.load_state_dict(ours.state_dict(), strict=True)
+    again.load_state_dict(stipple_result.state_dict(), strict=True)
 
 
 def test_gradients_and_checkpointing_agree(prior):
     z_t = Z_T.clone().requires_grad_()
-    plain = torch.autograd.grad(prior(z_t, TIMESTEP, told()).square().sum(), z_t)[0]
+    plain = torch.autograd.grad(prior(z_t, TIMESTEP, condition()).square().sum(), z_t)[0]
     prior.checkpointing = True
-    again = torch.autograd.grad(prior(z_t, TIMESTEP, told()).square().sum(), z_t)[0]
+    again = torch.autograd.grad(prior(z_t, TIMESTEP, condition()).square().sum(), z_t)[0]
     prior.checkpointing = False
     torch.testing.assert_close(again, plain)
 
 
 def test_a_sampler_calls_it_as_it_calls_a_unet(prior):
     with torch.no_grad():
-        torch.testing.assert_close(CachedUNet(prior)(Z_T, TIMESTEP, told()), prior(Z_T, TIMESTEP, told()))
+        torch.testing.assert_close(CachedUNet(prior)(Z_T, TIMESTEP, condition()), prior(Z_T, TIMESTEP, condition()))
 
 
 def test_hidden_tokens_change_nothing_and_seen_ones_do(prior):
-    context = told(mask=True)
+    context = condition(mask=True)
     with torch.no_grad():
         before = prior(Z_T, TIMESTEP, context)
         context.tokens[1, 3:] += 1
@@ -123,14 +125,14 @@ class Embedder(torch.nn.Module):
         ({}, {"data": DataConfig(folder="", image_size=32, maps="maps")}, "data.maps maps has no effect"),
     ],
 )
-def test_a_prior_that_does_not_fit_is_told_its_own_keys(prior, changes, message):
+def test_a_prior_that_does_not_fit_is_refused_with_its_config_keys(prior, changes, message):
     autoencoder = ImageEmbeddings(Embedder(), torch.zeros(8), torch.ones(8))
-    told = {"context_dim": 8, "vector_dim": 8, "latent_channels": 0, "max_length": 5}
-    conditioner = SimpleNamespace(**told, hint=None, reads=frozenset(), has_positions=False)
-    given = {"data": DataConfig(folder="", image_size=32), "samples": SamplesConfig(every=0)}
+    condition = {"context_dim": 8, "vector_dim": 8, "latent_channels": 0, "max_length": 5}
+    conditioner = SimpleNamespace(**condition, hint=None, reads=frozenset(), has_positions=False)
+    provided = {"data": DataConfig(folder="", image_size=32), "samples": SamplesConfig(every=0)}
 
     def run(**options) -> LdmRunConfig:
-        return LdmRunConfig(autoencoder="", **given | options)
+        return LdmRunConfig(autoencoder="", **provided | options)
 
     check_shapes(run(prior=CONFIG), autoencoder, conditioner)
     with pytest.raises(ValueError, match=message):

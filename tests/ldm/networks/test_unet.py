@@ -17,7 +17,7 @@ from tests.helpers.small_unets import PLAIN, SMALL, close, context, random_unet
 KINDS = pytest.mark.parametrize("config", [SMALL, PLAIN], ids=["transformers", "plain attention"])
 
 
-def told(config: UNetConfig) -> SimpleNamespace:
+def condition(config: UNetConfig) -> SimpleNamespace:
     return context(width=config.cross_attention_dim)
 
 
@@ -36,7 +36,7 @@ def test_parameter_counts_are_those_of_the_published_models(config, millions):
 def test_an_untrained_network_returns_zero_and_every_parameter_learns_in_a_few_steps(config):
     torch.manual_seed(0)
     unet = UNet(config)
-    z_t, timestep, words = torch.randn(2, 4, 8, 8), torch.tensor([3.0, 700.0]), told(config)
+    z_t, timestep, words = torch.randn(2, 4, 8, 8), torch.tensor([3.0, 700.0]), condition(config)
     assert unet(z_t, timestep, words).abs().max() == 0
     before = copy.deepcopy(unet.state_dict())
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3)
@@ -61,7 +61,7 @@ def test_construction_follows_the_global_generator():
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_checkpointing_changes_no_bit_of_output_and_gradients(config, dropout):
     unet = random_unet(replace(config, dropout=dropout)).train()
-    z_t, timestep, words = torch.randn(2, 4, 8, 8), torch.tensor([3.0, 700.5]), told(config)
+    z_t, timestep, words = torch.randn(2, 4, 8, 8), torch.tensor([3.0, 700.5]), condition(config)
 
     def run(checkpointing):
         unet.checkpointing = checkpointing
@@ -89,7 +89,7 @@ def test_checkpointing_keeps_fewer_activations():
 
 @KINDS
 def test_channels_last_gives_the_same_output_in_its_own_layout(config):
-    unet, words = random_unet(config), told(config)
+    unet, words = random_unet(config), condition(config)
     z_t, timestep = torch.randn(2, 4, 8, 8), torch.tensor([3.0, 700.0])
     expected = unet(z_t, timestep, words)
     output = unet.to(memory_format=torch.channels_last)(z_t.to(memory_format=torch.channels_last), timestep, words)
@@ -105,7 +105,7 @@ def test_no_layer_copies_channels_last_features(config):
             module.register_forward_pre_hook(
                 lambda _, x: layouts.append(x[0].is_contiguous(memory_format=torch.channels_last))
             )
-    unet(torch.randn(2, 4, 8, 8).to(memory_format=torch.channels_last), torch.zeros(2), told(config))
+    unet(torch.randn(2, 4, 8, 8).to(memory_format=torch.channels_last), torch.zeros(2), condition(config))
     assert len(layouts) > 20 and all(layouts)
 
 
@@ -122,11 +122,11 @@ def test_each_image_of_a_batch_is_alone():
 @torch.no_grad()
 def test_a_context_that_was_read_before_gives_the_same_bits():
     unet, z_t, timestep = random_unet(SMALL), torch.randn(2, SMALL.in_channels, 8, 8), torch.tensor([3.0, 700.0])
-    told = context()
-    read = unet.read(told)
+    condition = context()
+    read = unet.read(condition)
     to_k = unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k
     to_k.weight.fill_(torch.nan)  # not used again
-    assert torch.equal(unet(z_t, timestep, read), random_unet(SMALL)(z_t, timestep, told))
+    assert torch.equal(unet(z_t, timestep, read), random_unet(SMALL)(z_t, timestep, condition))
 
 
 @torch.no_grad()
@@ -184,7 +184,7 @@ def test_the_whole_network_compiles_into_one_graph():
 @KINDS
 @pytest.mark.parametrize("size", [(7, 9), (5, 8), (8, 12), (1, 1)])
 def test_any_size_comes_back_at_its_size(config, size):
-    assert random_unet(config)(torch.randn(2, 4, *size), torch.zeros(2), told(config)).shape == (2, 4, *size)
+    assert random_unet(config)(torch.randn(2, 4, *size), torch.zeros(2), condition(config)).shape == (2, 4, *size)
 
 
 def test_heads_are_counted_only_where_there_is_attention():
@@ -201,17 +201,21 @@ def test_the_time_embedding_is_continuous_and_tells_near_timesteps_apart():
 
 def test_latents_and_vector_of_the_context_reach_the_output():
     unet = random_unet(replace(SMALL, in_channels=7, vector_dim=6))
-    told = context(vector=torch.randn(2, 6), latents=torch.randn(2, 3, 8, 8))
+    condition = context(vector=torch.randn(2, 6), latents=torch.randn(2, 3, 8, 8))
     z_t, timestep = torch.randn(2, 4, 8, 8), torch.zeros(2)
-    told.vector.requires_grad_()
-    told.latents.requires_grad_()
-    told.tokens.requires_grad_()
-    unet(z_t, timestep, told).square().sum().backward()
+    condition.vector.requires_grad_()
+    condition.latents.requires_grad_()
+    condition.tokens.requires_grad_()
+    unet(z_t, timestep, condition).square().sum().backward()
     assert all(
         part.grad.abs().amin(dim=tuple(range(1, part.ndim))).isfinite().all()
-        for part in (told.vector, told.latents, told.tokens)
+        for part in (condition.vector, condition.latents, condition.tokens)
     )
-    assert told.vector.grad.abs().sum() > 0 and told.latents.grad.abs().sum() > 0 and told.tokens.grad.abs().sum() > 0
+    assert (
+        condition.vector.grad.abs().sum() > 0
+        and condition.latents.grad.abs().sum() > 0
+        and condition.tokens.grad.abs().sum() > 0
+    )
 
 
 @pytest.mark.parametrize("config", [replace(SMALL, cross_attention_dim=None), PLAIN], ids=["transformers", "plain"])
@@ -221,7 +225,7 @@ def test_without_cross_attention_no_context_is_needed(config):
 
 
 @pytest.mark.parametrize(
-    ("told", "message"),
+    ("condition", "message"),
     [
         (None, "context.tokens of width None does not fit this UNet, which was built for 12"),
         (context(width=16), "context.tokens of width 16"),
@@ -229,9 +233,9 @@ def test_without_cross_attention_no_context_is_needed(config):
         (context(latents=torch.zeros(2, 1, 8, 8)), "context.latents 1"),
     ],
 )
-def test_a_context_that_does_not_fit_is_named(told, message):
+def test_a_context_that_does_not_fit_is_named(condition, message):
     with pytest.raises(ValueError, match=message):
-        UNet(SMALL)(torch.zeros(2, 4, 8, 8), torch.zeros(2), told)
+        UNet(SMALL)(torch.zeros(2, 4, 8, 8), torch.zeros(2), condition)
 
 
 @pytest.mark.parametrize(

@@ -92,8 +92,8 @@ def test_config_files_of_published_models_are_understood(model, options):
 @pytest.mark.parametrize("kind", [UNet2DConditionModel, UNet2DModel])
 def test_a_config_that_leaves_out_options_means_diffusers_defaults(kind):
     with torch.device("meta"):
-        theirs = kind()
-    options = {name: value for name, value in theirs.config.items() if not name.startswith("_")}
+        reference = kind()
+    options = {name: value for name, value in reference.config.items() if not name.startswith("_")}
     assert unet_from_diffusers({"_class_name": kind.__name__}) == unet_from_diffusers(
         {"_class_name": kind.__name__, **options}
     )
@@ -180,13 +180,13 @@ def test_every_option_of_diffusers_is_implemented_or_refused_by_name(kind, name,
     except ValueError as error:
         assert name in str(error) and "\n" not in str(error)
         return
-    ours, theirs = random_unet(config).eval(), kind(**options).eval()
-    theirs.load_state_dict(ours.state_dict(), strict=True)
-    told, z_t = context(width=config.cross_attention_dim), torch.randn(2, config.in_channels, 8, 8)
-    told.guidance = torch.tensor([1.5, 8.0])
+    stipple, reference = random_unet(config).eval(), kind(**options).eval()
+    reference.load_state_dict(stipple.state_dict(), strict=True)
+    condition, z_t = context(width=config.cross_attention_dim), torch.randn(2, config.in_channels, 8, 8)
+    condition.guidance = torch.tensor([1.5, 8.0])
     with torch.no_grad():
-        expected = run_diffusers(theirs, z_t, torch.tensor([3.0, 700.0]), told)
-        assert close(ours(z_t, torch.tensor([3.0, 700.0]), told), expected)
+        expected = run_diffusers(reference, z_t, torch.tensor([3.0, 700.0]), condition)
+        assert close(stipple(z_t, torch.tensor([3.0, 700.0]), condition), expected)
 
 
 WRONG = ("x", -1, 0, [], {}, None, [None], 1.5, [1, 2, 3], True)

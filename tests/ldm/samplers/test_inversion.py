@@ -79,7 +79,7 @@ def test_what_is_no_word_or_does_not_fit_is_refused_in_one_line(conditioner, tmp
     rows = torch.randn(1, width(conditioner))
     known = next(word for word in ("heart", "a") if len(conditioner.tokenizer.ids(word)) == 1)
     known = known if conditioner.tokenizer.backend.token_to_id(known) is not None else f"{known}</w>"
-    for act, told in [
+    for act, condition in [
         (lambda: new_token(conditioner, known, rows), "is in the vocabulary"),
         (lambda: new_token(conditioner, "two words", rows), "must be one word"),
         (lambda: new_token(conditioner, "<toy>", rows[:, 1:]), "of width"),
@@ -87,7 +87,7 @@ def test_what_is_no_word_or_does_not_fit_is_refused_in_one_line(conditioner, tmp
         (lambda: initial_rows(conditioner, " ", 2), "0 tokens"),
         (lambda: new_token(Unconditional(), "<toy>", rows), "exactly one text encoder"),
     ]:
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=condition):
             act()
     save_file({"a": rows, "b": rows.clone()}, tmp_path / "two.safetensors")
     with pytest.raises(ValueError, match="not the embedding of one word"):
@@ -98,24 +98,24 @@ def test_diffusers_and_transformers_read_a_word_as_we_do(tmp_path):
     import diffusers
     from transformers import AutoTokenizer, CLIPTextModel
 
-    ours = clip("quick_gelu").requires_grad_(False)
+    stipple = clip("quick_gelu").requires_grad_(False)
     torch.manual_seed(1)
-    for value in ours.encoder.parameters():
+    for value in stipple.encoder.parameters():
         value.copy_(torch.randn(value.shape) * 0.1)
-    ours.save(tmp_path)
-    theirs = CLIPTextModel.from_pretrained(tmp_path / "text_encoder").eval()
+    stipple.save(tmp_path)
+    reference = CLIPTextModel.from_pretrained(tmp_path / "text_encoder").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
-    save_embedding("<toy>", torch.randn(2, width(ours)), tmp_path)
-    new_token(ours, *read_embedding(tmp_path))
+    save_embedding("<toy>", torch.randn(2, width(stipple)), tmp_path)
+    new_token(stipple, *read_embedding(tmp_path))
 
     class Pipeline(diffusers.loaders.TextualInversionLoaderMixin):
         hf_device_map, components = None, {}
 
     loader = Pipeline()
-    loader.load_textual_inversion(str(tmp_path), tokenizer=tokenizer, text_encoder=theirs)
+    loader.load_textual_inversion(str(tmp_path), tokenizer=tokenizer, text_encoder=reference)
     prompt = loader.maybe_convert_prompt("a photo of a <toy> in red", tokenizer)
     ids = tokenizer(prompt, padding="max_length", max_length=77, return_tensors="pt").input_ids
     with torch.no_grad():
-        expected = theirs(ids).last_hidden_state
-    assert torch.equal(ids, ours.tokenize(["a photo of a <toy> in red"]).ids)
-    assert torch.allclose(ours.encode(["a photo of a <toy> in red"]).tokens, expected, atol=1e-4)
+        expected = reference(ids).last_hidden_state
+    assert torch.equal(ids, stipple.tokenize(["a photo of a <toy> in red"]).ids)
+    assert torch.allclose(stipple.encode(["a photo of a <toy> in red"]).tokens, expected, atol=1e-4)

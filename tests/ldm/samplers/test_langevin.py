@@ -67,7 +67,7 @@ def test_many_langevin_steps_forget_where_they_began_and_leave_the_bias_of_their
     assert found[1] == pytest.approx(variance / (1 - step_size * sigma**2 / (4 * variance)), rel=1e-9)
 
 
-def test_corrections_inflate_the_variance_as_their_signal_to_noise_ratio_says():
+def test_corrections_inflate_the_variance_by_their_signal_to_noise_ratio():
     """(1 + r^2) v of a Gaussian in many dimensions: 2.6 % too much at the paper's r of 0.16."""
     schedule = SCHEDULES["ve"]
     walk = torch.tensor([0.5, 0.5], dtype=torch.float64)
@@ -120,11 +120,11 @@ def test_predictor_corrector_is_that_of_diffusers(monkeypatch):
     scheduler = diffusers.ScoreSdeVeScheduler(steps, snr=0.16, sigma_min=0.01, sigma_max=50.0)
     scheduler.set_timesteps(steps)
     scheduler.set_sigmas(steps)
-    mine, theirs = seeds(2)[1], seeds(2)[1]
+    mine, reference = seeds(2)[1], seeds(2)[1]
     z = start = initial_noise((1, 2, 5, 5), seeds(1), schedule).double()
     monkeypatch.setattr(
         "diffusers.schedulers.scheduling_sde_ve.randn_tensor",
-        lambda shape, **_: noise_like(torch.empty(shape, dtype=torch.float64), [theirs]),
+        lambda shape, **_: noise_like(torch.empty(shape, dtype=torch.float64), [reference]),
     )
     for index in range(40):  # at sigma from 50 down
         sigma = scheduler.sigmas[index].double()
@@ -133,14 +133,14 @@ def test_predictor_corrector_is_that_of_diffusers(monkeypatch):
             z = scheduler.step_correct(score(z), z).prev_sample
         z = scheduler.step_pred(score(z), scheduler.timesteps[index], z).prev_sample
     walk = torch.arange(1000, 1000 - 41, -1, dtype=torch.float64) / 1000
-    ours = list(predictor_corrector(denoiser_of(TWO, schedule), start, walk, schedule, [mine]))
-    assert len(ours) == 40
+    stipple = list(predictor_corrector(denoiser_of(TWO, schedule), start, walk, schedule, [mine]))
+    assert len(stipple) == 40
     by_sigma = levels(schedule, 0.96)[1]
     corrected = scheduler.step_correct((TWO.denoise(z, 1.0, by_sigma) - z) / by_sigma**2, z).prev_sample
-    torch.testing.assert_close(ours[-1].z, corrected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(stipple[-1].z, corrected, rtol=1e-4, atol=1e-4)
 
 
-def test_wrong_options_say_what_is_wrong():
+def test_wrong_options_raise_a_message_that_names_the_error():
     schedule = SCHEDULES["flow"]
     asked = (two(schedule), torch.ones(1, 2), times(schedule, 2), schedule, seeds(1))
     for run, options, message in (

@@ -116,7 +116,7 @@ def test_a_tolerance_that_is_none_is_named(tolerance):
 
 
 @pytest.mark.parametrize("slope", [lambda x, y: y * math.nan, lambda x, y: y * y], ids=["NaN", "a pole"])
-def test_where_no_step_is_short_enough_it_says_so(slope):
+def test_a_tolerance_that_no_step_can_keep_is_refused(slope):
     """y' = y^2 has a pole at x = 1."""
     with pytest.raises(ValueError, match="^no step at x = .* is short enough for tolerance 1e-05; use a larger one$"):
         list(adaptive(slope, numbers(1.0), 0.0, 2.0, 1e-5))

@@ -71,7 +71,7 @@ def test_the_ode_is_solved_alike_however_few_the_steps_that_are_asked_for(name):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_samplers_walk_numbers_of_steps_that_do_not_divide_the_levels_and_all_of_them(name, sampler):
-    """In float32, too, and whatever they are told: here always the same."""
+    """In float32, too, and for any context: here always the same."""
     schedule = SCHEDULES[name]
     for steps, dtype in ((7, torch.float32), (30, torch.float64), *ALL_LEVELS.get(name, ())):
         z = initial_noise((1, 3), seeds(1), schedule).to(dtype)
@@ -181,7 +181,7 @@ def test_deterministic_samplers_do_not_draw(sampler):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_samplers_call_the_denoiser_as_often_as_they_say_and_keep_the_dtype(sampler, dtype):
+def test_samplers_call_the_denoiser_as_often_as_listed_and_keep_the_dtype(sampler, dtype):
     schedule, called = SCHEDULES["scaled_linear"], []
 
     def denoise(z, t):
@@ -215,7 +215,7 @@ def test_initial_noise_has_the_variance_of_noised_unit_latents_or_of_noise_alone
         assert z.std().item() == pytest.approx(std, rel=0.01) and z.dtype == torch.float32
 
 
-def test_wrong_requests_say_what_is_wrong():
+def test_wrong_arguments_raise_a_message_that_names_the_error():
     schedule = SCHEDULES["flow"]
     with pytest.raises(ValueError, match="3 images need as many generators, not 2"):
         initial_noise((3, 4), seeds(2), schedule)
@@ -253,7 +253,7 @@ def test_every_sampler_walks_every_spacing(name, spacing):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_samplers_hold_no_more_than_their_order_needs(sampler):
-    """Tensors like z that are alive while the network is called, but for z itself and what it was given before."""
+    """Tensors like z that are alive while the network is called, except z itself and its previous inputs."""
     schedule, counts = SCHEDULES["scaled_linear"], []
     shape = (1, 3, 1, 7)
 

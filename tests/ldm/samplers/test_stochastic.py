@@ -225,8 +225,8 @@ def test_learned_variance_lies_between_small_and_large(name):
         return drawn(variance="learned", interpolation=lambda: torch.full((4, 3, 4), v, dtype=torch.float32))
 
     small, large = drawn(), drawn(variance="large")
-    for ours, exact in ((learned(0.0), small), (learned(1.0), large)):
-        assert all(torch.equal(one, other) for one, other in zip(ours, exact, strict=True))
+    for stipple, exact in ((learned(0.0), small), (learned(1.0), large)):
+        assert all(torch.equal(one, other) for one, other in zip(stipple, exact, strict=True))
     middle = learned(0.5)
     mean = next(ddpm(lambda z, t: 0 * z, z, walk, schedule, seeds(2, 5), variance="learned", interpolation=nothing)).z
     torch.testing.assert_close((middle[0] - mean) ** 2, (small[0] - mean) * (large[0] - mean), rtol=1e-9, atol=1e-12)
@@ -237,7 +237,7 @@ def nothing():
     return torch.full((2, 3, 4), -math.inf)  # a variance of 0
 
 
-def test_a_network_of_twice_the_channels_says_its_variance():
+def test_a_network_of_twice_the_channels_outputs_its_variance():
     schedule, called = SCHEDULES["scaled_linear"], []
 
     def network(z_in, timestep, context):
@@ -300,7 +300,7 @@ def test_churn_adds_the_noise_of_karras_and_never_climbs_above_the_last_level(mo
     assert levels(schedule, seen[0][0])[1] == pytest.approx(math.sqrt(2) * sigma)
 
 
-def test_restart_without_restarts_is_heun_and_restarts_where_it_says():
+def test_restart_without_restarts_is_heun_and_restarts_where_documented():
     schedule, denoise, heights = SCHEDULES["scaled_linear"], denoiser_of(TWO, SCHEDULES["scaled_linear"]), []
 
     def watched(z, t):
@@ -361,7 +361,7 @@ def test_stochastic_samplers_hold_no_more_estimates_than_their_order_needs():
         assert max(counts) <= allowed, sampler.__name__
 
 
-def test_wrong_options_say_what_is_wrong():
+def test_wrong_options_raise_a_message_that_names_the_error():
     schedule = SCHEDULES["flow"]
     asked = (lambda z, t: z, torch.ones(1, 1), times(schedule, 2), schedule, seeds(1))
     for run, options, message in (

@@ -92,12 +92,12 @@ def test_where_no_signal_is_left_logs_and_roots_begin_at_a_large_ratio(spacing):
 
 def test_log_snr_is_the_exponential_spacing_of_diffusers():
     diffusers = pytest.importorskip("diffusers")
-    theirs = diffusers.EulerDiscreteScheduler(
+    reference = diffusers.EulerDiscreteScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", use_exponential_sigmas=True
     )
-    theirs.set_timesteps(13)
+    reference.set_timesteps(13)
     alpha, sigma = VP(times(VP, 13, "log_snr"))
-    torch.testing.assert_close((sigma / alpha).float(), theirs.sigmas, rtol=1e-4, atol=0)  # theirs are float32
+    torch.testing.assert_close((sigma / alpha).float(), reference.sigmas, rtol=1e-4, atol=0)  # diffusers' are float32
 
 
 def test_aligned_steps_are_the_published_timesteps_of_stable_diffusion():
@@ -131,14 +131,19 @@ def test_aligned_steps_fall_on_schedules_that_do_not_reach_their_levels():
 
 @pytest.mark.parametrize("spacing", ["karras", "log_snr", "ays"])
 def test_spacings_of_noise_fall_between_levels_so_that_no_two_times_are_one(spacing):
-    """Of a thousand, many have the same level of a table as the nearest: the network is told where between they are."""
+    """Of a thousand, many have the same level of a table as the nearest: so the network gets fractional timesteps."""
     found = torch.tensor(indices(1000, spacing), dtype=torch.float64)
     assert len(found.unique()) == 1000 and len(found.round().unique()) < 900
 
 
-def test_a_walk_ends_clean_unless_habit_or_model_say_otherwise():
-    for time_defaults, said, end in [(None, False, 0), (True, None, 0), (True, False, 0.001), (False, None, 0.001)]:
-        assert times(VP, 5, "trailing", TimeDefaults(ends_clean=time_defaults), ends_clean=said)[-1] == end
+def test_times_end_clean_unless_the_defaults_or_the_model_specify_otherwise():
+    for time_defaults, specified, end in [
+        (None, False, 0),
+        (True, None, 0),
+        (True, False, 0.001),
+        (False, None, 0.001),
+    ]:
+        assert times(VP, 5, "trailing", TimeDefaults(ends_clean=time_defaults), ends_clean=specified)[-1] == end
     assert times(VP, 5, "trailing", TimeDefaults(ends_clean=False), ends_clean=True)[-1] == 0
 
 
@@ -148,7 +153,7 @@ def test_the_offset_gives_way_before_a_time_passes_one():
         assert max(indices(steps, "leading", replace(SAMPLERS["unipc"].time_defaults))) <= 999
 
 
-def test_wrong_requests_say_what_is_wrong():
+def test_wrong_arguments_raise_a_message_that_names_the_error():
     with pytest.raises(ValueError, match="0 steps"):
         times(VP, 0)
     with pytest.raises(ValueError, match="1001 steps"):
@@ -163,6 +168,6 @@ def test_rungs_are_the_times_of_lcm(steps):
 
     scheduler = LCMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     scheduler.set_timesteps(steps, original_inference_steps=50)
-    ours = times(make_schedule(ScheduleConfig(name="scaled_linear")), steps, "rungs")
-    assert [round(t * 1000) - 1 for t in ours[:-1].tolist()] == scheduler.timesteps.tolist()
-    assert ours[-1] == 0
+    stipple = times(make_schedule(ScheduleConfig(name="scaled_linear")), steps, "rungs")
+    assert [round(t * 1000) - 1 for t in stipple[:-1].tolist()] == scheduler.timesteps.tolist()
+    assert stipple[-1] == 0

@@ -1,4 +1,4 @@
-"""Completing what a denoiser was not told: where blending is exact, where it is not, and what repetitions mend."""
+"""Completion with a denoiser that was not trained for it: where blending is exact, and what repetitions improve."""
 
 from functools import partial
 
@@ -49,7 +49,7 @@ def test_what_is_known_ends_as_it_is_and_what_is_independent_of_it_has_its_own_d
 
 
 def test_repetitions_bring_what_is_made_nearer_to_the_exact_posterior(monkeypatch):
-    """Mean rho k and variance 1 - rho^2; blending alone is told of the known part too late."""
+    """Mean rho k and variance 1 - rho^2; with blending alone the known part has influence too late."""
     correlation = 0.9
     mean, std = correlation * KNOWN, (1 - correlation**2) ** 0.5
     of_mean, of_std = [], []

@@ -55,8 +55,8 @@ def sizes_of_passes(model, monkeypatch) -> list[int]:
     """How many estimates the UNet makes at each call from here on."""
     seen, forward = [], model.unet.forward
 
-    def counted(*told):
-        output = forward(*told)
+    def counted(*condition):
+        output = forward(*condition)
         seen.append(len(output))
         return output
 
@@ -135,7 +135,7 @@ def test_guidance_scale_1_makes_no_unconditional_pass_and_others_one(model, monk
     assert seen == [4] * 4 + [2] * 4
 
 
-def test_guidance_leads_from_the_negative_prompt_and_scale_0_is_the_negative_prompt(model):
+def test_guidance_moves_away_from_the_negative_prompt_and_scale_0_is_the_negative_prompt(model):
     assert np.array_equal(pixels(model("a cat", guidance_scale=0)), pixels(model("", guidance_scale=1)))
     swapped = model("a cat", guidance_scale=0, negative_prompt="a heart")
     assert np.array_equal(pixels(swapped), pixels(model("a heart", guidance_scale=1)))
@@ -143,9 +143,9 @@ def test_guidance_leads_from_the_negative_prompt_and_scale_0_is_the_negative_pro
 
 def test_what_the_caller_leaves_out_comes_from_the_model(models, tmp_path):
     model, _ = models["KL, CLIP"]
-    (wanted,) = model.plan("a cat", steps=None, sampler=None)
-    assert (wanted.steps, wanted.sampler, wanted.guidance_scale) == (4, "dpmpp_2m", 3.0)
-    assert (wanted.height, wanted.width) == (SIDE, SIDE)
+    (expected_value,) = model.plan("a cat", steps=None, sampler=None)
+    assert (expected_value.steps, expected_value.sampler, expected_value.guidance_scale) == (4, "dpmpp_2m", 3.0)
+    assert (expected_value.height, expected_value.width) == (SIDE, SIDE)
     defaults = Settings(steps=7, sampler="heun", guidance_scale=2.5, spacing="leading", guidance_rescale=0.5)
     parts = model.autoencoder, model.unet, model.conditioner, model.scheduling
     TextToImage(*parts, defaults).save(tmp_path)
@@ -165,7 +165,7 @@ def test_sizes_need_not_be_square_or_those_of_training(model):
     assert image.size == (44, 20)
 
 
-def test_a_picture_says_all_that_made_it(model):
+def test_an_image_has_all_settings_that_made_it(model):
     made = list(model.generate(PROMPTS, num_images=2, seed=-1, negative_prompt="a dog", batch_size=3))
     seeds = [picture.settings.seed for picture in made]
     assert seeds == list(range(seeds[0], seeds[0] + 4))
@@ -183,9 +183,9 @@ def test_pictures_arrive_as_they_are_finished(model, monkeypatch):
 
 
 def test_pictures_of_different_settings_share_no_batch(model):
-    wanted = [*model.plan(PROMPTS), *model.plan(PROMPTS, steps=2)]
-    assert [len(batch) for batch in model.batches(wanted, 4)] == [2, 2]
-    assert [len(batch) for batch in model.batches(wanted[:2] * 5, 4)] == [4, 4, 2]
+    expected_value = [*model.plan(PROMPTS), *model.plan(PROMPTS, steps=2)]
+    assert [len(batch) for batch in model.batches(expected_value, 4)] == [2, 2]
+    assert [len(batch) for batch in model.batches(expected_value[:2] * 5, 4)] == [4, 4, 2]
 
 
 def test_a_prompt_that_is_too_long_is_made_and_what_was_cut_is_named(model):
@@ -301,16 +301,16 @@ def test_diffusers_opens_the_folder_and_makes_the_same_picture(spacing, predicti
     model = build_model(tmp_path, prediction=prediction)
     model.defaults = replace(model.defaults, spacing=spacing)
     model.save(tmp_path / "model")
-    theirs = DiffusionPipeline.from_pretrained(tmp_path / "model", safety_checker=None)
-    assert type(theirs) is StableDiffusionPipeline
-    theirs.set_progress_bar_config(disable=True)
+    reference = DiffusionPipeline.from_pretrained(tmp_path / "model", safety_checker=None)
+    assert type(reference) is StableDiffusionPipeline
+    reference.set_progress_bar_config(disable=True)
     for size in ({}, {"height": 24, "width": 40}):
         generator = torch.Generator("cpu").manual_seed(5)
         shared = dict(negative_prompt="a cat", guidance_scale=3.0, **size)
         # 5 divides 1000: with other numbers of steps their DDIM steps to t - 1000 // steps, not to its next timestep
-        expected = theirs("a red heart", num_inference_steps=5, generator=generator, **shared).images
-        ours = model("a red heart", steps=5, sampler="ddim", seed=5, **shared)
-        assert np.abs(pixels(ours) - pixels(expected)).max() <= 1
+        expected = reference("a red heart", num_inference_steps=5, generator=generator, **shared).images
+        stipple = model("a red heart", steps=5, sampler="ddim", seed=5, **shared)
+        assert np.abs(pixels(stipple) - pixels(expected)).max() <= 1
 
 
 def test_only_a_model_that_stable_diffusion_pipeline_computes_is_called_one(models):

@@ -50,10 +50,10 @@ def pictures(tmp_path_factory) -> Path:
 
 
 def train(kind: str, pictures: Path, autoencoder: str, run: Path, *more: str) -> None:
-    given = [f"data.folder={pictures}", f"autoencoder={autoencoder}", f"run={run}", "data.validation=0"]
+    provided = [f"data.folder={pictures}", f"autoencoder={autoencoder}", f"run={run}", "data.validation=0"]
     few = ["trainer.steps=2", "trainer.save_every=1", "samples.every=0", "validation.every=0"]
     prompts = [f"samples.prompts=['{PROMPTS[kind]}']"]
-    run_here("train_ldm.py", "--config", "configs/ldm/tiny.yaml", *given, *few, *prompts, *KINDS[kind], *more)
+    run_here("train_ldm.py", "--config", "configs/ldm/tiny.yaml", *provided, *few, *prompts, *KINDS[kind], *more)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -81,8 +81,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(kind, pictures, autoencoder, 
 def test_what_goes_on_from_a_model_keeps_the_names_of_its_classes(pictures, autoencoder, tmp_path):
     train("class", pictures, autoencoder, tmp_path / "run")
     few = ["trainer.steps=1", "trainer.batch_size=2", "samples.every=0", "samples.prompts=[two]", "validation.every=0"]
-    given = [f"init_from={tmp_path}/run/model", f"data.folder={pictures}", 'data.captions=["{class}"]']
-    run_here("train_ldm.py", *given, *few, "data.validation=0", f"run={tmp_path}/on")
+    provided = [f"init_from={tmp_path}/run/model", f"data.folder={pictures}", 'data.captions=["{class}"]']
+    run_here("train_ldm.py", *provided, *few, "data.validation=0", f"run={tmp_path}/on")
     conditioner = load_conditioner(tmp_path / "on" / "model")
     assert conditioner.tokenizer.names == ["three", "two"]  # taken from the captions, sorted
     assert conditioner.tokenize(["two", " THREE", "0", ""]).ids.tolist() == [[1], [0], [0], [2]]
@@ -91,8 +91,8 @@ def test_what_goes_on_from_a_model_keeps_the_names_of_its_classes(pictures, auto
 def test_a_table_from_scratch_has_a_row_of_its_own_for_no_class():
     conditioner = build_conditioner(ConditionerConfig(kind="class", classes=ClassConfig(count=3, width=4)), ["2"])
     assert conditioner.embedding.weight.shape == (4, 4) and conditioner.null_class == 3
-    told = conditioner.encode(["2", "", "0"]).tokens
-    assert torch.equal(told, conditioner.embedding.weight[[2, 3, 0]][:, None])
+    condition = conditioner.encode(["2", "", "0"]).tokens
+    assert torch.equal(condition, conditioner.embedding.weight[[2, 3, 0]][:, None])
     vector = ClassConfig(names=["a", "b"], width=4, told_as="vector")
     context = build_conditioner(ConditionerConfig(kind="class", classes=vector)).encode(["b", ""])
     assert context.tokens is None and context.vector.shape == (2, 4)

@@ -52,25 +52,25 @@ def runs(tmp_path_factory, autoencoder, settings_of_runs) -> Path:
         decoder = [f"autoencoder={autoencoder}", f"conditioner.image.encoder.name={clip}", "unet.vector_dim=16"]
         found = f"conditioner.retrieval.database={folder / 'embeddings' / 'embeddings.safetensors'}"
         rdm = [f"autoencoder={autoencoder}", f"conditioner.retrieval.encoder.name={clip}", found, *UNET]
-        said = {"unclip-prior": [*prior, "prior.text_tokens=20"], "rdm": rdm}
-        said["unclip-decoder"] = [*decoder, *UNET, "conditioner.image.token_dim=16"]
-        for kind, settings in said.items():
+        specified = {"unclip-prior": [*prior, "prior.text_tokens=20"], "rdm": rdm}
+        specified["unclip-decoder"] = [*decoder, *UNET, "conditioner.image.token_dim=16"]
+        for kind, settings in specified.items():
             run = f"run={folder / kind}"
             run_here("train_ldm.py", "--config", f"configs/ldm/{kind}-small.yaml", run, *BRIEF, *settings)
     return folder
 
 
-def test_a_prior_is_said_to_serve_a_decoder(runs):
+def test_the_command_of_a_prior_names_its_decoder(runs):
     prior = TextToImage.load(runs / "unclip-prior" / "model")
     words = drawing_command(prior, "a cat", ["--checkpoint", "runs/prior/model"])
     assert words == ["stipple", "draw", "a cat", "--checkpoint", "DECODER", "--prior", "runs/prior/model"]
 
 
-@pytest.mark.parametrize("wanted", [LoraConfig(), InversionConfig(token="cat", initial="dog")])
-def test_a_prior_is_not_adapted(runs, wanted):
+@pytest.mark.parametrize("expected", [LoraConfig(), InversionConfig(token="cat", initial="dog")])
+def test_a_prior_is_not_adapted(runs, expected):
     prior = TextToImage.load(runs / "unclip-prior" / "model")
-    kind = "lora" if isinstance(wanted, LoraConfig) else "inversion"
-    learning = make_trainable(**{"lora": None, "inversion": None, kind: wanted}, source=str(runs))
+    kind = "lora" if isinstance(expected, LoraConfig) else "inversion"
+    learning = make_trainable(**{"lora": None, "inversion": None, kind: expected}, source=str(runs))
     with pytest.raises(ValueError, match=f"{kind} adapts models that draw images, and this one makes embeddings"):
         learning.prepare(prior, [], 0)
 
@@ -106,7 +106,7 @@ def test_a_prior_of_other_embeddings_is_refused(runs):
             model.use_prior(prior)
 
 
-def test_what_is_retrieved_for_a_prompt_is_what_the_model_is_told(runs):
+def test_the_model_is_conditioned_on_what_is_retrieved_for_a_prompt(runs):
     model = TextToImage.load(runs / "rdm" / "model")
     reader = model.conditioner.readers["retrieval"]
     (tokens,) = model.conditioner.encode(["a cat"], ConditionInputs(prompts=["a cat"])).tokens
@@ -130,7 +130,7 @@ def test_no_candidate_of_a_prior_is_that_of_a_neighboring_seed(runs, monkeypatch
     assert len(set(seeds)) == 2 * 3
 
 
-def test_a_prior_draws_nothing_and_says_so_before_it_computes(runs, tmp_path, capsys, monkeypatch):
+def test_a_prior_refuses_to_draw_before_it_computes(runs, tmp_path, capsys, monkeypatch):
     prior = TextToImage.load(runs / "unclip-prior" / "model")
     monkeypatch.setattr(prior, "sample", lambda batch: pytest.fail("it was sampled"))
     with pytest.raises(ValueError, match="makes embeddings, not pictures"):
@@ -162,20 +162,20 @@ def test_words_that_an_image_or_nothing_takes_the_place_of_are_refused(runs, tmp
 def test_a_negative_prompt_reaches_both_that_a_prior_reads(runs):
     prior = TextToImage.load(runs / "unclip-prior" / "model")
     context = prior.conditioner.encode(["a dog"], ConditionInputs(prompts=["a dog"], dropped=torch.tensor([True])))
-    told = prior.conditioner.encode(["a dog"])
-    assert torch.equal(context.vector, told.vector) and torch.equal(context.tokens, told.tokens)
+    condition = prior.conditioner.encode(["a dog"])
+    assert torch.equal(context.vector, condition.vector) and torch.equal(context.tokens, condition.tokens)
 
 
 def test_a_database_is_found_from_everywhere_missed_at_once_and_recorded(runs, tmp_path, capsys, monkeypatch):
     model, out = tmp_path / "model", tmp_path / "out"
     shutil.copytree(runs / "rdm" / "model", model)
     path = model / "conditioner" / "config.json"
-    said = json.loads(path.read_text())
-    assert Path(said["retrieval"]["database"]).is_absolute()
+    specified = json.loads(path.read_text())
+    assert Path(specified["retrieval"]["database"]).is_absolute()
     shutil.copytree(runs / "embeddings", tmp_path / "embeddings")
     monkeypatch.chdir(tmp_path)
     found = Path("embeddings") / "embeddings.safetensors"
-    path.write_text(json.dumps({"retrieval": {**said["retrieval"], "database": str(found)}}))
+    path.write_text(json.dumps({"retrieval": {**specified["retrieval"], "database": str(found)}}))
     (picture,) = run(txt2img.main, capsys, out, "a cat", "--steps", 1, "--checkpoint", model)
     assert record(picture)["database_hash"]
     points = read_weights(found)["embeddings"]
@@ -189,13 +189,13 @@ def test_a_database_is_found_from_everywhere_missed_at_once_and_recorded(runs, t
 
 
 def test_training_refuses_a_database_that_is_not_there_before_it_writes(runs, autoencoder, tmp_path, capsys):
-    said = [f"autoencoder={autoencoder}", f"conditioner.retrieval.encoder.name=local-dir:{runs}", *UNET, *BRIEF]
+    specified = [f"autoencoder={autoencoder}", f"conditioner.retrieval.encoder.name=local-dir:{runs}", *UNET, *BRIEF]
     with pytest.raises(SystemExit):
-        run_here("train_ldm.py", "--config", "configs/ldm/rdm-small.yaml", f"run={tmp_path / 'run'}", *said)
+        run_here("train_ldm.py", "--config", "configs/ldm/rdm-small.yaml", f"run={tmp_path / 'run'}", *specified)
     assert "retrieval.database" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
-def test_in_training_no_picture_is_told_of_itself_mirrored_or_cut(runs):
+def test_in_training_no_image_is_conditioned_on_itself_mirrored_or_cropped(runs):
     """Also where it is seen otherwise than stipple embed saw it, and where another stands in for it."""
     model = TextToImage.load(runs / "rdm" / "model")
     reader, folder = model.conditioner.readers["retrieval"], str(ROOT / "tests" / "pictures")
@@ -206,16 +206,16 @@ def test_in_training_no_picture_is_told_of_itself_mirrored_or_cut(runs):
     own = reader.database[[reader.rows[name] for name in batch.names]][:, None]  # [B, 1, d]
     given = BatchEncoder(model.autoencoder, model.conditioner, model.conditioner, None).condition_inputs(batch)
 
-    def told_of_itself(given: ConditionInputs) -> int:
+    def is_own_neighbor(given: ConditionInputs) -> int:
         return int((reader(given).tokens == own).all(-1).any(1).sum())
 
-    assert told_of_itself(given) == 0 < told_of_itself(dataclasses.replace(given, names=None))
+    assert is_own_neighbor(given) == 0 < is_own_neighbor(dataclasses.replace(given, names=None))
 
 
-def test_a_run_that_goes_on_with_another_database_says_so(runs, autoencoder, tmp_path, capsys):
+def test_a_run_that_resumes_with_another_database_warns(runs, autoencoder, tmp_path, capsys):
     shutil.copytree(runs / "rdm", tmp_path / "run")
     write_weights({"embeddings": torch.randn(30, 16)}, tmp_path / "embeddings.safetensors")
-    said = [f"autoencoder={autoencoder}", f"conditioner.retrieval.encoder.name=local-dir:{runs}", *UNET, *BRIEF]
-    said += [f"conditioner.retrieval.database={tmp_path / 'embeddings.safetensors'}", "trainer.steps=2"]
-    run_here("train_ldm.py", "--config", "configs/ldm/rdm-small.yaml", f"run={tmp_path / 'run'}", *said)
+    specified = [f"autoencoder={autoencoder}", f"conditioner.retrieval.encoder.name=local-dir:{runs}", *UNET, *BRIEF]
+    specified += [f"conditioner.retrieval.database={tmp_path / 'embeddings.safetensors'}", "trainer.steps=2"]
+    run_here("train_ldm.py", "--config", "configs/ldm/rdm-small.yaml", f"run={tmp_path / 'run'}", *specified)
     assert "the database changed since the run was stopped" in capsys.readouterr().out

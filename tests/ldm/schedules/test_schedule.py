@@ -8,6 +8,8 @@ from ldm.schedules.base import ScheduleConfig
 from ldm.schedules.formulas import resolution_shift
 from ldm.schedules.registry import make_schedule
 from ldm.schedules.tables import TableSchedule, VariancePreserving
+from ldm.schedules.registry import ScheduleConfig, make_schedule
+from ldm.schedules.table_schedules import TableSchedule, VariancePreserving
 from tests.helpers.oracles import CONFIGS, SCHEDULES
 
 TABLES = [name for name in CONFIGS if isinstance(SCHEDULES[name], TableSchedule)]
@@ -131,9 +133,9 @@ def test_edm_levels_are_those_of_the_paper():
 def test_edm_tells_the_network_a_linear_function_of_a_quarter_of_the_logarithm_of_sigma():
     t = grid()
     noise = SCHEDULES["edm"](t)[1].log() / 4  # c_noise of table 1
-    told = SCHEDULES["edm"].timestep(t).double()
-    assert (told[0].item(), told[-1].item()) == (0, 1000) and SCHEDULES["edm"].timestep(0.0) == 0
-    torch.testing.assert_close(told, (noise - noise[0]) / (noise[-1] - noise[0]) * 1000, rtol=1e-6, atol=1e-4)
+    condition = SCHEDULES["edm"].timestep(t).double()
+    assert (condition[0].item(), condition[-1].item()) == (0, 1000) and SCHEDULES["edm"].timestep(0.0) == 0
+    torch.testing.assert_close(condition, (noise - noise[0]) / (noise[-1] - noise[0]) * 1000, rtol=1e-6, atol=1e-4)
 
 
 def test_flow_is_straight_and_shift_keeps_its_ends():
@@ -189,7 +191,7 @@ def test_float32_times_mean_the_level_itself(name):
         assert torch.equal(single, double)
 
 
-def test_a_time_below_the_first_level_is_told_to_the_network_as_the_first():
+def test_times_below_the_first_level_have_its_timestep():
     assert SCHEDULES["scaled_linear"].timestep(torch.tensor([0.0, 0.0004])).tolist() == [0, 0]
 
 
@@ -247,11 +249,13 @@ def test_the_time_of_a_ratio_is_the_inverse_of_the_schedule(name):
     assert SCHEDULES[name].time(0.0) == 0 and SCHEDULES[name].time(1e9) == pytest.approx(1, abs=1e-6)
 
 
-@pytest.mark.parametrize(("name", "theirs"), [("linear", "linear"), ("cosine", "squaredcos_cap_v2")])
-def test_tables_are_those_of_diffusers(name, theirs):
+@pytest.mark.parametrize(("name", "reference"), [("linear", "linear"), ("cosine", "squaredcos_cap_v2")])
+def test_tables_are_those_of_diffusers(name, reference):
     diffusers = pytest.importorskip("diffusers")
-    alpha_bar = diffusers.DDIMScheduler(beta_schedule=theirs).alphas_cumprod.double().numpy()
-    np.testing.assert_allclose(SCHEDULES[name](grid())[0].square().numpy(), alpha_bar, rtol=2e-4)  # theirs are float32
+    alpha_bar = diffusers.DDIMScheduler(beta_schedule=reference).alphas_cumprod.double().numpy()
+    np.testing.assert_allclose(
+        SCHEDULES[name](grid())[0].square().numpy(), alpha_bar, rtol=2e-4
+    )  # diffusers' are float32
 
 
 @pytest.mark.parametrize(
@@ -268,7 +272,7 @@ def test_tables_are_those_of_diffusers(name, theirs):
         (ScheduleConfig(name="edm", zero_terminal_snr=True), "zero_terminal_snr is for .* not edm"),
     ],
 )
-def test_a_wrong_config_says_what_is_wrong(config, says):
+def test_a_wrong_config_raises_a_message_that_names_the_error(config, says):
     with pytest.raises(ValueError, match=says):
         make_schedule(config)
 
@@ -282,7 +286,7 @@ def test_a_schedule_knows_the_constants_it_was_made_of():
     assert make_schedule(ScheduleConfig(beta_end=0.0155)).config.beta_start == 0.00085
 
 
-def test_wrong_times_say_what_is_wrong():
+def test_wrong_times_raise_a_message_that_names_the_error():
     schedule = SCHEDULES["scaled_linear"]
     for outside in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match="outside"):
