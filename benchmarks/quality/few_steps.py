@@ -22,7 +22,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.quality.prompt_recall import Judge, read_pictures, stack
+from benchmarks.quality.prompt_recall import RecallScorer, read_pictures, stack
 from benchmarks.quality.recall import small_rgb
 from benchmarks.quality.recall_prompts import KINDS, Case, choose_cases, read_metadata
 from ldm import TextToImage
@@ -84,12 +84,12 @@ def measure(
     records = scan(config.data)
     cases = choose_cases(records.train, read_metadata(data), REFERENCES, seed=0)
     references = read_pictures(ImageDataset(records.train, config.data), [case.index for case in cases])
-    judge = Judge(teacher.autoencoder, references, small_rgb(references), torch.arange(len(references)))
+    scorer = RecallScorer(teacher.autoencoder, references, small_rgb(references), torch.arange(len(references)))
     all_ways, cases = ways(teacher, student), cases[:limit]
     made = draw(all_ways, cases, kind, batch)
     results = {}
     for way in all_ways:
-        score, plan = judge.score(stack(made[way.name].pictures)), way.model.plan("", **way.settings)[0]
+        score, plan = scorer.score(stack(made[way.name].pictures)), way.model.plan("", **way.settings)[0]
         results[way.name] = {
             **{name: getattr(plan, name) for name in ("sampler", "steps", "guidance_scale")},
             "seconds_per_picture": made[way.name].seconds / len(cases),

@@ -199,8 +199,8 @@ def main(argv: list[str] | None = None) -> None:
         weight = strength * matched_weight(distance, held_out, blurred) if distance else 0.0
         source = batches(images, options.batch_size, options.seed, "batches")
         began = time.perf_counter()
-        judge = critic if name == "feature_matching" else None
-        autoencoder = train(copy.deepcopy(start), source, rates, distance, weight, judge)
+        scorer = critic if name == "feature_matching" else None
+        autoencoder = train(copy.deepcopy(start), source, rates, distance, weight, scorer)
         seconds = time.perf_counter() - began
         reconstructions, cells = measure(autoencoder, held_out)
         columns.append(reconstructions)

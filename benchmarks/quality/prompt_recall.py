@@ -44,7 +44,7 @@ COPY_RATIO = 0.5  # to its neighborhood, below which a picture counts as a copy 
 SHEET_PROMPTS, SHEET_ROWS, SHEET_PAIRS = 16, 6, 24
 
 
-class Judge:
+class RecallScorer:
     """Compares pictures with R references and with all N training pictures.
 
     Args:
@@ -114,7 +114,7 @@ def measure(
     training = torch.cat([small_rgb(read_pictures(dataset, chunk.tolist())) for chunk in chunks])
     places = torch.tensor([case.index for case in gallery.cases])
     references = read_pictures(dataset, places.tolist())
-    judge = Judge(autoencoder, references, training, places)
+    scorer = RecallScorer(autoencoder, references, training, places)
 
     held_out = read_pictures(ImageDataset(records.validation, config.data), range(len(records.validation)))
     reconstructions = reconstruct(autoencoder, held_out)
@@ -124,11 +124,11 @@ def measure(
     pictures = [tensor_to_image(image) for image in references[:SHEET_ROWS]]
     save_sheet(guidance_sheet(gallery, SHEET_SCALES, pictures, SHEET_ROWS), output / "guidance.webp")
 
-    rows = [{"kind": "reconstruction", "guidance_scale": None} | judge.score(reconstruct(autoencoder, references))]
+    rows = [{"kind": "reconstruction", "guidance_scale": None} | scorer.score(reconstruct(autoencoder, references))]
     for kind in kinds:
         for scale in SCALES:
             images = stack(gallery.make(kind, scale, range(limit)))
-            rows.append({"kind": kind, "guidance_scale": scale} | judge.score(images))
+            rows.append({"kind": kind, "guidance_scale": scale} | scorer.score(images))
     quality = [f(held_out, reconstructions).mean().item() for f in (psnr, ssim)]
     return {
         "queries": limit,
@@ -138,8 +138,8 @@ def measure(
         "training_pictures": len(training),
         "near_copy_below_ratio": COPY_RATIO,
         "real": {
-            "a reference, to another training picture": judge.memory(judge.rgb, places),
-            "a held-out picture": judge.memory(small_rgb(held_out)),
+            "a reference, to another training picture": scorer.memory(scorer.rgb, places),
+            "a held-out picture": scorer.memory(small_rgb(held_out)),
         },
         "reconstruction": {"pictures": len(held_out), "psnr": quality[0], "ssim": quality[1]},
     }

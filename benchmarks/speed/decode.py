@@ -20,14 +20,14 @@ from benchmarks.shared.inputs import normal
 WAYS = ("decode", "encode")
 
 
-def our_call(autoencoder: nn.Module, way: str, given: Tensor) -> Callable[[], Tensor]:
+def our_call(autoencoder: nn.Module, way: str, inputs: Tensor) -> Callable[[], Tensor]:
     """Unit-scale latents to images, or images to the mean of their latents."""
-    return lambda: autoencoder.decode(given) if way == "decode" else autoencoder.encode(given).mode()
+    return lambda: autoencoder.decode(inputs) if way == "decode" else autoencoder.encode(inputs).mode()
 
 
-def their_call(vae: nn.Module, way: str, given: Tensor) -> Callable[[], Tensor]:
+def their_call(vae: nn.Module, way: str, inputs: Tensor) -> Callable[[], Tensor]:
     """The same of diffusers'."""
-    return (diffusers_calls.decode_call if way == "decode" else diffusers_calls.encode_call)(vae, given)
+    return (diffusers_calls.decode_call if way == "decode" else diffusers_calls.encode_call)(vae, inputs)
 
 
 def networks(tiny: bool, savings: Sequence[str] = ()) -> dict[str, nn.Module]:
@@ -50,10 +50,10 @@ def inputs(way: str, size: int, batch: int, tiny: bool, device: str = "cpu") -> 
     return normal(*shape, device=device)
 
 
-def race(networks: dict[str, nn.Module], way: str, given: Tensor, rounds: int) -> dict[str, contest.Times]:
+def race(networks: dict[str, nn.Module], way: str, inputs: Tensor, rounds: int) -> dict[str, contest.Times]:
     """Check that outputs are ours (of tiles, only how far they are), then time all."""
     calls = {
-        name: (our_call if name == contest.OURS else their_call)(net, way, given) for name, net in networks.items()
+        name: (our_call if name == contest.OURS else their_call)(net, way, inputs) for name, net in networks.items()
     }
     output = calls[contest.OURS]()
     for name, call in calls.items():

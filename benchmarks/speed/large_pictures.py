@@ -37,11 +37,11 @@ def child(options: argparse.Namespace) -> dict[str, float]:
     gibibytes, size = options.memory[0], options.sizes[0]
     autoencoder.memory = round(gibibytes * 2**30) or None
     side = size // autoencoder.downsampling
-    given = torch.randn(1, 4, side, side) if options.way == "decode" else torch.rand(1, 3, size, size) * 2 - 1
+    inputs = torch.randn(1, 4, side, side) if options.way == "decode" else torch.rand(1, 3, size, size) * 2 - 1
     results = []
     with torch.inference_mode():
         run = autoencoder.decode if options.way == "decode" else lambda images: autoencoder.encode(images).mode()
-        wall, cpu = contest.measure(lambda: results.append(run(given)))
+        wall, cpu = contest.measure(lambda: results.append(run(inputs)))
     np.save(Path(options.workdir) / f"{gibibytes}.npy", results[0].numpy())
     return {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, "wall": wall, "cpu": cpu}
 

@@ -58,8 +58,8 @@ def walk(unet: UNet, timed: Timed, sampler: str, steps: int, method: str) -> flo
     visited = times(schedule, steps, "trailing", SAMPLERS[sampler].time_defaults)
     z = initial_noise((1, unet.config.in_channels, side, side), generators, schedule)
     denoiser = Denoiser(CachedUNet(unet), schedule, "noise").prepared(visited)
-    given = Ingredients(denoiser=denoiser, context=context, null=null, times=visited)
-    denoise = guided(GuidanceConfig(method=method, scale=0.6 if method == "cfg_plus_plus" else 4.0), given)
+    values = Ingredients(denoiser=denoiser, context=context, null=null, times=visited)
+    denoise = guided(GuidanceConfig(method=method, scale=0.6 if method == "cfg_plus_plus" else 4.0), values)
     start, timed.seconds = time.perf_counter(), 0.0
     for _ in SAMPLERS[sampler].run(denoise, z, visited, schedule, generators):
         pass

@@ -56,8 +56,8 @@ class Job:
 
 def count(name: str) -> Job:
     """A config's parameters and operations, on the meta device."""
-    given = [f"data.folder={tempfile.gettempdir()}", "autoencoder=none"]
-    config = load_config(LdmRunConfig, str(contest.ROOT / f"configs/ldm/{name}.yaml"), given)
+    values = [f"data.folder={tempfile.gettempdir()}", "autoencoder=none"]
+    config = load_config(LdmRunConfig, str(contest.ROOT / f"configs/ldm/{name}.yaml"), values)
     unet, size = models.empty(UNet, config.unet), config.unet.sample_size
     z_t = torch.empty(1, config.unet.in_channels, size, size, device="meta")
     tokens = torch.empty(1, 77, config.unet.cross_attention_dim, device="meta")

@@ -20,7 +20,7 @@ from conditioning import Context
 
 
 def our_call(unet: nn.Module, pair: Pair) -> Callable[[], Tensor]:
-    """A forward pass of ours, as sampling makes it: what is told is read before, and z_t is not there twice."""
+    """A forward pass of ours, as sampling makes it: the context is read once before, and z_t is not duplicated."""
     read = unet.read(Context(tokens=pair.tokens))
     z_t = pair.z_t[: len(pair.z_t) // 2]
     timestep = torch.full((len(z_t),), float(pair.timestep))

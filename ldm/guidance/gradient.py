@@ -1,8 +1,8 @@
 """Guidance by the gradient of a score: of a classifier, of CLIP, of anything differentiable that rates latents.
 
 Dhariwal & Nichol 2021 (arXiv:2105.05233, section 4), Nichol et al. 2021 (GLIDE, section 2.3), Bansal et al. 2023
-(universal guidance). By Tweedie's formula alpha E[z_0 | z_t] = z_t + sigma^2 grad log p(z_t), and Bayes' rule, being
-told y as well moves the estimate by sigma^2 / alpha grad log p(y | z_t).
+(universal guidance). By Tweedie's formula alpha E[z_0 | z_t] = z_t + sigma^2 grad log p(z_t), and Bayes' rule,
+conditioning on y as well moves the estimate by sigma^2 / alpha grad log p(y | z_t).
 """
 
 from __future__ import annotations

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from ldm.schedules.base import ScheduleConfig
 from ldm.schedules.registry import make_schedule
-from ldm.schedules.tables import VariancePreserving
-from ldm.schedules.registry import ScheduleConfig, make_schedule
 from ldm.schedules.table_schedules import VariancePreserving
 
 BUFFERS = (

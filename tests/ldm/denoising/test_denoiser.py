@@ -90,8 +90,8 @@ def test_a_model_of_pixels_with_sigma_data_one_half_is_the_same_with_pixels_and_
     paper = c_skip * x + c_out * network_of_two(c_in * x, condition, None)
     torch.testing.assert_close(Denoiser(network_of_two, doubled, "edm")(2 * x, t) / 2, paper)
     c_noise = [(s.log() / 4).item() for s in (doubled(t)[1] / 2, torch.tensor(0.002), torch.tensor(80.0))]
-    told_by_paper = 1000 * (c_noise[0] - c_noise[1]) / (c_noise[2] - c_noise[1])
-    assert condition[0].item() == pytest.approx(told_by_paper, rel=1e-6, abs=1e-3)
+    from_paper = 1000 * (c_noise[0] - c_noise[1]) / (c_noise[2] - c_noise[1])
+    assert condition[0].item() == pytest.approx(from_paper, rel=1e-6, abs=1e-3)
 
 
 def test_one_time_for_all_is_each_images_time():
@@ -103,9 +103,9 @@ def test_one_time_for_all_is_each_images_time():
 
     z_t = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     denoiser = Denoiser(network, SCHEDULES["scaled_linear"], "velocity")
-    answers = [denoiser(z_t, t, "told") for t in (0.5, torch.tensor(0.5), torch.full((3,), 0.5))]
+    answers = [denoiser(z_t, t, "context") for t in (0.5, torch.tensor(0.5), torch.full((3,), 0.5))]
     assert torch.equal(answers[0], answers[1]) and torch.equal(answers[0], answers[2])
-    assert all(t.tolist() == [499.0] * 3 and t.dtype == torch.float32 and c == "told" for t, c in seen)
+    assert all(t.tolist() == [499.0] * 3 and t.dtype == torch.float32 and c == "context" for t, c in seen)
 
 
 @pytest.mark.parametrize("name", ["flow", "zero_terminal"])

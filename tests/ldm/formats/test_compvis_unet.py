@@ -28,16 +28,18 @@ SD = dict(
     use_spatial_transformer=True,
 )
 F4 = dict(in_channels=3, out_channels=3, attention_resolutions=(8, 4, 2))
-TOLD = dict(use_spatial_transformer=True)
+CONDITIONED = dict(use_spatial_transformer=True)
 OPTIONS = {  # unet_config.params of the YAML files
     "text-to-image": SD | dict(context_dim=1280),
     "SD1": SD | dict(context_dim=768),
     "SD1 inpainting": SD | dict(context_dim=768, in_channels=9),
     "SD2": SD | dict(context_dim=1024, use_linear_in_transformer=True),
     "ImageNet, f = 8": SD | dict(model_channels=256, channel_mult=(1, 2, 4), context_dim=512),
-    "ImageNet": dict(model_channels=192, channel_mult=(1, 2, 3, 5), context_dim=512, **TOLD, **F4),
-    "smaller text-to-image": dict(model_channels=192, channel_mult=(1, 2, 3, 5), context_dim=640, **TOLD, **F4),
-    "layout": dict(model_channels=128, channel_mult=(1, 2, 3, 4), context_dim=512, transformer_depth=3, **TOLD, **F4),
+    "ImageNet": dict(model_channels=192, channel_mult=(1, 2, 3, 5), context_dim=512, **CONDITIONED, **F4),
+    "smaller text-to-image": dict(model_channels=192, channel_mult=(1, 2, 3, 5), context_dim=640, **CONDITIONED, **F4),
+    "layout": dict(
+        model_channels=128, channel_mult=(1, 2, 3, 4), context_dim=512, transformer_depth=3, **CONDITIONED, **F4
+    ),
     "retrieval": SD
     | dict(in_channels=16, out_channels=16, model_channels=448, channel_mult=(1, 2, 3, 4), context_dim=768),
     "CelebA-HQ, FFHQ, bedrooms": dict(model_channels=224, channel_mult=(1, 2, 3, 4), **F4),

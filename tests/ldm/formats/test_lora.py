@@ -123,8 +123,8 @@ def test_alphas_come_from_the_file_the_metadata_or_are_the_rank(folder, tmp_path
     specified = json.loads(read_metadata(folder / "lora" / DIFFUSERS_FILE)["lora_adapter_metadata"])
     save_file(weights, tmp_path / "plain.safetensors")
     specified |= {"unet.lora_alpha": 8, "unet.alpha_pattern": {"attn1.to_q": 2}, "unet.use_rslora": True}
-    save_file(weights, tmp_path / "said.safetensors", {"lora_adapter_metadata": json.dumps(specified)})
-    plain, condition = (read_lora(tmp_path / f"{name}.safetensors").layers for name in ("plain", "said"))
+    save_file(weights, tmp_path / "metadata.safetensors", {"lora_adapter_metadata": json.dumps(specified)})
+    plain, condition = (read_lora(tmp_path / f"{name}.safetensors").layers for name in ("plain", "metadata"))
     first = "down_blocks.0.attentions.0.transformer_blocks.0"
     assert {low.scale for low in plain.values()} == {1.0}
     assert {low.scale for low in read_lora(folder / "lora").layers.values()} == {0.75}

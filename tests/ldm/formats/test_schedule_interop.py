@@ -193,7 +193,9 @@ def test_the_files_of_known_models_are_read(options, sampler, prediction, spacin
 
 SAMPLED = ["ddim", "pndm", "euler", "euler_ancestral", "heun", "lms", "dpmpp_2m", "dpmpp_3m", "unipc", "deis"]
 MODELS = {"SD 1": STABLE_DIFFUSION_1, "turbo": SD_TURBO | {"steps_offset": 0}}
-WALKS = [(*x, y, z) for x in MODELS.items() for y in SAMPLED for z in ("as said", "leading", "trailing", "linspace")]
+WALKS = [
+    (*x, y, z) for x in MODELS.items() for y in SAMPLED for z in ("as specified", "leading", "trailing", "linspace")
+]
 # diffusers lays Karras between the ends of the other spacing, so where that is not linspace, elsewhere than we
 WALKS += [("SD 1", STABLE_DIFFUSION_1, sampler, "karras") for sampler in ("euler", "heun", "dpmpp_2m", "unipc")]
 
@@ -207,7 +209,7 @@ WALKS += [("SD 1", STABLE_DIFFUSION_1, sampler, "karras") for sampler in ("euler
 def test_every_sampler_walks_the_timesteps_and_alphas_of_diffusers(options, sampler, spacing, steps):
     """Between levels diffusers interpolates sigma / alpha and Stipple its logarithm, up to 2 % apart at first."""
     changes = {"use_karras_sigmas": True} if spacing == "karras" else {"timestep_spacing": spacing}
-    options = options | ({} if spacing == "as said" else changes)
+    options = options | ({} if spacing == "as specified" else changes)
     kind = getattr(diffusers, CLASSES[sampler])
     reference = kind.from_config({name: value for name, value in options.items() if name[0] != "_"})
     reference.set_timesteps(steps)

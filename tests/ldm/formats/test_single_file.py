@@ -442,7 +442,7 @@ def test_what_compvis_has_no_word_for_is_refused_and_nothing_is_written(words, t
     refused("prediction 'flow' can't be stored", change(scheduling=flow))
     refused("schedule 've' can't be stored", change(scheduling=sigmas))
     refused("tokenizer of its own", change(conditioner=own.conditioner))
-    refused("norm_num_groups 8 can't be said", change(autoencoder=own.autoencoder))
+    refused("norm_num_groups 8 can't be stored", change(autoencoder=own.autoencoder))
     refused("norm_num_groups 8 can't be stored", change(unet=own.unet))
     refused("must end in .safetensors", parts, tmp_path / "x.ckpt")
 

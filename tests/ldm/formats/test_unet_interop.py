@@ -16,14 +16,7 @@ def config(request) -> UNetConfig:
     return request.param
 
 
-def theirs_of(unet: UNet) -> UNet2DConditionModel | UNet2DModel:
-    kind = UNet2DModel if unet.config.attention == "plain" else UNet2DConditionModel
-    reference = kind(**unet_to_diffusers(unet.config))
-    reference.load_state_dict(unet.state_dict(), strict=True)
-    return reference.train()
-
-
-def told_for(config: UNetConfig, masked: bool):
+def context_for(config: UNetConfig, masked: bool):
     condition = context(width=config.cross_attention_dim)
     if config.vector_dim:
         condition.vector = torch.randn(2, config.vector_dim)
@@ -32,20 +25,6 @@ def told_for(config: UNetConfig, masked: bool):
     if masked and condition.tokens is not None:
         condition.mask = torch.tensor([[True] * 5, [True, True, False, False, False]])
     return condition
-
-
-def run_theirs(reference, z_t, timestep, condition):
-    sample = z_t if condition.latents is None else torch.cat([z_t, condition.latents], dim=1)
-    if isinstance(reference, UNet2DModel):
-        return reference(sample, timestep).sample
-    dim, options = (
-        reference.config.time_cond_proj_dim,
-        {"class_labels": condition.vector, "encoder_attention_mask": condition.mask},
-    )
-    if dim is not None:
-        embed = LatentConsistencyModelPipeline.get_guidance_scale_embedding
-        options["timestep_cond"] = embed(None, condition.guidance - 1, dim)
-    return reference(sample, timestep, condition.tokens, **options).sample
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -86,7 +65,7 @@ def test_odd_sizes_are_upsampled_as_diffusers_does(size):
     with torch.no_grad():
         assert close(
             stipple(z_t, torch.zeros(2), condition),
-            run_theirs(theirs_of(stipple).eval(), z_t, torch.zeros(2), condition),
+            run_diffusers(diffusers_unet(stipple).eval(), z_t, torch.zeros(2), condition),
         )
 
 

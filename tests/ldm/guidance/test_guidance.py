@@ -177,7 +177,7 @@ def test_wrong_options_raise_a_message_that_names_the_error():
 
 
 @dataclass
-class Told:
+class Conditioned:
     """The exact denoiser of normal data whose mean and standard deviation are the context's vector."""
 
     schedule: object
@@ -196,7 +196,7 @@ def test_guidance_of_two_gaussians_is_their_product_of_powers(name, scale):
     score is -P (z_t - mean), and by Tweedie's formula z_0 = (z_t + sigma^2 score) / alpha."""
     schedule, (m_1, std_1), (m_0, std_0) = SCHEDULES[name], (1.5, 0.4), (0.2, 0.9)
     contexts = (Context(vector=torch.tensor([pair], dtype=torch.float64)) for pair in ((m_1, std_1), (m_0, std_0)))
-    guided = classifier_free(Told(schedule), *contexts, scale)
+    guided = classifier_free(Conditioned(schedule), *contexts, scale)
     for t in (0.001, 0.1, 0.5, 0.9, 0.99):
         alpha, sigma = (level.item() for level in schedule(t))
         z_t = torch.linspace(-3, 3, 13, dtype=torch.float64)[None] * math.hypot(alpha, sigma)

@@ -18,7 +18,6 @@ from ldm.losses.consistency import (
     rung,
 )
 from ldm.samplers.onestep import ddim
-from ldm.samplers.steps import ddim_step
 from ldm.samplers.steps import NoiseLevel, ddim_step
 from tests.helpers.oracles import GAUSSIAN, SCHEDULES, TWO, Mixture
 

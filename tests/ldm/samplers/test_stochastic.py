@@ -76,7 +76,7 @@ def test_the_mixture_in_closed_form_is_that_of_the_oracle():
 @pytest.mark.parametrize("name", ["zero_terminal", "ve", "flow"])  # which begin in noise that knows nothing of data
 @pytest.mark.parametrize("steps", [1, 4])
 def test_consistency_sampling_is_exact_at_any_number_of_steps(name, steps):
-    """Given the function that leads along the probability flow to t = 0; the mean of z_0 would lose variance."""
+    """With the function that follows the probability flow to t = 0; the mean of z_0 would lose variance."""
     schedule = SCHEDULES[name]
 
     def consistency(z, t):

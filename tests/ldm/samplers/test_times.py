@@ -12,7 +12,7 @@ from ldm.schedules.registry import make_schedule
 from tests.helpers.oracles import SCHEDULES
 
 VP = SCHEDULES["scaled_linear"]
-HABITS = {
+DEFAULTS = {
     "lattice": TimeDefaults(),
     "fractional": TimeDefaults(fractional=True),
     "solver": TimeDefaults(drops_lowest=True),
@@ -25,7 +25,7 @@ def indices(*arguments, **options):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("time_defaults", HABITS.values(), ids=HABITS.keys())
+@pytest.mark.parametrize("time_defaults", DEFAULTS.values(), ids=DEFAULTS.keys())
 def test_times_fall_from_at_most_one_to_zero(name, spacing, time_defaults):
     for steps in (1, 2, 3, 7, 13, 50, 499, 500, 600, 999, 1000):
         walk = times(SCHEDULES[name], steps, spacing, time_defaults)
@@ -38,13 +38,13 @@ def test_times_fall_from_at_most_one_to_zero(name, spacing, time_defaults):
 @pytest.mark.parametrize("time_defaults", ["lattice", "solver"])
 @pytest.mark.parametrize("steps", [1, 7, 30, 50, 600, 1000])
 def test_times_are_those_of_noise_levels(spacing, time_defaults, steps):
-    found = torch.tensor(indices(steps, spacing, HABITS[time_defaults]))
+    found = torch.tensor(indices(steps, spacing, DEFAULTS[time_defaults]))
     assert torch.equal(found, found.round())
 
 
 def test_every_level_is_visited_where_there_are_as_many_steps():
     for spacing in ("trailing", "leading", "linspace"):
-        for time_defaults in HABITS.values():
+        for time_defaults in DEFAULTS.values():
             assert indices(1000, spacing, time_defaults) == list(range(999, -1, -1))
 
 
@@ -52,14 +52,14 @@ def test_leading_times_are_those_of_ldm():
     assert indices(50, "leading") == list(range(981, 0, -20))
     assert indices(30, "leading")[:3] == [958, 925, 892]  # whole strides of 1000 // 30: the highest is never reached
     assert indices(50, "leading", offset=0) == list(range(980, -1, -20))
-    assert indices(7, "leading", HABITS["solver"]) == [876, 751, 626, 501, 376, 251, 126]
+    assert indices(7, "leading", DEFAULTS["solver"]) == [876, 751, 626, 501, 376, 251, 126]
 
 
 def test_linspace_is_rounded_or_not_and_ends_at_the_first_level_or_above():
     assert indices(4, "linspace") == [999, 666, 333, 0]
     assert indices(5, "linspace") == [999, 749, 500, 250, 0]
-    assert indices(5, "linspace", HABITS["fractional"]) == [999, 749.25, 499.5, 249.75, 0]
-    assert indices(4, "linspace", HABITS["solver"]) == [999, 749, 500, 250]
+    assert indices(5, "linspace", DEFAULTS["fractional"]) == [999, 749.25, 499.5, 249.75, 0]
+    assert indices(4, "linspace", DEFAULTS["solver"]) == [999, 749, 500, 250]
 
 
 @pytest.mark.parametrize("name", ["scaled_linear", "linear", "cosine", "ve"])

@@ -204,12 +204,12 @@ def test_in_training_no_image_is_conditioned_on_itself_mirrored_or_cropped(runs)
     pictures.skipped[2] = Skip("gone", "damaged")
     batch = collate([pictures[0, i] for i in range(8)])
     own = reader.database[[reader.rows[name] for name in batch.names]][:, None]  # [B, 1, d]
-    given = BatchEncoder(model.autoencoder, model.conditioner, model.conditioner, None).condition_inputs(batch)
+    values = BatchEncoder(model.autoencoder, model.conditioner, model.conditioner, None).condition_inputs(batch)
 
-    def is_own_neighbor(given: ConditionInputs) -> int:
-        return int((reader(given).tokens == own).all(-1).any(1).sum())
+    def is_own_neighbor(values: ConditionInputs) -> int:
+        return int((reader(values).tokens == own).all(-1).any(1).sum())
 
-    assert is_own_neighbor(given) == 0 < is_own_neighbor(dataclasses.replace(given, names=None))
+    assert is_own_neighbor(values) == 0 < is_own_neighbor(dataclasses.replace(values, names=None))
 
 
 def test_a_run_that_resumes_with_another_database_warns(runs, autoencoder, tmp_path, capsys):

@@ -7,8 +7,6 @@ import torch
 from ldm.schedules.base import ScheduleConfig
 from ldm.schedules.formulas import resolution_shift
 from ldm.schedules.registry import make_schedule
-from ldm.schedules.tables import TableSchedule, VariancePreserving
-from ldm.schedules.registry import ScheduleConfig, make_schedule
 from ldm.schedules.table_schedules import TableSchedule, VariancePreserving
 from tests.helpers.oracles import CONFIGS, SCHEDULES
 
