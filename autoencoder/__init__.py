@@ -7,7 +7,7 @@ from autoencoder.interface import FirstStage
 from autoencoder.latent_statistics import LatentStatistics, latent_rgb, preview
 from autoencoder.losses.discriminator import DiscriminatorConfig, PatchDiscriminator
 from autoencoder.networks.autoencoder_config import AutoencoderConfig
-from autoencoder.networks.regularizer import Posterior, Reconstruction
+from autoencoder.networks.posterior import Posterior, Reconstruction
 from autoencoder.pixels import Pixels
 
 __all__ = [

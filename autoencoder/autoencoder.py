@@ -16,7 +16,8 @@ from autoencoder.formats.diffusers_autoencoder import CLASSES
 from autoencoder.networks import latent_scale, tiling
 from autoencoder.networks.autoencoder_config import AutoencoderConfig
 from autoencoder.networks.encoder_decoder import Decoder, Encoder
-from autoencoder.networks.regularizer import Posterior, Reconstruction, VectorQuantizer
+from autoencoder.networks.posterior import Posterior, Reconstruction
+from autoencoder.networks.vector_quantizer import VectorQuantizer
 from stipple_core.files.hashing import hash_weights
 from stipple_core.files.weights import misfits, place, require_fit
 

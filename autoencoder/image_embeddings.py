@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoencoder.networks.regularizer import Posterior
+from autoencoder.networks.posterior import Posterior
 from stipple_core.embedders import Embedder, EmbedderConfig, build_embedder
 from stipple_core.files.hashing import raw_bytes
 from stipple_core.files.json_file import read_json, write_json

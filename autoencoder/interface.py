@@ -11,7 +11,7 @@ from typing import Any, Protocol, Self, runtime_checkable
 import torch
 from torch import Tensor
 
-from autoencoder.networks.regularizer import Posterior
+from autoencoder.networks.posterior import Posterior
 
 
 @runtime_checkable

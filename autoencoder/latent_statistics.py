@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from autoencoder.networks.regularizer import Posterior
+from autoencoder.networks.posterior import Posterior
 
 
 class LatentStatistics:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from autoencoder.networks.regularizer import Posterior
+from autoencoder.networks.posterior import Posterior
 from stipple_core.files.json_file import write_json
 
 NAME = "pixels"  # used instead of a path; a folder of this name is ./pixels

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from autoencoder.networks.regularizer import Reconstruction
+from autoencoder.networks.posterior import Reconstruction
 
 Perceptual = Callable[[Tensor, Tensor], Tensor]  # (images, reconstructions) -> [B]
 

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from benchmarks.shared.contest import note
 from ldm import TextToImage
-from ldm.guidance.base import Denoise, classifier_free, thresholded
+from ldm.guidance.base import Denoise, classifier_free
+from ldm.guidance.thresholding import thresholded
 from ldm.likelihood.flow_likelihood import ode_bound
 from ldm.likelihood.variational_bound import EIGHT_BIT_UNIT, Bound, RateDistortion, rate_distortion, variational_bound
 from stipple_core.data.dataset import ImageDataset

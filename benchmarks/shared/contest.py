@@ -84,7 +84,7 @@ def ratios(stipple: Sequence[float], peer: Sequence[float]) -> str:
 
 
 def table(times: Mapping[str, Times], work: Work | None = None, unit: str = "") -> str:
-    """Markdown: seconds, CPU seconds, share of the peak, and the ratio of Stipple to each; the fastest peer is marked."""
+    """Seconds, CPU seconds, share of the peak, and the ratio of Stipple to each; marks the fastest peer."""
     reference = min((name for name in times if name != OURS), key=lambda name: statistics.median(times[name].wall))
     lines = [
         f"| contender | seconds{unit} (fastest - slowest) | CPU seconds | share of peak | ratio: ours / it | by CPU |",

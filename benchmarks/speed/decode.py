@@ -59,7 +59,7 @@ def race(networks: dict[str, nn.Module], way: str, inputs: Tensor, rounds: int) 
     for name, call in calls.items():
         if name != contest.OURS:
             limit = float("inf") if "tiling" in name else 1e-4
-            contest.require_equal(output, call(), f"{way} {tuple(given.shape)}, {name}", limit)
+            contest.require_equal(output, call(), f"{way} {tuple(inputs.shape)}, {name}", limit)
     return contest.alternate(calls, rounds, warm_up=False)  # they have just been called
 
 

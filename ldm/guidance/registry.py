@@ -20,16 +20,15 @@ from ldm.guidance.base import (
     check_interval,
     check_rescale,
     check_scale,
-    check_threshold,
     classifier_free,
     composed,
     extrapolate,
     in_interval,
     rescaled,
-    thresholded,
 )
 from ldm.guidance.combines import apg, cfg_plus_plus, check_apg, zero_output, zero_star
 from ldm.guidance.perturbed_attention import check_perturbed, perturbed_attention
+from ldm.guidance.thresholding import check_threshold, thresholded
 from stipple_core.nearest import did_you_mean
 
 ZERO_INIT = 0.04  # share of the steps for which CFG-Zero* does not move (Fan et al. 2025, section 4.2)

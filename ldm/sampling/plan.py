@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral
@@ -14,6 +13,7 @@ from ldm.samplers.registry import SAMPLERS
 from ldm.samplers.steps import step_points
 from ldm.sampling.defaults import with_default_scale
 from ldm.sampling.model import Model
+from ldm.sampling.prompt_checks import check_ignored_prompts, check_prompts
 from ldm.sampling.settings import Settings, random_seed
 from ldm.sampling.source_images import SourceImages, check_conditions, condition_inputs
 
@@ -50,8 +50,8 @@ def plan(
     if not has_inputs:
         first = _with_sources(model, first, specified)
     step_points(model.sampling_times(first), model.schedule_of(first))  # raises
-    _check_prompts(model, first, prompts)
-    _check_ignored_prompts(model, first, prompts)
+    check_prompts(model, first, prompts)
+    check_ignored_prompts(model, first, prompts)
     order = enumerate(text for text in prompts for _ in range(num_images))
     planned = [replace(first, prompt=text, seed=first.seed + i) for i, text in order]
     for picture in planned:
@@ -127,28 +127,3 @@ def _check_supported(model: Model, picture: Settings) -> None:
     files_of(model.conditioner)  # raises
     if len(picture.prompts()) > 1 and model.conditioner.context_dim is None:
         raise ValueError(f"also {picture.also!r} is for models that read prompts; leave it out")
-
-
-def _check_prompts(model: Model, picture: Settings, prompts: Sequence[str]) -> None:
-    """Raise ValueError for prompts that the conditioner can't tokenize; warn of those that are too long."""
-    others = [prompt for prompt, _ in picture.prompts()[1:]]
-    texts = dict.fromkeys([*prompts, *others, *([picture.negative_prompt] if model.reads_null(picture) else [])])
-    model.conditioner.tokenize([*texts])  # raises, also for text that names no class or layout
-    for text in texts:
-        if cut := model.conditioner.cut(text):
-            limit = model.conditioner.max_length
-            warnings.warn(f"a prompt is longer than {limit} tokens; not seen by the model: {cut!r}", stacklevel=4)
-
-
-def _check_ignored_prompts(model: Model, picture: Settings, prompts: Sequence[str]) -> None:
-    """Raise ValueError for prompts that a model conditioned on image embeddings alone would ignore."""
-    if (model.conditioner.prompts.context_dim, model.conditioner.prompts.vector_dim) != (None, None):
-        return
-    if picture.negative_prompt.strip() and model.reads_null(picture):
-        rule = "is read by nothing in this model, whose guidance moves away from no condition; leave it out"
-        raise ValueError(f"negative prompt {picture.negative_prompt!r:.80} {rule}")
-    if len(picture.prompts()) > 1 and model.prior is not None:
-        raise ValueError(f"also {picture.also!r:.80} is not read by a prior, which makes one embedding; leave it out")
-    if picture.image is not None and any(prompt.strip() for prompt in prompts):
-        rule = "can't both be used: the model is conditioned on one of them; leave one out"
-        raise ValueError(f"prompt {max(prompts, key=len)!r:.80} and an image {rule}")

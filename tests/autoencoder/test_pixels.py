@@ -11,7 +11,7 @@ from autoencoder import Autoencoder, Pixels, Posterior, open_autoencoder
 from ldm import TextToImage
 from ldm.denoising.denoiser import Denoiser
 from ldm.formats.opening import open_model
-from ldm.guidance.base import thresholded
+from ldm.guidance.thresholding import thresholded
 from ldm.likelihood.flow_likelihood import ode_bound
 from ldm.likelihood.variational_bound import variational_bound
 from ldm.losses.diffusion_loss import loss_weight

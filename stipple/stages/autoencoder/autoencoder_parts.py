@@ -12,7 +12,7 @@ from autoencoder import Autoencoder, PatchDiscriminator
 from autoencoder.losses.perceptual import make_perceptual
 from autoencoder.losses.trained_features import FeatureDistance, train_features
 from stipple.stages.autoencoder.autoencoder_run import AutoencoderRunConfig
-from stipple.stages.autoencoder.codebook import Codebook
+from stipple.stages.autoencoder.codebook_usage import Codebook
 from stipple.stages.data.run_data import RunData
 from stipple.training.optimization.ema import Ema
 from stipple.training.optimization.optimizer import Optimizer

@@ -9,7 +9,7 @@ import torch
 
 from autoencoder import Autoencoder, LatentStatistics, latent_rgb
 from autoencoder.losses.similarity import psnr, ssim
-from autoencoder.networks.regularizer import perplexity, usage
+from autoencoder.networks.vector_quantizer import perplexity, usage
 from stipple.training.trainer import Trainer
 from stipple_core.data.dataset import ImageDataset
 from stipple_core.images.images import grid, tensor_to_image

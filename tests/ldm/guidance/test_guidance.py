@@ -10,7 +10,8 @@ from diffusers import DDIMScheduler
 from conditioning.interface.context import Context
 from ldm.denoising.denoiser import Denoiser
 from ldm.denoising.prediction import PREDICTIONS
-from ldm.guidance.base import autoguidance, classifier_free, composed, extrapolate, in_interval, rescaled, thresholded
+from ldm.guidance.base import autoguidance, classifier_free, composed, extrapolate, in_interval, rescaled
+from ldm.guidance.thresholding import thresholded
 from ldm.samplers.onestep import heun
 from ldm.samplers.spacing import times
 from ldm.samplers.steps import initial_noise

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from autoencoder.networks.regularizer import Posterior, VectorQuantizer, flatten, perplexity, revive, usage
+from autoencoder.networks.posterior import Posterior
+from autoencoder.networks.vector_quantizer import VectorQuantizer, flatten, perplexity, revive, usage
 
 
 def random_posterior(*shape, seed=0):
@@ -65,7 +66,7 @@ def test_each_latent_is_replaced_by_its_nearest_code(monkeypatch):
     quantizer, latents = codebook(), torch.randn(2, 4, 5, 6)
     expected = torch.cdist(flatten(latents), quantizer.embedding.weight).argmin(dim=1).reshape(2, 5, 6)
     assert torch.equal(quantizer(latents).indices, expected)
-    monkeypatch.setattr("autoencoder.networks.regularizer.CHUNK", 32 * 7)  # seven latents at a time
+    monkeypatch.setattr("autoencoder.networks.vector_quantizer.CHUNK", 32 * 7)  # seven latents at a time
     assert torch.equal(quantizer(latents).indices, expected)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from autoencoder import Autoencoder
-from autoencoder.networks.regularizer import flatten, perplexity, revive, usage
+from autoencoder.networks.vector_quantizer import flatten, perplexity, revive, usage
 from stipple.training.optimization.ema import Ema
 from stipple.training.optimization.optimizer import Optimizer
 from stipple.training.trainer import Trainer
