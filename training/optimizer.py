@@ -24,7 +24,9 @@ class OptimizerConfig:
     weight_decay: float = 0.01  # of matrices and convolutions; biases and norms are not decayed
     epsilon: float = 1e-8  # of AdamW
     warmup_steps: int = 1000  # optimizer steps of linear warm-up
-    schedule: str = "constant"  # after the warm-up: constant, cosine or linear (both to zero at the last step)
+    schedule: str = "constant"  # after the warm-up: constant; cosine or linear, to zero at the last step; or wsd
+    decay_steps: int = 0  # of wsd (warm-up, stable, decay): the last steps, in which the rate falls linearly to zero
+    adamw_rate: float = 1.0  # of what AdamW has beside Muon: its learning rate as a multiple of Muon's
     clip_norm: float = 1.0  # largest norm of the gradient of all parameters together; 0 does not clip
 
     def __post_init__(self):
@@ -35,23 +37,35 @@ class OptimizerConfig:
             raise ValueError(f"optimizer.betas {self.betas} must be two numbers, at least 0 and below 1")
         if self.warmup_steps < 0:
             raise ValueError(f"optimizer.warmup_steps {self.warmup_steps} must be at least 0, which is no warm-up")
-        if self.learning_rate < 0 or self.weight_decay < 0:
-            raise ValueError("optimizer.learning_rate and optimizer.weight_decay must not be negative")
+        for name in ("learning_rate", "weight_decay", "decay_steps", "adamw_rate"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"optimizer.{name} {getattr(self, name)} must not be negative")
 
 
 def _cosine(progress: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-SCHEDULES = {"constant": lambda progress: 1.0, "cosine": _cosine, "linear": lambda progress: 1 - progress}
+def _linear(progress: float) -> float:
+    return 1 - progress
+
+
+SCHEDULES = {"constant": lambda progress: 1.0, "cosine": _cosine, "linear": _linear, "wsd": _linear}
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """The learning rate of optimizer step `step` (from 0) of `steps`."""
+    """The learning rate of optimizer step `step` (from 0) of `steps`.
+
+    That of wsd does not depend on `steps` until the decay begins: such a run can be lengthened or ended at any time
+    (Hu et al. 2024, arXiv:2404.06395, section 4).
+    """
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
-    return config.learning_rate * SCHEDULES[config.schedule](min(1.0, progress))
+    first = config.warmup_steps
+    if config.schedule == "wsd":
+        first = max(first, steps - config.decay_steps)
+    progress = (step - first) / max(1, steps - first)
+    return config.learning_rate * SCHEDULES[config.schedule](min(1.0, max(0.0, progress)))
 
 
 class Optimizer:
@@ -141,7 +155,7 @@ class Optimizer:
             view.grad = None if p.grad is None else as_matrix(p.grad, p)
         for rule in self.rules:
             for group in rule.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group.get("factor", 1.0)
             rule.step()
         for view in self._views.values():
             view.grad = None

@@ -1,4 +1,4 @@
-"""The rules by which gradients move weights: AdamW, AdamW with moments of 8 bits, and Muon; all from libraries."""
+"""The rules by which gradients move weights: AdamW, AdamW with moments of 8 bits, and Muon."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+
+from training.muon import Muon
 
 if TYPE_CHECKING:
     from training.optimizer import OptimizerConfig
@@ -66,10 +68,9 @@ def muon(modules: Sequence[nn.Module], config: OptimizerConfig) -> Rules:
     optimizers: list[torch.optim.Optimizer] = []
     if matrices:
         known = [views.get(p, p) for p in matrices.values()]
-        options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-        optimizers.append(torch.optim.Muon(known, **options, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(Muon(known, config.learning_rate, config.weight_decay))
     if rest:
-        optimizers.append(_adamw(rest, config))
+        optimizers.append(_adamw(rest, config, config.adamw_rate))
     return Rules(optimizers, views)
 
 
@@ -80,8 +81,6 @@ def check_rule(kind: str) -> None:
     """Raise ValueError where there is no such rule, or its library is not installed."""
     if kind not in RULES:
         raise ValueError(f"optimizer.kind {kind!r} is unknown; use one of {', '.join(RULES)}")
-    if kind == "muon" and not hasattr(torch.optim, "Muon"):
-        raise ValueError(f"optimizer.kind muon needs torch 2.9 or later, this is {torch.__version__}; use adamw")
     if kind == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError("optimizer.kind adamw8bit needs bitsandbytes; pip install bitsandbytes, or use adamw")
 
@@ -111,9 +110,11 @@ def _columns(p: torch.Tensor) -> list[int]:
     return sorted(range(1, p.ndim), key=p.stride, reverse=True)
 
 
-def _adamw(parameters: Sequence[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    options = {"lr": config.learning_rate, "betas": tuple(config.betas), "eps": config.epsilon}
-    return torch.optim.AdamW(_groups(parameters, config), **options, fused=True)
+def _adamw(parameters: Sequence[nn.Parameter], config: OptimizerConfig, factor: float = 1.0) -> torch.optim.Optimizer:
+    """AdamW, whose learning rate is to be `factor` times the run's."""
+    options = {"lr": config.learning_rate * factor, "betas": tuple(config.betas), "eps": config.epsilon}
+    groups = [{**group, "factor": factor} for group in _groups(parameters, config)]
+    return torch.optim.AdamW(groups, **options, fused=True)
 
 
 def _groups(parameters: Sequence[nn.Parameter], config: OptimizerConfig) -> list[dict]:
