@@ -6,14 +6,15 @@ their number likewise: the same optimum and balance of terms, at values that do 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from autoencoder.autoencoder import Reconstruction
+from autoencoder.color import NAMES, along_axes
 
 Perceptual = Callable[[Tensor, Tensor], Tensor]  # (images, reconstructions) -> [B]
 
@@ -23,11 +24,18 @@ class LossConfig:
     """Weights of the terms of `generator_loss`."""
 
     pixel: float = 1.0  # of |images - reconstructions|, mean over pixels
+    # of brightness, red-blue and green-magenta in it, such as [1, 1.5, 3]; empty: of red, green and blue alike
+    colors: list[float] = field(default_factory=list)
     perceptual: float = 0.03  # of the perceptual distance: 0.03 for "features", 0.2 for "ssim", 1 for "lpips"
     kl: float = 1e-6  # of the KL divergence in nats per sample, relative to the pixel error summed over the sample
     codebook: float = 1.0  # of the codebook and commitment loss
     adversarial: float = 0.5  # of the discriminator's verdict, times the adaptive weight
     feature_matching: float = 0.0  # of the distance of the discriminator's features
+
+    def __post_init__(self):
+        if self.colors and (len(self.colors) != 3 or min(self.colors) < 0):
+            axes = ", ".join(NAMES)
+            raise ValueError(f"loss.colors {self.colors} must be three weights, of {axes}, or none")
 
 
 @dataclass(frozen=True)
@@ -75,7 +83,7 @@ def generator_loss(
         judgement: of the reconstructions by the discriminator; None before it starts: then it need not run.
         last_layer: `autoencoder.last_layer`, for the adaptive weight; needed with a judgement.
     """
-    pixel = (images - reconstruction.images).abs().mean()
+    pixel = pixel_error(images, reconstruction.images, config.colors)
     nll = config.pixel * pixel
     parts: dict[str, Tensor] = {}
     if perceptual is not None:
@@ -98,6 +106,13 @@ def generator_loss(
             parts["feature_matching"] = feature_matching(judgement.image_features, judgement.features)
             total = total + config.feature_matching * parts["feature_matching"]
     return GeneratorLoss(total, pixel.detach(), **{name: value.detach() for name, value in parts.items()})
+
+
+def pixel_error(images: Tensor, reconstructions: Tensor, colors: Sequence[float] = ()) -> Tensor:
+    """Mean absolute error of images [B, 3, H, W]; along axes of color (`color.along_axes`), if they have weights."""
+    if not colors:
+        return (images - reconstructions).abs().mean()
+    return (along_axes(images - reconstructions) * images.new_tensor(colors)[:, None, None]).abs().mean()
 
 
 def adaptive_weight(nll: Tensor, adversarial: Tensor, last_layer: Tensor, bound: float = 1e4) -> Tensor:

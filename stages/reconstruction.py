@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from autoencoder import Autoencoder, LatentStatistics, latent_rgb
+from autoencoder.color import ExplainedVariance
 from autoencoder.regularizer import perplexity, usage
 from storage.dataset import ImageDataset
 from storage.images import grid, tensor_to_image
@@ -54,10 +55,14 @@ def measure_scale(autoencoder: Autoencoder, dataset: ImageDataset, count: int, d
 
 @torch.no_grad()
 def validate(trainer: Trainer, autoencoder: Autoencoder, dataset: ImageDataset, config: ValidationConfig) -> None:
-    """PSNR, SSIM and KL or codebook usage on the held-out images, shared over processes; a grid of reconstructions."""
+    """PSNR, SSIM, explained colors, KL or codebook usage on held-out images, over processes; a grid of reconstructions.
+
+    Explained is the share of the variance of brightness and of the two axes of color, see `ExplainedVariance`.
+    """
     count = min(config.images, len(dataset))
     counts = torch.zeros(autoencoder.config.codebook_size, dtype=torch.int64, device=trainer.device)
     sums = torch.zeros(4, dtype=torch.float64, device=trainer.device)  # psnr, ssim, kl, images
+    colors = ExplainedVariance()
     for index in range(trainer.rank, count, trainer.world):
         picture = dataset.picture(index)
         if picture is None:
@@ -67,11 +72,14 @@ def validate(trainer: Trainer, autoencoder: Autoencoder, dataset: ImageDataset, 
         again, posterior = reconstruction.images, reconstruction.posterior
         values = [psnr(images, again), ssim(images, again), posterior.kl()]
         sums += torch.cat([*values, torch.ones_like(values[0])])
+        colors.update(images, again)
         if reconstruction.indices is not None:
             counts += autoencoder.quantize.counts(reconstruction.indices)
     sums, counts = trainer.sum(sums), trainer.sum(counts)
+    colors.sums = trainer.sum(colors.sums.to(trainer.device)).cpu()
     means = (sums / sums[-1].clamp(min=1)).tolist()
     measured = {"validation_psnr": means[0], "validation_ssim": means[1]}
+    measured |= {f"validation_{name}": share for name, share in colors.shares().items()}
     if autoencoder.config.regularizer == "vq":
         measured |= {"validation_usage": usage(counts), "validation_perplexity": perplexity(counts)}
     else:
