@@ -16,7 +16,7 @@ import torch
 from accelerate import PartialState
 
 from autoencoder.losses import discriminator_loss, generator_loss
-from stages.autoencoder_parts import AutoencoderLearner, build_networks, train_perceptual
+from stages.autoencoder_parts import AutoencoderLearner, begin_linearly, build_networks, cut, train_perceptual
 from stages.autoencoder_run import RunConfig, inherited
 from stages.judgement import judge
 from stages.pictures import Pictures
@@ -38,6 +38,7 @@ def train(config: RunConfig) -> None:
         networks = build_networks(config, trainer.device)
         survey = Survey.of(found, config.data, trainer)
         pictures = Pictures.open(config.data, survey, config.seed, config.run)
+        begin_linearly(networks.autoencoder, pictures, config)
         learner = AutoencoderLearner.register(trainer, networks, config)
     with one_line_errors():
         pictures.begin(trainer, config)
@@ -55,6 +56,7 @@ def train(config: RunConfig) -> None:
     with pictures.reported(trainer):
         for batch in trainer.steps(pictures.loader(trainer, seed), save_model, pictures.names):
             images = batch.images.to(device, memory_format=torch.channels_last, non_blocking=True)
+            images = cut(images, config.patch, config.seed, trainer.step, trainer.positions())
             latent_shape = (channels, images.shape[2] // f, images.shape[3] // f)
             noise = normal(seed, "posterior", trainer.step, trainer.positions(), latent_shape).to(device)
             reconstruction = learner.network(images, noise)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from autoencoder import Autoencoder, PatchDiscriminator
 from autoencoder.features import FeatureDistance, train_features
+from autoencoder.linear_start import start_linearly
 from autoencoder.perceptual import make_perceptual
 from operators.winograd import lay_out
 from stages.autoencoder_run import RunConfig
@@ -18,7 +19,7 @@ from stages.pictures import Pictures
 from storage.buckets import check_step
 from storage.config import require_same
 from storage.dataset import Order, make_loader
-from storage.randomness import generator
+from storage.randomness import generator, uniform
 from training.ema import Ema
 from training.optimizer import Optimizer
 from training.trainer import Trainer
@@ -60,6 +61,30 @@ def build_networks(config: RunConfig, device: torch.device) -> Networks:
         discriminator=discriminator.to(memory_format=torch.channels_last),
         perceptual=None if perceptual is None else perceptual.to(device),
     )
+
+
+def begin_linearly(autoencoder: Autoencoder, pictures: Pictures, config: RunConfig) -> None:
+    """Where the config asks for it, and there are no weights to go on from, begin as the linear autoencoder.
+
+    It is that of training pictures spread evenly, the same on every process.
+    """
+    if not config.linear_start or config.init_from is not None:
+        return
+    count = min(config.linear_start, len(pictures.squares))
+    indices = torch.linspace(0, len(pictures.squares) - 1, count).long().tolist()
+    start_linearly(autoencoder, torch.stack([pictures.squares[0, index].image for index in indices]))
+
+
+def cut(images: Tensor, side: int | None, seed: int, step: int, positions: Sequence[int]) -> Tensor:
+    """Squares [B, 3, side, side] of images [B, 3, H, W], at places drawn for each; None: the images as they are."""
+    if side is None:
+        return images
+    height, width = (size - side + 1 for size in images.shape[-2:])
+    tops, lefts = (uniform(seed, f"patch {name}", step, positions) for name in ("top", "left"))
+    corners = zip((tops * height).int().tolist(), (lefts * width).int().tolist(), strict=True)
+    pairs = zip(images, corners, strict=True)
+    squares = torch.stack([image[:, top : top + side, left : left + side] for image, (top, left) in pairs])
+    return squares.contiguous(memory_format=torch.channels_last)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from autoencoder import Autoencoder, AutoencoderConfig, DiscriminatorConfig
+from autoencoder.linear_start import check_room
 from autoencoder.losses import LossConfig
 from autoencoder.perceptual import PerceptualConfig
 from stages.reconstruction import ValidationConfig
@@ -24,6 +25,8 @@ class RunConfig:
     run: str = "runs/autoencoder"  # folder of everything this run writes
     seed: int = 0  # of every draw
     init_from: str | None = None  # model folder or single file whose autoencoder to go on from
+    linear_start: int = 0  # training pictures of which a new autoencoder begins as the linear one; 0: random weights
+    patch: int | None = None  # train on squares of this side, cut at random from the pictures; null: on whole ones
     data: DataConfig
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -41,6 +44,14 @@ class RunConfig:
 
     def __post_init__(self):
         check_run(self.run, self.seed)
+        f = self.autoencoder.downsampling
+        if self.patch is not None and not (0 < self.patch <= self.data.image_size and self.patch % f == 0):
+            size = self.data.image_size
+            raise ValueError(f"patch {self.patch} must be a multiple of {f} (autoencoder downsampling), at most {size}")
+        if self.linear_start < 0:
+            raise ValueError(f"linear_start {self.linear_start} must be at least 0, which is random weights")
+        if self.linear_start and self.init_from is None:
+            check_room(self.autoencoder)
 
 
 def inherited(values: dict[str, Any]) -> dict[str, Any]:
