@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from storage.captions import columns_of, expand
+from storage.captions import columns_of, expand, fields_of
 from storage.data_config import DataConfig
 from storage.images import UnusableImage, read_size
 from storage.records import Record, RecordList, Records, Skip, Source
@@ -84,7 +84,8 @@ def make_record(picture: Picture, row: Mapping[str, Any], config: DataConfig) ->
     if picture.bytes == 0:
         return Skip(name, "empty file")
     try:
-        captions = [expand(template, columns_of(template), row) for template in config.captions]
+        shown = without_held_out(row, config.hold_out)
+        captions = [expand(template, fields_of(template), shown) for template in config.captions]
     except ValueError as error:
         return Skip(name, str(error))
     captions = tuple(filter(None, captions))
@@ -102,6 +103,22 @@ def make_record(picture: Picture, row: Mapping[str, Any], config: DataConfig) ->
     except UnusableImage as error:
         return Skip(name, str(error))
     return record
+
+
+def without_held_out(row: Mapping[str, Any], shares: Mapping[str, float]) -> Mapping[str, Any]:
+    """A row without the values of some columns that captions are not to show, see `is_held_out`."""
+    kept = dict(row)
+    for column, share in shares.items():
+        values = row.get(column)
+        several = values if isinstance(values, list) else [values]
+        left = [value for value in several if not is_held_out(value, share)]
+        kept[column] = left if isinstance(values, list) else next(iter(left), None)
+    return kept
+
+
+def is_held_out(value: Any, share: float) -> bool:
+    """Whether a column's value is among the share that captions never show; by its text alone, in any case."""
+    return position(str(value).casefold()) < share
 
 
 def map_path(folder: str, name: str) -> str:
@@ -129,7 +146,7 @@ def _check_size(size: tuple[int, int], config: DataConfig) -> None:
 def _check_columns(config: DataConfig, known: set[str]) -> None:
     """ValueError for a column that no row has: a spelling mistake, not a property of the data."""
     asked = [(f"caption template {t!r}", column) for t in config.captions for column in columns_of(t)]
-    asked += [("data.where", column) for column in config.where]
+    asked += [(f"data.{name}", column) for name in ("where", "hold_out") for column in getattr(config, name)]
     for who, column in asked:
         if known and column not in known:
             close = difflib.get_close_matches(column, known, n=1)
