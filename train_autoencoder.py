@@ -38,10 +38,10 @@ def train(config: RunConfig) -> None:
         networks = build_networks(config, trainer.device)
         survey = Survey.of(found, config.data, trainer)
         pictures = Pictures.open(config.data, survey, config.seed, config.run)
-        begin_linearly(networks.autoencoder, pictures, config)
         learner = AutoencoderLearner.register(trainer, networks, config)
     with one_line_errors():
         pictures.begin(trainer, config)
+    begin_linearly(trainer, networks.autoencoder, learner.average, pictures, config)
     train_perceptual(trainer, networks.perceptual, pictures, config)
     autoencoder, device, seed = networks.autoencoder, trainer.device, config.seed
 
@@ -49,7 +49,8 @@ def train(config: RunConfig) -> None:
         last = trainer.step == config.trainer.steps
         count = config.validation.scale_images if last else 256
         with learner.average.applied():
-            measured = measure_scale(autoencoder, pictures.squares, count, device)
+            degree = config.latent_balance if last else 0.0  # takes half a minute
+            measured = measure_scale(autoencoder, pictures.squares, count, device, degree)
         measured.save(folder)
 
     channels, f = config.autoencoder.code_channels, autoencoder.downsampling

@@ -190,20 +190,20 @@ def _read(norm: nn.GroupNorm, convolution: nn.Conv2d, step: Affine, x: Tensor, p
     deviation = ((2 * constant**2 + 2 * _energy(x, pairs)) / size).sqrt()[pairs.group]  # [n], of each feature's group
     spreads = x.square().mean(dim=(0, 2, 3)).sqrt()  # [n]
     gain = SPREAD * deviation / spreads.clamp(min=SMALLEST * spreads.max().item())
-    norm.weight[pairs.plus], norm.weight[pairs.minus] = gain, gain
+    norm.weight[pairs.plus] = norm.weight[pairs.minus] = gain.to(norm.weight)
     norm.weight[torch.cat([pairs.high, pairs.low])] = 0  # nothing is to read the constants
-    weight, middle = step.weight[:, :, 0, 0] * deviation / gain, convolution.weight.shape[-1] // 2
+    weight, middle = (step.weight[:, :, 0, 0] * deviation / gain).to(norm.weight), convolution.weight.shape[-1] // 2
     m = len(step.bias)
     for places in (pairs.plus, pairs.minus, pairs.high, pairs.low):
         convolution.weight[:, places] = 0
     convolution.weight[:m, pairs.plus, middle, middle] = weight
     convolution.weight[:m, pairs.minus, middle, middle] = -weight
-    convolution.bias[:m] = step.bias
+    convolution.bias[:m] = step.bias.to(norm.weight)
 
 
 def _spread_codes(autoencoder: Autoencoder, latents: Tensor) -> None:
     """Take latents [N, c, h, w], evenly spaced, as codes; codes beyond their number stay as they are."""
     codes = autoencoder.quantize.embedding.weight
-    vectors = autoencoder.quant_conv.cpu()(latents).permute(0, 2, 3, 1).flatten(0, 2)  # [N h w, d]
+    vectors = autoencoder.quant_conv(latents.to(codes)).permute(0, 2, 3, 1).flatten(0, 2)  # [N h w, d]
     count = min(len(codes), len(vectors))
     codes[:count] = vectors[torch.linspace(0, len(vectors) - 1, count).long()].to(codes)

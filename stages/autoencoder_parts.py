@@ -63,16 +63,19 @@ def build_networks(config: RunConfig, device: torch.device) -> Networks:
     )
 
 
-def begin_linearly(autoencoder: Autoencoder, pictures: Pictures, config: RunConfig) -> None:
-    """Where the config asks for it, and there are no weights to go on from, begin as the linear autoencoder.
-
-    It is that of training pictures spread evenly, the same on every process.
-    """
-    if not config.linear_start or config.init_from is not None:
+def begin_linearly(
+    trainer: Trainer, autoencoder: Autoencoder, average: Ema, pictures: Pictures, config: RunConfig
+) -> None:
+    """Where the config asks for it, let a new run begin as the linear autoencoder of some training pictures."""
+    if not config.linear_start or config.init_from is not None or trainer.step > 0:
         return
+    trainer.print(f"fitting the linear autoencoder of {config.linear_start} pictures")
     count = min(config.linear_start, len(pictures.squares))
     indices = torch.linspace(0, len(pictures.squares) - 1, count).long().tolist()
     start_linearly(autoencoder, torch.stack([pictures.squares[0, index].image for index in indices]))
+    for parameter in autoencoder.parameters():  # machines that differ may have fitted other bits
+        parameter.data.copy_(trainer.from_main(parameter.data))
+    average.restart()
 
 
 def cut(images: Tensor, side: int | None, seed: int, step: int, positions: Sequence[int]) -> Tensor:

@@ -26,6 +26,7 @@ class RunConfig:
     seed: int = 0  # of every draw
     init_from: str | None = None  # model folder or single file whose autoencoder to go on from
     linear_start: int = 0  # training pictures of which a new autoencoder begins as the linear one; 0: random weights
+    latent_balance: float = 0.0  # of the finished model: 0 to 1, how far latents are to count alike in pictures (kl)
     patch: int | None = None  # train on squares of this side, cut at random from the pictures; null: on whole ones
     data: DataConfig
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
@@ -48,6 +49,8 @@ class RunConfig:
         if self.patch is not None and not (0 < self.patch <= self.data.image_size and self.patch % f == 0):
             size = self.data.image_size
             raise ValueError(f"patch {self.patch} must be a multiple of {f} (autoencoder downsampling), at most {size}")
+        if not 0 <= self.latent_balance <= 1 or (self.latent_balance and self.autoencoder.regularizer != "kl"):
+            raise ValueError(f"latent_balance {self.latent_balance} must be from 0 to 1, and 0 of a codebook")
         if self.linear_start < 0:
             raise ValueError(f"linear_start {self.linear_start} must be at least 0, which is random weights")
         if self.linear_start and self.init_from is None:

@@ -8,12 +8,16 @@ from dataclasses import dataclass
 import torch
 
 from autoencoder import Autoencoder, LatentStatistics, latent_rgb
+from autoencoder.balance import balance
 from autoencoder.color import ExplainedVariance
 from autoencoder.regularizer import perplexity, usage
 from storage.dataset import ImageDataset
 from storage.images import grid, tensor_to_image
+from storage.randomness import generator
 from training.evaluation import psnr, ssim
 from training.trainer import Trainer
+
+BALANCED = 32  # pictures on which the effect of latents is measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +38,18 @@ class ValidationConfig:
 
 
 @torch.no_grad()
-def measure_scale(autoencoder: Autoencoder, dataset: ImageDataset, count: int, device: torch.device) -> Autoencoder:
-    """A copy of the autoencoder whose latents are unit-scale, measured over `count` training images spread evenly."""
+def measure_scale(
+    autoencoder: Autoencoder, dataset: ImageDataset, count: int, device: torch.device, degree: float = 0.0
+) -> Autoencoder:
+    """A copy of the autoencoder whose latents are unit-scale, measured over `count` training images spread evenly.
+
+    Where `degree` is not 0 they are balanced before, see `autoencoder.balance`.
+    """
     autoencoder = copy.deepcopy(autoencoder).eval()
+    if degree:
+        indices = torch.linspace(0, len(dataset) - 1, min(BALANCED, len(dataset))).long().tolist()
+        images = torch.stack([dataset[0, index].image for index in indices]).to(device)
+        balance(autoencoder, images, generator(dataset.seed, "balance"), degree)
     statistics = LatentStatistics(autoencoder.latent_channels)
     indices = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long().tolist()
     shown = []  # the first pictures, spread evenly too, for the colors of previews
