@@ -151,7 +151,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", default="docs/emoji", help="folder of results.json, prompt_recall.md, sheets")
     parser.add_argument("--pictures", default="runs/prompt-recall", help="folder that keeps generated pictures")
     parser.add_argument("--limit", type=int, default=REFERENCES, help="generate pictures of so many references only")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of prompts to measure")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, help="of prompts to measure; default: all there are")
     parser.add_argument("--steps", type=int, help="of the sampler; default: the model's")
     parser.add_argument("--batch-size", type=int, default=8, help="pictures computed together")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of references; picture i has seed + i")
@@ -168,7 +168,11 @@ def prepare(options: argparse.Namespace) -> tuple[Gallery, Records, RunConfig]:
     records = scan(config.data)
     if not records.validation:
         raise ValueError(f"data.validation {config.data.validation} holds no picture out; raise it in {options.config}")
-    cases: list[Case] = choose_cases(records.train, read_metadata(options.data), REFERENCES, options.seed)
+    held_out = config.data.hold_out.get("keywords", 0.0)
+    cases: list[Case] = choose_cases(records.train, read_metadata(options.data), REFERENCES, options.seed, held_out)
+    options.kinds = options.kinds or list(cases[0].prompts)
+    if missing := set(options.kinds) - set(cases[0].prompts):
+        raise ValueError(f"--kinds {' '.join(missing)}: no keywords are held out by data.hold_out of {options.config}")
     model = TextToImage.load(options.checkpoint, options.device)
     if model.defaults.height != config.data.image_size:
         sizes = f"{model.defaults.height} pixels, data.image_size is {config.data.image_size}"
@@ -198,6 +202,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "model_hash": model_hash(Path(options.checkpoint)),
         "default_guidance_scale": gallery.model.defaults.guidance_scale,
         "sheet_scales": SHEET_SCALES,
+        "hold_out": config.data.hold_out,
         "device": options.device,
         "torch": torch.__version__,
     }

@@ -13,9 +13,11 @@ import torch
 from storage.metadata import read_rows
 from storage.randomness import generator
 from storage.records import Record
+from storage.rows import is_held_out
 
-KINDS = ("caption", "keywords", "synonyms")
+KINDS = ("caption", "keywords", "synonyms", "unseen")
 COUNTS = {"keywords": 3, "synonyms": 2}  # words in place of the name
+MOST_UNSEEN = 3  # and of those that were held out, where some were: as many as there are, up to this
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class Case:
     """A training picture and the prompts that describe it."""
 
     index: int  # of its record among the training records
-    prompts: dict[str, str]  # by kind: its caption; three of its keywords; two that share no word with its name
+    prompts: dict[str, str]  # by kind: its caption; three of its keywords; two that share no word with its
+    # name; and where keywords were held out, those of the latter that no caption has shown
 
 
 def read_metadata(folder: str) -> dict[str, dict[str, Any]]:
@@ -34,10 +37,13 @@ def read_metadata(folder: str) -> dict[str, dict[str, Any]]:
     return {row["file_name"]: row for _, row in read_rows(path) if isinstance(row, dict) and "file_name" in row}
 
 
-def choose_cases(records: Sequence[Record], rows: Mapping[str, Mapping[str, Any]], count: int, seed: int) -> list[Case]:
+def choose_cases(
+    records: Sequence[Record], rows: Mapping[str, Mapping[str, Any]], count: int, seed: int, hold_out: float = 0.0
+) -> list[Case]:
     """At most `count` cases with as many concepts, in turn from each style; the same for the same records and seed.
 
-    A case needs three keywords besides its name, two of them synonyms, and a caption that holds the name.
+    A case needs three keywords besides its name, two of them synonyms, and a caption that holds the name; with
+    `hold_out`, the share of keywords that captions never show, one of the synonyms must be among these.
 
     Raises:
         ValueError: there are no two such records.
@@ -47,7 +53,7 @@ def choose_cases(records: Sequence[Record], rows: Mapping[str, Mapping[str, Any]
     for index in order:
         row = rows.get(records[index].name, {})
         if all(len(words(row, kind)) >= least for kind, least in COUNTS.items()):
-            if row["name"] in records[index].captions[0][0]:
+            if row["name"] in records[index].captions[0][0] and (not hold_out or unseen(row, hold_out)):
                 by_style.setdefault(str(row.get("style")), []).append(index)
     queues = [iter(by_style[style]) for style in sorted(by_style)]
     chosen: dict[str, int] = {}  # concept to record
@@ -59,7 +65,7 @@ def choose_cases(records: Sequence[Record], rows: Mapping[str, Mapping[str, Any]
             queues.append(queue)
     if len(chosen) < 2:
         raise ValueError(f"{len(chosen)} records have their name in a caption, and enough keywords; recall needs 2")
-    return [_make_case(index, records[index], rows[records[index].name], seed) for index in chosen.values()]
+    return [_make_case(index, records[index], rows[records[index].name], seed, hold_out) for index in chosen.values()]
 
 
 def words(row: Mapping[str, Any], kind: str) -> list[str]:
@@ -70,16 +76,23 @@ def words(row: Mapping[str, Any], kind: str) -> list[str]:
     return [word for word in keywords if kind == "keywords" or not share_a_word(word, name)]
 
 
+def unseen(row: Mapping[str, Any], hold_out: float) -> list[str]:
+    """The synonyms of a row that were held out of captions."""
+    return [word for word in words(row, "synonyms") if is_held_out(word, hold_out)]
+
+
 def share_a_word(one: str, other: str) -> bool:
     """Whether a word of one begins with a word of the other, as in grin and grinning."""
     first, second = (re.findall(r"\w+", text.casefold()) for text in (one, other))
     return any(a.startswith(b) or b.startswith(a) for a in first for b in second)
 
 
-def _make_case(index: int, record: Record, row: Mapping[str, Any], seed: int) -> Case:
+def _make_case(index: int, record: Record, row: Mapping[str, Any], seed: int, hold_out: float) -> Case:
     prompts = {"caption": record.captions[0][0]}
-    for kind, count in COUNTS.items():
-        known = words(row, kind)
+    choices = {kind: (words(row, kind), count) for kind, count in COUNTS.items()}
+    if hold_out:
+        choices["unseen"] = unseen(row, hold_out), MOST_UNSEEN
+    for kind, (known, count) in choices.items():
         drawn = torch.randperm(len(known), generator=generator(seed, f"recall {kind}", index)).tolist()[:count]
         wording = ", ".join(known[i] for i in drawn)
         prompts[kind] = record.captions[0][0].replace(row["name"], wording, 1)

@@ -13,6 +13,7 @@ from benchmarks.recall import distances, nearest, ranks, recall, share, small_rg
 from benchmarks.recall_pictures import Gallery, save_sheet
 from benchmarks.recall_prompts import choose_cases, read_metadata, share_a_word, words
 from storage.data_config import DataConfig
+from storage.rows import is_held_out
 from storage.scan import scan
 
 ROOT = Path(__file__).parent.parent
@@ -126,6 +127,18 @@ def test_a_synonym_shares_no_word_with_the_name():
     row = {"name": "grinning face", "keywords": ["Grinning Face", "grin", "happy", "smiling face", "teeth", ":)", "*"]}
     assert words(row, "keywords") == ["grin", "happy", "smiling face", "teeth"]
     assert words(row, "synonyms") == ["happy", "teeth"]
+
+
+def test_cases_ask_by_keywords_that_were_held_out_where_some_were():
+    records = scan(DataConfig(folder=PICTURES, image_size=32)).train
+    rows = read_metadata(PICTURES)
+    made = choose_cases(records, rows, 200, 0, hold_out=0.5)
+    assert len(made) >= 2 and "unseen" not in cases()[0][0].prompts
+    for case in made:
+        row = rows[records[case.index].name]
+        gone = [word for word in words(row, "synonyms") if is_held_out(word, 0.5)]
+        assert gone and case.prompts["unseen"] != case.prompts["caption"]
+        assert any(word in case.prompts["unseen"] for word in gone) and row["name"] not in case.prompts["unseen"]
 
 
 def test_too_few_cases_are_refused():
