@@ -145,6 +145,11 @@ def measure(
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return add_options(parser).parse_args(argv)
+
+
+def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Which model is measured, on which pictures, how many; and where results go."""
     parser.add_argument("--checkpoint", default="checkpoints/emoji", help="model folder")
     parser.add_argument("--data", required=True, help="the folder of images that the model was trained on")
     parser.add_argument("--config", default="configs/ldm/emoji.yaml", help="the stage-2 config it was trained by")
@@ -156,7 +161,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8, help="pictures computed together")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of references; picture i has seed + i")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args(argv)
+    return parser
 
 
 def prepare(options: argparse.Namespace) -> tuple[Gallery, Records, RunConfig]:

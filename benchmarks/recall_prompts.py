@@ -59,9 +59,9 @@ def choose_cases(
     chosen: dict[str, int] = {}  # concept to record
     while queues and len(chosen) < count:
         queue = queues.pop(0)
-        index = next((i for i in queue if _concept(rows[records[i].name]) not in chosen), None)
+        index = next((i for i in queue if concept_of(rows[records[i].name]) not in chosen), None)
         if index is not None:
-            chosen[_concept(rows[records[index].name])] = index
+            chosen[concept_of(rows[records[index].name])] = index
             queues.append(queue)
     if len(chosen) < 2:
         raise ValueError(f"{len(chosen)} records have their name in a caption, and enough keywords; recall needs 2")
@@ -99,5 +99,6 @@ def _make_case(index: int, record: Record, row: Mapping[str, Any], seed: int, ho
     return Case(index, prompts)
 
 
-def _concept(row: Mapping[str, Any]) -> str:
+def concept_of(row: Mapping[str, Any]) -> str:
+    """What a row shows, whatever its style."""
     return str(row.get("concept") or row["name"])
