@@ -49,9 +49,11 @@ def train(config: RunConfig) -> None:
         last = trainer.step == config.trainer.steps
         count = config.validation.scale_images if last else 256
         with learner.average.applied():
-            degree = config.latent_balance if last else 0.0  # takes half a minute
-            measured = measure_scale(autoencoder, pictures.squares, count, device, degree)
-        measured.save(folder)
+            if config.decoder_only:  # its latents, and their scale, are as they were
+                autoencoder.save(folder)
+            else:
+                degree = config.latent_balance if last else 0.0  # takes half a minute
+                measure_scale(autoencoder, pictures.squares, count, device, degree).save(folder)
 
     channels, f = config.autoencoder.code_channels, autoencoder.downsampling
     with pictures.reported(trainer):

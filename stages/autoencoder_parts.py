@@ -35,13 +35,19 @@ class Networks:
 
 
 def make_autoencoder(config: RunConfig) -> Autoencoder:
-    """A new autoencoder, or that of init_from in memory of its own; its scale is measured anew at each save."""
+    """A new autoencoder, or that of init_from in memory of its own, of which it may be that only the decoder learns."""
     autoencoder = Autoencoder(config.autoencoder)
     if config.init_from is not None:
         given = Autoencoder.load(config.init_from)
         free = ("sample_size", "commitment")
         require_same(config.autoencoder, given.config, "autoencoder", f"init_from {config.init_from}", free)
         autoencoder.load_state_dict(given.state_dict(), strict=True)
+        autoencoder.scaling_factor, autoencoder.shift_factor = given.scaling_factor, given.shift_factor
+        autoencoder.latent_rgb = given.latent_rgb
+    if config.decoder_only:
+        autoencoder.requires_grad_(False)
+        for part in (autoencoder.decoder, autoencoder.post_quant_conv):
+            part.requires_grad_(True)
     return autoencoder
 
 

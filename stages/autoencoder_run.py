@@ -25,6 +25,7 @@ class RunConfig:
     run: str = "runs/autoencoder"  # folder of everything this run writes
     seed: int = 0  # of every draw
     init_from: str | None = None  # model folder or single file whose autoencoder to go on from
+    decoder_only: bool = False  # with init_from: latents stay, so that what was trained on them fits the new decoder
     linear_start: int = 0  # training pictures of which a new autoencoder begins as the linear one; 0: random weights
     latent_balance: float = 0.0  # of the finished model: 0 to 1, how far latents are to count alike in pictures (kl)
     patch: int | None = None  # train on squares of this side, cut at random from the pictures; null: on whole ones
@@ -51,6 +52,10 @@ class RunConfig:
             raise ValueError(f"patch {self.patch} must be a multiple of {f} (autoencoder downsampling), at most {size}")
         if not 0 <= self.latent_balance <= 1 or (self.latent_balance and self.autoencoder.regularizer != "kl"):
             raise ValueError(f"latent_balance {self.latent_balance} must be from 0 to 1, and 0 of a codebook")
+        if self.decoder_only and self.init_from is None:
+            raise ValueError("decoder_only keeps the latents of an autoencoder; give init_from, or leave it out")
+        if self.decoder_only and self.latent_balance:
+            raise ValueError("decoder_only keeps the latents as they are, and latent_balance changes them; use one")
         if self.linear_start < 0:
             raise ValueError(f"linear_start {self.linear_start} must be at least 0, which is random weights")
         if self.linear_start and self.init_from is None:
