@@ -116,8 +116,8 @@ def muon(modules: Sequence[nn.Module], config: OptimizerConfig) -> Rules:
     """Muon (Jordan et al. 2024) for matrices between hidden features, AdamW for all other parameters and embeddings.
 
     Its updates are scaled to the root mean square of AdamW's (Liu et al. 2025, arXiv:2502.16982), so that one learning
-    rate and one weight decay can serve both; `adamw_rate` gives AdamW another rate. A convolution [O, C, h, w] is treated as
-    a matrix [O, C h w], as its authors do.
+    rate and one weight decay can serve both; `adamw_rate` gives AdamW another rate. As its authors do, a convolution
+    [O, C, h, w] is treated as a matrix [O, C h w].
     """
     parameters = trained(modules)
     embeddings = {id(m.weight) for module in modules for m in module.modules() if isinstance(m, nn.Embedding)}
