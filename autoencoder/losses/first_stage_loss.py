@@ -6,14 +6,16 @@ number of pixel values. This has the same optimum and balance of terms, but does
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from autoencoder.networks.posterior import Reconstruction
+from autoencoder.losses.color_axes import NAMES, along_axes
+from autoencoder.networks.regularizer import Reconstruction
 
 Perceptual = Callable[[Tensor, Tensor], Tensor]  # (images, reconstructions) -> [B]
 
@@ -23,11 +25,20 @@ class LossConfig:
     """Weights of the terms of `generator_loss`."""
 
     pixel: float = 1.0  # of the mean of |images - reconstructions|
+    # weights of brightness, red-blue and green-magenta in the pixel error, such as [1, 1.5, 3]; []: RGB, unweighted
+    colors: list[float] = field(default_factory=list)
     perceptual: float = 0.03  # of the perceptual distance: 0.03 for "features", 0.2 for "ssim", 1 for "lpips"
     kl: float = 1e-6  # of the KL divergence in nats per sample, relative to the pixel error summed over a sample
     codebook: float = 1.0  # of the codebook and commitment loss
     adversarial: float = 0.5  # of the adversarial loss, times the adaptive weight
     feature_matching: float = 0.0  # of the feature-matching loss
+
+    def __post_init__(self):
+        if self.colors and (len(self.colors) != 3 or min(self.colors) < 0):
+            axes = ", ".join(NAMES)
+            raise ValueError(
+                f"loss.colors {self.colors} must be three weights, of {axes}, or none; use [1, 1, 1] or []"
+            )
 
 
 @dataclass(frozen=True)
@@ -75,7 +86,7 @@ def generator_loss(
         adversary: the discriminator's outputs for the reconstructions. None: no adversarial loss, as before it starts.
         last_layer: `autoencoder.last_layer`, for the adaptive weight. Required with `adversary`.
     """
-    pixel = (images - reconstruction.images).abs().mean()
+    pixel = pixel_error(images, reconstruction.images, config.colors)
     nll = config.pixel * pixel
     parts: dict[str, Tensor] = {}
     if perceptual is not None:
@@ -98,6 +109,16 @@ def generator_loss(
             parts["feature_matching"] = feature_matching(adversary.image_features, adversary.features)
             total = total + config.feature_matching * parts["feature_matching"]
     return GeneratorLoss(total, pixel.detach(), **{name: value.detach() for name, value in parts.items()})
+
+
+def pixel_error(images: Tensor, reconstructions: Tensor, colors: Sequence[float] = ()) -> Tensor:
+    """Mean absolute error of reconstructions of images [B, 3, H, W].
+
+    With `colors`, the error is computed along the color axes (`color_axes.along_axes`), with these weights.
+    """
+    if not colors:
+        return (images - reconstructions).abs().mean()
+    return (along_axes(images - reconstructions) * images.new_tensor(colors)[:, None, None]).abs().mean()
 
 
 def adaptive_weight(nll: Tensor, adversarial: Tensor, last_layer: Tensor, bound: float = 1e4) -> Tensor:

@@ -147,18 +147,25 @@ def measure(
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return add_options(parser).parse_args(argv)
+
+
+def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the options of the model, the pictures and the output folders."""
     parser.add_argument("--checkpoint", default="checkpoints/emoji", help="model folder")
     parser.add_argument("--data", required=True, help="the folder of images that the model was trained on")
     parser.add_argument("--config", default="configs/ldm/emoji.yaml", help="the stage-2 config it was trained by")
     parser.add_argument("--output", default="docs/emoji", help="folder of results.json, prompt_recall.md, sheets")
     parser.add_argument("--pictures", default="runs/prompt-recall", help="folder that keeps generated pictures")
     parser.add_argument("--limit", type=int, default=REFERENCES, help="generate pictures of so many references only")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of prompts to measure")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=KINDS, help="of prompts to measure; default: all that the config has"
+    )
     parser.add_argument("--steps", type=int, help="of the sampler; default: the model's")
     parser.add_argument("--batch-size", type=int, default=8, help="pictures computed together")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of references; picture i has seed + i")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args(argv)
+    return parser
 
 
 def prepare(options: argparse.Namespace) -> tuple[Gallery, Records, LdmRunConfig]:
@@ -170,7 +177,11 @@ def prepare(options: argparse.Namespace) -> tuple[Gallery, Records, LdmRunConfig
     records = scan(config.data)
     if not records.validation:
         raise ValueError(f"data.validation {config.data.validation} holds no picture out; raise it in {options.config}")
-    cases: list[Case] = choose_cases(records.train, read_metadata(options.data), REFERENCES, options.seed)
+    held_out = config.data.hold_out.get("keywords", 0.0)
+    cases: list[Case] = choose_cases(records.train, read_metadata(options.data), REFERENCES, options.seed, held_out)
+    options.kinds = options.kinds or list(cases[0].prompts)
+    if missing := set(options.kinds) - set(cases[0].prompts):
+        raise ValueError(f"--kinds {' '.join(missing)}: data.hold_out of {options.config} holds no keywords out")
     model = TextToImage.load(options.checkpoint, options.device)
     if model.defaults.height != config.data.image_size:
         sizes = f"{model.defaults.height} pixels, data.image_size is {config.data.image_size}"
@@ -200,6 +211,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "model_hash": model_hash(Path(options.checkpoint)),
         "default_guidance_scale": gallery.model.defaults.guidance_scale,
         "sheet_scales": SHEET_SCALES,
+        "hold_out": config.data.hold_out,
         "device": options.device,
         "torch": torch.__version__,
     }

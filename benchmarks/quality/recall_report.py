@@ -9,13 +9,14 @@ TITLES = {
     "caption": "training caption",
     "keywords": "three keywords",
     "synonyms": "two synonyms",
+    "unseen": "keywords held out of all captions",
     "reconstruction": "the reference itself, reconstructed",
 }
 PAGE = """# Prompt recall
 
 Each of {queries} training pictures, all of other concepts and spread over the styles, was asked for in the words of its
 caption; by three of its keywords in place of its name; and by two that share no word with its name (synonyms, or what
-it has to do with). No caption calls it by its keywords. Recall: of {references} reference pictures the one nearest to
+it has to do with). {keywords} Recall: of {references} reference pictures the one nearest to
 the generated picture is the right one (@1), or the right one is among the nearest five (@5); near by mean squared
 difference of 16 x 16 RGB pictures, or of the autoencoder's latents. Chance is {chance_1:.1%} and {chance_5:.1%}. In
 parentheses: 95 % binomial (Wilson) interval.
@@ -57,7 +58,9 @@ def write_report(results: Mapping[str, Any]) -> str:
     """The page for the contents of results.json."""
     settings = results["settings"]
     words = "{sampler}, {steps} steps, {height} x {width} pixels, seeds from {seed}, model {model_hash}."
+    shown = "Captions contain other keywords, but not those that the config holds out, which are a kind of prompt too."
     return PAGE.format(
+        keywords=shown if settings.get("hold_out") else "No caption calls it by its keywords.",
         queries=results["queries"],
         references=results["references"],
         chance_1=results["chance"]["at_1"],

@@ -20,7 +20,13 @@ from autoencoder import Autoencoder
 from autoencoder.losses.first_stage_loss import discriminator_loss, generator_loss
 from stipple.cli.training_arguments import read_arguments
 from stipple.stages.autoencoder.adversary import discriminate
-from stipple.stages.autoencoder.autoencoder_parts import AutoencoderTraining, build_networks, train_perceptual
+from stipple.stages.autoencoder.autoencoder_parts import (
+    AutoencoderTraining,
+    build_networks,
+    crop_squares,
+    initialize_linearly,
+    train_perceptual,
+)
 from stipple.stages.autoencoder.autoencoder_run import AutoencoderRunConfig, config_from_init
 from stipple.stages.autoencoder.reconstruction import measure_scale, validate
 from stipple.stages.data.data_check import DataCheck
@@ -52,6 +58,7 @@ def train(config: AutoencoderRunConfig, init: InitModel[Autoencoder] | None = No
         training = AutoencoderTraining.register(trainer, networks, config)
     with one_line_errors():
         data.begin(trainer, config)
+    initialize_linearly(trainer, networks.autoencoder, training.average, data, config)
     train_perceptual(trainer, networks.perceptual, data, config)
     autoencoder, device, seed = networks.autoencoder, trainer.device, config.seed
 
@@ -59,13 +66,17 @@ def train(config: AutoencoderRunConfig, init: InitModel[Autoencoder] | None = No
         last = trainer.step == config.trainer.steps
         count = config.validation.scale_images if last else 256
         with training.average.applied():
-            measured = measure_scale(autoencoder, data.squares, count, device)
-        measured.save(folder)
+            if config.decoder_only:  # latents and their scale have not changed
+                autoencoder.save(folder)
+            else:
+                degree = config.latent_balance if last else 0.0  # measuring takes half a minute
+                measure_scale(autoencoder, data.squares, count, device, degree).save(folder)
 
     channels, f = config.autoencoder.code_channels, autoencoder.downsampling
     with data.reported(trainer):
         for batch in trainer.steps(data.loader(trainer, seed), save_model, data.names):
             images = batch.images.to(device, memory_format=torch.channels_last, non_blocking=True)
+            images = crop_squares(images, config.patch, seed, trainer.step, trainer.positions())
             latent_shape = (channels, images.shape[2] // f, images.shape[3] // f)
             noise = normal(seed, "posterior", trainer.step, trainer.positions(), latent_shape).to(device)
             reconstruction = training.network(images, noise)

@@ -11,13 +11,14 @@ from collections.abc import Iterator
 import pytest
 
 from stipple_core.data.dataset import draw_caption
-from stipple_core.data.records.captions import MAX_LENGTH, clean, columns_of, expand
+from stipple_core.data.records.captions import DRAWS, MAX_LENGTH, clean, columns_of, expand, fields_of
 from stipple_core.data.records.data_config import DataConfig
 from stipple_core.data.records.records import Record
+from stipple_core.data.records.rows import is_held_out, without_held_out
 from stipple_core.randomness import generator
 
 
-@pytest.mark.parametrize("template", ["{", "{}", "{a!r}", "{a:>9}", "a}"])
+@pytest.mark.parametrize("template", ["{", "{}", "{a!r}", "{a:>9}", "{a:0}", "a}"])
 def test_malformed_templates_are_errors(template):
     with pytest.raises(ValueError, match="caption template"):
         DataConfig(folder="x", captions=[template])
@@ -35,6 +36,29 @@ def test_list_columns_expand_to_all_combinations_up_to_a_limit():
     assert expand("{a}{b}{n}", ("a", "b", "n"), row) == ("1x7", "1y7", "2x7", "2y7")
     with pytest.raises(ValueError, match="more than"):
         expand("{a}{b}", ("a", "b"), {"a": ["x"] * 2000, "b": ["y"] * 2000})
+
+
+def test_a_hash_selects_several_elements_of_a_list_which_are_joined_with_commas():
+    row, template = {"name": "cat", "words": list("abcdefgh")}, "{name}: {words:3}"
+    assert fields_of(template) == ("name", "words:3") and columns_of(template) == ("name", "words")
+    captions = expand(template, fields_of(template), row)
+    assert captions == expand(template, fields_of(template), row) and len(set(captions)) == DRAWS
+    for caption in captions:
+        drawn = caption.removeprefix("cat: ").split(", ")
+        assert len(set(drawn)) == 3 and set(drawn) <= set(row["words"])
+    (both,) = {frozenset(text.split(", ")) for text in expand("{words:9}", ("words:9",), {"words": ["a", "b"]})}
+    assert both == {"a", "b"} and expand("{words:2}", ("words:2",), {"words": []}) == ()
+
+
+def test_held_out_values_are_in_no_caption_in_any_row_or_case():
+    words = [f"word {number}" for number in range(400)]
+    held_out = {word for word in words if is_held_out(word, 0.25)}
+    assert 60 < len(held_out) < 140 and all(is_held_out(word.upper(), 0.25) for word in held_out)
+    row = {"name": "cat", "words": words, "one": next(iter(held_out))}
+    shown = without_held_out(row, {"words": 0.25, "one": 0.25})
+    assert shown["name"] == "cat" and set(shown["words"]) == set(words) - held_out and shown["one"] is None
+    with pytest.raises(ValueError, match="data.hold_out.words is 1.5; it is a fraction"):
+        DataConfig(folder="x", hold_out={"words": 1.5})
 
 
 def test_cleaning_text_is_idempotent_and_keeps_emoji_and_accents():

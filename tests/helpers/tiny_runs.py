@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from stipple.training.run.run_folder import LOCK
+
 ROOT = Path(__file__).parents[2]
 STAGE_1 = ["train_autoencoder.py", "--config", "configs/autoencoder/tiny.yaml"]
 CACHE = ["stipple.commands.cache", "--config", "configs/ldm/tiny.yaml"]
@@ -61,8 +63,9 @@ def losses(run: Path) -> list[tuple[int, float]]:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """The contents of all files of a folder by relative name."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """The contents of all files of a folder by relative name, without the lock, which names the process."""
+    found = (path for path in folder.rglob("*") if path.is_file() and path.name != LOCK)
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
 
 
 def differing(a: Path, b: Path) -> list[str]:

@@ -50,6 +50,7 @@ PARAMETERS = {  # of CompVis' released weights
 WIDTHS = {  # hidden_size of the frozen encoders that recipes name, on the hub or as a folder
     "clip-vit-large-patch14": 768,
     "all-minilm-l6-v2": 384,
+    "checkpoints/emoji": 384,
     "t5-v1-1-xxl": 4096,
     "vit-l-14": 768,
     "shapes-clip": 64,

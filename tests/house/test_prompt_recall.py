@@ -12,6 +12,7 @@ from benchmarks.quality.recall import distances, nearest, ranks, recall, share, 
 from benchmarks.quality.recall_pictures import Gallery, save_sheet
 from benchmarks.quality.recall_prompts import choose_cases, read_metadata, share_a_word, words
 from stipple_core.data.records.data_config import DataConfig
+from stipple_core.data.records.rows import is_held_out
 from stipple_core.data.sources.scan import scan
 from tests.helpers.small_models import build_model
 
@@ -126,6 +127,18 @@ def test_a_synonym_shares_no_word_with_the_name():
     row = {"name": "grinning face", "keywords": ["Grinning Face", "grin", "happy", "smiling face", "teeth", ":)", "*"]}
     assert words(row, "keywords") == ["grin", "happy", "smiling face", "teeth"]
     assert words(row, "synonyms") == ["happy", "teeth"]
+
+
+def test_cases_have_prompts_of_held_out_keywords_if_the_config_holds_some_out():
+    records = scan(DataConfig(folder=PICTURES, image_size=32)).train
+    rows = read_metadata(PICTURES)
+    made = choose_cases(records, rows, 200, 0, hold_out=0.5)
+    assert len(made) >= 2 and "unseen" not in cases()[0][0].prompts
+    for case in made:
+        row = rows[records[case.index].name]
+        held_out = [word for word in words(row, "synonyms") if is_held_out(word, 0.5)]
+        assert held_out and case.prompts["unseen"] != case.prompts["caption"]
+        assert any(word in case.prompts["unseen"] for word in held_out) and row["name"] not in case.prompts["unseen"]
 
 
 def test_too_few_cases_are_refused():

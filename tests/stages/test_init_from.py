@@ -54,6 +54,18 @@ def change(a, b) -> float:
     return max((value - weights[name]).abs().max().item() for name, value in a.state_dict().items())
 
 
+def test_with_decoder_only_the_latents_stay_equal_bit_for_bit_while_the_decoder_learns(models, tmp_path):
+    arguments = [f"init_from={models}/sd1", PICTURES, f"run={tmp_path}/run", *STAGE_1]
+    run_here("train_autoencoder.py", *arguments, "decoder_only=true")
+    before, after = Autoencoder.load(models / "sd1"), Autoencoder.load(tmp_path / "run" / "model")
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        assert torch.equal(after.encode(images).moments, before.encode(images).moments)
+        assert not torch.equal(after.decode(torch.ones(1, 4, 4, 4)), before.decode(torch.ones(1, 4, 4, 4)))
+    with pytest.raises(SystemExit):
+        run_here("train_autoencoder.py", PICTURES, f"run={tmp_path}/other", "decoder_only=true")
+
+
 def test_stage_2_starts_from_a_model_with_nothing_but_a_folder_of_images(models, tmp_path, capsys):
     run_here("train_ldm.py", f"init_from={models}/sd2", PICTURES, f"run={tmp_path}/run", *FEW, "samples.every=2")
     assert f"--checkpoint {tmp_path}/run/model" in capsys.readouterr().out

@@ -240,6 +240,21 @@ def test_adamw8bit_stores_moments_of_one_byte_and_no_other_large_tensors():
     assert moments["absmax1"].numel() == model[2].weight.numel() // 256
 
 
+def test_the_rate_of_wsd_depends_on_the_number_of_steps_only_in_the_last_ones_where_it_falls_to_zero():
+    settings = config(warmup_steps=4, schedule="wsd", decay_steps=10)
+    short, long = ([learning_rate(settings, step, steps) for step in range(50)] for steps in (50, 1000))
+    assert short[:41] == long[:41] and set(long[4:]) == {0.1}
+    assert short[40:] == pytest.approx([0.1 * left / 10 for left in range(10, 0, -1)])
+
+
+def test_adamw_beside_muon_has_its_own_multiple_of_the_learning_rate():
+    model = wide()
+    optimizer = Optimizer([model], of_kind("muon", adamw_rate=0.25))
+    train(model, optimizer, range(1))
+    rates = [{group["lr"] for group in rule.param_groups} for rule in optimizer.rules]
+    assert rates == [{0.01}, {0.0025}]
+
+
 def test_a_kind_that_is_unknown_or_not_installed_is_refused_in_one_line(monkeypatch):
     with pytest.raises(ValueError, match="optimizer.kind 'adamv' is unknown; use one of adamw, adamw8bit, muon"):
         config(kind="adamv")

@@ -25,6 +25,10 @@ SCHEDULE = ["trainer.batch_size=10", "trainer.micro_batch_size=5", "trainer.log_
 CASES = {
     "stage 1, kl": [*STAGE_1, *SCHEDULE],
     "stage 1, vq": [*STAGE_1, *SCHEDULE, "autoencoder.regularizer=vq"],
+    "stage 1, linear start, muon": [
+        *(*STAGE_1, *SCHEDULE, "linear_start=12", "patch=16", "autoencoder.norm_num_groups=4"),
+        *("optimizer.kind=muon", "optimizer.schedule=wsd", "optimizer.decay_steps=3", "loss.colors=[1,1.5,3]"),
+    ],
     "stage 2": [*STAGE_2, *SCHEDULE, "data.flip=true", "data.crop=random"],
 }
 

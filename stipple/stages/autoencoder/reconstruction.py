@@ -8,11 +8,16 @@ from dataclasses import dataclass
 import torch
 
 from autoencoder import Autoencoder, LatentStatistics, latent_rgb
+from autoencoder.balance import balance
+from autoencoder.losses.color_axes import ExplainedVariance
 from autoencoder.losses.similarity import psnr, ssim
 from autoencoder.networks.vector_quantizer import perplexity, usage
 from stipple.training.trainer import Trainer
 from stipple_core.data.dataset import ImageDataset
 from stipple_core.images.images import grid, tensor_to_image
+from stipple_core.randomness import generator
+
+BALANCE_IMAGES = 32  # training images on which the sensitivity to latents is measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +38,18 @@ class AutoencoderValidationConfig:
 
 
 @torch.no_grad()
-def measure_scale(autoencoder: Autoencoder, dataset: ImageDataset, count: int, device: torch.device) -> Autoencoder:
-    """Copy the autoencoder, and scale its latents to unit scale, measured on `count` evenly spaced training images."""
+def measure_scale(
+    autoencoder: Autoencoder, dataset: ImageDataset, count: int, device: torch.device, degree: float = 0.0
+) -> Autoencoder:
+    """Copy the autoencoder, and scale its latents to unit scale, measured on `count` evenly spaced training images.
+
+    If `degree` is not 0, the latents are balanced first (`autoencoder.balance`).
+    """
     autoencoder = copy.deepcopy(autoencoder).eval()
+    if degree:
+        indices = torch.linspace(0, len(dataset) - 1, min(BALANCE_IMAGES, len(dataset))).long().tolist()
+        images = torch.stack([dataset[0, index].image for index in indices]).to(device)
+        balance(autoencoder, images, generator(dataset.seed, "balance"), degree)
     statistics = LatentStatistics(autoencoder.latent_channels)
     indices = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long().tolist()
     shown = []  # a few evenly spaced images, for the colors of previews
@@ -56,13 +70,15 @@ def measure_scale(autoencoder: Autoencoder, dataset: ImageDataset, count: int, d
 def validate(
     trainer: Trainer, autoencoder: Autoencoder, dataset: ImageDataset, config: AutoencoderValidationConfig
 ) -> None:
-    """Measure PSNR, SSIM, and KL or codebook usage on held-out images, and save a grid of reconstructions.
+    """Measure PSNR, SSIM, explained colors, and KL or codebook usage on held-out images, and save a grid of them.
 
-    The images are divided among the processes; every process has to call it.
+    The images are divided among the processes; every process has to call it. Explained colors are the fractions of the
+    variance of brightness and of the two color axes that reconstructions explain (`ExplainedVariance`).
     """
     count = min(config.images, len(dataset))
     counts = torch.zeros(autoencoder.config.codebook_size, dtype=torch.int64, device=trainer.device)
     sums = torch.zeros(4, dtype=torch.float64, device=trainer.device)  # psnr, ssim, kl, images
+    colors = ExplainedVariance()
     for index in range(trainer.rank, count, trainer.world):
         image = dataset.picture(index)
         if image is None:
@@ -72,11 +88,14 @@ def validate(
         decoded, posterior = reconstruction.images, reconstruction.posterior
         values = [psnr(images, decoded), ssim(images, decoded), posterior.kl()]
         sums += torch.cat([*values, torch.ones_like(values[0])])
+        colors.update(images, decoded)
         if reconstruction.indices is not None:
             counts += autoencoder.quantize.counts(reconstruction.indices)
     sums, counts = trainer.sum(sums), trainer.sum(counts)
+    colors.sums = trainer.sum(colors.sums.to(trainer.device)).cpu()
     means = (sums / sums[-1].clamp(min=1)).tolist()
     measured = {"validation_psnr": means[0], "validation_ssim": means[1]}
+    measured |= {f"validation_{name}": value for name, value in colors.fractions().items()}
     if autoencoder.config.regularizer == "vq":
         measured |= {"validation_usage": usage(counts), "validation_perplexity": perplexity(counts)}
     else:

@@ -54,6 +54,13 @@ class Ema:
         torch._foreach_lerp_(list(self.averages.values()), parameters, 1 - self.decay())
         self.updates += 1
 
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Start again from the current parameters."""
+        for name, p in self.parameters.items():
+            self.averages[name].copy_(self._copied(p))
+        self.updates = 0
+
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Within the block, the model has the averaged weights; afterwards it has its own again, bit for bit."""

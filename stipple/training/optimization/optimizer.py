@@ -107,7 +107,7 @@ class Optimizer:
             view.grad = None if p.grad is None else as_matrix(p.grad, p)
         for rule in self.rules:
             for group in rule.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group.get("factor", 1.0)
             rule.step()
         for view in self._views.values():
             view.grad = None

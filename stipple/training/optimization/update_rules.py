@@ -1,4 +1,4 @@
-"""The config of an optimizer, its learning rate, and the update rules: AdamW, 8-bit AdamW and Muon, from libraries."""
+"""The config of an optimizer, its learning rate, and the update rules: AdamW, 8-bit AdamW and Muon."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+
+from stipple.training.optimization.muon import Muon
 
 MIN_CHANNELS = 16  # a matrix with fewer on either side maps pixels, latents or logits: AdamW updates it, not Muon
 
@@ -25,7 +27,9 @@ class OptimizerConfig:
     weight_decay: float = 0.01  # of matrices and convolutions; biases and norms are not decayed
     epsilon: float = 1e-8  # of AdamW
     warmup_steps: int = 1000  # optimizer steps of linear warm-up
-    schedule: str = "constant"  # after the warm-up: constant, cosine or linear (both to zero at the last step)
+    schedule: str = "constant"  # after the warm-up: constant; cosine or linear, to zero at the last step; or wsd
+    decay_steps: int = 0  # of wsd (warm-up, stable, decay): the last steps, in which the rate falls linearly to zero
+    adamw_rate: float = 1.0  # of the parameters that AdamW updates beside Muon: learning rate, as a multiple of Muon's
     clip_norm: float = 1.0  # largest norm of the gradient of all parameters together; 0 does not clip
 
     def __post_init__(self):
@@ -36,23 +40,35 @@ class OptimizerConfig:
             raise ValueError(f"optimizer.betas {self.betas} must be two numbers, at least 0 and below 1")
         if self.warmup_steps < 0:
             raise ValueError(f"optimizer.warmup_steps {self.warmup_steps} must be at least 0; 0 is no warm-up")
-        if self.learning_rate < 0 or self.weight_decay < 0:
-            raise ValueError("optimizer.learning_rate and optimizer.weight_decay must not be negative")
+        for name in ("learning_rate", "weight_decay", "decay_steps", "adamw_rate"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"optimizer.{name} {getattr(self, name)} must not be negative; use at least 0")
 
 
 def _cosine(progress: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-SCHEDULES = {"constant": lambda progress: 1.0, "cosine": _cosine, "linear": lambda progress: 1 - progress}
+def _linear(progress: float) -> float:
+    return 1 - progress
+
+
+SCHEDULES = {"constant": lambda progress: 1.0, "cosine": _cosine, "linear": _linear, "wsd": _linear}
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """The learning rate of optimizer step `step` (from 0) of `steps`."""
+    """The learning rate of optimizer step `step` (from 0) of `steps`.
+
+    With wsd, the rate depends on `steps` only in the last `decay_steps`. Such a run can be made longer, or be ended,
+    at any time (Hu et al. 2024, arXiv:2404.06395, section 4).
+    """
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
-    return config.learning_rate * SCHEDULES[config.schedule](min(1.0, progress))
+    first = config.warmup_steps
+    if config.schedule == "wsd":
+        first = max(first, steps - config.decay_steps)
+    progress = (step - first) / max(1, steps - first)
+    return config.learning_rate * SCHEDULES[config.schedule](min(1.0, max(0.0, progress)))
 
 
 class Rules(NamedTuple):
@@ -100,8 +116,8 @@ def muon(modules: Sequence[nn.Module], config: OptimizerConfig) -> Rules:
     """Muon (Jordan et al. 2024) for matrices between hidden features, AdamW for all other parameters and embeddings.
 
     Its updates are scaled to the root mean square of AdamW's (Liu et al. 2025, arXiv:2502.16982), so that one learning
-    rate and one weight decay serve both. A convolution [O, C, h, w] is treated as a matrix [O, C h w], as its authors
-    do.
+    rate and one weight decay can serve both; `adamw_rate` gives AdamW another rate. As its authors do, a convolution
+    [O, C, h, w] is treated as a matrix [O, C h w].
     """
     parameters = trained(modules)
     embeddings = {id(m.weight) for module in modules for m in module.modules() if isinstance(m, nn.Embedding)}
@@ -112,10 +128,9 @@ def muon(modules: Sequence[nn.Module], config: OptimizerConfig) -> Rules:
     optimizers: list[torch.optim.Optimizer] = []
     if matrices:
         updated = [views.get(p, p) for p in matrices.values()]
-        options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-        optimizers.append(torch.optim.Muon(updated, **options, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(Muon(updated, config.learning_rate, config.weight_decay))
     if rest:
-        optimizers.append(_adamw(rest, config))
+        optimizers.append(_adamw(rest, config, config.adamw_rate))
     return Rules(optimizers, views)
 
 
@@ -126,8 +141,6 @@ def check_rule(kind: str) -> None:
     """Raise ValueError if the rule is unknown or its library is not installed."""
     if kind not in RULES:
         raise ValueError(f"optimizer.kind {kind!r} is unknown; use one of {', '.join(RULES)}")
-    if kind == "muon" and not hasattr(torch.optim, "Muon"):
-        raise ValueError(f"optimizer.kind muon needs torch 2.9 or later, this is {torch.__version__}; use adamw")
     if kind == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError("optimizer.kind adamw8bit needs bitsandbytes; pip install bitsandbytes, or use adamw")
 
@@ -156,9 +169,11 @@ def _columns(p: torch.Tensor) -> list[int]:
     return sorted(range(1, p.ndim), key=p.stride, reverse=True)
 
 
-def _adamw(parameters: Sequence[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    options = {"lr": config.learning_rate, "betas": tuple(config.betas), "eps": config.epsilon}
-    return torch.optim.AdamW(_groups(parameters, config), **options, fused=True)
+def _adamw(parameters: Sequence[nn.Parameter], config: OptimizerConfig, factor: float = 1.0) -> torch.optim.Optimizer:
+    """AdamW with `factor` times the learning rate of the run; `Optimizer` reads the factor from the groups."""
+    options = {"lr": config.learning_rate * factor, "betas": tuple(config.betas), "eps": config.epsilon}
+    groups = [{**group, "factor": factor} for group in _groups(parameters, config)]
+    return torch.optim.AdamW(groups, **options, fused=True)
 
 
 def _groups(parameters: Sequence[nn.Parameter], config: OptimizerConfig) -> list[dict]:

@@ -29,6 +29,8 @@ class DataConfig:
     image_size: int = 256  # pixels, both sides
     captions: list[str] = field(default_factory=lambda: ["{text}"])  # templates; repeat one to weight it; []: none
     where: dict[str, list[Any]] = field(default_factory=dict)  # use rows with one of these values; null: missing
+    # fraction of a column's values that no caption contains, for evaluation, such as {keywords: 0.25}
+    hold_out: dict[str, float] = field(default_factory=dict)
     crop: str = "center"  # or "random": where the longer side is cropped
     flip: bool = False  # mirror half of the images; do not use it with images of text
     validation: float = 0.02  # fraction held out, selected by a hash of the image's name
@@ -73,6 +75,9 @@ class DataConfig:
             ) from None
         if self.image_size < 1:
             raise ValueError(f"data.image_size is {self.image_size}; it must be at least 1 pixel")
+        for column, share in self.hold_out.items():
+            if not 0 <= share < 1:
+                raise ValueError(f"data.hold_out.{column} is {share}; it is a fraction, at least 0 and below 1")
         if not 0 <= self.validation < 1:
             raise ValueError(f"data.validation is {self.validation}; it is a fraction, at least 0 and below 1")
         for template in self.captions:

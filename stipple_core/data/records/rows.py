@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from stipple_core.data.records.captions import columns_of, expand
+from stipple_core.data.records.captions import columns_of, expand, fields_of
 from stipple_core.data.records.data_config import DataConfig
 from stipple_core.data.records.records import Record, RecordList, Records, Skip, Source
 from stipple_core.images.images import UnusableImage, read_size
@@ -31,8 +31,8 @@ def gather(images: Iterable[SourceImage | Skip], config: DataConfig) -> Records:
     """Make records of images in order, and split them into training and validation.
 
     Raises:
-        ValueError: no image is usable, more than `max_bad_fraction` are unusable, or a template or `where` names a
-            column that no row has.
+        ValueError: no image is usable, more than `max_bad_fraction` are unusable, or a template, `where` or
+            `hold_out` names a column that no row has.
     """
     train, validation, skipped, columns = RecordList(), RecordList(), [], set()
     for each in images:
@@ -85,7 +85,8 @@ def make_record(image: SourceImage, row: Mapping[str, Any], config: DataConfig) 
     if image.bytes == 0:
         return Skip(name, "empty file")
     try:
-        captions = [expand(template, columns_of(template), row) for template in config.captions]
+        shown = without_held_out(row, config.hold_out)
+        captions = [expand(template, fields_of(template), shown) for template in config.captions]
     except ValueError as error:
         return Skip(name, str(error))
     captions = tuple(filter(None, captions))
@@ -103,6 +104,22 @@ def make_record(image: SourceImage, row: Mapping[str, Any], config: DataConfig) 
     except UnusableImage as error:
         return Skip(name, str(error))
     return record
+
+
+def without_held_out(row: Mapping[str, Any], fractions: Mapping[str, float]) -> Mapping[str, Any]:
+    """Return a copy of a row without its held-out values (`is_held_out`); `fractions` is `data.hold_out`."""
+    copied = dict(row)
+    for column, fraction in fractions.items():
+        value = row.get(column)
+        values = value if isinstance(value, list) else [value]
+        shown = [each for each in values if not is_held_out(each, fraction)]
+        copied[column] = shown if isinstance(value, list) else next(iter(shown), None)
+    return copied
+
+
+def is_held_out(value: Any, fraction: float) -> bool:
+    """Whether a column's value is in the fraction that no caption contains; depends only on its text, ignoring case."""
+    return split_position(str(value).casefold()) < fraction
 
 
 def map_path(folder: str, name: str) -> str:
@@ -128,9 +145,9 @@ def _check_size(size: tuple[int, int], config: DataConfig) -> None:
 
 
 def _check_columns(config: DataConfig, columns: set[str]) -> None:
-    """Raise a ValueError if a template or `where` names a column that no row has, which is a spelling error."""
+    """Raise a ValueError if a template, `where` or `hold_out` names a column that no row has: a spelling error."""
     named = [(f"caption template {t!r}", column) for t in config.captions for column in columns_of(t)]
-    named += [("data.where", column) for column in config.where]
+    named += [(f"data.{name}", column) for name in ("where", "hold_out") for column in getattr(config, name)]
     for where, column in named:
         if columns and column not in columns:
             nearest = did_you_mean(column, columns, cutoff=0.6)
