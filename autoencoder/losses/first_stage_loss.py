@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from autoencoder.networks.posterior import Reconstruction
 from autoencoder.losses.color_axes import NAMES, along_axes
-from autoencoder.networks.regularizer import Reconstruction
+from autoencoder.networks.posterior import Reconstruction
 
 Perceptual = Callable[[Tensor, Tensor], Tensor]  # (images, reconstructions) -> [B]
 

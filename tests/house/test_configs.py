@@ -26,7 +26,7 @@ from ldm.sampling.settings import Settings
 from ldm.schedules.registry import make_schedule
 from stipple.stages.autoencoder.autoencoder_run import AutoencoderRunConfig
 from stipple.stages.ldm.ldm_run import LdmRunConfig, config_from_init
-from stipple.training.optimization.update_rules import SCHEDULES, learning_rate
+from stipple.training.optimization.update_rules import SCHEDULES
 from stipple_core.config import load_config, save_config
 
 ROOT = Path(__file__).parents[2]
@@ -186,7 +186,7 @@ def test_the_papers_first_stages_are_trained_as_in_the_paper(name):
     config, vq = read_autoencoder(name), name.startswith("vq")
     assert config.autoencoder.regularizer == name[:2]
     assert config.autoencoder.downsampling == int(name[4:])
-    assert learning_rate(config.optimizer, 0, 1) == pytest.approx(4.5e-6 * config.trainer.batch_size)
+    assert config.optimizer.rate(0, 1) == pytest.approx(4.5e-6 * config.trainer.batch_size)
     assert (config.optimizer.betas, config.optimizer.weight_decay, config.optimizer.clip_norm) == ([0.5, 0.9], 0, 0)
     starts = {"vq-f4": 0, "vq-f8": 1, "vq-f16": 250_001}
     assert config.discriminator_start == starts.get(name, 50_001)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from stipple.training.optimization.optimizer import Optimizer
-from stipple.training.optimization.update_rules import OptimizerConfig, learning_rate
+from stipple.training.optimization.update_rules import OptimizerConfig
 from stipple_core.files.training_state import load_state, save_state
 
 
@@ -38,18 +38,18 @@ def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 
 def test_the_learning_rate_rises_linearly_and_is_constant_afterwards():
-    rates = [learning_rate(config(warmup_steps=4), step, 100) for step in range(8)]
+    rates = [config(warmup_steps=4).rate(step, 100) for step in range(8)]
     assert rates == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1, 0.1, 0.1])
 
 
 @pytest.mark.parametrize(("schedule", "half"), [("cosine", 0.05), ("linear", 0.05), ("constant", 0.1)])
 def test_schedules_fall_to_zero_over_the_steps_after_the_warm_up(schedule, half):
     settings = config(warmup_steps=10, schedule=schedule)
-    rates = [learning_rate(settings, step, 110) for step in (10, 60, 110, 500)]
+    rates = [settings.rate(step, 110) for step in (10, 60, 110, 500)]
     assert rates[:2] == pytest.approx([0.1, half])
     assert rates[2:] == pytest.approx([0.1, 0.1] if schedule == "constant" else [0, 0])
     cosine = 0.05 * (1 + math.cos(math.pi * 0.25))
-    assert schedule != "cosine" or learning_rate(settings, 35, 110) == pytest.approx(cosine)
+    assert schedule != "cosine" or settings.rate(35, 110) == pytest.approx(cosine)
 
 
 def test_an_unknown_schedule_is_refused_with_a_list_of_schedules():
@@ -242,7 +242,7 @@ def test_adamw8bit_stores_moments_of_one_byte_and_no_other_large_tensors():
 
 def test_the_rate_of_wsd_depends_on_the_number_of_steps_only_in_the_last_ones_where_it_falls_to_zero():
     settings = config(warmup_steps=4, schedule="wsd", decay_steps=10)
-    short, long = ([learning_rate(settings, step, steps) for step in range(50)] for steps in (50, 1000))
+    short, long = ([settings.rate(step, steps) for step in range(50)] for steps in (50, 1000))
     assert short[:41] == long[:41] and set(long[4:]) == {0.1}
     assert short[40:] == pytest.approx([0.1 * left / 10 for left in range(10, 0, -1)])
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from autoencoder import Autoencoder, AutoencoderConfig
-from stipple.training.optimization.update_rules import learning_rate
+from stipple.training.optimization.update_rules import
 from stipple_core.files.checkpoint_folder import checkpoints
 from tests.helpers.line_runs import OPTIMIZER, Run
 from tests.helpers.tiny_runs import ROOT, STAGE_1, STAGE_2, differing, launch, losses, metrics, run_here, start
@@ -122,7 +122,7 @@ def test_a_run_of_two_processes_that_is_resumed_by_one_equals_a_run_of_one_proce
 
 def test_the_learning_rate_counts_optimizer_steps_for_any_number_of_processes(broken):
     rates = [line["rate"] for line in metrics(broken.folder)]
-    assert rates == pytest.approx([learning_rate(OPTIMIZER, step, STEPS) for step in range(STEPS)], rel=1e-6)
+    assert rates == pytest.approx([OPTIMIZER.rate(step, STEPS) for step in range(STEPS)], rel=1e-6)
 
 
 # -- longer runs of both stages --------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch import nn
 
-from stipple.training.optimization.update_rules import learning_rate
 from stipple.training.run_state import RunState
 from stipple.training.trainer import Trainer
 from stipple.training.trainer_config import TrainerConfig
@@ -73,7 +72,7 @@ def test_accumulated_micro_batches_equal_one_big_batch(micro, tmp_path):
 
 def test_learning_rate_and_average_count_optimizer_steps_not_micro_batches(tmp_path):
     run = Run(tmp_path, micro_batch_size=2).train()
-    assert run.rates[3::4] == [learning_rate(OPTIMIZER, step, 8) for step in range(8)]
+    assert run.rates[3::4] == [OPTIMIZER.rate(step, 8) for step in range(8)]
     assert run.ema.updates == 8 and run.trainer.step == 8
 
 

@@ -14,7 +14,6 @@ from stipple.training.optimization.update_rules import (
     OptimizerConfig,
     as_matrix,
     from_matrix,
-    learning_rate,
     trained,
 )
 
@@ -51,7 +50,7 @@ class Optimizer:
         """Clip the gradient, update the parameters, and clear the gradients; `norm` has to be finite."""
         if self.config.clip_norm > 0:
             nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip_norm, norm)
-        self._update(learning_rate(self.config, step, steps))
+        self._update(self.config.rate(step, steps))
         self.bad_steps = 0
         self.scaler.update()
         self._gradients.zero_grad(set_to_none=True)

@@ -1,9 +1,8 @@
-"""The config of an optimizer, its learning rate, and the update rules: AdamW, 8-bit AdamW and Muon."""
+"""The config of an optimizer, and the update rules: AdamW, 8-bit AdamW and Muon."""
 
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from stipple.training.optimization.learning_rate import SCHEDULES, scheduled_rate
 from stipple.training.optimization.muon import Muon
 
 MIN_CHANNELS = 16  # a matrix with fewer on either side maps pixels, latents or logits: AdamW updates it, not Muon
@@ -44,31 +44,9 @@ class OptimizerConfig:
             if getattr(self, name) < 0:
                 raise ValueError(f"optimizer.{name} {getattr(self, name)} must not be negative; use at least 0")
 
-
-def _cosine(progress: float) -> float:
-    return 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def _linear(progress: float) -> float:
-    return 1 - progress
-
-
-SCHEDULES = {"constant": lambda progress: 1.0, "cosine": _cosine, "linear": _linear, "wsd": _linear}
-
-
-def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """The learning rate of optimizer step `step` (from 0) of `steps`.
-
-    With wsd, the rate depends on `steps` only in the last `decay_steps`. Such a run can be made longer, or be ended,
-    at any time (Hu et al. 2024, arXiv:2404.06395, section 4).
-    """
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    first = config.warmup_steps
-    if config.schedule == "wsd":
-        first = max(first, steps - config.decay_steps)
-    progress = (step - first) / max(1, steps - first)
-    return config.learning_rate * SCHEDULES[config.schedule](min(1.0, max(0.0, progress)))
+    def rate(self, step: int, steps: int) -> float:
+        """The learning rate of optimizer step `step` (from 0) of `steps`, see `scheduled_rate`."""
+        return scheduled_rate(self.schedule, self.learning_rate, step, steps, self.warmup_steps, self.decay_steps)
 
 
 class Rules(NamedTuple):
