@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             found = {}
             for memory in options.memory:
                 case = ["--sizes", size, "--memory", memory, "--workdir", workdir]
-                found[memory] = contend("large_pictures", *case, *flags)
+                found[memory] = contend("speed.large_pictures", *case, *flags)
                 contest.note(f"{options.way} {size}, {memory} GiB: {found[memory]}")
             far = compare(workdir, options.memory)
         print(f"\n{options.way} {size} x {size}\n\n{HEADER}")

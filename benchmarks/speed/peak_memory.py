@@ -115,7 +115,7 @@ def race(case: str, folder: str, options: argparse.Namespace) -> dict[str, list[
     for _ in range(options.rounds):
         results = {}
         for name in names:
-            found = contend("peak_memory", "--contender", name, "--cases", case, *flags)
+            found = contend("speed.peak_memory", "--contender", name, "--cases", case, *flags)
             peaks[name].append(found["peak"])
             results[name] = found["result"]
             contest.note(f"{case}, {name}: {found['peak']:.0f} MiB, result {found['result']:.5g}")
@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.contender is not None:
         print(json.dumps(child(options)))
         return
-    folder = contend("model_folder", "--workdir", options.workdir, *["--tiny"] * options.tiny)["folder"]
+    folder = contend("shared.model_folder", "--workdir", options.workdir, *["--tiny"] * options.tiny)["folder"]
     peaks = {case: race(case, folder, options) for case in options.cases}
     print(f"\nPeak memory, batch {options.batch}\n\n{table(peaks)}\n\n{contest.machine(options.threads)}")
 

@@ -85,7 +85,7 @@ def race(name: str, options: argparse.Namespace) -> dict[str, contest.Times]:
     for number in range(options.rounds):
         losses = {}
         for contender in list(times)[:: -1 if number % 2 else 1]:
-            found = contend("training_step", "--contender", contender, *flags)
+            found = contend("speed.training_step", "--contender", contender, *flags)
             times[contender].add(found["wall"], found["cpu"])
             losses[contender] = found["loss"]
             contest.note(f"{name}, {contender}: {found}")

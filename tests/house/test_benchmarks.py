@@ -48,7 +48,7 @@ def test_a_benchmark_prints_a_table_with_a_ratio(name, same_process, tmp_path_fa
     flags = ["--tiny", "--rounds", "1", "--threads", str(threads), *RACES[name]]
     if name in FOLDER:
         flags += ["--workdir", str(tmp_path_factory.getbasetemp() / "benchmarks")]
-    importlib.import_module(f"benchmarks.{name}").main(flags)
+    importlib.import_module(f"benchmarks.speed.{name}").main(flags)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert "ratio: ours / " in lines[0]
     assert any(row.startswith(("| ours", "| all", "| unet:8 | ours")) for row in lines[2:])

@@ -184,7 +184,7 @@ def test_settings_that_do_not_fit_the_model_are_one_line(models, tmp_path, capsy
     assert "unet.norm_eps" in error_of(sd1, "unet.norm_eps=1e-6")
     assert "this model is unconditional; leave it empty" in error_of(f"init_from={models}/unconditional")
     assert "has no null class" in error_of(f"init_from={models}/no null")
-    assert "give its YAML, which says num_heads (stipple convert" in error_of(f"init_from={models}/class.safetensors")
+    assert "which has num_heads (stipple convert" in error_of(f"init_from={models}/class.safetensors")
     assert "nowhere does not exist" in error_of(f"init_from={tmp_path}/nowhere")
     assert "init_from" in error_of("init_from=5", "autoencoder=x")
     assert not list(tmp_path.glob("run*/model"))

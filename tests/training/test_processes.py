@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from autoencoder import Autoencoder, AutoencoderConfig
-from stipple.training.optimization.update_rules import
 from stipple_core.files.checkpoint_folder import checkpoints
 from tests.helpers.line_runs import OPTIMIZER, Run
 from tests.helpers.tiny_runs import ROOT, STAGE_1, STAGE_2, differing, launch, losses, metrics, run_here, start

@@ -171,7 +171,7 @@ def test_a_file_with_averages_is_read_without_what_they_replace(files, yaml, tmp
         return read[-1]
 
     monkeypatch.setattr(ldm.formats.single_file, "read_weights", reading)
-    monkeypatch.setattr("autoencoder.autoencoder.read_weights", reading)
+    monkeypatch.setattr("autoencoder.formats.autoencoder_folder.read_weights", reading)
     opened = open_single_file(tmp_path / "x.safetensors", yaml)
     Autoencoder.load(tmp_path / "x.safetensors")
     whole, stage = (set(names) for names in read)

@@ -58,7 +58,7 @@ def test_many_langevin_steps_forget_where_they_began_and_leave_the_bias_of_their
     walk = torch.tensor([schedule.time(1.5), schedule.time(1.0)])
     alpha, sigma = levels(schedule, walk[1])
     variance = (alpha * GAUSSIAN.stds[0]) ** 2 + sigma**2
-    monkeypatch.setattr("moments.DRAWS_PER_STEP", 250)
+    monkeypatch.setattr("tests.helpers.moments.DRAWS_PER_STEP", 250)
     found = moments(
         langevin, denoiser_of(GAUSSIAN, schedule), schedule, walk, 3.0, 2.0, monkeypatch,
         corrections=400, step_size=step_size,

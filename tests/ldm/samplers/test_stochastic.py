@@ -366,7 +366,7 @@ def test_wrong_options_raise_a_message_that_names_the_error():
     asked = (lambda z, t: z, torch.ones(1, 1), times(schedule, 2), schedule, seeds(1))
     for run, options, message in (
         (ddpm, {"variance": "medium"}, "unknown variance 'medium'; use one of small, large, learned"),
-        (ddpm, {"variance": "learned"}, "needs a network that says it; use small or large"),
+        (ddpm, {"variance": "learned"}, "requires a network that outputs it; use small or large"),
         (heun, {"churn": -1.0}, "churn -1.0 must be at least 0"),
         (heun, {"churn": math.nan}, "churn nan must be at least 0"),
         (restart, {"restarts": -1}, "restarts -1 must be at least 0"),
