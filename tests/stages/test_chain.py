@@ -98,7 +98,8 @@ def test_stage_1_reports_the_metrics_of_its_regularizer(chain):
     assert [line["step"] for line in validations] == [4, 8]
     expected = {"kl": {"validation_kl"}, "vq": {"validation_usage", "validation_perplexity"}}[chain.kind]
     for line in validations:
-        assert line.keys() == {"step", "validation_psnr", "validation_ssim"} | expected
+        axes = {"validation_brightness", "validation_red_blue", "validation_green_magenta"}
+        assert line.keys() == {"step", "validation_psnr", "validation_ssim"} | axes | expected
     revivals = [line["step"] for line in metrics(chain.folder / "autoencoder") if "codes_revived" in line]
     assert revivals == ([2, 4, 6, 8] if chain.kind == "vq" else [])
 
