@@ -4,8 +4,9 @@ from conditioning.classes.class_conditioner import ClassConditioner, Uncondition
 from conditioning.conditioners import ConditionerConfig, build_conditioner, load_conditioner
 from conditioning.encoders.scratch import TransformerConfig
 from conditioning.formats.compvis_conditioner import conditioner_from_compvis, conditioner_to_compvis
+from conditioning.interface.caption_dropout import drop_context
 from conditioning.interface.conditioner import Conditioner
-from conditioning.interface.context import Context, drop_context
+from conditioning.interface.context import Context
 from conditioning.interface.inputs import ConditionInputs
 from conditioning.interface.tokens import Tokens
 from conditioning.text.text_conditioner import TextConditioner

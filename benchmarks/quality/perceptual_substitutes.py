@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from autoencoder import Autoencoder, AutoencoderConfig, DiscriminatorConfig, PatchDiscriminator
-from autoencoder.losses.first_stage_loss import LossConfig, discriminator_loss, feature_matching, generator_loss
+from autoencoder.losses.adversarial_loss import discriminator_loss, feature_matching
+from autoencoder.losses.generator_loss import LossConfig, generator_loss
 from autoencoder.losses.perceptual import PerceptualConfig, make_perceptual
 from autoencoder.losses.similarity import psnr, ssim
 from autoencoder.losses.trained_features import FeatureConfig, train_features

@@ -105,14 +105,6 @@ class Context:
         return Context(**{name: None if x is None else join(x, y) for name, (x, y) in joined.items()})
 
 
-def drop_context(context: Context, null: Context, drop: Tensor) -> Context:
-    """Replace members by the null context (batch 1) where `drop` [B] bool is True.
-
-    With it one network learns both the conditional and the unconditional score (Ho & Salimans 2022, algorithm 1).
-    """
-    return context.where(~drop, null)
-
-
 def concatenate(contexts: Sequence[Context]) -> Context:
     """Concatenate contexts along the batch; all must have the same fields and number of tokens."""
     present = [name for name in FIELDS if getattr(contexts[0], name) is not None]

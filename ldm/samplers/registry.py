@@ -11,9 +11,10 @@ import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from ldm.samplers.heun import heun
 from ldm.samplers.langevin import langevin, predictor_corrector
 from ldm.samplers.multistep import deis, dpmpp_2m, dpmpp_3m, lms, pndm, unipc
-from ldm.samplers.onestep import ddim, ddpm, euler, euler_ancestral, heun
+from ldm.samplers.onestep import ddim, ddpm, euler, euler_ancestral
 from ldm.samplers.probability_flow import ode
 from ldm.samplers.singlestep import dpm2, dpmpp_2s
 from ldm.samplers.spacing import TimeDefaults

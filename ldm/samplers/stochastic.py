@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ldm.samplers.heun import heun_step
 from ldm.samplers.interpolation import MIDDLE, mean_between, moments, usable
-from ldm.samplers.onestep import heun_step
 from ldm.samplers.spacing import KARRAS_RHO
 from ldm.samplers.steps import (
     Denoise,

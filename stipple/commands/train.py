@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from conditioning.interface.context import drop_context
+from conditioning.interface.caption_dropout import drop_context
 from ldm.denoising.denoiser import Denoiser
 from ldm.formats.model_parts import ModelParts
 from ldm.losses.time_density import Importance, make_density

@@ -17,7 +17,8 @@ import torch
 from accelerate import PartialState
 
 from autoencoder import Autoencoder
-from autoencoder.losses.first_stage_loss import discriminator_loss, generator_loss
+from autoencoder.losses.adversarial_loss import discriminator_loss
+from autoencoder.losses.generator_loss import generator_loss
 from stipple.cli.training_arguments import read_arguments
 from stipple.stages.autoencoder.adversary import discriminate
 from stipple.stages.autoencoder.autoencoder_parts import (

@@ -4,14 +4,8 @@ import pytest
 import torch
 
 from autoencoder import Autoencoder, AutoencoderConfig, DiscriminatorConfig, PatchDiscriminator
-from autoencoder.losses.first_stage_loss import (
-    Adversary,
-    LossConfig,
-    adaptive_weight,
-    discriminator_loss,
-    feature_matching,
-    generator_loss,
-)
+from autoencoder.losses.adversarial_loss import Adversary, adaptive_weight, discriminator_loss, feature_matching
+from autoencoder.losses.generator_loss import LossConfig, generator_loss
 
 SMALL = dict(block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, codebook_size=64)
 

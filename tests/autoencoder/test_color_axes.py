@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from autoencoder.losses.color_axes import AXES, ExplainedVariance, along_axes
-from autoencoder.losses.first_stage_loss import LossConfig, pixel_error
+from autoencoder.losses.generator_loss import LossConfig, pixel_error
 
 
 def colored(red: float, green: float, blue: float) -> torch.Tensor:

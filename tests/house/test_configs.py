@@ -26,7 +26,7 @@ from ldm.sampling.settings import Settings
 from ldm.schedules.registry import make_schedule
 from stipple.stages.autoencoder.autoencoder_run import AutoencoderRunConfig
 from stipple.stages.ldm.ldm_run import LdmRunConfig, config_from_init
-from stipple.training.optimization.update_rules import SCHEDULES
+from stipple.training.optimization.learning_rate import SCHEDULES
 from stipple_core.config import load_config, save_config
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from autoencoder import PatchDiscriminator
-from autoencoder.losses.first_stage_loss import Adversary, LossConfig
+from autoencoder.losses.adversarial_loss import Adversary
+from autoencoder.losses.generator_loss import LossConfig
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Any
 
 from autoencoder import Autoencoder, AutoencoderConfig, DiscriminatorConfig
 from autoencoder.linear_start import check_room
-from autoencoder.losses.first_stage_loss import LossConfig
+from autoencoder.losses.generator_loss import LossConfig
 from autoencoder.losses.perceptual import PerceptualConfig
 from stipple.stages.autoencoder.reconstruction import AutoencoderValidationConfig
 from stipple.stages.data.init_model import InitModel

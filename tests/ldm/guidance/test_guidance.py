@@ -12,7 +12,7 @@ from ldm.denoising.denoiser import Denoiser
 from ldm.denoising.prediction import PREDICTIONS
 from ldm.guidance.base import autoguidance, classifier_free, composed, extrapolate, in_interval, rescaled
 from ldm.guidance.thresholding import thresholded
-from ldm.samplers.onestep import heun
+from ldm.samplers.heun import heun
 from ldm.samplers.spacing import times
 from ldm.samplers.steps import initial_noise
 from tests.helpers.oracles import SCHEDULES

@@ -11,7 +11,8 @@ import torch
 
 from ldm.denoising.denoiser import Denoiser
 from ldm.denoising.learned_variance import LearnedVariance
-from ldm.samplers.onestep import ddim, ddpm, euler, euler_ancestral, heun
+from ldm.samplers.heun import heun
+from ldm.samplers.onestep import ddim, ddpm, euler, euler_ancestral
 from ldm.samplers.registry import SAMPLERS
 from ldm.samplers.spacing import times
 from ldm.samplers.steps import initial_noise, noise_like
