@@ -1,4 +1,4 @@
-"""The losses of the autoencoder and of its discriminator (Rombach et al. 2022, eq. 25).
+"""The loss of the autoencoder (Rombach et al. 2022, eq. 25).
 
 LDM sums the reconstruction error over the pixels of a sample. Here it is the mean, and the KL term is divided by the
 number of pixel values. This has the same optimum and balance of terms, but does not depend on the image size.
