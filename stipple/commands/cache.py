@@ -137,9 +137,8 @@ def cache(config: LdmRunConfig, arguments: Sequence[str], init: InitModel[ModelP
     records = scan(config.data)
     init = (init or InitModel(open_init)).open(config.init_from)
     autoencoder, conditioner = make_autoencoder(config, init), make_conditioner(config, init, records)
-    folder = RunFolder(
-        config.cache, keep=2
-    )  # locked while this function runs, so that one run at a time fills the cache
+    # locked while this function runs, so that one run at a time fills the cache
+    folder = RunFolder(config.cache, keep=2, accepts_signals=False)
     if state.is_main_process:
         folder.take()
     writer = open_writer(config, records, autoencoder, conditioner, state)

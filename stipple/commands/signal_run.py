@@ -25,7 +25,7 @@ def send(run: str, request: str) -> int:
     """Send a request to the process that uses a run folder; return the process.
 
     Raises:
-        ValueError: no run uses the folder, or one on another machine does.
+        ValueError: no run uses the folder, or one on another machine does, or its process handles no requests.
     """
     from stipple.training.run.run_folder import LOCK, holder, in_use
 
@@ -35,9 +35,14 @@ def send(run: str, request: str) -> int:
         raise ValueError(f"no training uses {run}; it has ended, or it has not started")
     process = holder(run)
     if process.pid is None:
-        raise ValueError(f"{run} is used by an older version of Stipple, which does not say by which process")
+        raise ValueError(f"{run} is used by a process that its lock file does not name; send that process a signal")
     if process.host != socket.gethostname():
         raise ValueError(f"{run} is used by {process}, and this is {socket.gethostname()}; run the command there")
+    if not process.accepts_signals:
+        stop = "to stop it, press Ctrl-C there; it continues when you start it again"
+        raise ValueError(
+            f"{run} is used by {process}, which is no training and saves each part that is complete; {stop}"
+        )
     try:
         os.kill(process.pid, SIGNALS[request])
     except ProcessLookupError:

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from stipple.cli.accelerate_settings import AccelerateSettings
-from stipple.commands import signal_run
+from stipple.commands import cache, signal_run
 from stipple.training.run.run_folder import Holder, RunFolder, holder
-from tests.helpers.tiny_runs import ROOT, SETTINGS, STAGE_1, run_here
+from tests.helpers.tiny_runs import CACHE, ROOT, SETTINGS, STAGE_1, run_here
 
 LAUNCHER = """
 import os, sys
@@ -189,8 +189,40 @@ def test_the_lock_names_the_process_and_a_lock_of_another_host_is_not_signalled(
     with pytest.raises(ValueError, match="is used by process 1 on elsewhere, and this is .*; run the command there"):
         signal_run.send(str(tmp_path), "stop")
     (tmp_path / ".lock").write_text("")
-    with pytest.raises(ValueError, match="older version of Stipple"):
+    with pytest.raises(ValueError, match="used by a process that its lock file does not name"):
         signal_run.send(str(tmp_path), "stop")
+
+
+def test_the_lock_of_an_earlier_version_has_no_accepts_signals_and_belongs_to_a_training(tmp_path):
+    (tmp_path / ".lock").write_text(json.dumps({"pid": 7, "host": "here"}))
+    assert holder(tmp_path) == Holder(7, "here", accepts_signals=True)
+
+
+@pytest.mark.parametrize("action", ["save", "stop"])
+def test_a_process_that_handles_no_requests_is_not_signalled(action, tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path, 2, accepts_signals=False)
+    folder.take()
+    assert holder(tmp_path) == Holder(os.getpid(), socket.gethostname(), accepts_signals=False)
+    monkeypatch.setattr(os, "kill", lambda *arguments: pytest.fail(f"kill{arguments}"))
+    with pytest.raises(ValueError, match=f"is used by process {os.getpid()} on .*, which is no training .*Ctrl-C"):
+        signal_run.send(str(tmp_path), action)
+
+
+@pytest.mark.usefixtures("settings_of_runs")
+def test_stipple_cache_locks_its_folder_as_a_process_that_handles_no_requests(autoencoder, tmp_path, monkeypatch):
+    locks = []
+
+    class Stop(Exception):
+        pass
+
+    def open_writer(config, *_: object) -> None:
+        locks.append(holder(config.cache))
+        raise Stop
+
+    monkeypatch.setattr(cache, "open_writer", open_writer)
+    with pytest.raises(Stop):
+        run_here(*CACHE, f"cache={tmp_path / 'cache'}", f"autoencoder={autoencoder}")
+    assert locks == [Holder(os.getpid(), socket.gethostname(), accepts_signals=False)]
 
 
 def test_processes_on_the_cpu_find_each_other_through_the_environment(monkeypatch):

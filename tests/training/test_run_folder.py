@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from stipple.training.distributed.collective import ReportedByMain
-from stipple.training.run.run_folder import RunFolder, disk_errors
+from stipple.training.run.run_folder import Holder, RunFolder, disk_errors, in_use
+from stipple.training.run.run_folder import holder as lock_holder
 
 
 def forked(act: Callable[[], None]) -> int:
@@ -70,6 +71,30 @@ def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatc
     RunFolder(tmp_path, 2).take()
     message = capsys.readouterr().err
     assert message.startswith(f"warning: {tmp_path} can't be locked (No locks available)") and message.count("\n") == 1
+
+
+def test_without_locks_a_second_run_leaves_the_name_of_the_first_in_the_lock_file(tmp_path, monkeypatch):
+    (tmp_path / ".lock").write_text('{"pid": 7, "host": "here"}')
+
+    def unknown(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", unknown)
+    RunFolder(tmp_path, 2).take()
+    assert (tmp_path / ".lock").read_text() == '{"pid": 7, "host": "here"}'
+
+
+def test_a_folder_is_locked_although_the_full_disk_has_no_space_for_the_name_of_the_process(tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    folder = RunFolder(tmp_path, 2)
+    monkeypatch.setattr(os, "write", full)
+    folder.take()
+    monkeypatch.undo()
+    assert in_use(tmp_path) and lock_holder(tmp_path) == Holder(None, None)
+    with pytest.raises(ValueError, match="is in use by another run, an unknown process; wait for it"):
+        RunFolder(tmp_path, 2).take()
 
 
 def test_a_full_disk_ends_a_run_in_one_line(tmp_path, capsys):

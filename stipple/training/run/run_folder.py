@@ -12,7 +12,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,10 +27,17 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class RunFolder:
-    """The files of a run, for its main process; nothing is written before `take`."""
+    """The files of a run, for its main process; nothing is written before `take`.
 
-    def __init__(self, path: str | Path, keep: int, product: str = "model"):
-        self.path, self.keep, self._product = Path(path), keep, product
+    Args:
+        path: the folder.
+        keep: the number of checkpoints that `prune` leaves.
+        product: the name of the folder in it for the trained model, or for the trained part of one.
+        accepts_signals: whether the process handles the signals of `stipple signal`; written into the lock file.
+    """
+
+    def __init__(self, path: str | Path, keep: int, product: str = "model", accepts_signals: bool = True):
+        self.path, self.keep, self._product, self._accepts_signals = Path(path), keep, product, accepts_signals
         self._lock: IO | None = None
         self._created: list[Path] = []  # by `take`, the innermost first
 
@@ -59,9 +66,8 @@ class RunFolder:
         except OSError as error:
             message = f"{self.path} can't be locked ({error.strerror})"
             print(f"warning: {message}; make sure that no other run uses it", file=sys.stderr)
-        lock.truncate(0)
-        lock.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
-        lock.flush()
+        else:
+            _write_holder(lock.fileno(), Holder(os.getpid(), socket.gethostname(), self._accepts_signals))
         os.register_at_fork(after_in_child=_closing(weakref.ref(lock)))  # workers may outlive this process
         self._lock = lock
 
@@ -131,20 +137,28 @@ class RunFolder:
 class Holder:
     """The process that last held the lock of a run folder."""
 
-    pid: int | None
+    pid: int | None  # None: the lock file names no process
     host: str | None
+    accepts_signals: bool = True  # handles the signals of `stipple signal`
 
     def __str__(self) -> str:
-        return "of an older version of Stipple" if self.pid is None else f"process {self.pid} on {self.host}"
+        return "an unknown process" if self.pid is None else f"process {self.pid} on {self.host}"
 
 
 def holder(folder: str | Path) -> Holder:
     """Return the process that the lock file of a run folder names."""
     try:
         values = json.loads((Path(folder) / LOCK).read_text(encoding="utf-8"))
-        return Holder(int(values["pid"]), str(values["host"]))
-    except (OSError, ValueError, TypeError, KeyError):
+        return Holder(int(values["pid"]), str(values["host"]), bool(values.get("accepts_signals", True)))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return Holder(None, None)
+
+
+def _write_holder(lock: int, process: Holder) -> None:
+    """Write a process into its open lock file. The name is only information, so a full disk is no error."""
+    with suppress(OSError):
+        os.ftruncate(lock, 0)
+        os.write(lock, json.dumps(asdict(process)).encode())  # without a buffer, which would be written again later
 
 
 def in_use(folder: str | Path) -> bool:
