@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from stipple_core.files.atomic import writing
 from stipple_core.files.json_file import read_json
 
 FORMAT = 2
@@ -57,6 +58,12 @@ def as_json(key: Mapping[str, Any]) -> dict[str, Any]:
 def read_cache_json(path: str) -> dict[str, Any]:
     """Read a JSON file of a cache. Raises FileNotFoundError, or ValueError if it is damaged."""
     return read_json(path, fix="delete it, and run stipple cache again")
+
+
+def write_cache_json(value: Mapping[str, Any], path: str) -> None:
+    """Write a JSON file of a cache, in the order of the entries; atomically and durably."""
+    with writing(path, "w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=1))
 
 
 def check_key(folder: str, stored: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

@@ -12,7 +12,6 @@ import torch
 
 from stipple_core.data.records.records import Record, fingerprints
 from stipple_core.files.hashing import file_sha256
-from stipple_core.files.json_file import write_json
 from stipple_core.latent_cache.arrays import pack, save_array, save_ragged
 from stipple_core.latent_cache.cache_files import (
     FORMAT,
@@ -22,6 +21,7 @@ from stipple_core.latent_cache.cache_files import (
     parts,
     read_cache_json,
     row_sum,
+    write_cache_json,
 )
 
 DTYPES = ("float32", "float16")
@@ -74,7 +74,7 @@ class LatentCacheWriter:
         if os.path.exists(path):
             check_key(folder, read_cache_json(path), self.key)
         else:
-            write_json(self.key, path)
+            write_cache_json(self.key, path)
 
     def missing(self, kind: str) -> list[range]:
         """This process's incomplete parts: for "moments" ranges of records, for "contexts" ranges of `.captions`."""
@@ -144,7 +144,7 @@ class LatentCacheWriter:
             os.remove(leftover)
         index = {"format": FORMAT, "records": len(self.records), "captions": len(self.captions)}
         index |= {"contexts": self.contexts, "flips": flips, "channels": channels}
-        write_json(index, os.path.join(self.folder, "index.json"))
+        write_cache_json(index, os.path.join(self.folder, "index.json"))
 
     def _save_captions(self) -> None:
         numbers = {caption: number for number, caption in enumerate(self.captions)}
@@ -175,7 +175,7 @@ class LatentCacheWriter:
 
     def _complete(self, kind: str, part: range, more: dict[str, Any]) -> None:
         marker = {"stop": part.stop, "sha256": self._sums(kind, part), **more}
-        write_json(marker, self._path(kind, part) + ".json")
+        write_cache_json(marker, self._path(kind, part) + ".json")
 
     def _marker(self, kind: str, part: range) -> dict[str, Any]:
         path = self._path(kind, part) + ".json"

@@ -313,3 +313,17 @@ def test_the_index_counts_records_and_captions(tmp_path):
     index = json.loads((tmp_path / "index.json").read_text())
     assert index == {"format": 2, "records": 42, "captions": 103, "contexts": True, "flips": 2, "channels": 3}
     assert np.flatnonzero(np.load(tmp_path / "sizes.npy")[:, 0] == 0).tolist() == [3, 40]
+
+
+def test_json_files_of_a_cache_have_the_format_of_earlier_versions(tmp_path):
+    """One space of indentation, entries in the order in which they were computed, no newline at the end."""
+    make_cache(tmp_path)
+    orders = {
+        "key.json": ["pictures", "captions", *KEY, "moments_dtype", "part_size"],
+        "index.json": ["format", "records", "captions", "contexts", "flips", "channels"],
+        "moments-00000016.json": ["stop", "sha256", "flips", "channels", "sizes", "row_sums"],
+        "contexts-00000000.json": ["stop", "sha256", "row_sums"],
+    }
+    for name, order in orders.items():
+        text = (tmp_path / name).read_text()
+        assert text == json.dumps(json.loads(text), indent=1) and list(json.loads(text)) == order
