@@ -22,7 +22,7 @@ from conditioning.interface.conditioner import Conditioner
 from ldm.formats.model_parts import ModelParts
 from stipple.cli.training_arguments import read_arguments
 from stipple.stages.data.data_check import bucketed
-from stipple.stages.data.init_model import InitModel
+from stipple.stages.init_model import InitModel
 from stipple.stages.ldm.build_model import make_autoencoder, make_conditioner
 from stipple.stages.ldm.ldm_run import LdmRunConfig, config_from_init, open_init
 from stipple.stages.ldm.run_cache import MOMENTS_DTYPES, cache_key, caches_contexts

@@ -20,8 +20,8 @@ from ldm.denoising.denoiser import Denoiser
 from ldm.formats.model_parts import ModelParts
 from ldm.losses.time_density import Importance, make_density
 from stipple.cli.training_arguments import read_arguments
-from stipple.stages.data.init_model import InitModel
 from stipple.stages.data.run_data import RunData
+from stipple.stages.init_model import InitModel
 from stipple.stages.ldm.batch_encoder import BatchEncoder
 from stipple.stages.ldm.denoiser_validation import SamplePrompts, draw_samples, update_density, validate
 from stipple.stages.ldm.diffusion_batch import DiffusionBatch

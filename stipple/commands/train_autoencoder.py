@@ -31,8 +31,8 @@ from stipple.stages.autoencoder.autoencoder_parts import (
 from stipple.stages.autoencoder.autoencoder_run import AutoencoderRunConfig, config_from_init
 from stipple.stages.autoencoder.reconstruction import measure_scale, validate
 from stipple.stages.data.data_check import DataCheck
-from stipple.stages.data.init_model import InitModel
 from stipple.stages.data.run_data import RunData
+from stipple.stages.init_model import InitModel
 from stipple.training.run.run_folder import disk_errors
 from stipple.training.trainer import Trainer
 from stipple_core.config import load_config, one_line_errors, to_dict

@@ -53,6 +53,7 @@ ROOMS = [
     "stipple/training/optimization",
     "stipple/training/run",
     "stipple/training",
+    "stipple/stages",
     "stipple/stages/data",
     "stipple/stages/autoencoder",
     "stipple/stages/ldm",

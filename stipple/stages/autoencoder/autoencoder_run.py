@@ -10,8 +10,8 @@ from autoencoder.linear_start import check_room
 from autoencoder.losses.generator_loss import LossConfig
 from autoencoder.losses.perceptual import PerceptualConfig
 from stipple.stages.autoencoder.reconstruction import AutoencoderValidationConfig
-from stipple.stages.data.init_model import InitModel
 from stipple.stages.data.run_settings import check_run
+from stipple.stages.init_model import InitModel
 from stipple.training.optimization.ema import EmaConfig
 from stipple.training.optimization.update_rules import OptimizerConfig
 from stipple.training.trainer_config import TrainerConfig

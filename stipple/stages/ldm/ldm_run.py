@@ -16,8 +16,8 @@ from ldm.networks.unet_config import UNetConfig
 from ldm.sampling.defaults import default_settings
 from ldm.schedules.base import ScheduleConfig
 from ldm.schedules.registry import make_schedule
-from stipple.stages.data.init_model import InitModel
 from stipple.stages.data.run_settings import check_run
+from stipple.stages.init_model import InitModel
 from stipple.stages.ldm.denoiser_validation import LdmValidationConfig, SamplesConfig
 from stipple.stages.ldm.distillation import DistillationConfig, student_samples
 from stipple.stages.ldm.trainable import InversionConfig, LoraConfig
