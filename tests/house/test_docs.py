@@ -15,6 +15,13 @@ CODE_PATH = re.compile(r"`((?:stipple|stipple_core|ldm|autoencoder|conditioning|
 COMMAND = re.compile(r"^ *(?:\$ )?stipple +([\w-]+)", re.MULTILINE)
 
 
+FILE = re.compile(
+    r"(?<![\w/.-])((?:stipple|stipple_core|ldm|autoencoder|conditioning|tests|benchmarks|docs|configs)/[\w/-]+\.(?:py|md|yaml))\b"
+)
+OF_THE_SHELL = ("stipple: command not found",)
+PACKAGES = ("stipple", "stipple_core", "ldm", "autoencoder", "conditioning", "benchmarks", "tests")
+
+
 def page(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
@@ -45,6 +52,17 @@ def test_code_that_a_page_names_exists(path):
     assert not [name for name in absent if "NAME" not in name and name not in recipes]
 
 
+def test_files_that_modules_and_configs_name_exist():
+    modules = [*ROOT.glob("*.py"), *(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))]
+    absent = [
+        f"{page(path)}: {name}"
+        for path in [*modules, *ROOT.glob("configs/**/*.yaml"), ROOT / "setup.cfg"]
+        for name in FILE.findall(path.read_text("utf-8"))
+        if not (ROOT / name).exists() and "KIND" not in name  # a placeholder
+    ]
+    assert not absent, "\n".join(absent)
+
+
 @pytest.mark.parametrize("path", PAGES, ids=page)
 def test_commands_of_a_page_exist(path):
     assert set(COMMAND.findall(path.read_text("utf-8"))) <= {*DRAWING, *TRAINING, *OTHERS, "COMMAND"}
@@ -54,6 +72,21 @@ def test_every_recipe_is_in_the_page_of_recipes():
     text = (ROOT / "docs/recipes.md").read_text("utf-8")
     recipes = {file.stem for file in ROOT.glob("configs/*/*.yaml") if file.parent.name != "accelerate"}
     assert not {name for name in recipes if not re.search(rf"\b{re.escape(name)}`", text)}
+
+
+def test_the_readme_states_the_number_of_recipes():
+    recipes = [file for file in ROOT.glob("configs/*/*.yaml") if file.parent.name != "accelerate"]
+    assert f"There are {len(recipes)} recipes" in (ROOT / "README.md").read_text("utf-8")
+
+
+def test_messages_on_the_page_of_troubleshooting_are_in_the_source():
+    """The first word of a message may be a value, such as the path of a run folder."""
+    source = "".join(path.read_text("utf-8") for package in PACKAGES[:-2] for path in (ROOT / package).rglob("*.py"))
+    text = (ROOT / "docs/troubleshooting.md").read_text("utf-8")
+    messages = [message for row in re.findall(r"^\| (`[^|]*`) \|", text, re.MULTILINE) for message in [row.strip("`")]]
+    messages = [message for message in messages if message not in OF_THE_SHELL]
+    assert len(messages) >= 5
+    assert not [each for each in messages if each not in source and each.partition(" ")[2] not in source]
 
 
 def test_the_readme_is_short_and_its_tables_are_narrow():
