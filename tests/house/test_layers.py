@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from tests.conftest import LONG
+
 ROOT = Path(__file__).parents[2]
 ROOMS = [
     "stipple_core/operators",  # fast arithmetic for layers
@@ -71,6 +73,8 @@ APART = [  # rooms, with all rooms in them, that do not import each other althou
     ("stipple/training", "ldm"),
 ]
 MAX_MODULES = 15  # of one room
+MAX_LINES = 300  # of a module
+MAX_FUNCTION = 75  # lines: a training loop is one function, so that it can be read from top to bottom
 PACKAGES = {"autoencoder", "conditioning", "ldm", "stipple", "stipple_core"}
 COMMAND_ROOMS = {".", "stipple", "stipple/commands", "stipple/commands/drawing", "stipple/cli"}
 HEAVY = {"transformers", "open_clip", "tokenizers", "diffusers"}
@@ -140,6 +144,21 @@ def imported_modules(module: Module) -> list[Module]:
     return [other for other in found if other.path not in (module.path, init)]
 
 
+def place(module: Module) -> int:
+    """The place of a module's room in ROOMS, -1 for an `__init__` of a folder without further modules."""
+    return ROOMS.index(module.room) if module.room in ROOMS else -1
+
+
+def last_place(module: Module) -> int:
+    """The last place in ROOMS that a module may import from: its room, or for an `__init__` all rooms in its folder."""
+    inside = [each for each in ROOMS if each == module.room or each.startswith(f"{module.room}/")]
+    return max(map(ROOMS.index, inside)) if module.stem == "__init__" else ROOMS.index(module.room)
+
+
+def functions(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    yield from (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+
+
 def test_every_folder_with_modules_is_a_room_in_the_list():
     rooms = {module.room for module in MODULES if module.stem != "__init__"}
     packages_alone = {module.room for module in MODULES} - rooms  # an `__init__.py` with nothing but a docstring
@@ -149,15 +168,20 @@ def test_every_folder_with_modules_is_a_room_in_the_list():
 
 
 def test_a_module_imports_from_its_own_room_and_from_rooms_before_it():
-    order = {room: place for place, room in enumerate(ROOMS)}
-    above = [
+    later = [
         f"{module.path} imports {other.path}"
         for module in MODULES
-        if module.stem != "__init__"
         for other in imported_modules(module)
-        if order.get(other.room, -1) > order.get(module.room, len(ROOMS))
+        if place(other) > last_place(module)
     ]
-    assert not above, "\n".join(above)
+    assert not later, "\n".join(later)
+
+
+def test_an_init_may_import_from_the_rooms_of_its_package_but_not_from_later_packages():
+    init = BY_NAME["autoencoder"]
+    assert last_place(init) == ROOMS.index("autoencoder/losses")
+    assert last_place(init) < place(BY_NAME["conditioning.interface.context"])
+    assert last_place(init) < place(BY_NAME["stipple.training.trainer"])
 
 
 def test_no_imports_run_in_a_circle():
@@ -195,6 +219,23 @@ def test_no_room_has_too_many_modules():
     assert not crowded, f"more than {MAX_MODULES} modules: {crowded}"
 
 
+def test_modules_and_functions_are_short():
+    lines = {module.path: len((ROOT / module.path).read_text("utf-8").splitlines()) for module in MODULES}
+    long = [f"{path} has {count} lines" for path, count in lines.items() if count > MAX_LINES]
+    long += [
+        f"{module.path} {each.name} has {each.end_lineno - each.lineno + 1} lines"
+        for module in MODULES
+        for each in functions(module.tree)
+        if each.end_lineno - each.lineno + 1 > MAX_FUNCTION
+    ]
+    assert not long, "\n".join(long)
+
+
+def test_contributing_states_these_limits():
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    assert f"A module has at most {MAX_LINES} lines, a function {MAX_FUNCTION};" in text
+
+
 def test_every_module_has_a_name_of_its_own():
     paths: dict[str, list[str]] = {}
     for module in MODULES:
@@ -202,6 +243,11 @@ def test_every_module_has_a_name_of_its_own():
             paths.setdefault(module.stem, []).append(module.path)
     shared = {stem: same for stem, same in paths.items() if len(same) > 1}
     assert not shared, f"modules with the same name: {shared}"
+
+
+def test_files_of_long_tests_exist():
+    files = {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
+    assert not set(LONG) - files, f"LONG in tests/conftest.py names files that do not exist: {set(LONG) - files}"
 
 
 def test_only_commands_read_a_command_line():
