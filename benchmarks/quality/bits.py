@@ -45,7 +45,7 @@ def held_out(folder: str, size: int, share: float, count: int) -> Tensor:
 
 
 def denoiser(model: TextToImage, batch: int) -> Denoise:
-    """Told nothing. Raises ValueError for a model whose latents are no pixels."""
+    """Return an unconditional denoiser of pixels. Raises ValueError for a model whose latents are no pixels."""
     if model.autoencoder.downsampling != 1:
         raise ValueError("bits of pictures are those of models of pixels: train one with autoencoder=pixels")
     null = model.conditioner.null(batch) if model.is_conditional else None

@@ -41,7 +41,7 @@ CASES = {
 
 @dataclass(frozen=True)
 class Batch:
-    """What a step is given: raw, and as it is cached."""
+    """The input of a step, raw and as it is cached."""
 
     images: Tensor  # [B, 3, H, W] in [-1, 1]
     ids: Tensor  # [B, L] of the captions
