@@ -2,7 +2,7 @@
 
 Dhariwal & Nichol 2021 (arXiv:2105.05233, section 4), Nichol et al. 2021 (GLIDE, section 2.3), Bansal et al. 2023
 (universal guidance). By Tweedie's formula alpha E[z_0 | z_t] = z_t + sigma^2 grad log p(z_t), and Bayes' rule, being
-told y as well moves the estimate by sigma^2 / alpha grad log p(y | z_t).
+conditioned on y moves the estimate by sigma^2 / alpha grad log p(y | z_t).
 """
 
 from __future__ import annotations

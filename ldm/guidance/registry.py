@@ -131,11 +131,11 @@ def _around(config: GuidanceConfig, inside: Denoise, outside: Denoise) -> Denois
 def _with_scale(parts: Ingredients, scale: float) -> Ingredients:
     """Put the guidance scale into the contexts."""
 
-    def told(context: Any) -> Any:
+    def with_scale(context: Any) -> Any:
         return context and replace(context, guidance=torch.full((context.batch_size,), scale))
 
-    others = [(told(context), weight) for context, weight in parts.others]
-    return replace(parts, context=told(parts.context), null=told(parts.null), others=others)
+    others = [(with_scale(context), weight) for context, weight in parts.others]
+    return replace(parts, context=with_scale(parts.context), null=with_scale(parts.null), others=others)
 
 
 def _combine(config: GuidanceConfig, parts: Ingredients, combine: Combine = extrapolate) -> Combine:

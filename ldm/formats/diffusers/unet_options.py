@@ -190,18 +190,18 @@ def _plain_list(value: int | tuple[int, ...]) -> int | list[int]:
 
 
 def _vector(options: Mapping[str, Any]) -> dict[str, int | None]:
-    """vector_dim and frame_width: a vector is told by class_embed_type, or with a frame by addition_embed_type."""
+    """vector_dim and frame_width: class_embed_type implies a vector, or with a frame by addition_embed_type."""
     asked = {"class_embed_type": "projection", "addition_embed_type": FRAMED}
     for name, known in asked.items():
         if options[name] not in (None, known):
             raise ValueError(f"unet option {name} = {options[name]!r} is not implemented; only None and {known!r} are")
-    given = [name for name in asked if options[name]]
+    present = [name for name in asked if options[name]]
     dim, width = options["projection_class_embeddings_input_dim"], options["addition_time_embed_dim"]
-    if len(given) == 2:
+    if len(present) == 2:
         raise ValueError("unet options class_embed_type and addition_embed_type together are not implemented")
-    if given and not dim:
-        raise ValueError(f"unet option projection_class_embeddings_input_dim = {dim!r} must be a width; see {given[0]}")
-    framed = given == ["addition_embed_type"]
+    if present and not dim:
+        raise ValueError(f"unet option projection_class_embeddings_input_dim = {dim!r} must be a width; see {present[0]}")
+    framed = present == ["addition_embed_type"]
     if framed and not width:
         raise ValueError(f"unet option addition_time_embed_dim = {width!r} must be a width; see addition_embed_type")
-    return {"vector_dim": dim if given else None, "frame_width": width if framed else None}
+    return {"vector_dim": dim if present else None, "frame_width": width if framed else None}
