@@ -200,7 +200,7 @@ def _vector(options: Mapping[str, Any]) -> dict[str, int | None]:
     if len(present) == 2:
         raise ValueError("unet options class_embed_type and addition_embed_type together are not implemented")
     if present and not dim:
-        raise ValueError(f"unet option projection_class_embeddings_input_dim = {dim!r} must be a width; see {present[0]}")
+        raise ValueError(f"unet option projection_class_embeddings_input_dim = {dim!r} must be a width: {present[0]}")
     framed = present == ["addition_embed_type"]
     if framed and not width:
         raise ValueError(f"unet option addition_time_embed_dim = {width!r} must be a width; see addition_embed_type")
