@@ -61,12 +61,12 @@ class GuidanceConfig:
             raise ValueError(f"guidance percentile {self.percentile} needs a guidance bound; 4 is usual for latents")
         if self.norm is not None and self.method != "apg":
             raise ValueError(f"guidance norm {self.norm} is for method apg, not {self.method}; leave it out")
+        GUIDANCES[self.method].check(self)
         check_scale(self.scale)
         check_rescale(self.rescale)
         check_interval(self.start, self.stop)
         if self.bound is not None:
             check_threshold(self.bound, self.percentile)
-        GUIDANCES[self.method].check(self)
 
     @property
     def reads_null(self) -> bool:

@@ -101,7 +101,7 @@ BAD = {
     "no step": (["{tmp}/photo.png", "a", "--strength", ".1", "--steps", "4"], "is not even one; use 0.25 or more"),
     "a map": (
         ["{tmp}/photo.png", "a", "--map", "m.png"],
-        "map m.png is given, and this model reads none; leave it out",
+        "map m.png is for models that are conditioned on a map; leave it out",
     ),
     "resample": (["{tmp}/photo.png", "a", "--resample", "3"], "resample 3 requires mask; set it, or leave it out"),
     "noise": (["{tmp}/photo.png", "a", "--noise-level", ".3"], "noise level 0.3 is for models that enlarge; leave it"),

@@ -103,7 +103,7 @@ IGNORED = {
 
 
 def known_options(kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """All options that we read, with those given in place of diffusers' defaults.
+    """All options that we read, with the specified ones in place of diffusers' defaults.
 
     Raises:
         ValueError: naming an option that is not known, has a value that we don't implement, or has none of its kind.
