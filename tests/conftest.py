@@ -10,7 +10,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # files that take 10 CPU seconds or more, the longest first: begun last, one would keep a single process busy at the end
 LONG = (
     "test_chain", "test_samplers", "test_kills", "test_resume", "test_finetune_runs", "test_pipeline",
-    "test_single_file", "test_launch", "test_convert", "test_redraw", "test_draw", "test_benchmarks", "test_init_from", "test_stochastic", "test_likelihood",
+    "test_single_file", "test_launch", "test_convert", "test_redraw", "test_draw", "test_benchmarks", "test_init_from",
+    "test_stochastic", "test_likelihood",
     "test_langevin", "test_unet_interop", "test_prompt_kinds", "test_processes", "test_unclip", "test_distillation",
     "test_faults", "test_draw_process", "test_fsdp",
 )  # fmt: skip
