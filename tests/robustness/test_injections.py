@@ -51,7 +51,7 @@ class Injections:
 
     def state(self) -> dict[str, Tensor]:
         """The saved state as flat tensors, without the counts of steps and of bad steps."""
-        return flat(self.trainer._parts.state_dict())
+        return flat(self.trainer._run_state.state_dict())
 
     def begin(self, steps, trainer, *arguments):
         self.trainer = trainer
