@@ -35,7 +35,7 @@ class TimeDefaults:
     noise_only: bool = False  # begin with the variance of noise alone, not of noised latents, except for leading
 
 
-class Layout(NamedTuple):
+class TimeGrid(NamedTuple):
     """The arguments of a spacing."""
 
     schedule: Schedule
@@ -50,91 +50,91 @@ class Layout(NamedTuple):
         return self.schedule.config.timesteps
 
 
-def _trailing(layout: Layout) -> Tensor:
+def _trailing(grid: TimeGrid) -> Tensor:
     """T, T - T/S, ...: begins at t = 1, where sampling begins (Lin et al. 2023, section 3.3)."""
-    step = layout.levels - (layout.levels - layout.levels / layout.steps)  # as in numpy, to the bit
-    positions = layout.levels - torch.arange(layout.steps, dtype=torch.float64) * step
-    return positions.round() if layout.schedule.discrete else positions
+    step = grid.levels - (grid.levels - grid.levels / grid.steps)  # as in numpy, to the bit
+    positions = grid.levels - torch.arange(grid.steps, dtype=torch.float64) * step
+    return positions.round() if grid.schedule.discrete else positions
 
 
-def _leading(layout: Layout) -> Tensor:
+def _leading(grid: TimeGrid) -> Tensor:
     """Whole strides of T // S from the offset up: indices 981, ..., 21, 1 for 50 steps of 1000, as LDM's DDIM.
 
     Never t = 1. The offset is reduced if the highest index would exceed the last level.
     """
-    stride = layout.levels // layout.points
-    lowest = stride * (layout.points - layout.steps) + layout.offset
-    lowest = min(lowest, layout.levels - 1 - stride * (layout.steps - 1))
-    return 1 + lowest + stride * torch.arange(layout.steps - 1, -1, -1, dtype=torch.float64)
+    stride = grid.levels // grid.points
+    lowest = stride * (grid.points - grid.steps) + grid.offset
+    lowest = min(lowest, grid.levels - 1 - stride * (grid.steps - 1))
+    return 1 + lowest + stride * torch.arange(grid.steps - 1, -1, -1, dtype=torch.float64)
 
 
-def _linspace(layout: Layout) -> Tensor:
+def _linspace(grid: TimeGrid) -> Tensor:
     """T, ..., 1 in equal parts, both ends included; a single one is T."""
-    index = torch.arange(layout.points, dtype=torch.float64) * ((layout.levels - 1) / max(layout.points - 1, 1))
-    index[-1] = layout.levels - 1
-    if layout.schedule.discrete and not layout.fractional:
+    index = torch.arange(grid.points, dtype=torch.float64) * ((grid.levels - 1) / max(grid.points - 1, 1))
+    index[-1] = grid.levels - 1
+    if grid.schedule.discrete and not grid.fractional:
         index = index.round()
-    return 1 + index.flip(0)[: layout.steps]
+    return 1 + index.flip(0)[: grid.steps]
 
 
-def _karras(layout: Layout) -> Tensor:
+def _karras(grid: TimeGrid) -> Tensor:
     """(sigma / alpha)^(1/7) in equal parts from the last noise level to the first (Karras et al. 2022, eq. 5)."""
-    high, low = _ends(layout).pow(1 / KARRAS_RHO)
-    return _positions(layout, (high + _parts(layout) * (low - high)).pow(KARRAS_RHO))
+    high, low = _ends(grid).pow(1 / KARRAS_RHO)
+    return _positions(grid, (high + _parts(grid) * (low - high)).pow(KARRAS_RHO))
 
 
-def _log_snr(layout: Layout) -> Tensor:
+def _log_snr(grid: TimeGrid) -> Tensor:
     """log(sigma / alpha) in equal parts from the last noise level to the first (Lu et al. 2022, arXiv:2206.00927)."""
-    high, low = _ends(layout).log()
-    return _positions(layout, (high + _parts(layout) * (low - high)).exp())
+    high, low = _ends(grid).log()
+    return _positions(grid, (high + _parts(grid) * (low - high)).exp())
 
 
-def _ays(layout: Layout) -> Tensor:
+def _ays(grid: TimeGrid) -> Tensor:
     """The noise levels of `ALIGNED`, for other numbers of steps with equal parts of logs between them.
 
     It always begins at t = 1, and skips levels that the schedule does not reach.
     """
-    (high, low), last = _ends(layout).log().tolist(), len(ALIGNED) - 1
+    (high, low), last = _ends(grid).log().tolist(), len(ALIGNED) - 1
     reached = {index: math.log(ratio) for index, ratio in enumerate(ALIGNED) if low < math.log(ratio) < high}
-    known = torch.tensor(sorted(({last: low} | reached | {0: high}).items()), dtype=torch.float64)
-    at, logs = known[:, 0] * (layout.steps / last), known[:, 1].contiguous()
-    step = torch.arange(layout.steps, dtype=torch.float64)
+    points = torch.tensor(sorted(({last: low} | reached | {0: high}).items()), dtype=torch.float64)
+    at, logs = points[:, 0] * (grid.steps / last), points[:, 1].contiguous()
+    step = torch.arange(grid.steps, dtype=torch.float64)
     after = torch.searchsorted(at, step, right=True)
     share = (step - at[after - 1]) / (at[after] - at[after - 1])
-    positions = _positions(layout, torch.lerp(logs[after - 1], logs[after], share).exp())
-    positions[0] = layout.levels
+    positions = _positions(grid, torch.lerp(logs[after - 1], logs[after], share).exp())
+    positions[0] = grid.levels
     return positions
 
 
-def _rungs(layout: Layout) -> Tensor:
+def _rungs(grid: TimeGrid) -> Tensor:
     """Every few of the 50 levels that consistency is distilled on: 1, 0.76, 0.5, 0.26 (Luo et al. 2023, LCM).
 
     More than 50 steps are trailing.
     """
-    if layout.steps > RUNGS:
-        return _trailing(layout)
-    index = torch.arange(layout.steps, dtype=torch.float64) * RUNGS // layout.steps
-    positions = layout.levels * (1 - index / RUNGS)
-    return positions.round() if layout.schedule.discrete else positions
+    if grid.steps > RUNGS:
+        return _trailing(grid)
+    index = torch.arange(grid.steps, dtype=torch.float64) * RUNGS // grid.steps
+    positions = grid.levels * (1 - index / RUNGS)
+    return positions.round() if grid.schedule.discrete else positions
 
 
-def _ends(layout: Layout) -> Tensor:
+def _ends(grid: TimeGrid) -> Tensor:
     """sigma / alpha of the last noise level and of the first."""
-    alpha, sigma = layout.schedule(torch.tensor([layout.levels, 1.0], dtype=torch.float64) / layout.levels)
+    alpha, sigma = grid.schedule(torch.tensor([grid.levels, 1.0], dtype=torch.float64) / grid.levels)
     return torch.where(alpha == 0, LARGEST_RATIO, sigma / alpha)
 
 
-def _parts(layout: Layout) -> Tensor:
+def _parts(grid: TimeGrid) -> Tensor:
     """0 to 1 in equal parts; a single one is 0."""
-    return torch.linspace(0, 1, layout.steps, dtype=torch.float64)
+    return torch.linspace(0, 1, grid.steps, dtype=torch.float64)
 
 
-def _positions(layout: Layout, ratios: Tensor) -> Tensor:
+def _positions(grid: TimeGrid, ratios: Tensor) -> Tensor:
     """The positions at which sigma / alpha has these values, also between levels, so that they fall strictly."""
-    return (layout.schedule.time(ratios) * layout.levels).clamp(min=1)  # rounding may give just below 1
+    return (grid.schedule.time(ratios) * grid.levels).clamp(min=1)  # rounding may give just below 1
 
 
-SPACINGS: dict[str, Callable[[Layout], Tensor]] = {  # -> [S] falling positions, in noise levels, up to T
+SPACINGS: dict[str, Callable[[TimeGrid], Tensor]] = {  # -> [S] falling positions, in noise levels, up to T
     "trailing": _trailing,
     "leading": _leading,
     "linspace": _linspace,
@@ -175,7 +175,7 @@ def times(
     if not 1 <= steps <= levels:
         raise ValueError(f"{steps} steps is not between 1 and {levels}, the number of noise levels of the schedule")
     points = min(steps + 1, levels) if time_defaults.drops_lowest else steps
-    positions = SPACINGS[spacing](Layout(schedule, steps, points, offset, time_defaults.fractional))
+    positions = SPACINGS[spacing](TimeGrid(schedule, steps, points, offset, time_defaults.fractional))
     clean = True if time_defaults.ends_clean is None else time_defaults.ends_clean if ends_clean is None else ends_clean
     end = torch.zeros(1, dtype=torch.float64) if clean else torch.ones(1, dtype=torch.float64)
     return torch.cat([positions, end]) / levels
