@@ -96,23 +96,23 @@ def read_lora(path: str | os.PathLike) -> Lora:
         raise FileNotFoundError(
             f"there is no LoRA in {source}; use a file, or the folder that training writes, RUN/lora"
         )
-    weights, found, unknown = read_weights(path), {}, []
+    weights, halves, unknown = read_weights(path), {}, []
     for key, value in weights.items():
         network, layer, part = _parsed(key)
         if part is None:
             unknown.append(key)
         else:
-            found.setdefault((network, layer), {})[part] = value
-    if unknown or not found:
+            halves.setdefault((network, layer), {})[part] = value
+    if unknown or not halves:
         content = f"it has {', '.join(unknown[:3])}" if unknown else "it is empty"
         raise ValueError(f"{path} is no plain LoRA of a UNet and its text encoder: {content}; use another file")
     if wrong := [key for key, value in weights.items() if not value.isfinite().all()]:
         raise ValueError(f"{path} has values that are not finite in {wrong[0]}; get it again")
-    for (network, layer), parts in found.items():
+    for (network, layer), parts in halves.items():
         if not {"down", "up"} <= parts.keys():
             raise ValueError(f"{path} has one half only of {network} {layer}; get it again")
     metadata = _metadata(path)
-    return Lora({place: _low_rank(place, parts, metadata) for place, parts in found.items()}, str(path))
+    return Lora({place: _low_rank(place, parts, metadata) for place, parts in halves.items()}, str(path))
 
 
 @torch.no_grad()
@@ -178,15 +178,17 @@ def _parsed(key: str) -> tuple[str, str, str | None]:
 def _low_rank(place: tuple[str, str], parts: Mapping[str, Tensor], metadata: Mapping[str, object]) -> LowRank:
     """A layer's halves with its alpha: in the file, else in its metadata, else the rank."""
     network, layer = place
-    own = {key.removeprefix(f"{network}."): value for key, value in metadata.items() if key.startswith(f"{network}.")}
+    options = {
+        key.removeprefix(f"{network}."): value for key, value in metadata.items() if key.startswith(f"{network}.")
+    }
     alpha = float(len(parts["down"]))
     if "alpha" in parts:
         alpha = float(parts["alpha"])
-    elif own:
-        patterns = own.get("alpha_pattern") or {}
+    elif options:
+        patterns = options.get("alpha_pattern") or {}
         fitting = (value for name, value in patterns.items() if re.match(rf"(.*\.)?({name})$", layer))  # peft's rule
-        alpha = float(next(fitting, own.get("lora_alpha", PEFT_ALPHA)))
-    return LowRank(down=parts["down"], up=parts["up"], alpha=alpha, root=bool(own.get("use_rslora")))
+        alpha = float(next(fitting, options.get("lora_alpha", PEFT_ALPHA)))
+    return LowRank(down=parts["down"], up=parts["up"], alpha=alpha, root=bool(options.get("use_rslora")))
 
 
 def _metadata(path: Path) -> dict[str, object]:

@@ -48,14 +48,14 @@ def open_model_folder(
     """
     index, folder = read_index(path), Path(path)
     scheduling = as_pipeline(load_scheduling(path), str(index.get("_class_name")))
-    own = index.get(OWN) or {}
-    conditioner = load_conditioner(folder, dtype, bool(own.get(TRAINED)), variant)
+    stored = index.get(OWN) or {}
+    conditioner = load_conditioner(folder, dtype, bool(stored.get(TRAINED)), variant)
     parts = ModelParts(
         open_autoencoder(folder, dtype=dtype, variant=variant).eval(),
         load_unet(folder, dtype, variant),
         conditioner,
         scheduling,
-        {name: value for name, value in own.items() if name != TRAINED},
+        {name: value for name, value in stored.items() if name != TRAINED},
     )
     latents, f = parts.autoencoder.latent_channels, parts.autoencoder.downsampling
     framed = getattr(parts.unet.config, "frame_width", None)
@@ -107,7 +107,7 @@ def _index(parts: ModelParts) -> dict[str, Any]:
     network = folder_of(parts.unet.config)
     unet, vae = KINDS[network].to_diffusers(parts.unet.config)["_class_name"], parts.autoencoder.class_name
     conditioner, components = parts.conditioner, parts.conditioner.components
-    own = {**parts.defaults, **({TRAINED: True} if conditioner.prompts.trainable else {})}
+    stored = {**parts.defaults, **({TRAINED: True} if conditioner.prompts.trainable else {})}
     # StableDiffusionPipeline supports no codebook, no mask in cross-attention, no shift, and diffusers' schedules only
     special = parts.autoencoder.shift_factor or conditioner.use_mask or scheduler not in CLASSES.values()
     text = components["text_encoder"][1]
@@ -118,7 +118,7 @@ def _index(parts: ModelParts) -> dict[str, Any]:
     return {
         "_class_name": pipeline or "TextToImage",
         **({VERSION: OF_NINE_CHANNELS} if pipeline == INPAINTING else {}),
-        OWN: own,
+        OWN: stored,
         **({} if conditioner.prompts.zero_empty is None else {ZEROS: conditioner.prompts.zero_empty}),
         "feature_extractor": [None, None],
         "image_encoder": [None, None],

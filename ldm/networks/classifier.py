@@ -42,7 +42,7 @@ class ClassifierConfig:
 
     def row(self, name: str) -> int:
         """The index of a class by its name, ignoring case. Raises ValueError for an unknown name."""
-        rows = {known.lower(): row for row, known in enumerate(self.names)}
+        rows = {name.lower(): row for row, name in enumerate(self.names)}
         if (text := name.strip().lower()) in rows:
             return rows[text]
         near = did_you_mean(text, rows, cutoff=0.6)
@@ -114,13 +114,13 @@ def classify(network: Callable[[Tensor, Tensor], Tensor], schedule: Schedule, z_
     return network(z_in, schedule.timestep(t).to(z_t.device).expand(len(z_t)))
 
 
-def translated(z_t: Tensor, t: float, schedule: Schedule, known: Schedule) -> tuple[Tensor, float]:
-    """The same noisy latents on the schedule `known`: at the time of equal sigma / alpha, and in its scale."""
-    if schedule.config == known.config:
+def translated(z_t: Tensor, t: float, schedule: Schedule, target: Schedule) -> tuple[Tensor, float]:
+    """The same noisy latents on the schedule `target`: at the time of equal sigma / alpha, and in its scale."""
+    if schedule.config == target.config:
         return z_t, t
     alpha, sigma = schedule(t, torch.float64)
-    time = known.time(sigma / alpha).item()
-    return z_t * (known(time)[0] / alpha).item(), time
+    time = target.time(sigma / alpha).item()
+    return z_t * (target(time)[0] / alpha).item(), time
 
 
 def with_names(config: ClassifierConfig, names: list[str]) -> ClassifierConfig:

@@ -83,11 +83,11 @@ class PriorTransformer(nn.Module):
         return ReadContext(context.tokens, context.mask, context.vector, context.latents, {})
 
     def _check(self, context: Any) -> None:
-        found = tuple(None if x is None else tuple(x.shape[1:]) for x in (context.tokens, context.vector))
+        shapes = tuple(None if x is None else tuple(x.shape[1:]) for x in (context.tokens, context.vector))
         expected = ((self.config.text_tokens, self.config.token_dim), (self.config.vector_dim,))
-        if found != expected:
+        if shapes != expected:
             raise ValueError(
-                f"context has tokens and vector of shape {found}, this prior was built for {expected}; use the "
+                f"context has tokens and vector of shape {shapes}, this prior was built for {expected}; use the "
                 "conditioner that it was trained with"
             )
 

@@ -96,8 +96,8 @@ def _ays(grid: TimeGrid) -> Tensor:
     """
     (high, low), last = _ends(grid).log().tolist(), len(ALIGNED) - 1
     reached = {index: math.log(ratio) for index, ratio in enumerate(ALIGNED) if low < math.log(ratio) < high}
-    known = torch.tensor(sorted(({last: low} | reached | {0: high}).items()), dtype=torch.float64)
-    at, logs = known[:, 0] * (grid.steps / last), known[:, 1].contiguous()
+    points = torch.tensor(sorted(({last: low} | reached | {0: high}).items()), dtype=torch.float64)
+    at, logs = points[:, 0] * (grid.steps / last), points[:, 1].contiguous()
     step = torch.arange(grid.steps, dtype=torch.float64)
     after = torch.searchsorted(at, step, right=True)
     share = (step - at[after - 1]) / (at[after] - at[after - 1])

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from autoencoder import Autoencoder, ImageEmbeddings, Pixels, preview
+from autoencoder import FirstStage, preview
 from ldm.sampling.model import Model
 from ldm.sampling.settings import Settings
 from ldm.sampling.source_images import SourceImages
@@ -45,7 +45,7 @@ def _fit_to_sources(model: Model, picture: Settings, image: Image.Image) -> Imag
 
 
 @torch.inference_mode()
-def decode_images(autoencoder: Autoencoder | Pixels | ImageEmbeddings, latents: Tensor) -> list[Image.Image]:
+def decode_images(autoencoder: FirstStage, latents: Tensor) -> list[Image.Image]:
     """Decode latents [B, c, h, w]. Raises ValueError if a decoded value is not finite."""
     images = autoencoder.decode(latents).float()  # [B, 3, f * h, f * w]
     if not images.isfinite().all():
@@ -57,7 +57,7 @@ def decode_images(autoencoder: Autoencoder | Pixels | ImageEmbeddings, latents: 
     return [tensor_to_image(image) for image in images]
 
 
-def preview_images(autoencoder: Autoencoder, z_0: Tensor) -> list[Image.Image]:
+def preview_images(autoencoder: FirstStage, z_0: Tensor) -> list[Image.Image]:
     """Turn latents [B, c, h, w] into images of flat squares, by the autoencoder's `latent_rgb`."""
     colors = preview(z_0.cpu(), autoencoder.latent_rgb.cpu())  # [B, 3, h, w]
     f, (h, w) = autoencoder.downsampling, z_0.shape[2:]

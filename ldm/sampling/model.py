@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from autoencoder import Autoencoder, ImageEmbeddings, Pixels
+from autoencoder import FirstStage
 from conditioning.interface.conditioner import Conditioner
 from ldm.denoising.denoiser import Denoiser
 from ldm.formats.diffusers.network_kinds import Network
@@ -45,7 +45,7 @@ class Model:
         ValueError: the parts do not fit together.
     """
 
-    autoencoder: Autoencoder | Pixels | ImageEmbeddings
+    autoencoder: FirstStage
     unet: Network
     conditioner: Conditioner
     scheduling: Scheduling
@@ -59,8 +59,7 @@ class Model:
 
     def __post_init__(self) -> None:
         check_parts(self.autoencoder, self.unet, self.conditioner)
-        for reader in self.conditioner.readers.values():
-            reader.encode = _encoder_of(self.autoencoder)
+        self.conditioner.bind_encoder(_encoder_of(self.autoencoder))
         self.schedule = make_schedule(self.scheduling.schedule)
         side = self.unet.config.sample_size * self.autoencoder.downsampling
         defaults = self.defaults or Settings()
@@ -135,9 +134,9 @@ class Model:
         Raises:
             ValueError: there is not even one step, or there are more steps than noise levels.
         """
-        time_defaults, own = SAMPLERS[picture.sampler].time_defaults, self.scheduling
-        schedule = self.schedule_of(picture)
-        all_times = times(schedule, picture.steps, picture.spacing, time_defaults, own.offset, own.ends_clean)
+        time_defaults, scheduling = SAMPLERS[picture.sampler].time_defaults, self.scheduling
+        ends = (scheduling.offset, scheduling.ends_clean)
+        all_times = times(self.schedule_of(picture), picture.steps, picture.spacing, time_defaults, *ends)
         strength = 1.0 if picture.strength is None else picture.strength
         count = int(picture.steps * strength + 1e-9)  # 0.29 * 100 is 28.999999999999996
         if not count:
@@ -163,11 +162,11 @@ class Model:
         return [self.gradient_guides[name] for name in used]
 
 
-def _encoder_of(autoencoder: Autoencoder | Pixels | ImageEmbeddings) -> Callable[[Tensor], Tensor]:
+def _encoder_of(autoencoder: FirstStage) -> Callable[[Tensor], Tensor]:
     """Return a function from images [B, 3, H, W] on any device to latents; it keeps nothing else of a model alive."""
 
     def encode(images: Tensor) -> Tensor:
-        weight = next(autoencoder.parameters(), None)  # None for `Pixels`
+        weight = next(autoencoder.parameters(), None)  # None for an autoencoder without weights
         return autoencoder.encode(images if weight is None else images.to(weight.device, weight.dtype)).mode()
 
     return encode

@@ -1,8 +1,8 @@
 """The settings of an image: all that determines it besides the model, its precision and the machine.
 
-A new setting is one field of `Settings`. Its declaration holds the type, the default, the valid values, whether a model
-stores a default of its own, and in the comment the text of its command-line help. A setting that has the name of a
-sampler's keyword argument is passed to that sampler.
+A new setting is one field of `Settings`. Its declaration holds the type, the default, the valid values, and whether a
+model stores a default of its own. A setting that has the name of a sampler's keyword argument is passed to that sampler.
+The drawing commands set it by a flag, which has its own help text.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MAX_BACK_PROJECTION = 100
 MAX_BATCH = 256  # limits the memory that settings read from an image file can ask for
 SEEDS = 2**64  # torch's generators take seeds below this number
 Source = str | Image.Image  # the path of a file, or in Python a PIL image, which no record can hold
-KINDS = {
+VALUE_TYPES = {
     "str": (str, "text"),
     "int": (Integral, "a whole number"),
     "float": (Real, "a number"),
@@ -184,7 +184,7 @@ class Settings:
 
     def _check_type(self, name: str, annotation: str) -> None:
         """Raise ValueError for a value of another type; numbers become Python's int and float."""
-        value, (kind, words) = getattr(self, name), KINDS[annotation.split(" ")[0]]
+        value, (kind, words) = getattr(self, name), VALUE_TYPES[annotation.split(" ")[0]]
         if value is None and annotation.endswith("None"):
             return
         if not isinstance(value, kind) or isinstance(value, bool):

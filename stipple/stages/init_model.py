@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-Model = TypeVar("Model")
+T = TypeVar("T")
 
 
-class InitModel(Generic[Model]):
+class InitModel(Generic[T]):
     """Opens the model that `init_from` names at its first use, and returns the same object afterwards.
 
     The config of a run and its networks both depend on that model, so one instance is passed to all of them.
@@ -17,12 +17,12 @@ class InitModel(Generic[Model]):
         open_path: opens the model at a path.
     """
 
-    def __init__(self, open_path: Callable[[str], Model]):
+    def __init__(self, open_path: Callable[[str], T]):
         self._open_path = open_path
         self._path: str | None = None
-        self._model: Model | None = None
+        self._model: T | None = None
 
-    def open(self, path: str | None) -> Model | None:
+    def open(self, path: str | None) -> T | None:
         """Return the model at `path`, or None if there is no path."""
         if path is None:
             return None

@@ -119,7 +119,7 @@ def test_a_reader_encodes_images_on_the_device_of_the_autoencoder_and_keeps_no_m
     del unet
     gc.collect()
     assert kept() is None
-    reader.encode = encode
+    made.conditioner.bind_encoder(encode)
 
 
 def test_the_opaque_part_of_a_transparent_mask_is_repainted(models):

@@ -32,9 +32,12 @@ def schedule_from_compvis(
     """
     params = params or {}
     kind, target = params.get("beta_schedule", "linear"), params.get("parameterization", "eps")
-    for option, value, known in (("beta_schedule", kind, BETA_SCHEDULES), ("parameterization", target, PREDICTIONS)):
-        if value not in list(known):  # a list, since the value may not be hashable
-            raise ValueError(f"{option} {value!r} is not implemented; only {', '.join(known)} are")
+    for option, value, names in (
+        ("beta_schedule", kind, BETA_SCHEDULES),
+        ("parameterization", target, PREDICTIONS),
+    ):
+        if value not in list(names):  # a list, since the value may not be hashable
+            raise ValueError(f"{option} {value!r} is not implemented; only {', '.join(names)} are")
     betas = (params.get("linear_start", 0.00085), params.get("linear_end", 0.012))
     config = _fitted(weights) or _schedule(BETA_SCHEDULES[kind], params.get("timesteps", 1000), betas)
     return config, PREDICTIONS[target]
@@ -46,8 +49,8 @@ def _fitted(weights: Mapping[str, Tensor]) -> ScheduleConfig | None:
     if name is None:
         return None
     if weights[name].dim() != 1 or len(weights[name]) < 2 or not weights[name].is_floating_point():
-        found = f"of shape {list(weights[name].shape)} in {weights[name].dtype}"
-        raise ValueError(f"{name} is {found}, not a list of floating-point numbers; remove it to take the YAML's")
+        description = f"of shape {list(weights[name].shape)} in {weights[name].dtype}"
+        raise ValueError(f"{name} is {description}, not a list of floating-point numbers; remove it to take the YAML's")
     table, levels = weights[name].double(), len(weights[name])  # [T]
     betas = table if name == "betas" else _betas(table)
     for candidate in _candidates(levels, betas[0].item(), betas[-1].item()):

@@ -77,13 +77,13 @@ def unet_config(weights: Mapping[str, Tensor], params: Mapping[str, Any] | None 
     except (IndexError, ValueError):
         odd = [f"{name} is {list(value.shape)}" for name, value in weights.items() if _is_odd(name, value)]
         more = f"; and {len(odd) - 5} more" if len(odd) > 5 else ""
-        found = f": {'; '.join(odd[:5])}{more}" if odd else ""
-        raise ValueError(f"this is no UNet of LDM: its weights have other numbers or dimensions{found}") from None
+        details = f": {'; '.join(odd[:5])}{more}" if odd else ""
+        raise ValueError(f"this is no UNet of LDM: its weights have other numbers or dimensions{details}") from None
     _require_same(shape, params)
-    known = KNOWN.get((shape["block_out_channels"], shape["cross_attention_dim"]))
+    published = KNOWN.get((shape["block_out_channels"], shape["cross_attention_dim"]))
     return UNetConfig(
-        sample_size=known.sample_size if known else params.get("image_size", 64),
-        attention_heads=_heads(shape, known, params),
+        sample_size=published.sample_size if published else params.get("image_size", 64),
+        attention_heads=_heads(shape, published, params),
         dropout=params.get("dropout", 0.0),
         **shape,
     )
@@ -92,13 +92,13 @@ def unet_config(weights: Mapping[str, Tensor], params: Mapping[str, Any] | None 
 def _require_same(shape: Mapping[str, Any], params: Mapping[str, Any]) -> None:
     """Raise ValueError if the YAML is of another model."""
     channels = shape["block_out_channels"]
-    found = {
+    of_weights = {
         "in_channels": shape["in_channels"],
         "out_channels": shape["out_channels"],
         "model_channels": channels[0],
         "channel_mult": [width // channels[0] for width in channels],
     }
-    for name, value in found.items():
+    for name, value in of_weights.items():
         values = params.get(name, value)
         if (list(values) if isinstance(value, list) else values) != value:
             raise ValueError(f"{name} is {values} in the YAML and {value} in the weights; give the YAML of this model")
@@ -156,16 +156,16 @@ def _transformers(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def _heads(shape: Mapping[str, Any], known: PublishedUNet | None, params: Mapping[str, Any]) -> tuple[int, ...]:
+def _heads(shape: Mapping[str, Any], published: PublishedUNet | None, params: Mapping[str, Any]) -> tuple[int, ...]:
     """Heads per level: from the YAML, or else from the table."""
     values = {name: params.get(name, -1) for name in ("num_heads", "num_head_channels")}
     if max(values.values()) < 1:
-        if known is None:
+        if published is None:
             raise ValueError(
                 f"heads of a UNet of {shape['block_out_channels']} channels with context width "
                 f"{shape['cross_attention_dim']} are unknown; specify its YAML, which has num_heads"
             )
-        values = {"num_heads": known.heads or -1, "num_head_channels": known.head_channels or -1}
+        values = {"num_heads": published.heads or -1, "num_head_channels": published.head_channels or -1}
     channels, width = shape["block_out_channels"], values["num_head_channels"]
     if width < 1:
         return (values["num_heads"],) * len(channels)

@@ -33,8 +33,8 @@ def prior_to_diffusers(config: PriorConfig) -> dict[str, Any]:
         "num_layers": config.layers,
         "time_embed_dim": None,
     }
-    own = {} if config.token_dim == config.embedding_dim else {OWN_WIDTH: config.token_dim}
-    return options | FIXED | own
+    width = {} if config.token_dim == config.embedding_dim else {OWN_WIDTH: config.token_dim}
+    return options | FIXED | width
 
 
 def prior_from_diffusers(options: Mapping[str, Any]) -> PriorConfig:

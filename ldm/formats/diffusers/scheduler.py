@@ -98,8 +98,8 @@ def scheduling_to_diffusers(scheduling: Scheduling) -> dict[str, Any]:
                 scheduling.spacing, FLOW_CLASS
             ),  # which diffusers ignores: its flow matching supports linspace only
         }
-    own = asdict(scheduling) | {"schedule": asdict(schedule)}
-    return {"_class_name": OWN_CLASS, **own}
+    fields = asdict(scheduling) | {"schedule": asdict(schedule)}
+    return {"_class_name": OWN_CLASS, **fields}
 
 
 def scheduling_from_diffusers(options: Mapping[str, Any]) -> Scheduling:
@@ -140,9 +140,9 @@ def _own(options: Mapping[str, Any]) -> Scheduling:
     values = {"prediction": None} | {name: value for name, value in options.items() if name != "schedule"}
     _check_types(values, get_type_hints(Scheduling))
     check_prediction(values["prediction"])
-    for name, known in (("spacing", SPACINGS), ("sampler", SAMPLERS)):
+    for name, names in (("spacing", SPACINGS), ("sampler", SAMPLERS)):
         if values.get(name) is not None:
-            _known(name, values[name], known)
+            _checked_name(name, values[name], names)
     return Scheduling(schedule=make_schedule(ScheduleConfig(**schedule)).config, **values)
 
 
@@ -173,8 +173,8 @@ def _schedule_from_diffusers(options: Mapping[str, Any]) -> ScheduleConfig:
 
 def _sampler_from_diffusers(options: Mapping[str, Any]) -> str | None:
     """The name of the sampler in SAMPLERS; None if it is not supported."""
-    if (own := options.get("sampler")) is not None:
-        return _known("sampler", own, SAMPLERS)
+    if (name := options.get("sampler")) is not None:
+        return _checked_name("sampler", name, SAMPLERS)
     names = [name for name, diffusers_class in CLASSES.items() if diffusers_class == options.get("_class_name")]
     for option, default in VARIANTS.get(names[0], {}).items() if names else ():
         value, supported = options.get(option, default), {VARIANTS[name][option] for name in names}
@@ -197,8 +197,8 @@ def _spacing_to_diffusers(spacing: str | None, kind: str) -> dict[str, Any]:
 
 
 def _spacing_from_diffusers(options: Mapping[str, Any]) -> str | None:
-    if (own := options.get("spacing")) is not None:
-        return _known("spacing", own, SPACINGS)
+    if (name := options.get("spacing")) is not None:
+        return _checked_name("spacing", name, SPACINGS)
     for name, switch in SWITCHES.items():
         if options.get(switch):
             return name
@@ -207,7 +207,7 @@ def _spacing_from_diffusers(options: Mapping[str, Any]) -> str | None:
     return None if spacing is None else _translate("timestep_spacing", spacing, names)
 
 
-def _known(option: str, value: str, names: Mapping[str, Any]) -> str:
+def _checked_name(option: str, value: str, names: Mapping[str, Any]) -> str:
     """The value of an option, if it is a known name. Raises ValueError otherwise."""
     if value not in names:
         raise ValueError(f"scheduler option {option} = {value!r} is unknown; use one of {', '.join(names)}")
@@ -221,9 +221,9 @@ def _without_none(**options: Any) -> dict[str, Any]:
 def _check_fixed(options: Mapping[str, Any]) -> None:
     """Raise ValueError for values that are not supported, of options that the scheduler's class reads."""
     for name, value in ({"trained_betas": None} | FIXED.get(options.get("_class_name"), {})).items():
-        found = options.get(name, value)
-        if found != value:
-            raise ValueError(f"scheduler option {name} = {found!r} is not implemented; only {value!r} is")
+        option = options.get(name, value)
+        if option != value:
+            raise ValueError(f"scheduler option {name} = {option!r} is not implemented; only {value!r} is")
 
 
 def _translate(option: str, value: str, names: Mapping[str, str]) -> str:

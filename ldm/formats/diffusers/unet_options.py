@@ -41,14 +41,14 @@ def unet_to_diffusers(config: UNetConfig) -> dict[str, Any]:
     }
     if kind == PLAIN:
         widths = [dim // heads for dim, heads in zip(config.block_out_channels, config.attention_heads, strict=True)]
-        own = {
+        of_kind = {
             "attention_head_dim": _once(widths, config),
             "attn_norm_num_groups": config.norm_num_groups if config.scale_shift else None,  # None would be no norm
             "downsample_type": RESAMPLE_TYPES[config.resample],
             "upsample_type": RESAMPLE_TYPES[config.resample],
         }
     else:
-        own = {
+        of_kind = {
             "addition_embed_type": None if config.frame_width is None else FRAMED,
             "addition_time_embed_dim": config.frame_width,
             "attention_head_dim": _once(config.attention_heads, config),
@@ -59,7 +59,7 @@ def unet_to_diffusers(config: UNetConfig) -> dict[str, Any]:
             "transformer_layers_per_block": _plain_list(config.transformer_layers),
             "use_linear_projection": config.use_linear_projection,
         }
-    return FIXED[kind] | shared | own
+    return FIXED[kind] | shared | of_kind
 
 
 def unet_from_diffusers(options: Mapping[str, Any]) -> UNetConfig:
@@ -77,7 +77,7 @@ def unet_from_diffusers(options: Mapping[str, Any]) -> UNetConfig:
     if read["resnet_time_scale_shift"] not in ("default", "scale_shift"):
         shift = read["resnet_time_scale_shift"]
         raise ValueError(f"unet option resnet_time_scale_shift = {shift!r} is not implemented; only scale_shift is")
-    own = _plain_from_diffusers(read) if kind == PLAIN else _conditioned_from_diffusers(read)
+    of_kind = _plain_from_diffusers(read) if kind == PLAIN else _conditioned_from_diffusers(read)
     return UNetConfig(
         sample_size=64 if read["sample_size"] is None else _single("sample_size", read),  # as diffusers' pipelines
         in_channels=read["in_channels"],
@@ -89,7 +89,7 @@ def unet_from_diffusers(options: Mapping[str, Any]) -> UNetConfig:
         norm_num_groups=read["norm_num_groups"],
         norm_eps=read["norm_eps"],
         scale_shift=read["resnet_time_scale_shift"] == "scale_shift",
-        **own,
+        **of_kind,
     )
 
 
@@ -135,33 +135,33 @@ def _plain_from_diffusers(read: Mapping[str, Any]) -> dict[str, Any]:
 
 def _attention_levels(kind: str, read: Mapping[str, Any]) -> tuple[bool, ...]:
     """Which levels attend, finest first; the way up must mirror the way down."""
-    found = []
+    levels = []
     for option, way in (("down_block_types", 0), ("up_block_types", 1)):
-        known = {ATTENDING[kind][way]: True} | {names[way]: False for names in WITHOUT.values()}
+        attends = {ATTENDING[kind][way]: True} | {names[way]: False for names in WITHOUT.values()}
         if kind == CONDITIONED:
-            del known[WITHOUT["residual"][way]]
+            del attends[WITHOUT["residual"][way]]
         for name in read[option]:
-            if name not in known:
-                raise ValueError(f"unet option {option} has {name}; only {' and '.join(known)} are implemented")
-        found.append(tuple(known[name] for name in read[option]))
-    if found[1] != found[0][::-1]:
+            if name not in attends:
+                raise ValueError(f"unet option {option} has {name}; only {' and '.join(attends)} are implemented")
+        levels.append(tuple(attends[name] for name in read[option]))
+    if levels[1] != levels[0][::-1]:
         down, up = read["down_block_types"], read["up_block_types"]
         raise ValueError(
             f"unet option up_block_types = {up} must mirror down_block_types = {down}; nothing else is implemented"
         )
-    return found[0]
+    return levels[0]
 
 
 def _resample(read: Mapping[str, Any]) -> str:
     """How a UNet2DModel gets from level to level, which each block type says or leaves to an option; it must be one."""
     kinds = set()
     for way, option in enumerate(("downsample_type", "upsample_type")):
-        named = {names[way]: ours for ours, names in WITHOUT.items()}
-        asked = {theirs: ours for ours, theirs in RESAMPLE_TYPES.items()}.get(read[option] or "conv")
-        if asked is None:
+        by_block = {names[way]: kind for kind, names in WITHOUT.items()}
+        resample = {option_value: kind for kind, option_value in RESAMPLE_TYPES.items()}.get(read[option] or "conv")
+        if resample is None:
             raise ValueError(f"unet option {option} = {read[option]!r} is not implemented; only conv and resnet are")
         blocks = read[("down_block_types", "up_block_types")[way]]
-        kinds |= {named.get(name, asked) for name in blocks[:-1]}  # the last one does not resample
+        kinds |= {by_block.get(name, resample) for name in blocks[:-1]}  # the last one does not resample
     if len(kinds) > 1:
         raise ValueError(
             f"unet option downsample_type = {read['downsample_type']!r}, upsample_type or a block type mixes "
@@ -191,11 +191,11 @@ def _plain_list(value: int | tuple[int, ...]) -> int | list[int]:
 
 def _vector(options: Mapping[str, Any]) -> dict[str, int | None]:
     """vector_dim and frame_width: set by class_embed_type, or with a frame by addition_embed_type."""
-    asked = {"class_embed_type": "projection", "addition_embed_type": FRAMED}
-    for name, known in asked.items():
-        if options[name] not in (None, known):
-            raise ValueError(f"unet option {name} = {options[name]!r} is not implemented; only None and {known!r} are")
-    values = [name for name in asked if options[name]]
+    supported = {"class_embed_type": "projection", "addition_embed_type": FRAMED}
+    for name, value in supported.items():
+        if options[name] not in (None, value):
+            raise ValueError(f"unet option {name} = {options[name]!r} is not implemented; only None and {value!r} are")
+    values = [name for name in supported if options[name]]
     dim, width = options["projection_class_embeddings_input_dim"], options["addition_time_embed_dim"]
     if len(values) == 2:
         raise ValueError("unet options class_embed_type and addition_embed_type together are not implemented")

@@ -1,4 +1,8 @@
-"""The flags of the drawing commands: a row for each, named after the field that it sets."""
+"""The flags of the drawing commands: a row for each, named after the field that it sets.
+
+Every field of `ldm.sampling.settings.Settings` requires a row. Comments of fields describe values in Python; help texts
+describe what is written on a command line.
+"""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from autoencoder import Autoencoder, open_autoencoder
+from autoencoder import FirstStage, open_autoencoder
 from conditioning.classes.class_conditioner import ClassConditioner
 from conditioning.conditioners import ConditionerConfig, build_conditioner
 from conditioning.interface.conditioner import Conditioner
@@ -60,7 +60,7 @@ def build_model(config: LdmRunConfig, init: ModelParts | None, records: Records,
     return TextToImage(autoencoder, unet, conditioner.to(device), scheduling, defaults)
 
 
-def make_autoencoder(config: LdmRunConfig, init: ModelParts | None) -> Autoencoder:
+def make_autoencoder(config: LdmRunConfig, init: ModelParts | None) -> FirstStage:
     """Open the frozen autoencoder; that of `init_from` is open already."""
     if init is not None and config.autoencoder == config.init_from and Path(config.init_from).is_dir():
         autoencoder = init.autoencoder

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from conditioning.conditioners import ConditionerConfig
@@ -13,7 +13,7 @@ from ldm.losses.diffusion_loss import check_weighting
 from ldm.losses.time_density import DensityConfig
 from ldm.networks.prior_config import PriorConfig
 from ldm.networks.unet_config import UNetConfig
-from ldm.sampling.defaults import default_settings
+from ldm.sampling.defaults import default_settings, stored_names
 from ldm.schedules.base import ScheduleConfig
 from ldm.schedules.registry import make_schedule
 from stipple.stages.data.run_settings import check_run
@@ -27,9 +27,8 @@ from stipple.training.trainer_config import TrainerConfig
 from stipple_core.config import to_dict
 from stipple_core.data.records.data_config import DataConfig
 
-DEFAULT_SAMPLES = (  # fields of SamplesConfig that a model stores as its defaults
-    *("sampler", "steps", "corrections", "guidance_scale", "guidance_bound", "guidance_percentile"),
-)
+# fields of SamplesConfig that a model stores as its defaults
+DEFAULT_SAMPLES = tuple(each.name for each in fields(SamplesConfig) if each.name in stored_names())
 
 
 @dataclass(frozen=True, kw_only=True)

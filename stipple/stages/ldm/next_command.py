@@ -6,11 +6,10 @@ from collections.abc import Sequence
 
 from ldm.pipeline import TextToImage
 from ldm.sampling.settings import Settings
+from stipple.stages.ldm.ldm_run import DEFAULT_SAMPLES
 
-CHOSEN = (  # fields of Settings
-    *("sampler", "spacing", "steps", "corrections"),
-    *("guidance_scale", "guidance_bound", "guidance_percentile"),
-)
+AT = DEFAULT_SAMPLES.index("sampler") + 1
+CHOSEN = (*DEFAULT_SAMPLES[:AT], "spacing", *DEFAULT_SAMPLES[AT:])  # fields of Settings, in the order of their flags
 
 
 def drawing_command(model: TextToImage, prompt: str, opening: Sequence[str]) -> list[str]:

@@ -35,6 +35,14 @@ def test_generate_decodes_each_source_file_once(decoded, files, tmp_path):
     assert sorted(decoded) == sorted(files.values())
 
 
+def test_generate_decodes_each_pil_image_once(decoded, files, tmp_path):
+    model, images = build_model(tmp_path), {name: Image.open(path) for name, path in files.items()}
+    (first,) = model.generate("a red heart", steps=2, **files)
+    decoded.clear()
+    (second,) = model.generate("a red heart", steps=2, **images)
+    assert len(decoded) == len(images) and second.image == first.image
+
+
 def test_images_with_files_of_their_own_decode_each_file_once(decoded, files, tmp_path):
     model = build_model(tmp_path)
     planned = [picture for path in files.values() for picture in model.plan("a", image=path, strength=0.5, steps=2)]
@@ -50,6 +58,13 @@ def test_a_file_that_has_changed_is_decoded_again(decoded, files):
     Image.new("RGB", (SIDE, SIDE), "red").save(path)
     os.utime(path, ns=(1, 1))
     assert cache.decode("image", path).getpixel((0, 0)) == (255, 0, 0) and len(decoded) == 2
+
+
+def test_a_pil_image_that_has_changed_is_decoded_again(decoded, files):
+    cache, image = DecodedFiles(), Image.open(files["image"])
+    assert cache.decode("image", image) is cache.decode("image", image.copy()) and len(decoded) == 1
+    image.paste("red", (0, 0, SIDE, SIDE))
+    assert cache.decode("image", image).getpixel((0, 0)) == (255, 0, 0) and len(decoded) == 2
 
 
 def test_decoded_files_are_dropped_oldest_first_beyond_the_limit(decoded, files, monkeypatch):

@@ -85,6 +85,11 @@ def test_a_decoder_draws_prompts_through_its_prior(runs):
     assert [image.size for image in model(["a cat", "a dog"], batch_size=2, steps=2)] == [(32, 32)] * 2
 
 
+def test_a_reader_that_needs_no_latents_gets_no_encoder(runs):
+    model = TextToImage.load(runs / "unclip-decoder" / "model")
+    assert not hasattr(model.conditioner.readers["image"], "encode")
+
+
 def test_a_prior_makes_points_on_the_sphere_of_embeddings_that_depend_on_the_prompt(runs):
     prior = TextToImage.load(runs / "unclip-prior" / "model")
     points = sample_embeddings(prior, prior.plan(["a cat", "a dog"], steps=2))
