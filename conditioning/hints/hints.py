@@ -196,7 +196,7 @@ class DepthHint(SemanticHint):
     called, mode = "a depth map", "bicubic"
 
     def check(self, map: Tensor) -> None:
-        """Accept any numbers."""
+        """Do nothing: a depth map may contain any numbers."""
 
 
 @dataclass(frozen=True)

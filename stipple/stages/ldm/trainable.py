@@ -92,7 +92,7 @@ class WholeModel:
         model.save(folder, dtype)
 
     def flags(self, run: str) -> list[str]:
-        """Open the new model."""
+        """Return the flags that open the new model."""
         return ["--checkpoint", f"{run}/{self.product}"]
 
 
@@ -134,7 +134,7 @@ class LoraLayers:
         save_lora(Lora(layers), folder, dtype)
 
     def flags(self, run: str) -> list[str]:
-        """Open the adapted model with the LoRA layers."""
+        """Return the flags that open the adapted model with the LoRA layers."""
         return ["--checkpoint", self.source, "--lora", f"{run}/{self.product}:1"]
 
     def _add(self, network: nn.Module, targets: Iterable[str], where: str) -> None:
@@ -189,7 +189,7 @@ class TextualInversion:
         save_embedding(self.config.token, table.rows.detach().to(dtype), folder)
 
     def flags(self, run: str) -> list[str]:
-        """Open the model with the new word."""
+        """Return the flags that open the model with the new word."""
         return ["--checkpoint", self.source, "--embedding", f"{run}/{self.product}/{FILE}"]
 
 
