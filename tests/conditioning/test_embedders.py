@@ -106,7 +106,7 @@ def test_embeddings_are_converted_to_latents_and_back(config, tmp_path):
     assert latents.shape == (2, 16, 1, 1) and again.downsampling == 32 and again.fingerprint() == space.fingerprint()
     torch.testing.assert_close(latents.flatten(1), (points - 0.2) / 0.5)
     torch.testing.assert_close(again.embeddings(latents), points)
-    with pytest.raises(ValueError, match="embeddings, not pictures"):
+    with pytest.raises(ValueError, match="embeddings, not images"):
         again.decode(latents)
 
 
