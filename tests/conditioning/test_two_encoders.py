@@ -178,7 +178,10 @@ def test_two_processes_train_both_encoders(autoencoder, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lora": LoraConfig(targets=["to_q"], text_encoder=True)}, "text_encoder=true is for models with one text"),
+        (
+            {"lora": LoraConfig(targets=["to_q"], text_encoder=True)},
+            "text_encoder=true is not supported for models with two text encoders",
+        ),
         (
             {"inversion": InversionConfig(token="<toy>", initial="red")},
             "a new word requires a model with exactly one text encoder",
