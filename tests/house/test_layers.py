@@ -7,6 +7,7 @@ Each test names all offenders at once.
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -70,6 +71,7 @@ APART = [  # rooms, with all rooms in them, that do not import each other althou
     ("stipple/training", "ldm"),
 ]
 MAX_MODULES = 15  # of one room
+MAX_TEST_MODULES = 20  # of one folder in tests/
 PACKAGES = {"autoencoder", "conditioning", "ldm", "stipple", "stipple_core"}
 COMMAND_ROOMS = {".", "stipple", "stipple/commands", "stipple/commands/drawing", "stipple/cli"}
 HEAVY = {"transformers", "open_clip", "tokenizers", "diffusers"}
@@ -192,6 +194,9 @@ def test_no_room_has_too_many_modules():
     counts = {room: sum(module.room == room and module.stem != "__init__" for module in MODULES) for room in ROOMS}
     crowded = {room: count for room, count in counts.items() if count > MAX_MODULES}
     assert not crowded, f"more than {MAX_MODULES} modules: {crowded}"
+    counts = Counter(str(path.parent.relative_to(ROOT)) for path in (ROOT / "tests").rglob("*.py"))
+    crowded = {folder: count for folder, count in counts.items() if count > MAX_TEST_MODULES}
+    assert not crowded, f"more than {MAX_TEST_MODULES} modules: {crowded}"
 
 
 def test_every_module_has_a_name_of_its_own():
