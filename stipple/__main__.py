@@ -7,6 +7,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from stipple.cli.exit_codes import INTERRUPTED, USAGE_ERROR
+
 DRAWING = {
     "draw": "draw pictures from prompts",
     "img2img": "change a picture as a prompt describes",
@@ -34,7 +36,6 @@ START = (
     ("stipple train --config emoji data.folder=FOLDER autoencoder=MODEL", "train on your own images: stage 2"),
     ("stipple config train", "list everything that can be configured"),
 )
-USAGE_ERROR, INTERRUPTED = 2, 130
 
 
 def help_text() -> str:

@@ -28,7 +28,7 @@ def settings_of_runs():
     """One thread, and the environment of small runs, also for what tests run in this process."""
     import torch
 
-    from tests.helpers.tiny_runs import SETTINGS
+    from tests.helpers.training.tiny_runs import SETTINGS
 
     before = torch.get_num_threads()
     torch.set_num_threads(1)

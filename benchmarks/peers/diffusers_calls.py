@@ -12,17 +12,17 @@ from torch import Tensor, nn
 
 from benchmarks.shared.inputs import GUIDANCE_SCALE, PROMPT, SEED, ImageRequest, Pair
 
-SCALE = 0.18215  # of Stable Diffusion's latents
-SAVINGS = ("slicing", "tiling", "attention slicing")  # what it has for less memory
+SCALE = 0.18215  # scaling factor of Stable Diffusion's latents
+SAVINGS = ("slicing", "tiling", "attention slicing")  # the memory options of diffusers
 
 
 def unet_call(unet: nn.Module, pair: Pair) -> Callable[[], Tensor]:
-    """A forward pass."""
+    """Return a function that runs one forward pass of a diffusers UNet."""
     return lambda: unet(pair.z_t, pair.timestep, encoder_hidden_states=pair.tokens, return_dict=False)[0]
 
 
 def decode_call(vae: nn.Module, latents: Tensor) -> Callable[[], Tensor]:
-    """Unit-scale latents [B, 4, h, w] to images [B, 3, H, W], as its pipelines do it."""
+    """Unit-scale latents [B, 4, h, w] to images [B, 3, H, W], as the diffusers pipelines decode them."""
     return lambda: vae.decode(latents / SCALE, return_dict=False)[0]
 
 
@@ -32,7 +32,7 @@ def encode_call(vae: nn.Module, images: Tensor) -> Callable[[], Tensor]:
 
 
 def save_memory(saving: str | None, vae: nn.Module, pipeline: Any = None) -> None:
-    """Turn on one of SAVINGS; None is none."""
+    """Enable one of SAVINGS; None enables nothing."""
     if saving == "slicing":
         vae.enable_slicing()
     elif saving == "tiling":
@@ -42,7 +42,7 @@ def save_memory(saving: str | None, vae: nn.Module, pipeline: Any = None) -> Non
 
 
 def open_pipeline(folder: Path, channels_last: bool = False, saving: str | None = None) -> Any:
-    """StableDiffusionPipeline with DDIM."""
+    """Open a StableDiffusionPipeline with the DDIM scheduler."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, requires_safety_checker=False)
@@ -56,7 +56,7 @@ def open_pipeline(folder: Path, channels_last: bool = False, saving: str | None 
 
 
 def draw(pipeline: Any, request: ImageRequest, after_step: Callable[[], None]) -> list[Image.Image]:
-    """The pictures request."""
+    """Draw the requested images."""
 
     def callback(_: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         after_step()

@@ -15,7 +15,7 @@ from benchmarks.speed.training_case import Batch, Case
 
 
 def their_step(case: Case, batch: Batch, model: Path, script: bool) -> Callable[[], Tensor]:
-    """A step of their loop, which returns the loss.
+    """Return a function that runs one step of the diffusers training loop and returns the loss.
 
     Args:
         model: folder of the encoders.

@@ -32,12 +32,12 @@ from stipple_core.data.records.data_config import DataConfig
 from stipple_core.data.sources.scan import scan
 from stipple_core.randomness import generator
 
-VARIANCE = "large"  # of the bound; the small one costs more (docs/likelihood.md)
-TOGETHER = 8  # pictures computed at a time
+VARIANCE = "large"  # variance of the bound; "small" gives more bits (docs/likelihood.md)
+TOGETHER = 8  # batch size
 
 
 def held_out(folder: str, size: int, share: float, count: int) -> Tensor:
-    """Pictures [B, 3, H, W] in [-1, 1] with values of 8 bits, that a run on this folder would not train on."""
+    """Load 8-bit images [B, 3, H, W] in [-1, 1] that a run on this folder holds out for validation."""
     config = DataConfig(folder=folder, image_size=size, validation=share)
     records = scan(config, captioned=False).validation
     pictures = (ImageDataset(records, config, 0).picture(index) for index in range(len(records)))
@@ -45,7 +45,7 @@ def held_out(folder: str, size: int, share: float, count: int) -> Tensor:
 
 
 def denoiser(model: TextToImage, batch: int) -> Denoise:
-    """Return an unconditional denoiser of pixels. Raises ValueError for a model whose latents are no pixels."""
+    """Return an unconditional denoiser of pixels. Raises ValueError if the model has an autoencoder."""
     if model.autoencoder.downsampling != 1:
         raise ValueError("bits of pictures are those of models of pixels: train one with autoencoder=pixels")
     null = model.conditioner.null(batch) if model.is_conditional else None
@@ -53,20 +53,20 @@ def denoiser(model: TextToImage, batch: int) -> Denoise:
 
 
 def batches(images: Tensor, seed: int, purpose: str) -> Iterator[tuple[Tensor, list[torch.Generator]]]:
-    """Some images at a time, each with the generator of its own place."""
+    """Yield batches of images, with one generator per image that depends on the index of the image."""
     for first in range(0, len(images), TOGETHER):
         part = images[first : first + TOGETHER]
         yield part, [generator(seed, purpose, first + place) for place in range(len(part))]
 
 
 def bound(model: TextToImage, images: Tensor, steps: int, seed: int) -> Bound:
-    """The bound of the chain that visits so many noise levels, evenly spaced."""
-    walked, parts = torch.linspace(1, 0, steps + 1, dtype=torch.float64), []
-    walked = torch.cat([model.schedule.nearest(walked[:-1]), walked[-1:]])
+    """Compute the variational bound with `steps` evenly spaced noise levels."""
+    times, parts = torch.linspace(1, 0, steps + 1, dtype=torch.float64), []
+    times = torch.cat([model.schedule.nearest(times[:-1]), times[-1:]])
     for part, draws in batches(images, seed, "noise"):
         with torch.inference_mode():
             denoise = thresholded(denoiser(model, len(part)), 1.0)  # as in the paper's chain: pixels are in [-1, 1]
-            parts.append(variational_bound(denoise, part, walked, model.schedule, draws, VARIANCE, "discretized"))
+            parts.append(variational_bound(denoise, part, times, model.schedule, draws, VARIANCE, "discretized"))
         note(f"bound of {len(part)} pictures: {parts[-1].total.mean():.3f}")
     return Bound(
         times=parts[0].times,
@@ -78,7 +78,7 @@ def bound(model: TextToImage, images: Tensor, steps: int, seed: int) -> Bound:
 
 
 def flow(model: TextToImage, images: Tensor, tolerance: float, seed: int) -> Tensor:
-    """The ODE's bits [B], with the decoder of the bound."""
+    """Compute bits per dimension [B] with the probability flow ODE and the decoder of the variational bound."""
     model.unet.requires_grad_(False)
     found = []
     for part, draws in batches(images, seed, "ode"):
@@ -88,7 +88,7 @@ def flow(model: TextToImage, images: Tensor, tolerance: float, seed: int) -> Ten
 
 
 def measure(path: str, options: argparse.Namespace) -> dict[str, Any]:
-    """What is drawn of one model."""
+    """Compute all results of one model: the numbers of the table and the curves of the figure."""
     model = TextToImage.load(path)
     images = held_out(options.folder, model.unet.config.sample_size, options.held_out, options.images)
     found = bound(model, images, options.steps, options.seed)
@@ -110,7 +110,7 @@ def _plain(values: Tensor) -> list[float]:
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Markdown: bits per dimension by model."""
+    """Return a Markdown table of bits per dimension by model."""
     lines = ["| model | bound | of it rate | of it decoder | distortion of 255 | ODE |", "|---" * 6 + "|"]
     for name, found in results.items():
         numbers = (f"{found[key]:.3f}" for key in ("bound", "rate", "decoder"))
@@ -120,7 +120,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def draw(results: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """Ho et al. 2020, figure 5: distortion by time, rate by time, and one by the other."""
+    """Plot distortion over time, rate over time, and distortion over rate, as in Ho et al. 2020, figure 5."""
     page = Figure(figsize=(12.6, 3.6), layout="constrained")
     known, sent, both = page.subplots(1, 3)
     for name, found in results.items():

@@ -32,29 +32,29 @@ from stipple_core.data.dataset import ImageDataset
 from stipple_core.data.sources.scan import scan
 from stipple_core.images.images import grid
 
-REFERENCES, SHOWN = 200, 8  # training pictures that are asked for; pictures of each way on the sheet
+REFERENCES, SHOWN = 200, 8  # training images whose prompts are drawn; images of each way on the sheet
 TEACHER = {"sampler": "dpmpp_2m", "steps": 20, "guidance_scale": 4.0}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Way:
-    """One way to make pictures."""
+    """A model with the settings that it is sampled with."""
 
     name: str
     model: TextToImage
-    settings: dict[str, Any]  # of `generate`
+    settings: dict[str, Any]  # arguments of `TextToImage.__call__`
 
 
 @dataclasses.dataclass
 class Made:
-    """The pictures of one way, and the time that they took."""
+    """The images of one `Way`, and the CPU time of sampling them."""
 
     pictures: list[Image.Image]
     seconds: float = 0.0
 
 
 def ways(teacher: TextToImage, student: TextToImage) -> list[Way]:
-    """The teacher guided, in as few steps as the student, and not guided; the student as it wants to be sampled."""
+    """Return the teacher with its steps and with those of the student, and the student with its defaults."""
     few = student.defaults.steps
     return [
         Way(name="teacher, guided", model=teacher, settings=TEACHER),
@@ -64,7 +64,7 @@ def ways(teacher: TextToImage, student: TextToImage) -> list[Way]:
 
 
 def draw(all_ways: Sequence[Way], cases: Sequence[Case], kind: str, batch: int) -> dict[str, Made]:
-    """The pictures of all cases, `batch` at a time by each way in turn; case i has seed i."""
+    """Draw the images of all cases in batches, with each way in turn. Case i has seed i."""
     made = {way.name: Made([]) for way in all_ways}
     for first in range(0, len(cases), batch):
         prompts = [case.prompts[kind] for case in cases[first : first + batch]]
@@ -79,7 +79,7 @@ def draw(all_ways: Sequence[Way], cases: Sequence[Case], kind: str, batch: int) 
 def measure(
     teacher: TextToImage, student: TextToImage, data: str, config_path: str, limit: int, kind: str, batch: int
 ) -> tuple[dict[str, Any], Image.Image]:
-    """What is measured of each way, and a sheet of the first cases: a row for each way, prompts below."""
+    """Return the results of each way, and a sheet of the first cases with a row per way and the prompts below."""
     config = load_config(LdmRunConfig, config_path, [f"data.folder={data}"])
     records = scan(config.data)
     cases = choose_cases(records.train, read_metadata(data), REFERENCES, seed=0)

@@ -13,14 +13,14 @@ from ldm.schedules.base import Schedule
 
 @dataclass(frozen=True, eq=False)
 class Gaussians:
-    """K round Gaussians; data are z [N, D]."""
+    """A mixture of K isotropic Gaussians in D dimensions."""
 
-    weights: Tensor  # [K], they add up to 1
+    weights: Tensor  # [K], their sum is 1
     means: Tensor  # [K, D]
     stds: Tensor  # [K]
 
     def denoiser(self, schedule: Schedule) -> Denoise:
-        """E[z_0 | z_t] for z_t [..., D], exactly."""
+        """Return the exact denoiser, which computes E[z_0 | z_t] of z_t [..., D]."""
 
         def denoise(z_t: Tensor, t: float) -> Tensor:
             alpha, sigma = (level.item() for level in schedule(t))
@@ -32,20 +32,23 @@ class Gaussians:
         return denoise
 
     def density(self, z: Tensor) -> Tensor:
-        """Of clean data at z [..., D]."""
+        """Return the probability density of clean data at z [..., D], up to a constant factor."""
         return self.log_density(z[..., None, :] - self.means, 1.0, 0.0).exp().sum(-1)
 
     def log_density(self, away: Tensor, alpha: float, sigma: float) -> Tensor:
-        """Of each component [..., K], from the distances [..., K, D] to its mean; up to a constant."""
+        """Return the log density of each component [..., K] from the differences to its mean [..., K, D].
+
+        A constant is left out.
+        """
         variance = self._variance(alpha, sigma)
         return self.weights.log() - away.shape[-1] / 2 * variance.log() - away.square().sum(-1) / (2 * variance)
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
-        """Clean data [count, D]."""
+        """Sample clean data [count, D]."""
         k = torch.multinomial(self.weights, count, replacement=True, generator=generator)
         noise = torch.randn(count, self.means.shape[1], generator=generator, dtype=self.means.dtype)
         return self.means[k] + self.stds[k, None] * noise
 
     def _variance(self, alpha: float, sigma: float) -> Tensor:
-        """Of z_t, of each component [K]."""
+        """Return the variance of z_t for each component [K]."""
         return alpha**2 * self.stds**2 + sigma**2

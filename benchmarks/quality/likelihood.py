@@ -38,32 +38,32 @@ LOG_2 = math.log(2)
 
 
 def choose(cache: CachedLatents, count: int, seed: int) -> CachedBatch:
-    """Some pictures of a cache."""
+    """Choose `count` random images of a latent cache."""
     order = torch.randperm(len(cache), generator=generator(seed, "pictures"))
     return cached_collate([cache[0, index] for index in order[:count].tolist()])
 
 
 def generators(options: argparse.Namespace, purpose: str) -> list[torch.Generator]:
-    """One per picture."""
+    """Return one random generator per image."""
     return [generator(options.seed, purpose, index) for index in range(options.images)]
 
 
 def denoisers(model: TextToImage, batch: CachedBatch, cache: CachedLatents) -> dict[str, Denoise]:
-    """Denoisers by their condition."""
+    """Return a denoiser for each of CONDITIONS."""
     context = Context(tokens=batch.tokens, mask=batch.mask)
     null = Context(tokens=cache.null_tokens[None], mask=cache.null_mask[None])
     return {condition: classifier_free(model.denoiser, context, null, scale) for condition, scale in CONDITIONS.items()}
 
 
-def every_low_level(walked: Tensor, levels: int) -> Tensor:
-    """Times that fall to 0, through all noise levels below the lowest of the times: there most bits are spent."""
-    lowest = round(walked[-2].item() * levels)
+def every_low_level(visited: Tensor, levels: int) -> Tensor:
+    """Replace the last interval of the times by all noise levels in it, because most bits are spent there."""
+    lowest = round(visited[-2].item() * levels)
     below = torch.arange(lowest - 1, -1, -1, dtype=torch.float64) / levels
-    return torch.cat([walked[:-1], below])
+    return torch.cat([visited[:-1], below])
 
 
 def counted(denoise: Denoise, what: str) -> Denoise:
-    """A denoiser that says every 50 calls how many there were."""
+    """Wrap a denoiser so that it reports the number of its calls after every 50 calls."""
     calls = 0
 
     def counting(z_t: Tensor, t: Any) -> Tensor:
@@ -77,7 +77,7 @@ def counted(denoise: Denoise, what: str) -> Denoise:
 
 
 def remembered(denoise: Denoise) -> Denoise:
-    """A denoiser called once a time: another bound of the same draws asks again with the same z_t."""
+    """Wrap a denoiser so that it caches its result per time: bounds of equal noise call it with the same z_t."""
     estimates: dict[float, Tensor] = {}
 
     def remembering(z_t: Tensor, t: float) -> Tensor:
@@ -89,7 +89,7 @@ def remembered(denoise: Denoise) -> Denoise:
 
 
 def of_bound(bound: Bound) -> dict[str, Any]:
-    """The means of a bound's terms, and its curve, as plain numbers."""
+    """Return the mean terms of a bound and its rate-distortion curve as Python floats."""
     curve = rate_distortion(bound)
 
     def plain(values: Tensor) -> list[float]:
@@ -107,7 +107,7 @@ def of_bound(bound: Bound) -> dict[str, Any]:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """All numbers of the page."""
+    """Compute all results that docs/likelihood.json contains."""
     cache = CachedLatents(options.cache)
     model = TextToImage.load(options.model)
     model.unet.requires_grad_(False)
@@ -115,15 +115,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     posterior = Posterior.from_moments(batch.moments)
     z_0 = posterior.sample(noise_like(posterior.mean, generators(options, "posterior")))
     entropy = (math.log(2 * math.pi * math.e) + posterior.logvar).mean().item() / (2 * LOG_2)
-    walked = every_low_level(times(model.schedule, options.steps), model.schedule.config.timesteps)
-    results = {"images": options.images, "dimensions": z_0[0].numel(), "steps": len(walked) - 1, "entropy": entropy}
+    visited = every_low_level(times(model.schedule, options.steps), model.schedule.config.timesteps)
+    results = {"images": options.images, "dimensions": z_0[0].numel(), "steps": len(visited) - 1, "entropy": entropy}
     results["mean_square"] = z_0.square().mean().item()
     for condition, denoise in denoisers(model, batch, cache).items():
         with torch.inference_mode():
             once, bounds = remembered(counted(denoise, f"bound, {condition}")), {}
             for variance in VARIANCES:
                 noise = generators(options, "noise")
-                bounds[variance] = of_bound(variational_bound(once, z_0, walked, model.schedule, noise, variance))
+                bounds[variance] = of_bound(variational_bound(once, z_0, visited, model.schedule, noise, variance))
         ode_denoise, probes = counted(denoise, f"ODE, {condition}"), generators(options, "probes")
         bits = ode_bits(ode_denoise, z_0, model.schedule, probes, tolerance=options.tolerance)
         results[condition] = bounds | {"ode": bits.mean().item(), "ode_error": bits.std().item() / len(bits) ** 0.5}
@@ -131,7 +131,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """Markdown: bits per dimension by condition of the denoiser."""
+    """Return a Markdown table of bits per dimension by condition of the denoiser."""
     lines = [
         "| conditioned on | bound, large variance | of it decoder | bound, small variance | ODE |",
         "|---" * 5 + "|",
@@ -146,7 +146,7 @@ def table(results: Mapping[str, Any]) -> str:
 
 
 def draw(results: Mapping[str, Any]) -> Figure:
-    """Three panels: what steps cost, what is known at each time, and both without the time."""
+    """Plot the cost of steps over time, the distortion over time, and the distortion over rate."""
     page = Figure(figsize=(12.6, 3.6), layout="constrained")
     cost, known, both = page.subplots(1, 3)
     for condition in CONDITIONS:

@@ -38,7 +38,7 @@ FEATURES = FeatureConfig(steps=200, batch_size=16)
 
 
 def read_images(folder: str, size: int, train: int, held_out: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Training and held-out images, [N, 3, S, S] each, drawn by the seed."""
+    """Return training and held-out images, [N, 3, S, S] each, chosen with the seed."""
     config = DataConfig(folder=folder, image_size=size)
     records = scan(config)
     batches = []
@@ -50,7 +50,7 @@ def read_images(folder: str, size: int, train: int, held_out: int, seed: int) ->
 
 
 def batches(images: Tensor, size: int, seed: int, purpose: str) -> Iterator[Tensor]:
-    """Endless random batches [size, 3, S, S], channels last."""
+    """Yield random batches [size, 3, S, S] in channels-last layout without end."""
     step = 0
     while True:
         chosen = torch.randint(len(images), (size,), generator=generator(seed, purpose, step))
@@ -59,7 +59,7 @@ def batches(images: Tensor, size: int, seed: int, purpose: str) -> Iterator[Tens
 
 
 def trained_features(images: Tensor, seed: int) -> Distance:
-    """The distance by features that are trained on the images."""
+    """Return the perceptual distance of a network that is trained on the images."""
     distance = make_perceptual(PerceptualConfig(kind="features", features=FEATURES))
     start = time.perf_counter()
     source = batches(images, FEATURES.batch_size, seed, "feature batches")
@@ -78,14 +78,14 @@ class Critic:
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=learning_rate, betas=(0.5, 0.9))
 
     def update(self, images: Tensor, reconstructions: Tensor) -> None:
-        """A step of telling images from reconstructions."""
+        """Train the discriminator for one step on images and reconstructions."""
         loss = discriminator_loss(self.network(images)[0], self.network(reconstructions.detach())[0])
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
 
     def distance(self, images: Tensor, reconstructions: Tensor) -> Tensor:
-        """The feature matching loss, []."""
+        """Return the feature matching loss, a scalar."""
         return feature_matching(self.network(images)[1], self.network(reconstructions)[1])
 
 
@@ -97,7 +97,10 @@ def train(
     weight: float = 0.0,
     critic: Critic | None = None,
 ) -> Autoencoder:
-    """Train in place with L1, KL and the weighted distance, a step per learning rate; a critic learns on beside it."""
+    """Train the autoencoder in place with L1, KL and the weighted distance, one step per learning rate.
+
+    A critic is trained along with it.
+    """
     optimizer = torch.optim.Adam(autoencoder.parameters(), betas=(0.9, 0.99))
     for step, learning_rate in enumerate(learning_rates):
         optimizer.param_groups[0]["lr"] = learning_rate
@@ -114,7 +117,7 @@ def train(
 
 
 def matched_weight(distance: Distance, images: Tensor, reconstructions: Tensor) -> float:
-    """The weight at which the distance's gradient at the reconstructions is as long as that of the L1 error."""
+    """Return the weight at which the gradients of the distance and of the L1 error have equal norms."""
     reconstructions = reconstructions.detach().requires_grad_()
     (l1,) = torch.autograd.grad((images - reconstructions).abs().mean(), reconstructions)
     (other,) = torch.autograd.grad(distance(images, reconstructions).mean(), reconstructions)
@@ -122,13 +125,13 @@ def matched_weight(distance: Distance, images: Tensor, reconstructions: Tensor) 
 
 
 def sharpness(images: Tensor) -> Tensor:
-    """Mean gradient magnitude of each image, [B]."""
+    """Return the mean gradient magnitude of each image, [B]."""
     dx, dy = images[..., :-1, 1:] - images[..., :-1, :-1], images[..., 1:, :-1] - images[..., :-1, :-1]
     return (dx.square() + dy.square()).sum(dim=1).sqrt().mean(dim=(1, 2))
 
 
 def spectrum_error(images: Tensor, reconstructions: Tensor) -> float:
-    """Error of the amplitudes above half the Nyquist frequency, relative to the images' own: 0 perfect, 1 all lost."""
+    """Return the relative error of the amplitudes above half the Nyquist frequency: 0 is perfect, 1 means all lost."""
     frequencies = torch.fft.fftfreq(images.shape[-1])
     high = (frequencies[:, None].square() + frequencies.square()).sqrt() > 0.25
     reconstructed, original = torch.fft.fft2(reconstructions).abs()[..., high], torch.fft.fft2(images).abs()[..., high]
@@ -137,7 +140,7 @@ def spectrum_error(images: Tensor, reconstructions: Tensor) -> float:
 
 @torch.no_grad()
 def measure(autoencoder: Autoencoder, images: Tensor) -> tuple[Tensor, list[str]]:
-    """Reconstructions of held-out images, and the cells of their row."""
+    """Return reconstructions of held-out images and the cells of their row in the table."""
     reconstructions = autoencoder(images).images.clamp(-1, 1)
     cells = [
         f"{psnr(images, reconstructions).mean():.2f}",
@@ -166,7 +169,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def first_stage(images: Tensor, options: argparse.Namespace) -> tuple[Autoencoder, Critic]:
-    """The autoencoder after L1 alone, and a critic that has seen its reconstructions, so that it can be weighed."""
+    """Train the autoencoder with L1 only, and a critic on its reconstructions, so that losses can be weighted."""
     torch.manual_seed(options.seed)
     autoencoder = Autoencoder(SMALL).to(memory_format=torch.channels_last)
     source = batches(images, options.batch_size, options.seed, "first batches")

@@ -40,7 +40,7 @@ from stipple_core.images.images import image_to_tensor, tensor_to_image
 SCALES = (1.0, 2.0, 4.0, 7.0)
 SHEET_SCALES = (0.0, *SCALES)
 REFERENCES = 200
-COPY_RATIO = 0.5  # to its neighborhood, below which a picture counts as a copy (Carlini et al. 2023)
+COPY_RATIO = 0.5  # an image whose relative distance is lower counts as a copy (Carlini et al. 2023)
 SHEET_PROMPTS, SHEET_ROWS, SHEET_PAIRS = 16, 6, 24
 
 
@@ -59,7 +59,7 @@ class RecallScorer:
         self.rgb, self.latents = small_rgb(references), encode(autoencoder, references)
 
     def score(self, images: Tensor) -> dict[str, Any]:
-        """Recall and memory of images [Q, 3, S, S], image i made for reference i."""
+        """Compute recall and memorization of images [Q, 3, S, S]; image i was drawn for reference i."""
         right, rgb = torch.arange(len(images)), small_rgb(images)
         latents = encode(self.autoencoder, images)
         own = (nearest(rgb, self.training).index == self.places[: len(images)]).float().mean().item()
@@ -70,7 +70,7 @@ class RecallScorer:
         }
 
     def memory(self, rgb: Tensor, places: Tensor | None = None) -> dict[str, float]:
-        """How near features [Q, d] are to training pictures; `places` [Q] are passed over (themselves)."""
+        """Compare features [Q, d] with training images, but for the image itself, whose index is in `places` [Q]."""
         found = nearest(rgb, self.training, places)
         copies = (found.ratio < COPY_RATIO).float().mean().item()
         return {"median_distance": statistics.median(found.distance.tolist()), "near_copies": copies}
@@ -78,21 +78,21 @@ class RecallScorer:
 
 @torch.inference_mode()
 def encode(autoencoder: Autoencoder, images: Tensor) -> Tensor:
-    """Latents of images [B, 3, S, S], without noise, as features [B, c * h * w]."""
+    """Return the mean latents of images [B, 3, S, S] as features [B, c * h * w]."""
     device = autoencoder.last_layer.device
     return torch.cat([autoencoder.encode(batch.to(device)).mode().flatten(1).cpu() for batch in images.split(32)])
 
 
 @torch.inference_mode()
 def reconstruct(autoencoder: Autoencoder, images: Tensor) -> Tensor:
-    """Images [B, 3, S, S] through the autoencoder, clamped to [-1, 1]."""
+    """Reconstruct images [B, 3, S, S] with the autoencoder, clamped to [-1, 1]."""
     device = autoencoder.last_layer.device
     made = [autoencoder.decode(autoencoder.encode(batch.to(device)).mode()).cpu() for batch in images.split(32)]
     return torch.cat(made).clamp(-1, 1)
 
 
 def read_pictures(dataset: ImageDataset, indices: Sequence[int]) -> Tensor:
-    """Images [B, 3, S, S] as the model was trained on them. Raises ValueError for one that can't be decoded."""
+    """Load images [B, 3, S, S] as in training. Raises ValueError for an image that can't be decoded."""
     images = [dataset.picture(index) for index in indices]
     if dataset.skipped:
         skip = next(iter(dataset.skipped.values()))
@@ -107,7 +107,7 @@ def stack(images: Sequence[Image.Image]) -> Tensor:
 def measure(
     gallery: Gallery, records: Records, config: LdmRunConfig, kinds: Sequence[str], limit: int, output: Path
 ) -> dict[str, Any]:
-    """All that is measured; draws the sheets on the way. The pictures of the first `limit` cases are generated."""
+    """Compute all results and write the sheets. Images are generated for the first `limit` cases."""
     autoencoder = gallery.model.autoencoder
     dataset = ImageDataset(records.train, config.data)
     chunks = torch.arange(len(dataset)).split(256)
@@ -169,7 +169,7 @@ def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def prepare(options: argparse.Namespace) -> tuple[Gallery, Records, LdmRunConfig]:
-    """Everything that can be wrong, before anything is made."""
+    """Check the command line, and load the model and the records. Raises ValueError for invalid settings."""
     if options.limit < 2:
         raise ValueError(f"--limit {options.limit} must be at least 2; {REFERENCES} is all")
     check_writable(Path(options.output))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Share:
-    """A share of n trials, with its 95 % interval (Wilson 1927)."""
+    """A proportion of n trials with its 95 % confidence interval (Wilson 1927)."""
 
     value: float
     low: float
@@ -25,7 +25,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Recall:
-    """How often the right reference is among the nearest 1 and 5, and where it stands in the middle of all."""
+    """Recall at 1 and at 5, and the median rank of the right reference."""
 
     at_1: Share
     at_5: Share
@@ -34,7 +34,7 @@ class Recall:
 
 @dataclass(frozen=True)
 class Nearest:
-    """Of Q pictures, each one's nearest training picture."""
+    """The nearest training image of each of Q images."""
 
     distance: Tensor  # [Q], root mean squared difference in 8-bit gray levels
     index: Tensor  # [Q]
@@ -42,30 +42,30 @@ class Nearest:
 
 
 def small_rgb(images: Tensor, side: int = 16) -> Tensor:
-    """Images [B, 3, H, W] in [-1, 1], each pixel of side x side the mean of the area under it: [B, 3 * side * side]."""
+    """Downsample images [B, 3, H, W] in [-1, 1] to side x side pixels by area: [B, 3 * side * side]."""
     return F.interpolate(images.float(), size=(side, side), mode="area").flatten(1)
 
 
 def distances(queries: Tensor, references: Tensor) -> Tensor:
-    """Mean squared differences of features [Q, d] to [R, d]: [Q, R]."""
+    """Return the mean squared differences between features [Q, d] and [R, d]: [Q, R]."""
     # the faster mode, through a matrix product, loses the small distances to rounding
     root = torch.cdist(queries, references, compute_mode="donot_use_mm_for_euclid_dist")
     return root.square() / queries.shape[1]
 
 
 def ranks(distance: Tensor, right: Tensor) -> Tensor:
-    """The place, from 1, of each query's right reference among all: [Q].
+    """Return the rank of the right reference of each query among all references, from 1: [Q].
 
     Args:
         distance: [Q, R].
         right: [Q], index of the right reference. What is exactly as near counts as nearer, so a tie earns nothing.
     """
-    own = distance.gather(1, right[:, None])  # [Q, 1]
-    return (distance <= own).sum(dim=1)
+    right_distance = distance.gather(1, right[:, None])  # [Q, 1]
+    return (distance <= right_distance).sum(dim=1)
 
 
 def share(hits: int, trials: int, z: float = 1.96) -> Share:
-    """hits / trials with Wilson's score interval, which is right near 0 and 1 too."""
+    """Return hits / trials with Wilson's score interval, which is accurate near 0 and 1, too."""
     p, spread = hits / trials, z * z / trials
     middle = (p + spread / 2) / (1 + spread)
     half = z * math.sqrt(p * (1 - p) / trials + spread / (4 * trials)) / (1 + spread)
@@ -73,19 +73,19 @@ def share(hits: int, trials: int, z: float = 1.96) -> Share:
 
 
 def recall(queries: Tensor, references: Tensor, right: Tensor) -> Recall:
-    """Recall of queries [Q, d] among references [R, d]; chance is 1 / R and 5 / R."""
+    """Return the recall of queries [Q, d] among references [R, d]; chance is 1 / R at 1 and 5 / R at 5."""
     places = ranks(distances(queries, references), right).tolist()
     at_1, at_5 = (share(sum(place <= k for place in places), len(places)) for k in (1, 5))
     return Recall(at_1, at_5, statistics.median(places))
 
 
 def nearest(queries: Tensor, training: Tensor, itself: Tensor | None = None, around: int = 50) -> Nearest:
-    """The nearest training picture of each query.
+    """Find the nearest training image of each query.
 
     Args:
         queries: features [Q, d] of images in [-1, 1].
         training: features [N, d].
-        itself: [Q], for queries that are training pictures: their own index, which is passed over.
+        itself: [Q], for queries that are training pictures: their own index, which is ignored.
         around: how many of the nearest make up the neighborhood that the nearest is compared with (Carlini et al. 2023,
             eq. 2): a pale picture is near to many, a copy to one.
     """

@@ -22,15 +22,15 @@ SHEET_BYTES = 400_000
 
 
 class Gallery:
-    """Pictures of each case's prompts at each guidance scale; case i has seed `seed + i` at every scale and wording.
+    """Images of the prompts of each case at each guidance scale. Case i has seed `seed + i` at every scale.
 
     Args:
-        model: what makes them, with its own defaults but for `steps` (None: its default, too).
-        cases: all there are.
-        folder: where pictures are kept, in a subfolder for this model, these settings and these prompts: a run that
-            was interrupted goes on.
-        model_hash: tells models apart.
-        batch_size: pictures computed together, always the same ones.
+        model: draws the images with its defaults, except for `steps` (None: also its default).
+        cases: all cases.
+        folder: stores the images, in a subfolder for this model, these settings and these prompts, so that an
+            interrupted run continues.
+        model_hash: identifies the model.
+        batch_size: images per batch. Batches always consist of the same images.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Gallery:
         self.folder = folder / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
 
     def make(self, kind: str, guidance_scale: float, indices: Sequence[int]) -> list[Image.Image]:
-        """The pictures of some cases' prompts of a kind."""
+        """Return the images of the prompts of one kind of some cases."""
         folder = self.folder / f"{kind}-{guidance_scale:g}"
         paths = {i: folder / f"{i:04d}.png" for i in range(len(self.cases))}
         todo = sorted({i // self.batch_size for i in indices if not paths[i].exists()})
@@ -71,7 +71,7 @@ class Gallery:
 
 
 def prompts_sheet(gallery: Gallery, guidance_scale: float, count: int) -> Image.Image:
-    """`count` captions the model was trained on, in the upper rows, and as many unseen wordings of others, below."""
+    """Draw a sheet: `count` captions of training images above, as many unseen prompts of other images below."""
     count = min(count, len(gallery.cases) // 2)
     halves = {"caption": range(count), "keywords": range(count, 2 * count)}
     images = [image for kind, half in halves.items() for image in gallery.make(kind, guidance_scale, half)]
@@ -82,7 +82,7 @@ def prompts_sheet(gallery: Gallery, guidance_scale: float, count: int) -> Image.
 def guidance_sheet(
     gallery: Gallery, scales: Sequence[float], references: Sequence[Image.Image], count: int
 ) -> Image.Image:
-    """A row per prompt, caption and unseen wording in turn: guidance scales from left to right, then the reference."""
+    """Draw a sheet with a row per prompt: images by guidance scale from left to right, then the reference."""
     images, captions = [], []
     for i in range(min(count, len(gallery.cases))):
         kind = ("caption", "keywords")[i % 2]
@@ -92,7 +92,7 @@ def guidance_sheet(
 
 
 def pairs_sheet(images: Sequence[Image.Image], reconstructions: Sequence[Image.Image], columns: int = 8) -> Image.Image:
-    """Each image above its reconstruction."""
+    """Draw a sheet with each image above its reconstruction."""
     rows = []
     for first in range(0, len(images), columns):
         for pictures in (images, reconstructions):
@@ -102,17 +102,17 @@ def pairs_sheet(images: Sequence[Image.Image], reconstructions: Sequence[Image.I
 
 
 def enlarge(image: Image.Image) -> Image.Image:
-    """A picture at the size of a cell."""
+    """Resize an image to the size of a cell."""
     return image.resize((CELL, CELL), Image.Resampling.BICUBIC)
 
 
 def plain(caption: str) -> str:
-    """A caption without the accents that the sheet's font has no glyphs for."""
+    """Remove accents from a caption, for which the font of the sheet has no glyphs."""
     return "".join(c for c in unicodedata.normalize("NFKD", caption) if not unicodedata.combining(c))
 
 
 def save_sheet(sheet: Image.Image, path: Path) -> None:
-    """Write WebP of the best quality that keeps the file below SHEET_BYTES."""
+    """Write a WebP file with the best quality at which it has at most SHEET_BYTES."""
     for quality in (95, 90, 80, 65, 50):
         buffer = io.BytesIO()
         sheet.save(buffer, "WEBP", quality=quality, method=6)

@@ -31,7 +31,7 @@ class Case:
 
 
 def read_metadata(folder: str) -> dict[str, dict[str, Any]]:
-    """Rows of the folder's metadata.jsonl by file name. Raises FileNotFoundError."""
+    """Read the rows of the metadata.jsonl of a folder by file name. Raises FileNotFoundError."""
     path = os.path.join(folder, "metadata.jsonl")
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no metadata.jsonl in {folder}; --data is a folder whose rows have name and keywords")
@@ -70,7 +70,7 @@ def choose_cases(
 
 
 def words(row: Mapping[str, Any], kind: str) -> list[str]:
-    """The keywords of a row that may stand for its name: none is the name itself; a synonym shares no word with it."""
+    """Return the keywords of a row that can replace its name. Synonyms are those that share no word with the name."""
     name = str(row.get("name", ""))
     keywords = [word for word in row.get("keywords") or [] if re.search(r"\w\w", word)]  # signs, such as *, say nothing
     keywords = [word for word in keywords if word.casefold() != name.casefold()]
@@ -78,12 +78,12 @@ def words(row: Mapping[str, Any], kind: str) -> list[str]:
 
 
 def unseen(row: Mapping[str, Any], hold_out: float) -> list[str]:
-    """The synonyms of a row that are held out of all captions."""
+    """Return the synonyms of a row that occur in no caption."""
     return [word for word in words(row, "synonyms") if is_held_out(word, hold_out)]
 
 
 def share_a_word(one: str, other: str) -> bool:
-    """Whether a word of one begins with a word of the other, as in grin and grinning."""
+    """Return whether a word of one text begins with a word of the other, such as grinning with grin."""
     first, second = (re.findall(r"\w+", text.casefold()) for text in (one, other))
     return any(a.startswith(b) or b.startswith(a) for a in first for b in second)
 
@@ -101,5 +101,5 @@ def _make_case(index: int, record: Record, row: Mapping[str, Any], seed: int, ho
 
 
 def concept_of(row: Mapping[str, Any]) -> str:
-    """The concept of a row, which its versions in other styles share."""
+    """Return the concept of a row, which is the same for all styles."""
     return str(row.get("concept") or row["name"])

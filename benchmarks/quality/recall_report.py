@@ -55,7 +55,7 @@ Held-out pictures above their reconstructions:
 
 
 def write_report(results: Mapping[str, Any]) -> str:
-    """The page for the contents of results.json."""
+    """Return the Markdown page for the contents of results.json."""
     settings = results["settings"]
     words = "{sampler}, {steps} steps, {height} x {width} pixels, seeds from {seed}, model {model_hash}."
     shown = "Captions contain other keywords, but not those that the config holds out, which are a kind of prompt too."
@@ -78,7 +78,7 @@ def write_report(results: Mapping[str, Any]) -> str:
 
 
 def recall_table(rows: list[Mapping[str, Any]]) -> str:
-    """Recall by kind of prompt and guidance scale."""
+    """Return a table of recall by kind of prompt and guidance scale."""
     titles = ["prompt", "guidance scale"]
     titles += [f"{name}, {space}" for space in ("RGB", "latents") for name in ("@1", "@5", "median rank")]
     lines = [titles, ["---"] * len(titles)]
@@ -92,7 +92,7 @@ def recall_table(rows: list[Mapping[str, Any]]) -> str:
 
 
 def memory_table(rows: list[Mapping[str, Any]], real: Mapping[str, Mapping[str, float]]) -> str:
-    """Distances to the nearest training picture, of generated and of real pictures."""
+    """Return a table of the distances of generated and of real images to the nearest training image."""
     titles = ["picture", "guidance scale", "median distance", "near copies", "nearest is its own reference"]
     lines = [titles, ["---"] * len(titles)]
     for name, found in real.items():

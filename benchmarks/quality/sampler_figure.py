@@ -38,14 +38,14 @@ DATA = Gaussians(
 )
 DENOISE = DATA.denoiser(SCHEDULE)
 SPACING = "log_snr"
-CALLS = 16  # of the paths
+CALLS = 16  # network calls of a plotted path
 BUDGETS = (4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-PATIENT = {"langevin": 96, "restart": 32}  # calls of the paths of those that do nothing good with fewer
-PATHS, FEW_PATHS = 9, 3  # of deterministic samplers, and of stochastic ones, which cross
-POINTS, CLOUD = 500, 20_000  # points whose error is measured, and those that stand for a distribution
-EDGE = 2.3  # of the panels
+PATIENT = {"langevin": 96, "restart": 32}  # calls of a plotted path of samplers that need more
+PATHS, FEW_PATHS = 9, 3  # paths per panel: of deterministic samplers, and of stochastic ones, whose paths cross
+POINTS, CLOUD = 500, 20_000  # points for the flow error, and for the distribution error
+EDGE = 2.3  # the panels show [-EDGE, EDGE]
 BLUE, ORANGE = "#1f69b4", "#d95f0e"
-UNFIT = {"ode": "chooses its own steps", "lcm": "needs a distilled network"}  # for a curve against calls
+UNFIT = {"ode": "chooses its own steps", "lcm": "needs a distilled network"}  # samplers without a curve
 
 
 @dataclass
@@ -60,17 +60,17 @@ class Counted:
 
 
 def noise(count: int) -> Tensor:
-    """Where sampling begins, [1, count, 2]."""
+    """Return initial noise, [1, count, 2]."""
     return initial_noise((1, count, 2), seeds(0), SCHEDULE).double()
 
 
 def seeds(seed: int) -> list[torch.Generator]:
-    """One generator: all points are one image."""
+    """Return one random generator, because all points form one image."""
     return [torch.Generator().manual_seed(seed)]
 
 
 def run(sampler: Sampler, z: Tensor, steps: int, **options: Any) -> tuple[list[Tensor], int]:
-    """All z of a walk [steps + 1] and the calls that it took."""
+    """Run a sampler; returns z at all of its steps + 1 times, and the number of network calls."""
     denoise: Denoise = Counted()
     visited = times(SCHEDULE, steps, SPACING, sampler.time_defaults, ends_clean=True)
     return [z, *(s.z for s in sampler.run(denoise, z, visited, SCHEDULE, seeds(1), **options))], denoise.calls
@@ -78,41 +78,45 @@ def run(sampler: Sampler, z: Tensor, steps: int, **options: Any) -> tuple[list[T
 
 @functools.cache
 def calls_of(sampler: Sampler, steps: int) -> int:
-    """The calls that so many steps take."""
+    """Return the number of network calls of `steps` steps."""
     return run(sampler, noise(1), steps)[1]
 
 
 def steps_for(sampler: Sampler, budget: int) -> int | None:
-    """The most steps that take no more calls than the budget."""
+    """Return the largest number of steps whose network calls are within the budget; None if there is none."""
     return max((steps for steps in range(1, budget + 1) if calls_of(sampler, steps) <= budget), default=None)
 
 
 def exact(z: Tensor) -> Tensor:
-    """Where the probability flow ends, [1, N, 2]."""
+    """Return the end points of the exact probability flow from z, [1, N, 2]."""
     visited = torch.tensor([1.0, 1 / SCHEDULE.config.timesteps, 0.0], dtype=torch.float64)
     *_, last = SAMPLERS["ode"].run(DENOISE, z, visited, SCHEDULE, seeds(1), tolerance=1e-9)
     return last.z
 
 
 def flow_error(sampler: Sampler, z: Tensor, ends: Tensor, steps: int) -> float:
-    """Root mean square distance of each point from the end of its exact flow."""
+    """Return the root mean square distance of points from the end points of their exact flow."""
     return (run(sampler, z, steps)[0][-1] - ends).square().sum(-1).mean().sqrt().item()
 
 
 def distribution_error(sampler: Sampler, z: Tensor, data: Tensor, steps: int) -> float:
-    """Wasserstein distance from data [N, 2], root mean square over 32 directions; of finite clouds it is never 0."""
+    """Return the sliced Wasserstein distance of samples from data [N, 2]; it is above 0 for finite samples."""
     return sliced(run(sampler, z, steps)[0][-1][0], data)
 
 
 def sliced(a: Tensor, b: Tensor) -> float:
-    """Sliced Wasserstein distance of two clouds [N, 2]."""
+    """Return the sliced Wasserstein distance of two point clouds [N, 2] over 32 directions."""
     angles = torch.arange(32, dtype=torch.float64) * math.pi / 32
     directions = torch.stack([angles.cos(), angles.sin()])  # [2, 32]
     return ((a @ directions).sort(0).values - (b @ directions).sort(0).values).square().mean().sqrt().item()
 
 
 def errors(budgets: Sequence[int]) -> tuple[dict[str, list[tuple[int, float]]], dict[str, list[tuple[int, float]]]]:
-    """Of deterministic samplers from the exact flow, of stochastic ones from the data: points (calls, error)."""
+    """Return points (calls, error) of each sampler.
+
+    The first dictionary has the errors of deterministic samplers against the exact flow, the second those of stochastic
+    samplers against the data.
+    """
     flow: dict[str, list[tuple[int, float]]] = {}
     spread: dict[str, list[tuple[int, float]]] = {}
     z, cloud, data = noise(POINTS), noise(CLOUD), DATA.sample(CLOUD, seeds(2)[0])
@@ -133,12 +137,12 @@ def errors(budgets: Sequence[int]) -> tuple[dict[str, list[tuple[int, float]]], 
 
 
 def draw_paths(axes: Any, name: str, grid: tuple[Tensor, Tensor, Tensor]) -> None:
-    """The panel of one sampler."""
+    """Plot the paths of one sampler."""
     sampler, z = SAMPLERS[name], noise(PATHS)
     steps = CALLS if name == "ode" else steps_for(sampler, PATIENT.get(name, CALLS))
-    walked, calls = run(sampler, z, steps, **({"tolerance": 1e-2} if name == "ode" else {}))
+    states, calls = run(sampler, z, steps, **({"tolerance": 1e-2} if name == "ode" else {}))
     axes.contourf(*grid, levels=8, cmap="Greys", alpha=0.7)
-    path = torch.stack(walked)[:, 0].numpy()  # [steps + 1, N, 2]
+    path = torch.stack(states)[:, 0].numpy()  # [steps + 1, N, 2]
     for point in range(FEW_PATHS if sampler.draws else PATHS):
         axes.plot(*path[:, point].T, "-o", color=ORANGE if sampler.draws else BLUE, ms=2, lw=0.9)
     axes.plot(*path[-1].T, "o", color="black", ms=3)
@@ -149,7 +153,7 @@ def draw_paths(axes: Any, name: str, grid: tuple[Tensor, Tensor, Tensor]) -> Non
 
 
 def draw_errors(axes: Any, curves: dict[str, list[tuple[int, float]]], title: str) -> None:
-    """Error against calls, both on logarithmic axes; each curve is named where it ends."""
+    """Plot error over calls on logarithmic axes, with the name of each sampler at the end of its curve."""
     for index, (name, points) in enumerate(curves.items()):
         style = "--" if index >= 10 else "-"  # there are ten colors
         axes.loglog(*zip(*points, strict=True), style, marker="o", ms=3, lw=1.4, label=name)
@@ -163,7 +167,7 @@ def draw_errors(axes: Any, curves: dict[str, list[tuple[int, float]]], title: st
 
 
 def figure(budgets: Sequence[int]) -> Figure:
-    """The whole figure."""
+    """Draw the whole figure."""
     columns = 7
     rows = -(-len(SAMPLERS) // columns)
     page = Figure(figsize=(15, 2.3 * rows + 5.6), layout="constrained")

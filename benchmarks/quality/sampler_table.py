@@ -27,7 +27,7 @@ UNFIT = ("ode",)  # chooses its own steps
 
 
 def end(model: TextToImage, prompts: Sequence[str], guidance_scale: float, **how: object) -> Tensor:
-    """Latents [B, c, h, w] of the prompts, all in one batch."""
+    """Sample latents [B, c, h, w] of the prompts in one batch."""
     pictures = model.plan(prompts, guidance_scale=guidance_scale, **how)
     (batch,) = model.batches(pictures, len(prompts))
     *_, last = model.sample(batch)
@@ -35,12 +35,12 @@ def end(model: TextToImage, prompts: Sequence[str], guidance_scale: float, **how
 
 
 def steps_for(name: str, calls: int) -> int:
-    """The most steps that take no more calls."""
+    """Return the largest number of steps whose network calls are within the budget."""
     return next(steps for steps in range(calls, 0, -1) if CALLS[SAMPLERS[name].calls](steps) <= calls)
 
 
 def table(model: TextToImage, prompts: Sequence[str], guidance_scale: float, budgets: Sequence[int]) -> str:
-    """Markdown: a row per sampler and spacing, best at the middle budget first."""
+    """Return a Markdown table with a row per sampler and spacing, sorted by the error at the middle budget."""
     reference = end(model, prompts, guidance_scale, **REFERENCE)
     rows = {}
     for name, sampler in SAMPLERS.items():

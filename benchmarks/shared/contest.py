@@ -18,37 +18,37 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # a parent process without torch is small, see `peak_memory`
+if TYPE_CHECKING:  # a parent process without torch needs little memory, see `peak_memory`
     from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 OURS = "ours"
-WORKDIR = str(Path(tempfile.gettempdir()) / "stipple-benchmarks")  # of models that are written once
+WORKDIR = str(Path(tempfile.gettempdir()) / "stipple-benchmarks")  # folder of models, which are written once
 
 
 @dataclass(frozen=True)
 class Times:
-    """What one contender took, a number per round."""
+    """Times of one contender, one per round."""
 
     wall: list[float] = field(default_factory=list)  # seconds by the clock
     cpu: list[float] = field(default_factory=list)  # seconds of all threads together
 
     def add(self, wall: float, cpu: float) -> None:
-        """Keep one more round."""
+        """Add the times of a round."""
         self.wall.append(wall)
         self.cpu.append(cpu)
 
 
 @dataclass(frozen=True)
 class Work:
-    """How much arithmetic a contender has to do by the definition, and how fast the machine is at it."""
+    """The number of operations of a contender by definition, and the peak speed of the machine."""
 
     flops: float  # floating-point operations
     peak: float  # the same per second, in a large matrix product
 
 
 def parser(doc: str | None, rounds: int) -> argparse.ArgumentParser:
-    """A command line with what every race has."""
+    """Return a parser with the flags that all speed benchmarks have."""
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--threads", type=int, default=2, help="of each contender")
     p.add_argument("--rounds", type=int, default=rounds, help="of which the median counts")
@@ -57,14 +57,14 @@ def parser(doc: str | None, rounds: int) -> argparse.ArgumentParser:
 
 
 def measure(run: Callable[[], Any]) -> tuple[float, float]:
-    """Seconds by the clock, and of all threads of this process, that a call takes."""
+    """Return the wall-clock seconds of a call, and the CPU seconds of all threads of this process."""
     wall, cpu = time.perf_counter(), time.process_time()
     run()
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
 def alternate(contenders: Mapping[str, Callable[[], Any]], rounds: int, warm_up: bool = True) -> dict[str, Times]:
-    """Run all contenders once per round, every other round in reverse order; a round before is not counted."""
+    """Time all contenders once per round, in reverse order in every other round, after a warm-up round."""
     times = {name: Times() for name in contenders}
     order = list(contenders)
     for index in range(-1 if warm_up else 0, rounds):
@@ -78,13 +78,16 @@ def alternate(contenders: Mapping[str, Callable[[], Any]], rounds: int, warm_up:
 
 
 def ratios(stipple: Sequence[float], peer: Sequence[float]) -> str:
-    """Ratios of Stipple to a peer, round by round: the median, the least and the largest."""
+    """Return the median, smallest and largest ratio of Stipple to a peer over the rounds."""
     by_round = [a / b for a, b in zip(stipple, peer, strict=True)]
     return f"{statistics.median(by_round):.2f} ({min(by_round):.2f} - {max(by_round):.2f})"
 
 
 def table(times: Mapping[str, Times], work: Work | None = None, unit: str = "") -> str:
-    """Seconds, CPU seconds, share of the peak, and the ratio of Stipple to each; marks the fastest peer."""
+    """Return a Markdown table: seconds, CPU seconds, share of the peak, and ratio of Stipple to each peer.
+
+    The fastest peer is marked.
+    """
     reference = min((name for name in times if name != OURS), key=lambda name: statistics.median(times[name].wall))
     lines = [
         f"| contender | seconds{unit} (fastest - slowest) | CPU seconds | share of peak | ratio: ours / it | by CPU |",
@@ -103,7 +106,7 @@ def table(times: Mapping[str, Times], work: Work | None = None, unit: str = "") 
 
 
 def machine(threads: int, peak: float | None = None) -> str:
-    """A line that says where and with what it was measured."""
+    """Return a line that describes the machine and the versions of the libraries."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers"))
     load = f"load average {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
     speed = f"GEMM peak {peak / 1e9:.0f} GFLOP/s; " if peak else ""
@@ -111,7 +114,7 @@ def machine(threads: int, peak: float | None = None) -> str:
 
 
 def gemm_peak(tiny: bool = False, rounds: int = 5) -> float:
-    """Floating-point operations per second of a product of two float32 [2048, 2048], the fastest of some."""
+    """Measure floating-point operations per second of float32 matrix products; returns the fastest."""
     import torch
 
     size = 256 if tiny else 2048
@@ -122,12 +125,12 @@ def gemm_peak(tiny: bool = False, rounds: int = 5) -> float:
 
 
 def relative_error(stipple: Tensor, peer: Tensor) -> float:
-    """The norm of the difference divided by the norm of the peer's output."""
+    """Return the norm of the difference divided by the norm of the peer's output."""
     return ((stipple - peer).norm() / peer.norm()).item()
 
 
 def require_equal(stipple: Tensor, peer: Tensor, what: str, limit: float = 1e-4) -> None:
-    """Raise RuntimeError unless the relative error is below the limit: a race of unequal results says nothing."""
+    """Raise RuntimeError unless the relative error is below the limit: only equal results can be compared in speed."""
     error = relative_error(stipple, peer)
     if not error < limit:
         raise RuntimeError(f"{what}: relative error {error:.2e} is not below {limit:g}; there is nothing to compare")
@@ -135,7 +138,7 @@ def require_equal(stipple: Tensor, peer: Tensor, what: str, limit: float = 1e-4)
 
 
 def require_alike(stipple: Sequence[Any], peer: Sequence[Any], what: str, limit: int = 2) -> None:
-    """Raise RuntimeError unless all values of 8 bits in pairs of PIL images are within the limit."""
+    """Raise RuntimeError unless all 8-bit values of pairs of PIL images differ by at most the limit."""
     import numpy as np
 
     pairs = zip(stipple, peer, strict=True)
@@ -146,5 +149,5 @@ def require_alike(stipple: Sequence[Any], peer: Sequence[Any], what: str, limit:
 
 
 def note(text: str) -> None:
-    """Progress for the person who waits."""
+    """Print progress to standard error."""
     print(text, file=sys.stderr, flush=True)

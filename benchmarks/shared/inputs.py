@@ -12,7 +12,7 @@ PROMPT, SEED, GUIDANCE_SCALE = "a photograph of a red heart on a wooden table", 
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """Pictures of PROMPT to be made together, picture i from SEED + i."""
+    """A request for a batch of images of PROMPT; image i has seed SEED + i."""
 
     size: int  # side in pixels
     batch: int
@@ -21,7 +21,7 @@ class ImageRequest:
 
 @dataclass(frozen=True)
 class Pair:
-    """A pair as classifier-free guidance makes it: every z_t twice, each time with another context."""
+    """A batch of classifier-free guidance: each z_t occurs twice, with different contexts."""
 
     z_t: Tensor  # [2 B, 4, h, w]
     tokens: Tensor  # [2 B, 77, d]
@@ -29,11 +29,11 @@ class Pair:
 
     @classmethod
     def draw(cls, size: int, width: int, batch: int = 1, device: str = "cpu") -> Pair:
-        """B latents [4, size, size] with two contexts of tokens [77, width] each."""
+        """Draw B latents [4, size, size] with two contexts of tokens [77, width] each."""
         z_t = normal(batch, 4, size, size, device=device)
         return cls(torch.cat([z_t, z_t]), normal(2 * batch, 77, width, device=device))
 
 
 def normal(*shape: int, device: str = "cpu") -> Tensor:
-    """Standard normal numbers, the same at every call; on the meta device only the shape."""
+    """Return standard normal numbers, the same at every call; on the meta device, an empty tensor."""
     return torch.randn(shape, generator=None if device == "meta" else torch.Generator().manual_seed(0), device=device)

@@ -26,7 +26,7 @@ from ldm.schedules.base import ScheduleConfig
 
 
 def model_folder(workdir: str | Path, tiny: bool) -> Path:
-    """A whole model with random weights in diffusers' layout, written when it is not there yet: 4.3 GB for SD's."""
+    """Return a model folder in the layout of diffusers; writes random weights (4.3 GB for SD) if it is missing."""
     request = shapes(tiny)
     folder = Path(workdir) / request.name
     if (folder / "model_index.json").is_file():

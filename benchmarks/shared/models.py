@@ -31,7 +31,7 @@ class Shapes:
     name: str
     unet: UNetConfig
     vae: AutoencoderConfig
-    text: dict[str, Any]  # config.json of the text encoder
+    text: dict[str, Any]  # contents of config.json of the text encoder
 
 
 SD = Shapes(
@@ -49,19 +49,19 @@ TINY = Shapes(
 
 
 def shapes(tiny: bool) -> Shapes:
-    """SD 1.5's, or tiny ones."""
+    """Return the shapes of SD 1.5, or tiny ones."""
     return TINY if tiny else SD
 
 
 def empty(build: Callable[..., nn.Module], *arguments: Any) -> nn.Module:
-    """A module on the meta device, where it takes neither memory nor time."""
+    """Create a module on the meta device, where it takes neither memory nor time."""
     with torch.device("meta"):
         return build(*arguments)
 
 
 @torch.no_grad()
 def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Weights that pass signals on, in zero layers too; the same for the same names and shapes."""
+    """Return random weights, also for layers that begin with zeros; they depend on names and shapes only."""
     module = module.to_empty(device="cpu") if next(module.parameters()).is_meta else module
     draws = torch.Generator().manual_seed(seed)
     for name, weight in sorted(module.named_parameters()):
@@ -75,40 +75,40 @@ def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def their_unet(config: UNetConfig) -> nn.Module:
-    """diffusers' UNet2DConditionModel of these shapes, on the meta device."""
+    """Create diffusers' UNet2DConditionModel with these shapes on the meta device."""
     from diffusers import UNet2DConditionModel
 
     return empty(UNet2DConditionModel.from_config, unet_to_diffusers(config)).eval()
 
 
 def their_vae(config: AutoencoderConfig) -> nn.Module:
-    """diffusers' AutoencoderKL of these shapes, on the meta device."""
+    """Create diffusers' AutoencoderKL with these shapes on the meta device."""
     from diffusers import AutoencoderKL
 
     return empty(AutoencoderKL.from_config, to_diffusers(config)).eval()
 
 
 def sharing(module: nn.Module, weights: dict[str, Tensor], channels_last: bool = False) -> nn.Module:
-    """Give a module on the meta device these weights; only those of convolutions are copied, for channels last."""
+    """Assign weights to a module on the meta device without a copy, except for channels-last convolutions."""
     module.load_state_dict(weights, assign=True)
     module.eval().requires_grad_(False)
     return module.to(memory_format=torch.channels_last) if channels_last else module
 
 
 def our_unet(config: UNetConfig, weights: dict[str, Tensor]) -> UNet:
-    """Our UNet with these weights, as a user gets it from `TextToImage.load`."""
+    """Return Stipple's UNet with these weights, laid out as by `TextToImage.load`."""
     return lay_out(sharing(empty(UNet, config), weights))
 
 
 def our_vae(config: AutoencoderConfig, weights: dict[str, Tensor]) -> Autoencoder:
-    """Our autoencoder with these weights, as a user gets it from `TextToImage.load`."""
+    """Return Stipple's autoencoder with these weights, laid out as by `TextToImage.load`."""
     autoencoder = lay_out(sharing(empty(Autoencoder, config), weights))
     autoencoder.scaling_factor = SCALE
     return autoencoder
 
 
 def count_flops(run: Callable[[], Any]) -> int:
-    """Floating-point operations of a call, which is to be made of tensors on the meta device."""
+    """Count the floating-point operations of a call with tensors on the meta device."""
     from torch.utils.flop_counter import FlopCounterMode
 
     counter = FlopCounterMode(display=False)

@@ -13,7 +13,7 @@ from benchmarks.shared.contest import ROOT
 
 
 def run_script(*command: str) -> tuple[str, float, float]:
-    """What a Python process prints (`-m module` or a file, and arguments), its seconds by the clock and of the CPU."""
+    """Run a Python script or `-m module`; returns its output, wall-clock seconds and CPU seconds."""
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     process = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     wall, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -21,5 +21,5 @@ def run_script(*command: str) -> tuple[str, float, float]:
 
 
 def contend(module: str, *arguments: object) -> dict[str, Any]:
-    """One contender of a benchmark in a process of its own, which prints JSON in its last line."""
+    """Run one contender in a new process; returns the JSON value in the last line of its output."""
     return json.loads(run_script("-m", f"benchmarks.{module}", *map(str, arguments))[0].splitlines()[-1])

@@ -22,18 +22,18 @@ THEIRS = "diffusers"
 
 
 def command(contender: str, options, folder: Path) -> list[str]:
-    """The command line that writes the picture into a folder of its own."""
+    """Return the command line that writes the image into its own folder."""
     checkpoint, steps, seed = str(Path(options.checkpoint).resolve()), str(options.steps), str(options.seed)
     if contender == contest.OURS:
         flags = ["--checkpoint", checkpoint, "--steps", steps, "--seed", seed, "--sampler", "dpmpp_2m"]
-        flags += ["--spacing", "trailing"]  # as diffusers reads the folder
+        flags += ["--spacing", "trailing"]  # the spacing that diffusers reads from the folder
         return [str(contest.ROOT / "txt2img.py"), PROMPT, "--outdir", str(folder), *flags]
     script = str(contest.ROOT / "benchmarks/peers/diffusers_emoji.py")
     return [script, checkpoint, PROMPT, str(folder / "picture.png"), steps, seed]
 
 
 def race(options) -> dict[str, contest.Times]:
-    """Seconds of each contender's processes; their pictures must be alike."""
+    """Return the seconds of the processes of each contender. Raises RuntimeError if their images differ."""
     times = {contest.OURS: contest.Times(), THEIRS: contest.Times()}
     order = list(times)
     for _ in range(options.rounds):

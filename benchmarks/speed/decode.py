@@ -21,17 +21,17 @@ WAYS = ("decode", "encode")
 
 
 def our_call(autoencoder: nn.Module, way: str, inputs: Tensor) -> Callable[[], Tensor]:
-    """Unit-scale latents to images, or images to the mean of their latents."""
+    """Decode unit-scale latents with Stipple, or encode images to the mean of their latents."""
     return lambda: autoencoder.decode(inputs) if way == "decode" else autoencoder.encode(inputs).mode()
 
 
 def their_call(vae: nn.Module, way: str, inputs: Tensor) -> Callable[[], Tensor]:
-    """The same of diffusers'."""
+    """Decode or encode with diffusers, see `our_call`."""
     return (diffusers_calls.decode_call if way == "decode" else diffusers_calls.encode_call)(vae, inputs)
 
 
 def networks(tiny: bool, savings: Sequence[str] = ()) -> dict[str, nn.Module]:
-    """All contenders with the same weights."""
+    """Return all contenders, with equal weights."""
     config = models.shapes(tiny).vae
     weights = dict(models.randomize(models.their_vae(config)).state_dict())
     found = {contest.OURS: models.our_vae(config, weights)}
@@ -44,14 +44,14 @@ def networks(tiny: bool, savings: Sequence[str] = ()) -> dict[str, nn.Module]:
 
 
 def inputs(way: str, size: int, batch: int, tiny: bool, device: str = "cpu") -> Tensor:
-    """Latents [B, 4, h, w] or images [B, 3, H, W] for pictures of `size` pixels."""
+    """Return random latents [B, 4, h, w] or images [B, 3, H, W] for images of `size` pixels."""
     side = size // models.shapes(tiny).vae.downsampling
     shape = (batch, 4, side, side) if way == "decode" else (batch, 3, size, size)
     return normal(*shape, device=device)
 
 
 def race(networks: dict[str, nn.Module], way: str, inputs: Tensor, rounds: int) -> dict[str, contest.Times]:
-    """Check that outputs are ours (of tiles, only how far they are), then time all."""
+    """Check that all outputs equal Stipple's (report the error of tiled ones), then time all contenders."""
     calls = {
         name: (our_call if name == contest.OURS else their_call)(net, way, inputs) for name, net in networks.items()
     }
@@ -60,7 +60,7 @@ def race(networks: dict[str, nn.Module], way: str, inputs: Tensor, rounds: int) 
         if name != contest.OURS:
             limit = float("inf") if "tiling" in name else 1e-4
             contest.require_equal(output, call(), f"{way} {tuple(inputs.shape)}, {name}", limit)
-    return contest.alternate(calls, rounds, warm_up=False)  # they have just been called
+    return contest.alternate(calls, rounds, warm_up=False)  # the check was the warm-up
 
 
 @torch.inference_mode()

@@ -24,25 +24,25 @@ BARE_TORCH, BARE = 'python -c "import torch"', "python -c pass"
 PICTURE, HELP = "txt2img.py, to the PNG", "txt2img.py --help"
 FIRST, SAMPLING = "sampling alone, first in a process", "sampling alone"
 LIMITS = {PICTURE: 10.0, HELP: 1.0, SAMPLING: 2.0}  # seconds, on a machine with 2 cores
-BESIDE = {PICTURE: BARE_TORCH, HELP: BARE}  # what a process is compared with
+BESIDE = {PICTURE: BARE_TORCH, HELP: BARE}  # the bare process that each is compared with
 
 
 def run_bare(code: str) -> float:
-    """Seconds that a Python process takes to run `code`."""
+    """Return the seconds of a Python process that runs `code`."""
     began = time.perf_counter()
     subprocess.run([sys.executable, "-c", code], check=True)
     return time.perf_counter() - began
 
 
 def run_help() -> float:
-    """Seconds from process start to its end."""
+    """Return the seconds from the start of a process to its end."""
     began = time.perf_counter()
     subprocess.run([sys.executable, str(ROOT / "txt2img.py"), "--help"], check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - began
 
 
 def run_picture(checkpoint: str) -> float:
-    """Seconds from process start to the line that names the written PNG. Raises RuntimeError if there is none."""
+    """Return the seconds from process start to the line with the name of the PNG. Raises RuntimeError without one."""
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as complaints:
         command = [sys.executable, str(ROOT / "txt2img.py"), PROMPT, "--checkpoint", checkpoint, "--outdir", folder]
         began = time.perf_counter()
@@ -56,7 +56,7 @@ def run_picture(checkpoint: str) -> float:
 
 
 def run_sampling(checkpoint: str, runs: int) -> tuple[list[float], str]:
-    """Seconds of each walk from noise to latents at the model's defaults, in this process; and what these are."""
+    """Time sampling in this process; returns the seconds of each run and a description of the model's defaults."""
     import torch
 
     sys.path.insert(0, str(ROOT))
@@ -76,7 +76,7 @@ def run_sampling(checkpoint: str, runs: int) -> tuple[list[float], str]:
 
 
 def table(seconds: dict[str, list[float]]) -> str:
-    """Medians in Markdown, with their spread, limit, and ratio to the bare process beside them."""
+    """Return a Markdown table of medians, with their range, limit, and ratio to a bare process."""
     lines = ["| what | median s | fastest - slowest s | at most s | ratio to bare |", "|---|---|---|---|---|"]
     for name, values in seconds.items():
         limit = f"{LIMITS[name]:g}" if name in LIMITS else ""

@@ -16,14 +16,14 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.shared import contest  # nothing with torch: a process hands its own peak down to those that it starts
+from benchmarks.shared import contest  # without torch: child processes inherit the peak of their parent
 from benchmarks.shared.processes import contend
 
 HEADER = "| GiB for maps | peak MiB | seconds | CPU s | std | largest difference |\n|---|---|---|---|---|---|"
 
 
 def child(options: argparse.Namespace) -> dict[str, float]:
-    """One case in this process; its result is left in the working folder."""
+    """Run one case in this process and write its result to the working folder."""
     import numpy as np
     import torch
 
@@ -47,7 +47,7 @@ def child(options: argparse.Namespace) -> dict[str, float]:
 
 
 def compare(workdir: str, names: Sequence[float]) -> dict[str, tuple[float, float]]:
-    """Of each case, the standard deviation of its result and the largest difference from the first, in 1/255."""
+    """Return, per case, the standard deviation of its result and its largest difference from the first, in 1/255."""
     import numpy as np
 
     results = {name: np.load(Path(workdir) / f"{name}.npy") * 127.5 for name in names}
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[1024], help="sides of the pictures in pixels")
     parser.add_argument("--memory", type=float, nargs="+", default=[0.0, 2.0, 1.0], help="GiB for feature maps; 0: any")
     parser.add_argument("--way", choices=["decode", "encode"], default="decode")
-    parser.add_argument("--workdir", help=argparse.SUPPRESS)  # of a case
+    parser.add_argument("--workdir", help=argparse.SUPPRESS)  # working folder of a case
     options = parser.parse_args(argv)
     if options.workdir is not None:
         print(json.dumps(child(options)))

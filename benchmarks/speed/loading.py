@@ -35,12 +35,12 @@ from stipple_core.latent_cache.writer import LatentCacheWriter
 
 SEED, PER_SHARD = 0, 1000
 CACHE = "ours, cache"
-TOKENS = 12  # of a caption, about
+TOKENS = 12  # of an average caption
 Loop = Callable[[int], Iterator[tuple[torch.Tensor, list[str]]]]  # workers -> batches of pictures and captions
 
 
 def prepare(options: argparse.Namespace) -> tuple[Path, list[Record]]:
-    """The pictures in a folder and in tar shards, as files of equal contents."""
+    """Write the same images to a folder and to tar shards."""
     found = list(scan(DataConfig(folder=options.folder, validation=0.0)).train)
     root = Path(options.workdir) / f"loading-{options.pictures}"
     (root / "folder").mkdir(parents=True, exist_ok=True)
@@ -63,21 +63,21 @@ def prepare(options: argparse.Namespace) -> tuple[Path, list[Record]]:
 
 
 def of_images(data: DataConfig, batch_size: int, images: int, workers: int) -> Iterator[tuple[torch.Tensor, list[str]]]:
-    """As the trainers read pictures."""
+    """Return a loop over batches of images, loaded as in training."""
     dataset = ImageDataset(scan(data).train, data, SEED)
     order = Order(len(dataset), batch_size, batch_size, seed=SEED, steps=images // batch_size)
     return ((batch.images, batch.captions) for batch in make_loader(dataset, order, workers, collate))
 
 
 def of_cache(folder: str, batch_size: int, images: int, workers: int) -> Iterator[tuple[torch.Tensor, list[str]]]:
-    """As train_ldm.py reads the latent cache."""
+    """Return a loop over batches of the latent cache, loaded as by `stipple train`."""
     dataset = CachedLatents(folder, seed=SEED)
     order = Order(len(dataset), batch_size, batch_size, seed=SEED, steps=images // batch_size)
     return ((batch.moments, batch.captions) for batch in make_loader(dataset, order, workers, cached_collate))
 
 
 def write_cache(folder: Path, records: list[Record]) -> None:
-    """A latent cache in the shapes of configs/ldm/emoji.yaml; what the numbers are takes no time."""
+    """Write a latent cache with the shapes of configs/ldm/emoji.yaml and arbitrary values."""
     unet = CASES["emoji"].unet
     writer = LatentCacheWriter(str(folder), 0, {"made for": "benchmarks.speed.loading"}, records)
     for part in writer.missing("moments"):
@@ -88,14 +88,14 @@ def write_cache(folder: Path, records: list[Record]) -> None:
 
 
 def their_transform(size: int) -> Callable[[Image.Image], torch.Tensor]:
-    """What training scripts do to a picture, in torchvision's words."""
+    """Return the usual preprocessing of training scripts as torchvision transforms."""
     from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
 
     return Compose([Resize(size, InterpolationMode.BICUBIC), CenterCrop(size), ToTensor(), Normalize([0.5], [0.5])])
 
 
 def of_webdataset(pattern: str, size: int, batch_size: int, images: int, workers: int) -> Iterator:
-    """A plain webdataset loop: shards in random order, a shuffle buffer of 1,000."""
+    """Return a plain webdataset loop, with shards in random order and a shuffle buffer of 1,000."""
     import webdataset
 
     shards = webdataset.WebDataset(pattern, shardshuffle=False, resampled=True, seed=SEED).shuffle(1000)
@@ -105,7 +105,7 @@ def of_webdataset(pattern: str, size: int, batch_size: int, images: int, workers
 
 
 def of_datasets(folder: Path, size: int, batch_size: int, images: int, workers: int) -> Iterator:
-    """A plain loop over a Hugging Face dataset of files: random access, a transform, torch's loader."""
+    """Return a plain loop over a Hugging Face dataset with a transform and torch's DataLoader."""
     import datasets
 
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
@@ -123,13 +123,13 @@ def _transformed(transform: Callable[[Image.Image], torch.Tensor], rows: dict) -
 
 
 def run_through(loop: Loop, workers: int) -> None:
-    """Take every batch and leave it."""
+    """Iterate over all batches."""
     for _ in loop(workers):
         pass
 
 
 def require_same_pictures(loops: dict[str, Loop]) -> None:
-    """Raise RuntimeError unless contenders make the same tensor of a picture that each of them met."""
+    """Raise RuntimeError unless all contenders return the same tensor for the same image."""
     seen = {name: {text: image for images, texts in loop(0) for image, text in zip(images, texts, strict=True)}
             for name, loop in loops.items()}  # fmt: skip
     first, *others = seen
@@ -142,7 +142,7 @@ def require_same_pictures(loops: dict[str, Loop]) -> None:
 
 
 def consumption(steps: int) -> float:
-    """Pictures per second in training the UNet of configs/ldm/emoji.yaml from latents."""
+    """Return the images per second of training the UNet of configs/ldm/emoji.yaml on latents."""
     case, draw = CASES["emoji"], partial(torch.randn, generator=torch.Generator().manual_seed(SEED))
     size, latent = case.batch_size, (case.unet.in_channels, case.size, case.size)
     tokens = draw(size, TOKENS, case.unet.cross_attention_dim)
@@ -156,7 +156,7 @@ def consumption(steps: int) -> float:
 
 
 def image_loops(options: argparse.Namespace, root: Path) -> dict[str, Loop]:
-    """The contenders that decode pictures, by name."""
+    """Return the contenders that decode images, by name."""
     folder, size, batch = root / "folder", options.size, options.batch_size
     shards = f"{root}/tar/{{00000..{(options.pictures - 1) // PER_SHARD:05d}}}.tar"
     data = partial(DataConfig, image_size=size, validation=0.0, index=str(root / "index"))
@@ -169,7 +169,7 @@ def image_loops(options: argparse.Namespace, root: Path) -> dict[str, Loop]:
 
 
 def report(options: argparse.Namespace, times: dict[tuple[str, int], contest.Times], used: float) -> str:
-    """Markdown: images per second of each contender with each number of workers, and the cache against the UNet."""
+    """Return a Markdown table of images per second by contender and workers, and of the cache against the UNet."""
     rates = {who: options.images / statistics.median(each.wall) for who, each in times.items()}
     lines = [
         f"{options.images} pictures per round, {options.rounds} rounds, medians; {contest.machine(options.threads)}"

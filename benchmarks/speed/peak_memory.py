@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.shared import contest  # nothing with torch: a process hands its own peak down to those that it starts
+from benchmarks.shared import contest  # without torch: child processes inherit the peak of their parent
 from benchmarks.shared.processes import contend
 
 if TYPE_CHECKING:
@@ -25,12 +25,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CASES = ("import:0", "unet:32", "unet:64", "decode:512", "pipeline:256", "pipeline:512")
-SAVINGS = {"decode": ("slicing", "tiling"), "pipeline": ("slicing", "tiling", "attention slicing")}  # diffusers'
+SAVINGS = {
+    "decode": ("slicing", "tiling"),
+    "pipeline": ("slicing", "tiling", "attention slicing"),
+}  # options of diffusers
 THEIRS = "diffusers"
 
 
 def our_result(kind: str, size: int, folder: Path, options: argparse.Namespace) -> float:
-    """What a user of ours runs; the number tells results apart."""
+    """Run a case with Stipple; returns a number that depends on its output."""
     from ldm import TextToImage
 
     if kind == "import":
@@ -59,7 +62,7 @@ def our_result(kind: str, size: int, folder: Path, options: argparse.Namespace) 
 
 
 def their_result(kind: str, size: int, folder: Path, saving: str | None, options: argparse.Namespace) -> float:
-    """What a user of diffusers runs."""
+    """Run a case with diffusers; returns the number of `our_result`."""
     if kind == "import":
         from diffusers import StableDiffusionPipeline  # noqa: F401
 
@@ -97,7 +100,7 @@ def _brightness(pictures: Sequence[Image.Image]) -> float:
 
 
 def child(options: argparse.Namespace) -> dict[str, float]:
-    """One contender in this process: its peak in MiB, and its result."""
+    """Run one contender in this process; returns its peak in MiB and its result."""
     folder, (kind, size) = Path(options.folder), options.cases[0].split(":")
     if options.contender == contest.OURS:
         result = our_result(kind, int(size), folder, options)
@@ -108,7 +111,7 @@ def child(options: argparse.Namespace) -> dict[str, float]:
 
 
 def race(case: str, folder: str, options: argparse.Namespace) -> dict[str, list[float]]:
-    """MiB of each contender's processes, which alternate; results must be equal, but for tiles."""
+    """Return MiB of the processes of each contender, which alternate. Results must be equal, except with tiling."""
     flags = ["--threads", options.threads, "--batch", options.batch, "--steps", options.steps, "--folder", folder]
     names = [contest.OURS, THEIRS, *(f"{THEIRS}, {saving}" for saving in SAVINGS.get(case.split(":")[0], ()))]
     peaks: dict[str, list[float]] = {name: [] for name in names}
@@ -125,7 +128,7 @@ def race(case: str, folder: str, options: argparse.Namespace) -> dict[str, list[
 
 
 def table(peaks: dict[str, dict[str, list[float]]]) -> str:
-    """Markdown, one row per case and contender."""
+    """Return a Markdown table with a row per case and contender."""
     lines = ["| case | contender | peak MiB (least - most) | ratio: ours / it |", "|---|---|---|---|"]
     for case, by_name in peaks.items():
         for name, values in by_name.items():
@@ -141,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--cases", nargs="+", default=CASES, help="import:0, unet:SIDE, decode:PIXELS, pipeline:PIXELS")
     parser.add_argument("--batch", type=int, default=1, help="pictures together")
     parser.add_argument("--steps", type=int, default=2, help="of pipelines")
-    parser.add_argument("--contender", help=argparse.SUPPRESS)  # what this process is to be
+    parser.add_argument("--contender", help=argparse.SUPPRESS)  # the contender that this process runs
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.contender is not None:

@@ -39,7 +39,7 @@ KINDS = {  # the name of an operator, or of an autograd function of ours
 
 
 def seconds_by_kind(call: Callable[[], Tensor]) -> dict[str, float]:
-    """Seconds of one call, by kind of layer."""
+    """Return the seconds of one call by kind of layer."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         call()
     found: Counter[str] = Counter()
@@ -49,7 +49,7 @@ def seconds_by_kind(call: Callable[[], Tensor]) -> dict[str, float]:
 
 
 def _kind(event: Any) -> str:
-    """The kind of the outermost caller that has one."""
+    """Return the kind of the outermost caller that has a kind."""
     kind = REST
     while event is not None:
         kind = KINDS.get(event.name, kind)
@@ -58,7 +58,7 @@ def _kind(event: Any) -> str:
 
 
 def flops_by_kind(network: nn.Module, call: Callable[[], Tensor]) -> dict[str, float]:
-    """Operations of one call by the definition of convolutions and linear layers, as hooks see them."""
+    """Count the operations of convolutions and linear layers in one call with hooks."""
     found: Counter[str] = Counter()
 
     def count(module: nn.Module, _: Any, output: Tensor) -> None:
@@ -75,7 +75,7 @@ def flops_by_kind(network: nn.Module, call: Callable[[], Tensor]) -> dict[str, f
 
 
 def table(seconds: Mapping[str, Mapping[str, float]], flops: Mapping[str, Mapping[str, float]], peak: float) -> str:
-    """Markdown: for each contender the seconds of each kind, its share, and the share of the peak that it reaches."""
+    """Return a Markdown table: seconds, share of time, and share of the peak speed by kind and contender."""
     titles = [f"{name}: {what}" for name in seconds for what in ("seconds", "share", "of peak")]
     lines = [f"| layers | {' | '.join(titles)} | ratio: ours / theirs |", "|---" * (len(titles) + 2) + "|"]
     kinds = dict.fromkeys([*KINDS.values(), REST])

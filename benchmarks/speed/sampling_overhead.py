@@ -35,7 +35,7 @@ TOKENS = 20
 
 
 class Timed:
-    """Adds up the seconds of a module's calls while it is in use."""
+    """Adds up the seconds of all calls of a module."""
 
     def __init__(self, module: nn.Module):
         self.seconds = 0.0
@@ -50,7 +50,7 @@ class Timed:
 
 
 def walk(unet: UNet, timed: Timed, sampler: str, steps: int, method: str) -> float:
-    """How much longer a walk takes than the network in it, by what the network takes."""
+    """Return the time that sampling takes besides the network, relative to the time of the network."""
     schedule = make_schedule(ScheduleConfig())
     side, width = unet.config.sample_size, unet.config.cross_attention_dim
     context, null = (Context(tokens=torch.randn(1, TOKENS, width)) for _ in range(2))

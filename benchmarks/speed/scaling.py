@@ -30,11 +30,11 @@ STATE_BYTES = 4 * 4  # per parameter: weight, two moments, moving average, each 
 
 @dataclass(frozen=True, kw_only=True)
 class Assumed:
-    """What is not counted or measured."""
+    """The assumptions, which are neither counted nor measured."""
 
     images: float = 400e6  # captioned pictures, each of one caption
-    picture_bytes: float = 50e3  # of a file, at about 400 pixels
-    per_shard: float = 10_000  # pictures
+    picture_bytes: float = 50e3  # bytes of an image file of about 400 pixels
+    per_shard: float = 10_000  # images per tar shard
     tokens: float = 25  # of a caption, on average, where masked ones are not kept; without a mask: max_length
     sustained: float = 250e12  # operations per second and GPU: a quarter of an H100's dense bfloat16 peak of 989e12
     inside: float = 300e9  # bytes per second and GPU that an all-reduce reaches inside a machine of 8
@@ -45,7 +45,7 @@ class Assumed:
 
 @dataclass(frozen=True)
 class Job:
-    """One config's numbers."""
+    """The requirements of training with one config."""
 
     name: str
     parameters: int  # of the UNet
@@ -55,7 +55,7 @@ class Job:
 
 
 def count(name: str) -> Job:
-    """A config's parameters and operations, on the meta device."""
+    """Count the parameters and operations of a config on the meta device."""
     values = [f"data.folder={tempfile.gettempdir()}", "autoencoder=none"]
     config = load_config(LdmRunConfig, str(contest.ROOT / f"configs/ldm/{name}.yaml"), values)
     unet, size = models.empty(UNet, config.unet), config.unet.sample_size
@@ -69,7 +69,7 @@ def count(name: str) -> Job:
 
 
 def step_table(jobs: Sequence[Job], assumed: Assumed) -> str:
-    """The all-reduce of float32 gradients over a ring, and the pictures whose arithmetic takes as long."""
+    """Return a table of the seconds of a ring all-reduce of float32 gradients, and of the batch that takes as long."""
     lines = ["| config | UNet | TFLOP per image | moved per GPU and step | inside a machine | between machines |"]
     lines += ["|---|---|---|---|---|---|"]
     for job in jobs:
@@ -84,7 +84,7 @@ def step_table(jobs: Sequence[Job], assumed: Assumed) -> str:
 
 
 def disk_table(jobs: Sequence[Job], gpus: Sequence[int], assumed: Assumed) -> str:
-    """Bytes of latents, contexts and checkpoints, and days of one pass over the pictures, arithmetic alone."""
+    """Return a table of bytes of latents, contexts and checkpoints, and of days of computation per epoch."""
     lines = [
         "| config | moments, fp16 | contexts, fp16 | state | written by one | by 8 (FSDP) | days per epoch on GPUs |"
     ]
@@ -102,13 +102,15 @@ def disk_table(jobs: Sequence[Job], gpus: Sequence[int], assumed: Assumed) -> st
 
 
 def measured(gigabytes: float) -> str:
-    """Seconds per GB of a checkpoint on this machine: written durably with its sums; verified; loaded."""
+    """Measure the seconds per GB of writing, verifying and loading a checkpoint on this machine."""
     state = {"x": {str(i): torch.randn(int(gigabytes * 1e9 / 64)) for i in range(16)}}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "step-0000001"
         write, _ = contest.measure(lambda: write_folder(path, lambda temporary: save_state(temporary, state)))
         verify, _ = contest.measure(lambda: problem(path))
-        load, _ = contest.measure(lambda: [each.clone() for each in load_state(path)["x"].values()])  # it is mapped
+        load, _ = contest.measure(
+            lambda: [each.clone() for each in load_state(path)["x"].values()]
+        )  # the file is memory-mapped
     seconds = [f"{name} {value / gigabytes:.1f} s" for name, value in
                (("written, fsynced and hashed", write), ("verified", verify), ("loaded", load))]  # fmt: skip
     return f"Per GB of state on this machine: {', '.join(seconds)}."

@@ -25,20 +25,20 @@ from benchmarks.shared.model_folder import model_folder
 from ldm.pipeline import TextToImage
 
 LAYOUTS = ("contiguous", "channels_last")
-Draw = Callable[[ImageRequest, Callable[[], None]], list[Image.Image]]  # what is request, whom to tell after each step
+Draw = Callable[[ImageRequest, Callable[[], None]], list[Image.Image]]  # requested images; called after each step
 
 
 @dataclass
 class Contender:
-    """A pipeline, the pictures that it made last, and the seconds of its parts."""
+    """A pipeline, its latest images, and the seconds of its parts."""
 
     draw: Draw
-    steps: list[float] = field(default_factory=list)  # seconds per step, but for the first
-    rest: list[float] = field(default_factory=list)  # seconds from the last step to the pictures
+    steps: list[float] = field(default_factory=list)  # seconds per step, without the first step
+    rest: list[float] = field(default_factory=list)  # seconds from the last step to the images
     pictures: list[Image.Image] = field(default_factory=list)
 
     def run(self, request: ImageRequest) -> None:
-        """Make the pictures once."""
+        """Draw the requested images once and record the times."""
         marks: list[float] = []
         self.pictures = self.draw(request, lambda: marks.append(time.perf_counter()))
         self.rest.append(time.perf_counter() - marks[-1])
@@ -46,18 +46,18 @@ class Contender:
 
 
 def our_draw(model: TextToImage, request: ImageRequest, after_step: Callable[[], None]) -> list[Image.Image]:
-    """The pictures request, at our defaults but for the pictures per batch."""
+    """Draw the requested images with Stipple's defaults, except for the batch size."""
     same = dict(guidance_scale=GUIDANCE_SCALE, steps=request.steps, sampler="ddim", seed=SEED)
     plan = model.plan(PROMPT, num_images=request.batch, height=request.size, width=request.size, **same)
     (batch,) = model.batches(plan, request.batch)
     for step in model.sample(batch):
-        latents = step.z  # of the last step when the loop ends
+        latents = step.z  # at the end: the latents of the last step
         after_step()
     return [picture.image for picture in model.finish(batch, latents)]
 
 
 def race(pipelines: dict[str, Draw], request: ImageRequest, rounds: int) -> str:
-    """The table of one size and batch; pictures are compared after two steps, and at the end."""
+    """Return the table of one size and batch. Images are compared after two steps and after all."""
     title = f"{request.batch} x {request.size} x {request.size} pixels, {request.steps} steps"
     for steps in dict.fromkeys((min(2, request.steps), request.steps)):
         contenders = {name: Contender(draw) for name, draw in pipelines.items()}

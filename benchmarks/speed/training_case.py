@@ -22,12 +22,12 @@ FILE = "batch.safetensors"
 
 @dataclass(frozen=True)
 class Case:
-    """A model to be trained, and the folder of its first stage and text encoder."""
+    """The model to train, and the folder of its first stage and text encoder."""
 
     unet: UNetConfig
     batch_size: int
-    size: int  # of the latents, along one side
-    folder: Callable[[str], Path]  # of autoencoder and text encoder, from the --workdir
+    size: int  # latent pixels along one side
+    folder: Callable[[str], Path]  # folder of autoencoder and text encoder in the --workdir
     schedule: ScheduleConfig = ScheduleConfig(beta_start=0.00085, beta_end=0.012)
 
 
@@ -54,14 +54,14 @@ class Batch:
 
     @classmethod
     def read(cls, folder: str | Path) -> Batch:
-        """What `write_batch` wrote."""
+        """Load a batch that `write_batch` wrote."""
         tensors = read_weights(Path(folder) / FILE)
         return cls(**{field.name: tensors.get(field.name) for field in fields(cls)})
 
 
 @torch.inference_mode()
 def write_batch(case: Case, model: Path, folder: Path) -> None:
-    """Random images and some captions, encoded by the model folder's own networks."""
+    """Write random images and some captions, encoded with the networks of the model folder."""
     from autoencoder import Autoencoder
     from conditioning.conditioners import load_conditioner
 

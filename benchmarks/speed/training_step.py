@@ -30,7 +30,10 @@ BYTES = 5 * 4  # per parameter: weight, gradient, two moments, moving average
 
 
 def our_step(case: Case, batch: Batch) -> Callable[[], Tensor]:
-    """A step as in train_ldm.py, from cached latents and contexts; it returns the loss."""
+    """Return a function that trains one step as `stipple train` does, on cached latents and contexts.
+
+    The function returns the loss.
+    """
     from autoencoder import Posterior
     from conditioning import Context
     from ldm.denoising.denoiser import Denoiser
@@ -62,7 +65,7 @@ def our_step(case: Case, batch: Batch) -> Callable[[], Tensor]:
 
 
 def child(options: argparse.Namespace) -> dict[str, object]:
-    """One contender in this process: the loss of the first step, and the seconds of all but the first."""
+    """Run one contender in this process; returns the loss of the first step and the seconds of the others."""
     torch.set_num_threads(options.threads)
     case, batch = CASES[options.cases[0]], Batch.read(options.batch)
     if options.contender == contest.OURS:
@@ -76,7 +79,7 @@ def child(options: argparse.Namespace) -> dict[str, object]:
 
 
 def race(name: str, options: argparse.Namespace) -> dict[str, contest.Times]:
-    """The contenders' processes alternate; their first losses must be the same."""
+    """Run the processes of the contenders in turn. Raises RuntimeError if their first losses differ."""
     model, folder = CASES[name].folder(options.workdir).resolve(), Path(options.workdir).resolve() / "batches" / name
     write_batch(CASES[name], model, folder)
     times = {contender: contest.Times() for contender in (contest.OURS, THEIRS, SCRIPT)}
@@ -96,7 +99,7 @@ def race(name: str, options: argparse.Namespace) -> dict[str, contest.Times]:
 
 
 def flops(case: Case) -> int:
-    """Operations of the UNet's forward and backward pass by the definition of its layers."""
+    """Count the operations of the forward and backward pass of the UNet by the definition of its layers."""
     unet, meta = models.their_unet(case.unet), functools.partial(normal, device="meta")
     z_t = meta(case.batch_size, case.unet.in_channels, case.size, case.size)
     tokens = meta(case.batch_size, 77, case.unet.cross_attention_dim)
@@ -104,7 +107,7 @@ def flops(case: Case) -> int:
 
 
 def missing_memory(case: Case) -> str:
-    """Why a case can't be run here, or nothing; Linux says how much memory there is."""
+    """Return why a case can't run on this machine, or an empty string. Requires Linux."""
     needed = sum(p.numel() for p in models.their_unet(case.unet).parameters()) * BYTES * 1.15
     lines = Path("/proc/meminfo").read_text().splitlines()
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
@@ -116,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--workdir", default=contest.WORKDIR, help="where models and batches are written to")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=["emoji", "sd15"])
     parser.add_argument("--steps", type=int, default=3, help="per process, after the first; their median counts")
-    parser.add_argument("--contender", help=argparse.SUPPRESS)  # what this process is to be
+    parser.add_argument("--contender", help=argparse.SUPPRESS)  # the contender that this process runs
     parser.add_argument("--batch", help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)

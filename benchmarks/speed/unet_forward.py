@@ -21,14 +21,14 @@ from ldm.networks.cached_unet import CachedUNet
 
 
 def our_call(unet: nn.Module, pair: Pair) -> Callable[[], Tensor]:
-    """A forward pass of ours, as sampling calls it: keys and values, and layers of repeated latents, only once."""
+    """Return a forward pass of Stipple as in sampling: repeated keys, values and latents are computed once."""
     cached, context = CachedUNet(unet), Context(tokens=pair.tokens)
     timestep = torch.full((len(pair.z_t),), float(pair.timestep))
     return lambda: cached(pair.z_t, timestep, context)
 
 
 def networks(tiny: bool, compiled: bool = False) -> dict[str, nn.Module]:
-    """All contenders with the same weights, which share the memory of all but convolutions."""
+    """Return all contenders with equal weights, which share memory except for convolutions."""
     config = models.shapes(tiny).unet
     weights = dict(models.randomize(models.their_unet(config)).state_dict())
 
@@ -48,7 +48,7 @@ def networks(tiny: bool, compiled: bool = False) -> dict[str, nn.Module]:
 
 
 def race(networks: dict[str, nn.Module], size: int, width: int, rounds: int) -> dict[str, contest.Times]:
-    """Check that all outputs are ours, then time all."""
+    """Check that all outputs equal Stipple's, then time all contenders."""
     pair = Pair.draw(size, width)
     calls = {
         n: (our_call if n == contest.OURS else diffusers_calls.unet_call)(unet, pair) for n, unet in networks.items()
@@ -57,11 +57,11 @@ def race(networks: dict[str, nn.Module], size: int, width: int, rounds: int) -> 
     for name, call in calls.items():
         if name != contest.OURS:
             contest.require_equal(output, call(), f"{size} x {size}, {name}")
-    return contest.alternate(calls, rounds, warm_up=False)  # they have just been called
+    return contest.alternate(calls, rounds, warm_up=False)  # the check was the warm-up
 
 
 def flops(size: int, tiny: bool) -> int:
-    """Operations of a forward pass by the definition of its layers."""
+    """Count the operations of a forward pass by the definition of its layers."""
     config = models.shapes(tiny).unet
     pair = Pair.draw(size, config.cross_attention_dim, device="meta")
     return models.count_flops(diffusers_calls.unet_call(models.their_unet(config), pair))

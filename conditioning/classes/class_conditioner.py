@@ -22,6 +22,7 @@ from conditioning.interface.conditioner import PromptConditioner
 from conditioning.interface.context import Context
 from conditioning.interface.inputs import ConditionInputs
 from conditioning.interface.tokens import Tokens
+from stipple_core.files.json_file import read_json
 from stipple_core.files.weights import place, read_folder, write_weights
 
 MODEL_TYPE = "class_embedding"  # Stipple's own, in text_encoder/config.json
@@ -185,7 +186,7 @@ def load_classes(
 def is_unconditional(model_folder: Path) -> bool:
     """Return whether the model_index.json of a model folder names no text encoder."""
     try:
-        index = json.loads((model_folder / "model_index.json").read_text("utf-8"))
+        index = read_json(model_folder / "model_index.json")
     except (OSError, ValueError):
         return False
-    return isinstance(index, dict) and not any(any(index.get(part) or ()) for part in ("text_encoder", "bert"))
+    return not any(any(index.get(part) or ()) for part in ("text_encoder", "bert"))

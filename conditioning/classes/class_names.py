@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+
+from stipple_core.nearest import did_you_mean
 
 ENCODINGS = ("tokens", "vector")
 
@@ -50,8 +51,8 @@ class ClassNames:
 
     def near(self, prompt: str) -> str:
         """Return a hint for an unknown name: the closest name, or a list of the first names."""
-        close = difflib.get_close_matches(prompt.strip().lower(), self._row, n=1)
-        return f"did you mean {close[0]!r}?" if close else f"the classes are {', '.join(self.names[:20])}"
+        close = did_you_mean(prompt.strip().lower(), self._row, cutoff=0.6)
+        return f"did you mean {close!r}?" if close else f"the classes are {', '.join(self.names[:20])}"
 
     def state_dict(self) -> dict[str, list[str]]:
         """Return the names."""

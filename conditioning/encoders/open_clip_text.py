@@ -20,6 +20,7 @@ from conditioning.encoders.clip import PROJECTION, PROJECTS, Clip, empty_clip
 from conditioning.encoders.open_clip_names import tower_config, tower_from_open_clip
 from conditioning.encoders.pretrained import WEIGHTS, read_config
 from conditioning.tokenizers.tokenizer import Tokenizer, read_tokenizer
+from stipple_core.files.json_file import read_json
 from stipple_core.files.weights import place, read_folder
 
 MODEL_TYPE = "open_clip"  # Stipple's own, in text_encoder/config.json
@@ -136,7 +137,7 @@ def _arch(name: str) -> dict[str, Any]:
 
     if name.startswith("local-dir:"):
         path = Path(name.removeprefix("local-dir:")) / "open_clip_config.json"
-        config = json.loads(path.read_text("utf-8"))["model_cfg"]
+        config = read_json(path)["model_cfg"]
     elif name.startswith("hf-hub:"):
         from open_clip.factory import _get_hf_config
 

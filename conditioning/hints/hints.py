@@ -196,7 +196,7 @@ class DepthHint(SemanticHint):
     called, mode = "a depth map", "bicubic"
 
     def check(self, map: Tensor) -> None:
-        """Do nothing: a map of depths may have any values, unlike a map of classes."""
+        """Do nothing: a depth map may contain any numbers."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -168,10 +167,3 @@ class PromptConditioner(nn.Module):
 
     def bind_encoder(self, encode: Callable[[Tensor], Tensor]) -> None:
         """Do nothing: a conditioner of prompts reads no images."""
-
-
-def hash_weights(digest: hashlib._Hash, weights: Mapping[str, Tensor]) -> None:
-    """Update a hash with names, dtypes, shapes and values of weights, in the order of their names."""
-    for name, weight in sorted(weights.items()):
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())

@@ -20,6 +20,7 @@ from conditioning.classes.class_names import ClassNames, check_names
 from conditioning.encoders.boxes import BoxEncoder, random_boxes
 from conditioning.encoders.ldm_bert import LdmBert, random_ldm_bert
 from conditioning.interface.tokens import Tokens
+from stipple_core.files.json_file import read_json
 
 TOKENIZER_CLASS = "LayoutTokenizer"  # Stipple's own, in tokenizer/tokenizer_config.json
 VOCAB_SIZE = 8192  # of LDM's layout model
@@ -180,10 +181,10 @@ LAYOUT_READERS = {"cells": _cells, "waves": _waves}
 def read_layout_tokenizer(folder: Path) -> LayoutTokenizer | None:
     """Load a tokenizer that `LayoutTokenizer.save` wrote; None if the folder has another tokenizer."""
     try:
-        options = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+        options = read_json(folder / "tokenizer_config.json")
     except (OSError, ValueError):
         return None  # `read_tokenizer` raises
-    if not isinstance(options, dict) or options.get("tokenizer_class") != TOKENIZER_CLASS:
+    if options.get("tokenizer_class") != TOKENIZER_CLASS:
         return None
     return LayoutTokenizer(options["vocab_size"], options["model_max_length"], options.get("class_names", ()))
 

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from conditioning.interface.conditioner import Conditioner, Hint, PromptConditioner, hash_weights
+from conditioning.interface.conditioner import Conditioner, Hint, PromptConditioner
 from conditioning.interface.context import Context
 from conditioning.interface.input_reader import Reader
 from conditioning.interface.inputs import ConditionInputs
 from conditioning.interface.tokens import Tokens
+from stipple_core.files.hashing import hash_weights
 from stipple_core.files.json_file import write_json
 from stipple_core.files.weights import write_weights
 

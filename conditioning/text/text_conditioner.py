@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from conditioning.interface.conditioner import PromptConditioner, hash_weights
+from conditioning.interface.conditioner import PromptConditioner
 from conditioning.interface.context import Context
 from conditioning.interface.inputs import ConditionInputs
 from conditioning.interface.tokens import PromptTokenizer, Tokens
+from stipple_core.files.hashing import hash_weights
 from stipple_core.files.weights import write_weights
 
 LIBRARIES = {"LDMBertModel": "latent_diffusion", "BoxEncoder": None}  # in model_index.json; None: only Stipple has it

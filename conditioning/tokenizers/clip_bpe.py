@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import gzip
-import json
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from stipple_core.files.json_file import read_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -60,4 +61,4 @@ def read_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]
     """Read vocab.json and merges.txt, which older folders have instead of tokenizer.json."""
     lines = (folder / "merges.txt").read_text("utf-8").split("\n")
     merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
-    return json.loads((folder / "vocab.json").read_text("utf-8")), merges
+    return read_json(folder / "vocab.json"), merges

@@ -11,6 +11,7 @@ import torch
 
 from conditioning.interface.tokens import Tokens
 from conditioning.tokenizers.clip_bpe import clip_backend, read_vocabulary
+from stipple_core.files.json_file import read_json
 
 if TYPE_CHECKING:
     import tokenizers
@@ -166,7 +167,7 @@ def _options(folder: Path) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
-            options |= {k: v for k, v in json.loads((folder / name).read_text("utf-8")).items() if v is not None}
+            options |= {k: v for k, v in read_json(folder / name).items() if v is not None}
     options.pop("name_or_path", None)  # a path on the machine that saved the tokenizer
     return options
 

@@ -33,7 +33,7 @@ class Bound:
 
     @property
     def total(self) -> Tensor:
-        """The bound, [B]."""
+        """The upper bound on -log2 p(z_0) in bits per dimension of each image, [B]: the sum of all terms."""
         return self.prior + self.terms.sum(0) + self.decoder
 
 

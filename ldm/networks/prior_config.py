@@ -15,16 +15,16 @@ class PriorConfig:
         ValueError: a size is not positive.
     """
 
-    embedding_dim: int = 768  # d of the embeddings of pictures
-    token_dim: int = 768  # of the prompts' tokens
-    vector_dim: int = 768  # of the prompt's embedding
-    text_tokens: int = 77  # L of the prompts' tokens
+    embedding_dim: int = 768  # d, the length of an image embedding
+    token_dim: int = 768  # channels of a prompt's tokens
+    vector_dim: int = 768  # length of a prompt's embedding
+    text_tokens: int = 77  # L, the number of a prompt's tokens
     layers: int = 24  # transformer blocks
     heads: int = 32  # attention heads
-    head_dim: int = 64  # channels of each; heads x head_dim is the width, 2048
+    head_dim: int = 64  # channels of a head; heads x head_dim is the width, 2048
     dropout: float = 0.0  # none: the paper names none for the prior
 
-    sample_size, downsampling, attention, guidance_dim = 1, 1, "causal", None  # of a UNetConfig; no choice here
+    sample_size, downsampling, attention, guidance_dim = 1, 1, "causal", None  # constant UNetConfig fields
 
     def __post_init__(self):
         for name in ("embedding_dim", "token_dim", "vector_dim", "text_tokens", "layers", "heads", "head_dim"):
@@ -33,20 +33,20 @@ class PriorConfig:
 
     @property
     def width(self) -> int:
-        """Of the transformer."""
+        """The number of channels of the transformer."""
         return self.heads * self.head_dim
 
     @property
     def in_channels(self) -> int:
-        """Of z_t [B, d, 1, 1]."""
+        """The number of channels of the input z_t [B, d, 1, 1]."""
         return self.embedding_dim
 
     @property
     def out_channels(self) -> int:
-        """Of the output [B, d, 1, 1]."""
+        """The number of channels of the output [B, d, 1, 1]."""
         return self.embedding_dim
 
     @property
     def cross_attention_dim(self) -> int:
-        """Of context.tokens."""
+        """The number of channels of context.tokens [B, L, d]."""
         return self.token_dim

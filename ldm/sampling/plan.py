@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from numbers import Integral
 from typing import Any
 
 from conditioning.readers.combined import files_of
@@ -14,7 +13,7 @@ from ldm.samplers.steps import step_points
 from ldm.sampling.defaults import with_default_scale
 from ldm.sampling.model import Model
 from ldm.sampling.prompt_checks import check_ignored_prompts, check_prompts
-from ldm.sampling.settings import Settings, random_seed
+from ldm.sampling.settings import Settings, check_count, random_seed
 from ldm.sampling.source_images import SourceImages, check_conditions, condition_inputs
 
 STRENGTH = 0.75  # default for an image that the model is not conditioned on, as in CompVis' img2img
@@ -39,8 +38,7 @@ def plan(
     Raises:
         ValueError: settings or prompts are invalid, or this model can't use them.
     """
-    if not isinstance(num_images, Integral) or num_images < 1:
-        raise ValueError(f"num images {num_images!r} must be a whole number, at least 1")
+    check_count("num_images", num_images)
     specified = with_default_scale({name: value for name, value in settings.items() if value is not None})
     if specified.get("seed") == -1:
         specified["seed"] = random_seed()
@@ -62,8 +60,7 @@ def plan(
 
 def batches(pictures: Sequence[Settings], size: int) -> Iterator[list[Settings]]:
     """Group neighbors that differ only in prompts and seed into batches of at most `size` images."""
-    if not isinstance(size, Integral) or size < 1:
-        raise ValueError(f"batch size {size!r} must be a whole number, at least 1")
+    check_count("batch_size", size)
     for shared, group in itertools.groupby(pictures, _shared):
         group, largest = list(group), 1 if SAMPLERS[shared.sampler].alone else size
         for batch in (group[first : first + largest] for first in range(0, len(group), largest)):

@@ -239,6 +239,12 @@ def random_seed() -> int:
     return random.SystemRandom().randrange(2**32)
 
 
+def check_count(name: str, value: Any) -> None:
+    """Raise ValueError unless a number of images is a positive whole number."""
+    if not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{_words(name)} {value!r} must be a whole number, at least 1")
+
+
 def _words(name: str) -> str:
     return name.replace("_", " ")
 

@@ -40,7 +40,7 @@ class TableSchedule(Schedule):
         return (position - 1).clamp(min=0)  # below the first level, the index of the first
 
     def _located(self, ratio: Tensor) -> Tensor:
-        """The inverse of `_ratio`."""
+        """The positions [0, T] at which sigma / alpha has the values `ratio`."""
         below = (torch.searchsorted(self.ratios, ratio, right=True) - 1).clamp(0, self.config.timesteps - 1)
         low, high = self.ratios[below], self.ratios[below + 1]
         weight = (ratio / low).log() / (high / low).log()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from stipple_core.embedders.embedder import Embedder, EmbedderConfig
+from stipple_core.files.json_file import read_json
 
 VOCABULARY = 49408  # size of the byte-pair vocabulary that CLIP models share
 OPENAI_MEAN, OPENAI_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
@@ -107,7 +108,7 @@ def _shape(name: str) -> dict[str, Any]:
     from open_clip.factory import _get_hf_config
 
     if name.startswith("local-dir:"):
-        return json.loads((Path(name.removeprefix("local-dir:")) / SETTINGS).read_text("utf-8"))["model_cfg"]
+        return read_json(Path(name.removeprefix("local-dir:")) / SETTINGS)["model_cfg"]
     if name.startswith("hf-hub:"):
         return _get_hf_config(name.removeprefix("hf-hub:"))["model_cfg"]
     return open_clip.get_model_config(name)

@@ -16,7 +16,7 @@ from autoencoder.formats.compvis_first_stage import (
     to_compvis,
 )
 from stipple_core.files.weights import misfits, place, write_weights
-from tests.helpers.compvis_shapes import FIRST_STAGES, first_stage, lines
+from tests.helpers.models.compvis_shapes import FIRST_STAGES, first_stage, lines
 
 SMALL = dict(block_out_channels=(32, 64, 64), layers_per_block=1, norm_num_groups=GROUPS)
 DIGESTS = {  # of names and shapes in the state dicts of CompVis' classes

@@ -18,7 +18,7 @@ from ldm.losses.diffusion_loss import loss_weight
 from ldm.schedules.base import ScheduleConfig
 from ldm.schedules.registry import make_schedule
 from stipple_core.images.images import image_to_tensor, tensor_to_image
-from tests.helpers.pixel_models import pixel_model
+from tests.helpers.models.pixel_models import pixel_model
 
 
 def images(batch: int = 2, side: int = 16) -> torch.Tensor:

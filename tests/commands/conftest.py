@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import stipple.commands.draw as draw
-from tests.helpers.small_models import build_model
+from tests.helpers.models.small_models import build_model
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from ldm.formats.opening import open_model
 from ldm.formats.single_file_writer import save_first_stage, save_single_file
 from stipple.commands.convert import main
 from stipple_core.files.weights import read_weights, write_weights
-from tests.helpers.single_files import build_parts, save_words, write_yaml
+from tests.helpers.models.single_files import build_parts, save_words, write_yaml
 
 ROOT = Path(__file__).parents[2]
 
@@ -120,7 +120,7 @@ def test_existing_targets_and_unknown_flags_are_refused(sources, tmp_path, capsy
 
 
 def test_a_model_that_the_compvis_format_cannot_hold_writes_nothing(sources, tmp_path, capsys):
-    from tests.helpers.small_models import build_model
+    from tests.helpers.models.small_models import build_model
 
     build_model(tmp_path / "own").save(tmp_path / "model")
     before = sorted(tmp_path.iterdir())

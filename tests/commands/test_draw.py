@@ -13,7 +13,7 @@ import stipple.commands.draw as draw
 from ldm import TextToImage
 from ldm.sampling.settings import Settings
 from stipple_core.images.drawn_pictures import read_record
-from tests.helpers.small_models import SIDE
+from tests.helpers.models.small_models import SIDE
 
 
 def pixels(path: Path) -> np.ndarray:

@@ -102,7 +102,7 @@ BAD = {
     ),
     "line without": (["--from-file", "{tmp}/without.jsonl"], "{tmp}/without.jsonl line 1 has no prompt"),
     "wrong type": (["--from-file", "{tmp}/type.jsonl"], "steps 'few' is not a whole number"),
-    "wrong count": (["--from-file", "{tmp}/count.jsonl"], "num_images 'two' must be a whole number"),
+    "wrong count": (["--from-file", "{tmp}/count.jsonl"], "num images 'two' must be a whole number"),
     "like nothing": (["--like", "{tmp}/none.png"], "{tmp}/none.png does not exist"),
     "like a text": (["--like", "{tmp}/binary"], "{tmp}/binary is not a readable PNG file"),
     "like any picture": (["--like", "{tmp}/plain.png"], "{tmp}/plain.png does not contain its settings"),

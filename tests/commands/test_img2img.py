@@ -8,7 +8,7 @@ import stipple.commands.draw as draw
 import stipple.commands.img2img as img2img
 from ldm import TextToImage
 from stipple_core.resources import resource
-from tests.helpers.drawn import build, folder_of, photo, pixels, record, refused, run
+from tests.helpers.models.drawn import build, folder_of, photo, pixels, record, refused, run
 
 EMOJI = resource("checkpoints/emoji")
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 import stipple.commands.inpaint as inpaint
 from ldm import TextToImage
-from tests.helpers.drawn import build, folder_of, mask, photo, pixels, refused, run
+from tests.helpers.models.drawn import build, folder_of, mask, photo, pixels, refused, run
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from PIL import Image
 import stipple.commands.draw as draw
 from ldm.formats.single_file_writer import save_single_file
 from stipple_core.images.drawn_pictures import RECORD, a1111_parameters, encode_png, read_record, write_numbered
-from tests.helpers.single_files import build_parts, write_yaml
-from tests.helpers.small_models import SIDE
+from tests.helpers.models.single_files import build_parts, write_yaml
+from tests.helpers.models.small_models import SIDE
 
 
 def pixels(path: Path) -> np.ndarray:

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 import stipple.commands.sample as sample
-from tests.helpers.drawn import folder_of, pixels, record, refused, run
+from tests.helpers.models.drawn import folder_of, pixels, record, refused, run
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from conditioning import Unconditional
 from conditioning.formats.unet_inputs import with_hints
 from conditioning.hints.degradation import DegradationConfig
 from conditioning.hints.hints import HINTS, SpatialConfig
-from tests.helpers.drawn import build, folder_of, photo, pixels, refused, run
+from tests.helpers.models.drawn import build, folder_of, photo, pixels, refused, run
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from stipple_core.data.order import Order
 from stipple_core.data.records.buckets import Buckets
 from stipple_core.data.records.rows import maps_fingerprint
 from stipple_core.data.sources.scan import scan
-from tests.helpers.data_sources import folder_config, make_folder
+from tests.helpers.data.data_sources import folder_config, make_folder
 
 PICTURES = Path(__file__).parents[2] / "tests" / "pictures"
 

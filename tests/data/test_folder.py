@@ -12,7 +12,7 @@ from PIL import Image
 
 from stipple_core.data.records.records import fingerprint, write_skipped
 from stipple_core.data.sources.scan import scan
-from tests.helpers.data_sources import captions_by_name, folder_config, make_folder, reasons
+from tests.helpers.data.data_sources import captions_by_name, folder_config, make_folder, reasons
 
 PICTURES = Path(__file__).parents[2] / "tests" / "pictures"
 

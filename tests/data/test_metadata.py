@@ -13,7 +13,7 @@ from PIL import Image
 from stipple_core.data.records.captions import MAX_LENGTH, expand
 from stipple_core.data.sources.metadata import MAX_LINE, parse_captions, parse_row, read_rows
 from stipple_core.data.sources.scan import scan
-from tests.helpers.data_sources import captions_by_name, folder_config, make_folder, reasons
+from tests.helpers.data.data_sources import captions_by_name, folder_config, make_folder, reasons
 
 PNGS = ("a.png", "b.png", "c.png", "d.png")
 UNUSUAL = {"a": "nul\0bell\7", "b": "half\ud800", "c": "x" * 500_000, "d": "e\u0301"}

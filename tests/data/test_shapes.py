@@ -17,7 +17,7 @@ from PIL import Image
 from autoencoder import Autoencoder
 from ldm.pipeline import TextToImage
 from stipple_core.images.images import grid, image_to_tensor, tensor_to_image
-from tests.helpers.shapes import PAIRS, SIDE, SINGLES, Scene, caption, draw, make_set, read, same
+from tests.helpers.data.shapes import PAIRS, SIDE, SINGLES, Scene, caption, draw, make_set, read, same
 
 ROOT = Path(__file__).parents[2]
 COUNT = 4000  # images in the set

@@ -14,7 +14,7 @@ import pytest
 from stipple_core.data.sources.scan import scan
 from stipple_core.data.sources.shard_patterns import expand_braces
 from stipple_core.data.sources.shards import find_shards
-from tests.helpers.data_sources import captioned_image, make_tar, png_image, reasons, shard_config
+from tests.helpers.data.data_sources import captioned_image, make_tar, png_image, reasons, shard_config
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):

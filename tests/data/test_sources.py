@@ -18,7 +18,7 @@ from stipple_core.data.order import Order
 from stipple_core.data.records.data_config import DataConfig
 from stipple_core.data.records.records import Record, RecordList, fingerprint
 from stipple_core.data.sources.scan import scan
-from tests.helpers.data_sources import make_tar, png_image
+from tests.helpers.data.data_sources import make_tar, png_image
 
 COUNT = 37
 SOURCES = ("folder", "tar", "parquet", "dataset", "pipe")

@@ -15,7 +15,7 @@ import pytest
 from stipple_core.data.records.data_config import DataConfig
 from stipple_core.data.sources.scan import scan
 from stipple_core.images.images import UnusableImage, load_image
-from tests.helpers.data_sources import png_image, reasons, shard_config
+from tests.helpers.data.data_sources import png_image, reasons, shard_config
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")

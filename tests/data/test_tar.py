@@ -18,7 +18,7 @@ from stipple_core.data.records.records import Skip
 from stipple_core.data.sources.scan import scan
 from stipple_core.data.sources.tar import read_members, read_samples
 from stipple_core.images.images import load_image
-from tests.helpers.data_sources import captioned_image, make_tar, png_image, reasons, shard_config, tar_header
+from tests.helpers.data.data_sources import captioned_image, make_tar, png_image, reasons, shard_config, tar_header
 
 BLOCK = tarfile.BLOCKSIZE
 

@@ -14,7 +14,7 @@ from benchmarks.quality.recall_prompts import choose_cases, read_metadata, share
 from stipple_core.data.records.data_config import DataConfig
 from stipple_core.data.records.rows import is_held_out
 from stipple_core.data.sources.scan import scan
-from tests.helpers.small_models import build_model
+from tests.helpers.models.small_models import build_model
 
 ROOT = Path(__file__).parents[2]
 PICTURES = str(ROOT / "tests/pictures")

@@ -59,7 +59,7 @@ SHARDS = (  # where a shard is a tar or parquet file, which data come in
     *(
         "stipple_core/data/",
         "tests/data/",
-        "tests/helpers/data_sources.py",
+        "tests/helpers/data/data_sources.py",
         "benchmarks/speed/loading.py",
         "benchmarks/speed/scaling.py",
         "tests/house/test_benchmarks.py",

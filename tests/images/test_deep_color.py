@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from stipple_core.images.images import UnusableImage, load_image
-from tests.helpers.image_files import encoded, pixels, png_file, tiff_file
+from tests.helpers.data.image_files import encoded, pixels, png_file, tiff_file
 
 BACKGROUND = (0, 100, 200)
 

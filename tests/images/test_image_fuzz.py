@@ -15,7 +15,7 @@ from PIL import Image
 
 import stipple_core.images.images
 from stipple_core.images.images import UnusableImage, load_image, read_size
-from tests.helpers.image_files import encoded, png_file, random_image, tiff_file
+from tests.helpers.data.image_files import encoded, png_file, random_image, tiff_file
 
 CAP = 1 << 20  # pixels; images up to the real limit may take a second to decode
 INTERESTING = (0, 1, 2, 4, 8, 16, 127, 128, 255, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)

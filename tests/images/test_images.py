@@ -26,7 +26,7 @@ from stipple_core.images.images import (
     tensor_to_image,
 )
 from stipple_core.randomness import generator
-from tests.helpers.image_files import encoded, pixels, png_file, random_image
+from tests.helpers.data.image_files import encoded, pixels, png_file, random_image
 
 PICTURES = Path(__file__).parents[2] / "tests" / "pictures"
 

@@ -22,7 +22,7 @@ from PIL import Image
 import txt2img
 from ldm import TextToImage
 from ldm.formats.diffusers.known_schedulers import CLASSES
-from tests.helpers.small_models import build_model
+from tests.helpers.models.small_models import build_model
 
 SD = {
     "_class_name": "PNDMScheduler",

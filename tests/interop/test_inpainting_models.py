@@ -11,9 +11,9 @@ from conditioning.hints.hint_files import Files
 from ldm import TextToImage
 from ldm.networks.unet import UNet
 from stipple_core.images.images import image_to_tensor, tensor_to_image
-from tests.helpers.hinted_images import draw_with_hints
-from tests.helpers.small_models import build_model
-from tests.helpers.tiny_runs import run_here
+from tests.helpers.models.hinted_images import draw_with_hints
+from tests.helpers.models.small_models import build_model
+from tests.helpers.training.tiny_runs import run_here
 
 SIDE = 32
 PROMPT, NEGATIVE = "a red heart", "a cat"

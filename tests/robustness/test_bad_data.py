@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from stipple_core.images.images import UnusableImage
-from tests.helpers.image_files import encoded, png_file
-from tests.helpers.tiny_runs import STAGE_1, STAGE_2, files, final_state, launch, run_here
+from tests.helpers.data.image_files import encoded, png_file
+from tests.helpers.training.tiny_runs import STAGE_1, STAGE_2, files, final_state, launch, run_here
 
 RNG = np.random.default_rng(0)
 pytestmark = pytest.mark.usefixtures("settings_of_runs")

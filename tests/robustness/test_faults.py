@@ -29,8 +29,8 @@ from stipple_core.files import checkpoint_folder as checkpoint
 from stipple_core.files.json_file import write_json
 from stipple_core.files.weights import write_weights
 from stipple_core.latent_cache.writer import LatentCacheWriter
-from tests.helpers.injection import FAULTS, End, forked
-from tests.helpers.tiny_runs import differing, metrics
+from tests.helpers.training.injection import FAULTS, End, forked
+from tests.helpers.training.tiny_runs import differing, metrics
 
 pytestmark = pytest.mark.usefixtures("settings_of_runs")
 BEGUN, STEPS = 2, 3  # steps before the fault, and of the whole run; each step is saved, two are kept

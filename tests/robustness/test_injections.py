@@ -12,8 +12,8 @@ from torch import Tensor
 
 from autoencoder import Autoencoder, AutoencoderConfig
 from stipple.training.trainer import Trainer
-from tests.helpers.run_files import assert_finite_on_disk, bad_steps
-from tests.helpers.tiny_runs import STAGE_1, STAGE_2, run_here
+from tests.helpers.training.run_files import assert_finite_on_disk, bad_steps
+from tests.helpers.training.tiny_runs import STAGE_1, STAGE_2, run_here
 
 pytestmark = pytest.mark.usefixtures("settings_of_runs")
 BAD = [math.nan, math.inf, -math.inf]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.tiny_runs import ROOT, SETTINGS, STAGE_1, STAGE_2, differing, metrics
+from tests.helpers.training.tiny_runs import ROOT, SETTINGS, STAGE_1, STAGE_2, differing, metrics
 
 # 36 images in batches of 10: one step spans two epochs. A run takes a second, a fifth of it for saving
 SCHEDULE = ["trainer.batch_size=10", "trainer.micro_batch_size=5", "trainer.log_every=2", "trainer.save_every=2"]
@@ -32,8 +32,9 @@ def kill(folder: Path, autoencoder: str, kills: int) -> list[dict]:
     seed = int(os.environ.get("STIPPLE_SEED") or time.time_ns() % 2**32)
     print(f"STIPPLE_SEED={seed}")
     cases = {name: command + [f"autoencoder={autoencoder}"] * (name == "ldm") for name, command in CASES.items()}
+    harness = ROOT / "tests" / "helpers" / "training" / "kill_harness.py"
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "helpers" / "kill_harness.py"), str(folder), str(kills), str(seed)],
+        [sys.executable, str(harness), str(folder), str(kills), str(seed)],
         input=json.dumps(cases), text=True, cwd=ROOT, env=os.environ | SETTINGS, capture_output=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.helpers.tiny_runs import ROOT, SETTINGS, STAGE_1, STAGE_2, launch
+from tests.helpers.training.tiny_runs import ROOT, SETTINGS, STAGE_1, STAGE_2, launch
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")]
 SELDOM = [f"{name}=500" for name in ("trainer.save_every", "validation.every")] + ["trainer.log_every=10"]
@@ -35,7 +35,8 @@ def models(tmp_path_factory) -> Path:
 
 def watch(out: Path, every: int, *command: str) -> np.ndarray:
     """Rows of step or image number, resident MiB, and open files."""
-    program = [sys.executable, str(ROOT / "tests" / "helpers" / "memory_runs.py"), str(out), str(every), *command]
+    script = ROOT / "tests" / "helpers" / "training" / "memory_runs.py"
+    program = [sys.executable, str(script), str(out), str(every), *command]
     done = subprocess.run(program, cwd=ROOT, env=os.environ | SETTINGS, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return np.array([json.loads(line) for line in out.read_text().splitlines()]) / [1, 2**20, 1]

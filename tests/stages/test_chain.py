@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 
 from stipple_core.files.manifest import problem
-from tests.helpers.many_processes import run_forked, succeed
-from tests.helpers.small_encoders import save_bert
-from tests.helpers.tiny_runs import (
+from tests.helpers.models.small_encoders import save_bert
+from tests.helpers.training.many_processes import run_forked, succeed
+from tests.helpers.training.tiny_runs import (
     CACHE,
     STAGE_1,
     STAGE_2,

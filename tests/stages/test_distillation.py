@@ -25,9 +25,9 @@ from stipple.stages.ldm.ldm_run import DiffusionConfig, LdmRunConfig, config_fro
 from stipple_core.config import load_config
 from stipple_core.data.records.data_config import DataConfig
 from stipple_core.images.drawn_pictures import read_record
-from tests.helpers.many_processes import succeed
-from tests.helpers.small_models import build_model, build_model_of
-from tests.helpers.tiny_runs import differing, metrics, run_here
+from tests.helpers.models.small_models import build_model, build_model_of
+from tests.helpers.training.many_processes import succeed
+from tests.helpers.training.tiny_runs import differing, metrics, run_here
 
 pytestmark = pytest.mark.usefixtures("settings_of_runs")
 SHORT = [

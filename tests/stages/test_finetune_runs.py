@@ -16,9 +16,9 @@ from ldm.formats.model_folder import save_model
 from ldm.formats.opening import open_model
 from stipple_core.files.training_state import open_state
 from stipple_core.images.drawn_pictures import read_record
-from tests.helpers.many_processes import succeed
-from tests.helpers.single_files import build_parts
-from tests.helpers.tiny_runs import differing, files, losses, metrics, run_here
+from tests.helpers.models.single_files import build_parts
+from tests.helpers.training.many_processes import succeed
+from tests.helpers.training.tiny_runs import differing, files, losses, metrics, run_here
 
 SETTINGS = [
     *("data.folder=tests/pictures", "data.validation=0", "trainer.steps=4", "trainer.batch_size=4", "trainer.keep=9"),

@@ -16,8 +16,8 @@ from ldm.formats.single_file_writer import save_first_stage, save_single_file
 from ldm.sampling.defaults import default_settings
 from stipple_core.files.manifest import problem
 from stipple_core.files.weights import read_weights
-from tests.helpers.single_files import build_parts, write_yaml
-from tests.helpers.tiny_runs import losses, run_here
+from tests.helpers.models.single_files import build_parts, write_yaml
+from tests.helpers.training.tiny_runs import losses, run_here
 
 PICTURES = "data.folder=tests/pictures"
 SHORT = [

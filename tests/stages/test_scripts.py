@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.tiny_runs import STAGE_1, STAGE_2, run_here
+from tests.helpers.training.tiny_runs import STAGE_1, STAGE_2, run_here
 
 PICTURES = Path(__file__).parents[2] / "tests" / "pictures" / "photos"
 

@@ -11,8 +11,16 @@ import torch
 
 from ldm.pipeline import TextToImage
 from stipple_core.images.images import grid, image_to_tensor, tensor_to_image
-from tests.helpers.photo_classes import CLASSES, Classifier, accuracy, make_set, photos, read_part, train_classifier
-from tests.helpers.tiny_runs import start
+from tests.helpers.proofs.photo_classes import (
+    CLASSES,
+    Classifier,
+    accuracy,
+    make_set,
+    photos,
+    read_part,
+    train_classifier,
+)
+from tests.helpers.training.tiny_runs import start
 
 pytestmark = [
     pytest.mark.slow,

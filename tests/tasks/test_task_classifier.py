@@ -4,8 +4,8 @@ STIPPLE_CLASS_RUN=runs/class pytest -m slow -n 0 tests/tasks/test_task_classifie
 The results are in docs/tasks/classifier.md.
 
 The folder STIPPLE_CLASS_RUN has to contain the files of tests/tasks/test_task_class.py: set/, which
-tests/helpers/photo_classes.py writes, and ldm/model, trained with configs/ldm/photos-class.yaml. An existing classifier
-of its latents is not trained again.
+tests/helpers/proofs/photo_classes.py writes, and ldm/model, trained with configs/ldm/photos-class.yaml. An existing
+classifier of its latents is not trained again.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from ldm.formats.classifier_folder import load_classifier
 from ldm.pipeline import TextToImage
 from ldm.sampling.gradient_guides import ClassifierGuide
 from stipple_core.images.images import grid, image_to_tensor
-from tests.helpers.photo_classes import CLASSES, Classifier, accuracy, read_part, train_classifier
-from tests.helpers.tiny_runs import run_here
+from tests.helpers.proofs.photo_classes import CLASSES, Classifier, accuracy, read_part, train_classifier
+from tests.helpers.training.tiny_runs import run_here
 
 RUN = os.environ.get("STIPPLE_CLASS_RUN")
 EACH = 8  # images of each class

@@ -11,11 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import tests.helpers.embedding_runs as runs
+import tests.helpers.training.embedding_runs as runs
 from ldm.pipeline import TextToImage
 from stipple.commands.drawing.open_guides import open_guides
 from stipple_core.images.images import grid, image_to_tensor
-from tests.helpers.shapes import OBJECTS, caption, read
+from tests.helpers.data.shapes import OBJECTS, caption, read
 
 SCALES = (0.0, 1.0, 3.0, 10.0)
 SCENES = [(each,) for each in OBJECTS]  # 24 single objects

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.quality.few_steps import measure
 from ldm import TextToImage
-from tests.helpers.tiny_runs import ROOT, run_here
+from tests.helpers.training.tiny_runs import ROOT, run_here
 
 EMOJI = os.environ.get("STIPPLE_EMOJI")
 RECALLS = ("rgb_at_1", "rgb_at_5", "latents_at_1", "latents_at_5")

@@ -15,7 +15,7 @@ import torch
 from conditioning.text.new_tokens import new_token, read_embedding
 from ldm import TextToImage
 from ldm.formats.lora import merge, read_lora
-from tests.helpers.finetune_proof import (
+from tests.helpers.proofs.finetune_proof import (
     LEARNED,
     NEW,
     SHOWN,
@@ -30,7 +30,7 @@ from tests.helpers.finetune_proof import (
     reconstructed,
     train_classifier,
 )
-from tests.helpers.tiny_runs import ROOT, run_here
+from tests.helpers.training.tiny_runs import ROOT, run_here
 
 BASE = str(ROOT / "checkpoints" / "emoji")
 DATA = os.environ.get("STIPPLE_EMOJI", "data/emoji")

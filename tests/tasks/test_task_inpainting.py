@@ -19,9 +19,9 @@ from conditioning.hints.masks import MaskConfig, draw_mask
 from ldm.pipeline import TextToImage
 from stipple_core.images.images import grid, image_to_tensor, tensor_to_image
 from stipple_core.randomness import generator
-from tests.helpers.hinted_images import draw_with_hints
-from tests.helpers.shapes import PAIRS, SIDE, SINGLES, draw, make_set
-from tests.helpers.tiny_runs import run_here
+from tests.helpers.data.shapes import PAIRS, SIDE, SINGLES, draw, make_set
+from tests.helpers.models.hinted_images import draw_with_hints
+from tests.helpers.training.tiny_runs import run_here
 
 COUNT = 3000  # images in the set
 DRAWN = 8  # completions of each hole, whose mean is evaluated

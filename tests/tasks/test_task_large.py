@@ -22,8 +22,8 @@ from PIL import Image
 from autoencoder.networks import tiling
 from ldm.pipeline import TextToImage
 from stipple_core.images.images import image_to_tensor
-from tests.helpers.textures import COLORS, SIDE, draw, make_set
-from tests.helpers.tiny_runs import ROOT, launch
+from tests.helpers.data.textures import COLORS, SIDE, draw, make_set
+from tests.helpers.training.tiny_runs import ROOT, launch
 
 LARGE = 1024  # pixels
 LIMIT = 3 * 2**20  # KiB

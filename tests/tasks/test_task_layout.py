@@ -12,8 +12,8 @@ from PIL import Image, ImageDraw
 
 from ldm.pipeline import TextToImage
 from stipple_core.images.images import grid
-from tests.helpers.layout_shapes import draw, draw_layout, make_set, overlap, overlaps, write_layout
-from tests.helpers.tiny_runs import start
+from tests.helpers.data.layout_shapes import draw, draw_layout, make_set, overlap, overlaps, write_layout
+from tests.helpers.training.tiny_runs import start
 
 pytestmark = pytest.mark.slow
 COUNT = 6000  # images in the set

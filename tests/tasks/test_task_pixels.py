@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.helpers.pixel_runs import measured
+from tests.helpers.training.pixel_runs import measured
 
 STEPS = [100, 400, 700]
 

@@ -16,14 +16,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-import tests.helpers.embedding_runs as runs
+import tests.helpers.training.embedding_runs as runs
 from conditioning import ConditionInputs
 from ldm.pipeline import TextToImage
 from ldm.sampling.prior_sampling import sample_embeddings
 from stipple_core.embedders import Embedder
 from stipple_core.images.images import grid, image_to_tensor, tensor_to_image
-from tests.helpers.shapes import caption, read, same
-from tests.helpers.small_clip import pictures
+from tests.helpers.data.shapes import caption, read, same
+from tests.helpers.models.small_clip import pictures
 
 DRAWN = 8  # images of each scene, for its true embedding
 SHOWN = 30  # scenes that the decoder draws

@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import tests.helpers.embedding_runs as runs
+import tests.helpers.training.embedding_runs as runs
 from conditioning.readers.retrieval import nearest
 from ldm.pipeline import TextToImage
 from stipple_core.images.images import grid, image_to_tensor, tensor_to_image
-from tests.helpers.shapes import OBJECTS, caption
-from tests.helpers.small_clip import pictures
+from tests.helpers.data.shapes import OBJECTS, caption
+from tests.helpers.models.small_clip import pictures
 
 SCENES = [*runs.QUERIES[:20], *((each,) for each in OBJECTS[::2])]  # unseen pairs, and 12 single objects
 

@@ -22,8 +22,8 @@ from torch import Tensor
 from benchmarks.quality.bits import held_out
 from ldm import TextToImage
 from stipple_core.images.images import grid, image_to_tensor
-from tests.helpers.pixel_runs import measured, photos
-from tests.helpers.tiny_runs import run_here
+from tests.helpers.training.pixel_runs import measured, photos
+from tests.helpers.training.tiny_runs import run_here
 
 STEPS = [150, 600, 1200]
 EARLY, LATE = 30, 700  # steps of the models whose images are compared

@@ -15,9 +15,9 @@ from PIL import Image
 from conditioning.hints.hint_files import Files
 from ldm.pipeline import TextToImage
 from stipple_core.images.images import grid, tensor_to_image
-from tests.helpers.hinted_images import draw_with_hints
-from tests.helpers.regions import COLORS, SIDE, agreement, draw_map, draw_picture, make_set
-from tests.helpers.tiny_runs import run_here
+from tests.helpers.data.regions import COLORS, SIDE, agreement, draw_map, draw_picture, make_set
+from tests.helpers.models.hinted_images import draw_with_hints
+from tests.helpers.training.tiny_runs import run_here
 
 COUNT = 1500  # images in the set
 ASKED = 48  # held-out maps

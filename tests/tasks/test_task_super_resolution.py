@@ -18,10 +18,10 @@ from autoencoder.losses.trained_features import FeatureDistance
 from conditioning.hints.degradation import resized
 from ldm.pipeline import TextToImage
 from stipple_core.images.images import grid, image_to_tensor, tensor_to_image
-from tests.helpers.photo_classes import photos
-from tests.helpers.photo_crops import CROP, SIDE, make_crops, make_small, photo_files, whole
-from tests.helpers.photo_distances import frechet, train_distance
-from tests.helpers.tiny_runs import run_here
+from tests.helpers.data.photo_crops import CROP, SIDE, make_crops, make_small, photo_files, whole
+from tests.helpers.proofs.photo_classes import photos
+from tests.helpers.proofs.photo_distances import frechet, train_distance
+from tests.helpers.training.tiny_runs import run_here
 
 MEAN = {"sampler": "ddim", "steps": 1, "guidance_scale": 1.0}  # the mean of possible images
 DRAWN = {"sampler": "ddim", "steps": 4, "guidance_scale": 1.0}  # nearer to one possible image

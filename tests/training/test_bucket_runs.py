@@ -20,7 +20,7 @@ from stipple.stages.ldm.denoiser_validation import SamplePrompts
 from stipple_core.data.records.buckets import BucketConfig, assign, bucket_shapes
 from stipple_core.data.records.data_config import DataConfig
 from stipple_core.data.sources.scan import scan
-from tests.helpers.tiny_runs import CACHE, STAGE_1, STAGE_2, final_state, launch, losses, run_here
+from tests.helpers.training.tiny_runs import CACHE, STAGE_1, STAGE_2, final_state, launch, losses, run_here
 
 pytestmark = pytest.mark.usefixtures("settings_of_runs")
 OPTIONS = ["data.buckets={step: 8}", "trainer.steps=4", "trainer.save_every=2", "trainer.micro_batch_size=2"]

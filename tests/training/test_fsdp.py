@@ -13,8 +13,8 @@ from stipple.training.distributed.fsdp import blank, blocks, requested
 from stipple_core.files.checkpoint_folder import checkpoints
 from stipple_core.files.manifest import problem
 from stipple_core.files.training_state import load_state
-from tests.helpers.many_processes import FSDP, run_all
-from tests.helpers.tiny_runs import STAGE_1, STAGE_2, differing, losses, metrics, start
+from tests.helpers.training.many_processes import FSDP, run_all
+from tests.helpers.training.tiny_runs import STAGE_1, STAGE_2, differing, losses, metrics, start
 
 SHORT = ["trainer.steps=3", "trainer.save_every=2", "validation.every=3", "validation.images=3", "samples.every=0"]
 SMALL = ["unet.block_out_channels=[32]", "unet.attention_levels=[true]", "unet.sample_size=8"]

@@ -10,8 +10,8 @@ import torch
 
 from autoencoder import Autoencoder, AutoencoderConfig
 from stipple_core.files.training_state import load_state
-from tests.helpers.many_processes import succeed
-from tests.helpers.tiny_runs import STAGE_2, differing, metrics, run_here
+from tests.helpers.training.many_processes import succeed
+from tests.helpers.training.tiny_runs import STAGE_2, differing, metrics, run_here
 
 pytestmark = pytest.mark.usefixtures("settings_of_runs")
 COMMAND = [

@@ -19,8 +19,8 @@ from stipple.training.optimization.optimizer import Optimizer
 from stipple.training.run.signals import Signals
 from stipple.training.trainer import Trainer
 from stipple_core.files.checkpoint_folder import checkpoints
-from tests.helpers.line_runs import Run, at
-from tests.helpers.run_files import assert_finite_on_disk, bad_steps, strict_json
+from tests.helpers.training.line_runs import Run, at
+from tests.helpers.training.run_files import assert_finite_on_disk, bad_steps, strict_json
 
 BAD = [math.nan, math.inf, -math.inf, 1e25]  # the square of 1e25, a second moment, overflows float32
 pytestmark = pytest.mark.usefixtures("settings_of_runs")

@@ -14,11 +14,11 @@ import pytest
 
 from autoencoder import Autoencoder, AutoencoderConfig
 from stipple_core.files.checkpoint_folder import checkpoints
-from tests.helpers.line_runs import OPTIMIZER, Run
-from tests.helpers.tiny_runs import ROOT, STAGE_1, STAGE_2, differing, launch, losses, metrics, run_here, start
+from tests.helpers.training.line_runs import OPTIMIZER, Run
+from tests.helpers.training.tiny_runs import ROOT, STAGE_1, STAGE_2, differing, launch, losses, metrics, run_here, start
 
 pytestmark = pytest.mark.usefixtures("settings_of_runs")
-LINE = "tests/helpers/line_runs.py"
+LINE = "tests/helpers/training/line_runs.py"
 STEPS = 120
 
 

@@ -17,8 +17,8 @@ import pytest
 from stipple.training.run.metrics import Metrics
 from stipple.training.trainer import Trainer
 from stipple_core.files import checkpoint_folder as checkpoint
-from tests.helpers.many_processes import succeed
-from tests.helpers.tiny_runs import STAGE_1, STAGE_2, differing, files, metrics, run_here
+from tests.helpers.training.many_processes import succeed
+from tests.helpers.training.tiny_runs import STAGE_1, STAGE_2, differing, files, metrics, run_here
 
 # 36 images in batches of 10: most steps are inside an epoch, and one in four crosses its end
 SCHEDULE = ["trainer.batch_size=10", "trainer.micro_batch_size=5", "trainer.log_every=2", "trainer.save_every=3"]

@@ -12,7 +12,7 @@ import torch
 
 from stipple_core.files.checkpoint_folder import write_folder
 from stipple_core.files.manifest import problem
-from tests.helpers.many_processes import run_all
+from tests.helpers.training.many_processes import run_all
 
 FAULTS = {  # rank and call that fails with a full disk
     "temporary folder": (0, "mkdir"),

@@ -19,8 +19,8 @@ from stipple.training.trainer import Trainer
 from stipple.training.trainer_config import TrainerConfig
 from stipple_core.files.checkpoint_folder import checkpoints, write_folder
 from stipple_core.files.training_state import Rows, open_state, save_state
-from tests.helpers.line_runs import OPTIMIZER, Run, at
-from tests.helpers.tiny_runs import metrics
+from tests.helpers.training.line_runs import OPTIMIZER, Run, at
+from tests.helpers.training.tiny_runs import metrics
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stipple.cli.argument_parser import Parser
+from stipple.cli.exit_codes import INTERRUPTED, USAGE_ERROR
 from stipple.commands.drawing.choices import asked_for_help, list_choices
 from stipple.commands.drawing.drawing_request import DrawingRequest, read_jobs
 from stipple.commands.drawing.flags import FIRST, FLAGS, GROUPS, INPUTS, MODEL, PICTURE
@@ -25,7 +26,6 @@ from stipple_core.images.drawn_pictures import check_writable
 if TYPE_CHECKING:  # importing torch takes seconds, and --help does not need it
     from ldm.pipeline import TextToImage
 
-INTERRUPTED = 130  # exit code after Ctrl-C
 COUNTS = ("num_images", "batch_size", "preview_every")  # flags that must be at least 1
 
 
@@ -172,7 +172,7 @@ def draw(command: DrawingCommand, argv: Sequence[str] | None = None) -> None:
             raise
         fix = "use a smaller --height and --width, or --batch-size, or a --window"
         print(f"error: there is not enough memory; {fix}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(USAGE_ERROR) from None
     except KeyboardInterrupt:
         print("interrupted; finished pictures are kept", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None

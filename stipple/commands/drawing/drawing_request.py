@@ -66,7 +66,7 @@ def with_seeds(jobs: Sequence[dict[str, Any]], seed: int) -> Iterator[dict[str, 
         ValueError: for settings that no model accepts; they are found before a model is loaded.
     """
     from ldm.sampling.defaults import with_default_scale
-    from ldm.sampling.settings import Settings, random_seed
+    from ldm.sampling.settings import Settings, check_count, random_seed
 
     seed, pictures = random_seed() if seed == -1 else seed, 0
     for job in jobs:
@@ -76,7 +76,6 @@ def with_seeds(jobs: Sequence[dict[str, Any]], seed: int) -> Iterator[dict[str, 
             job["seed"] = random_seed()
         Settings(**{name: value for name, value in job.items() if name != "num_images"})
         images = job.get("num_images", 1)
-        if not isinstance(images, int) or images < 1:
-            raise ValueError(f"num_images {images!r} must be a whole number, at least 1")
+        check_count("num_images", images)
         pictures += images
         yield job

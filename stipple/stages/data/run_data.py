@@ -126,7 +126,7 @@ class RunData:
         return torch.tensor([self.records.train[index].weight for index in batch.indices.tolist()])
 
     def names(self, batch: Batch | CachedBatch) -> list[str]:
-        """The names of the images that a micro-batch requested, for messages; an unreadable one has a replacement."""
+        """The names of the requested images of a micro-batch, even where an image was replaced, for messages."""
         return [self.records.train[index].name for index in batch.indices.tolist()]
 
     @contextmanager

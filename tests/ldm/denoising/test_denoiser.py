@@ -8,7 +8,7 @@ from ldm.denoising.prediction import NOISE_ALONE, PREDICTIONS
 from ldm.samplers.spacing import times
 from ldm.schedules.base import ScheduleConfig
 from ldm.schedules.registry import make_schedule
-from tests.helpers.oracles import SCHEDULES, TWO, perfect_network
+from tests.helpers.proofs.oracles import SCHEDULES, TWO, perfect_network
 
 PAIRS = [
     (name, prediction)

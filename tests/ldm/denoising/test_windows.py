@@ -11,7 +11,7 @@ from conditioning import Context
 from ldm.denoising.perturbed_context import PerturbedContext
 from ldm.denoising.windows import Windowed
 from ldm.sampling.settings import Settings
-from tests.helpers.small_models import SIDE, build_model
+from tests.helpers.models.small_models import SIDE, build_model
 
 SIZES = [(8, 8), (8, 21), (37, 16), (19, 40)]  # of latents
 

@@ -14,10 +14,10 @@ from ldm.networks.unet import UNet
 from ldm.networks.unet_config import UNetConfig
 from ldm.schedules.base import ScheduleConfig
 from ldm.schedules.registry import make_schedule
-from tests.helpers.compvis_shapes import lines
-from tests.helpers.compvis_unets import Reference, unet_shapes
-from tests.helpers.published_unets import PUBLISHED
-from tests.helpers.small_unets import close
+from tests.helpers.models.compvis_shapes import lines
+from tests.helpers.models.compvis_unets import Reference, unet_shapes
+from tests.helpers.models.published_unets import PUBLISHED
+from tests.helpers.models.small_unets import close
 
 SD = dict(
     in_channels=4,

@@ -13,7 +13,7 @@ from ldm.formats.lora import DIFFUSERS_FILE, KOHYA_FILE, Lora, LowRank, merge, r
 from stipple.commands.drawing.add_ons import parse_lora
 from stipple.stages.ldm.trainable import LoraConfig, LoraLayers
 from stipple_core.files.weights import read_metadata
-from tests.helpers.small_models import build_model
+from tests.helpers.models.small_models import build_model
 
 CONFIG = LoraConfig(rank=4, alpha=3.0, targets=["conv1", "to_q", "to_v", "to_out.0", "ff.net.2"], text_encoder=True)
 SCHEDULER = {

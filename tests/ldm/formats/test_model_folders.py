@@ -10,7 +10,7 @@ from ldm.formats.model_folder import save_model
 from ldm.formats.opening import open_model
 from ldm.pipeline import TextToImage
 from stipple_core.files.weights import OLD_ATTENTION, read_weights, write_weights
-from tests.helpers.single_files import UNET, VAE, build_parts
+from tests.helpers.models.single_files import UNET, VAE, build_parts
 
 diffusers = pytest.importorskip("diffusers")
 NEW = {stipple: old for old, stipple in OLD_ATTENTION.items()}

@@ -24,8 +24,8 @@ from ldm.networks.unet import UNet
 from ldm.pipeline import TextToImage
 from ldm.schedules.base import ScheduleConfig
 from stipple_core.files.weights import read_metadata, read_weights, write_weights
-from tests.helpers.hinted_images import draw_with_hints
-from tests.helpers.single_files import KINDS, PROMPTS, YAML, build_parts, save_words, write_yaml
+from tests.helpers.models.hinted_images import draw_with_hints
+from tests.helpers.models.single_files import KINDS, PROMPTS, YAML, build_parts, save_words, write_yaml
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -423,7 +423,7 @@ def test_text_to_image_opens_a_file_as_it_opens_a_folder(kind, files, yaml, tmp_
 
 
 def test_what_compvis_has_no_word_for_is_refused_and_nothing_is_written(words, tmp_path):
-    from tests.helpers.small_models import build_model
+    from tests.helpers.models.small_models import build_model
 
     own = build_model(tmp_path / "own")
     parts, path = build_parts("sd1", words), tmp_path / "x.safetensors"

@@ -7,8 +7,8 @@ from safetensors.torch import load_file, save_file
 
 from ldm.formats.diffusers.networks_folder import load_unet, save_unet
 from ldm.networks.unet_config import UNetConfig
-from tests.helpers.diffusers_unets import SHAPES, diffusers_unet, run_diffusers
-from tests.helpers.small_unets import PLAIN, SMALL, close, context, random_unet
+from tests.helpers.models.diffusers_unets import SHAPES, diffusers_unet, run_diffusers
+from tests.helpers.models.small_unets import PLAIN, SMALL, close, context, random_unet
 
 
 @pytest.fixture(params=SHAPES.values(), ids=SHAPES.keys())

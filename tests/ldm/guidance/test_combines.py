@@ -12,7 +12,7 @@ from ldm.guidance.combines import apg, cfg_plus_plus, zero_output, zero_star
 from ldm.samplers.heun import heun
 from ldm.samplers.onestep import ddim
 from ldm.samplers.spacing import TimeDefaults, times
-from tests.helpers.oracles import SCHEDULES
+from tests.helpers.proofs.oracles import SCHEDULES
 
 CONTEXT = Context(vector=torch.tensor([[1.0], [2.0]], dtype=torch.float64))
 NULL = Context(vector=torch.tensor([[0.3]], dtype=torch.float64))

@@ -15,7 +15,7 @@ from ldm.guidance.thresholding import thresholded
 from ldm.samplers.heun import heun
 from ldm.samplers.spacing import times
 from ldm.samplers.steps import initial_noise
-from tests.helpers.oracles import SCHEDULES
+from tests.helpers.proofs.oracles import SCHEDULES
 
 
 def means(values):

@@ -13,8 +13,8 @@ from ldm.networks.cached_unet import CachedUNet
 from ldm.samplers.onestep import ddim
 from ldm.samplers.registry import SAMPLERS
 from ldm.samplers.spacing import times
-from tests.helpers.oracles import GAUSSIAN, SCHEDULES, TWO, Mixture, denoiser_of
-from tests.helpers.small_unets import SMALL, context, random_unet
+from tests.helpers.models.small_unets import SMALL, context, random_unet
+from tests.helpers.proofs.oracles import GAUSSIAN, SCHEDULES, TWO, Mixture, denoiser_of
 
 NOISED = [0.001, 0.05, 0.3, 0.6, 0.9, 0.999, 1.0]
 

@@ -17,7 +17,7 @@ from ldm.guidance.thresholding import thresholded
 from ldm.samplers.onestep import ddim
 from ldm.samplers.registry import SAMPLERS
 from ldm.samplers.spacing import times
-from tests.helpers.oracles import SCHEDULES
+from tests.helpers.proofs.oracles import SCHEDULES
 
 CONTEXT = Context(vector=torch.tensor([[1.0], [2.0]], dtype=torch.float64))
 NULL = Context(vector=torch.tensor([[0.3]], dtype=torch.float64))

@@ -19,9 +19,9 @@ from ldm.guidance.perturbed_attention import perturbed_attention
 from ldm.networks.cached_unet import CachedUNet
 from ldm.networks.identity_attention import self_attentions
 from ldm.networks.unet import UNet
-from tests.helpers.diffusers_unets import diffusers_unet
-from tests.helpers.oracles import SCHEDULES
-from tests.helpers.small_unets import PLAIN, SMALL, context, random_unet
+from tests.helpers.models.diffusers_unets import diffusers_unet
+from tests.helpers.models.small_unets import PLAIN, SMALL, context, random_unet
+from tests.helpers.proofs.oracles import SCHEDULES
 
 T = 0.6
 FIRST = replace(SMALL, attention_levels=(False, False))  # the first self-attention is the one in the middle

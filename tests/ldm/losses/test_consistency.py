@@ -19,7 +19,7 @@ from ldm.losses.consistency import (
 )
 from ldm.samplers.onestep import ddim
 from ldm.samplers.steps import NoiseLevel, ddim_step
-from tests.helpers.oracles import GAUSSIAN, SCHEDULES, TWO, Mixture
+from tests.helpers.proofs.oracles import GAUSSIAN, SCHEDULES, TWO, Mixture
 
 POINT = Mixture((1.0,), (0.7,), (0.0,))
 PREDICTION_TYPES = {"noise": "epsilon", "velocity": "v_prediction", "clean": "sample"}

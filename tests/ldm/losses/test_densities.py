@@ -8,7 +8,7 @@ import torch
 from ldm.losses.time_density import DENSITIES, DensityConfig, Importance, make_density
 from ldm.schedules.base import ScheduleConfig
 from ldm.schedules.registry import make_schedule
-from tests.helpers.oracles import SCHEDULES
+from tests.helpers.proofs.oracles import SCHEDULES
 
 COUNT = 100_000
 U = (torch.arange(COUNT, dtype=torch.float64) + 0.5) / COUNT

@@ -21,7 +21,7 @@ from ldm.samplers.spacing import times
 from ldm.samplers.steps import noise_like
 from ldm.schedules.base import ScheduleConfig
 from ldm.schedules.registry import make_schedule
-from tests.helpers.oracles import GAUSSIAN, SCHEDULES, TWO, Mixture, denoiser_of
+from tests.helpers.proofs.oracles import GAUSSIAN, SCHEDULES, TWO, Mixture, denoiser_of
 
 LOG_2 = math.log(2)
 NARROW = Mixture((1.0,), (0.1,), (0.2,))  # within [-1, 1], so that values of 8 bits hold it

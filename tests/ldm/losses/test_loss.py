@@ -8,7 +8,7 @@ from ldm.denoising.prediction import NOISE_ALONE, PREDICTIONS
 from ldm.losses.diffusion_loss import WEIGHTINGS, diffusion_loss, loss_weight
 from ldm.schedules.base import ScheduleConfig
 from ldm.schedules.registry import make_schedule
-from tests.helpers.oracles import SCHEDULES
+from tests.helpers.proofs.oracles import SCHEDULES
 
 GAMMA = 5.0
 T = torch.tensor([0.001, 0.01, 0.1, 0.3, 0.6, 0.9, 0.999], dtype=torch.float64)

@@ -7,7 +7,7 @@ from conditioning import Context
 from ldm.networks.cached_unet import CachedUNet
 from ldm.networks.unet import UNet
 from ldm.networks.unet_config import UNetConfig
-from tests.helpers.small_models import UNET, build_model
+from tests.helpers.models.small_models import UNET, build_model
 
 WIDTH = 24
 

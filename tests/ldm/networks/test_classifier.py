@@ -23,10 +23,10 @@ from stipple_core.data.records.data_config import DataConfig
 from stipple_core.data.records.records import Record, Records
 from stipple_core.embedders import EmbedderConfig, build_embedder
 from stipple_core.images.images import image_to_tensor
-from tests.helpers.drawn import refused
-from tests.helpers.pixel_models import PIXEL_UNET, pixel_model
-from tests.helpers.small_models import build_model_of
-from tests.helpers.tiny_runs import differing, final_state, run_here
+from tests.helpers.models.drawn import refused
+from tests.helpers.models.pixel_models import PIXEL_UNET, pixel_model
+from tests.helpers.models.small_models import build_model_of
+from tests.helpers.training.tiny_runs import differing, final_state, run_here
 
 NAMES = ("apple", "dress")
 COMMAND = drawing.DrawingCommand(name="test", about="test", example="test")
@@ -98,7 +98,7 @@ def clip(tmp_path_factory):
     """An open_clip model of random weights as a folder."""
     import open_clip
 
-    from tests.helpers.small_clip import CONFIG, save
+    from tests.helpers.models.small_clip import CONFIG, save
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("clip")

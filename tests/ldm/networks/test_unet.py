@@ -11,8 +11,8 @@ from ldm.networks.cached_unet import CachedUNet
 from ldm.networks.unet import UNet
 from ldm.networks.unet_config import UNetConfig
 from stipple_core.operators.sinusoids import sinusoids
-from tests.helpers.published_unets import PUBLISHED
-from tests.helpers.small_unets import PLAIN, SMALL, close, context, random_unet
+from tests.helpers.models.published_unets import PUBLISHED
+from tests.helpers.models.small_unets import PLAIN, SMALL, close, context, random_unet
 
 KINDS = pytest.mark.parametrize("config", [SMALL, PLAIN], ids=["transformers", "plain attention"])
 

@@ -12,9 +12,9 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from ldm.formats.diffusers.known_unet_options import FIXED
 from ldm.formats.diffusers.unet_options import unet_from_diffusers, unet_to_diffusers
 from ldm.networks.unet import UNet
-from tests.helpers.diffusers_unets import SHAPES, run_diffusers
-from tests.helpers.published_unets import PUBLISHED
-from tests.helpers.small_unets import PLAIN, SMALL, close, context, random_unet
+from tests.helpers.models.diffusers_unets import SHAPES, run_diffusers
+from tests.helpers.models.published_unets import PUBLISHED
+from tests.helpers.models.small_unets import PLAIN, SMALL, close, context, random_unet
 
 
 @pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES.keys())

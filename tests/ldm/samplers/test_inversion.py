@@ -7,8 +7,8 @@ from safetensors.torch import load_file, save_file
 from conditioning import ConditionerConfig, build_conditioner
 from conditioning.classes.class_conditioner import Unconditional
 from conditioning.text.new_tokens import FILE, initial_rows, new_token, read_embedding, save_embedding
-from tests.helpers.single_files import clip
-from tests.helpers.small_encoders import save_bert
+from tests.helpers.models.single_files import clip
+from tests.helpers.models.small_encoders import save_bert
 
 PROMPTS = ["a red heart", "a toy cat", ""]
 

@@ -9,8 +9,16 @@ import torch
 from ldm.samplers.langevin import langevin, predictor_corrector
 from ldm.samplers.spacing import times
 from ldm.samplers.steps import initial_noise, noise_like
-from tests.helpers.moments import assert_draws_correlated, assert_draws_two, by_ratio, last, moments, noise_of, two
-from tests.helpers.oracles import GAUSSIAN, SCHEDULES, TWO, denoiser_of
+from tests.helpers.proofs.moments import (
+    assert_draws_correlated,
+    assert_draws_two,
+    by_ratio,
+    last,
+    moments,
+    noise_of,
+    two,
+)
+from tests.helpers.proofs.oracles import GAUSSIAN, SCHEDULES, TWO, denoiser_of
 
 THREE = ["scaled_linear", "ve", "flow"]
 
@@ -58,7 +66,7 @@ def test_many_langevin_steps_forget_where_they_began_and_leave_the_bias_of_their
     walk = torch.tensor([schedule.time(1.5), schedule.time(1.0)])
     alpha, sigma = levels(schedule, walk[1])
     variance = (alpha * GAUSSIAN.stds[0]) ** 2 + sigma**2
-    monkeypatch.setattr("tests.helpers.moments.DRAWS_PER_STEP", 250)
+    monkeypatch.setattr("tests.helpers.proofs.moments.DRAWS_PER_STEP", 250)
     found = moments(
         langevin, denoiser_of(GAUSSIAN, schedule), schedule, walk, 3.0, 2.0, monkeypatch,
         corrections=400, step_size=step_size,

@@ -14,7 +14,7 @@ from ldm.samplers.probability_flow import invert
 from ldm.samplers.registry import SAMPLERS
 from ldm.samplers.spacing import times
 from ldm.samplers.steps import ddim_step, initial_noise
-from tests.helpers.oracles import GAUSSIAN, SCHEDULES, TWO, denoiser_of
+from tests.helpers.proofs.oracles import GAUSSIAN, SCHEDULES, TWO, denoiser_of
 
 OPTIONS = {  # orders that the table of samplers does not name
     "lms, order 1": (functools.partial(lms, order=1), 1),

@@ -10,7 +10,7 @@ from ldm.samplers.onestep import ddim, ddpm
 from ldm.samplers.registry import SAMPLERS
 from ldm.samplers.spacing import SPACINGS, times
 from ldm.samplers.steps import initial_noise
-from tests.helpers.oracles import GAUSSIAN, SCHEDULES, TWO, denoiser_of
+from tests.helpers.proofs.oracles import GAUSSIAN, SCHEDULES, TWO, denoiser_of
 
 ALL_LEVELS = {  # walks of nearly all noise levels, and of all
     "scaled_linear": ((1000, torch.float32),),

@@ -17,8 +17,16 @@ from ldm.samplers.registry import SAMPLERS
 from ldm.samplers.spacing import times
 from ldm.samplers.steps import initial_noise, noise_like
 from ldm.samplers.stochastic import dpmpp_2m_sde, dpmpp_3m_sde, dpmpp_sde, lcm, restart
-from tests.helpers.moments import assert_draws_correlated, assert_draws_two, by_ratio, last, moments, noise_of, two
-from tests.helpers.oracles import GAUSSIAN, SCHEDULES, TWO, denoiser_of
+from tests.helpers.proofs.moments import (
+    assert_draws_correlated,
+    assert_draws_two,
+    by_ratio,
+    last,
+    moments,
+    noise_of,
+    two,
+)
+from tests.helpers.proofs.oracles import GAUSSIAN, SCHEDULES, TWO, denoiser_of
 
 THREE = ["scaled_linear", "ve", "flow"]
 SDES = [ddpm, dpmpp_sde, dpmpp_2m_sde, dpmpp_3m_sde]  # whose steps follow the reverse process

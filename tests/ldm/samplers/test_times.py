@@ -9,7 +9,7 @@ from ldm.samplers.registry import SAMPLERS
 from ldm.samplers.spacing import SPACINGS, TimeDefaults, times
 from ldm.schedules.base import ScheduleConfig
 from ldm.schedules.registry import make_schedule
-from tests.helpers.oracles import SCHEDULES
+from tests.helpers.proofs.oracles import SCHEDULES
 
 VP = SCHEDULES["scaled_linear"]
 DEFAULTS = {

@@ -9,8 +9,8 @@ from ldm.samplers.registry import SAMPLERS
 from ldm.samplers.spacing import times
 from ldm.samplers.steps import initial_noise
 from ldm.sampling.known_latents import blended, painted_latents, resampled
-from tests.helpers.moments import last, noise_of
-from tests.helpers.oracles import SCHEDULES
+from tests.helpers.proofs.moments import last, noise_of
+from tests.helpers.proofs.oracles import SCHEDULES
 
 SCHEDULE = SCHEDULES["scaled_linear"]
 COUNT, KNOWN, STEPS = 8_000, 1.5, 200

@@ -14,8 +14,8 @@ from ldm.networks.unet import UNet
 from ldm.samplers.registry import SAMPLERS
 from ldm.sampling.settings import Settings
 from stipple_core.operators.winograd import Convolution
-from tests.helpers.small_encoders import build_scratch
-from tests.helpers.small_models import SIDE, build_model
+from tests.helpers.models.small_encoders import build_scratch
+from tests.helpers.models.small_models import SIDE, build_model
 
 KINDS = {
     "KL, CLIP": dict(regularizer="kl", encoder="clip"),

@@ -15,8 +15,8 @@ from stipple.stages.ldm.ldm_run import LdmRunConfig
 from stipple_core.data.records.captions import columns_of, expand
 from stipple_core.data.records.data_config import DataConfig
 from stipple_core.data.records.records import Record, Records
-from tests.helpers.layout_shapes import draw, draw_layout, find, make_set, overlaps, write_layout
-from tests.helpers.tiny_runs import final_state, run_here
+from tests.helpers.data.layout_shapes import draw, draw_layout, find, make_set, overlaps, write_layout
+from tests.helpers.training.tiny_runs import final_state, run_here
 
 pytestmark = pytest.mark.usefixtures("settings_of_runs")
 

@@ -8,7 +8,7 @@ from PIL import Image
 from ldm import pipeline
 from ldm.sampling import source_images
 from ldm.sampling.source_images import DecodedFiles
-from tests.helpers.small_models import SIDE, build_model
+from tests.helpers.models.small_models import SIDE, build_model
 
 
 @pytest.fixture

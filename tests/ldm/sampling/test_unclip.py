@@ -25,9 +25,9 @@ from stipple_core.data.records.data_config import DataConfig
 from stipple_core.data.records.records import Skip
 from stipple_core.data.sources.scan import scan
 from stipple_core.files.weights import read_weights, write_weights
-from tests.helpers.drawn import photo, record, refused, run
-from tests.helpers.small_encoders import save_open_clip
-from tests.helpers.tiny_runs import ROOT, run_here
+from tests.helpers.models.drawn import photo, record, refused, run
+from tests.helpers.models.small_encoders import save_open_clip
+from tests.helpers.training.tiny_runs import ROOT, run_here
 
 BRIEF = ["data.folder=tests/pictures", "data.verify=false", "data.validation=0.2", "trainer.steps=1"]
 BRIEF += ["trainer.batch_size=2", "trainer.save_every=1", "optimizer.warmup_steps=1"]

@@ -8,7 +8,7 @@ from ldm.schedules.base import ScheduleConfig
 from ldm.schedules.formulas import resolution_shift
 from ldm.schedules.registry import make_schedule
 from ldm.schedules.table_schedules import TableSchedule, VariancePreserving
-from tests.helpers.oracles import CONFIGS, SCHEDULES
+from tests.helpers.proofs.oracles import CONFIGS, SCHEDULES
 
 TABLES = [name for name in CONFIGS if isinstance(SCHEDULES[name], TableSchedule)]
 PRESERVING = [name for name in CONFIGS if isinstance(SCHEDULES[name], VariancePreserving)]
