@@ -1,7 +1,7 @@
 """The settings of an image: all that determines it besides the model, its precision and the machine.
 
 A new setting is one field of `Settings`. Its declaration holds the type, the default, the valid values, and whether a
-model stores a default of its own. A setting that has the name of a sampler's keyword argument is passed to that sampler.
+model stores a default of its own. A setting with the name of a sampler's keyword argument is passed to that sampler.
 The drawing commands set it by a flag, which has its own help text.
 """
 

@@ -14,8 +14,7 @@ import pytest
 from stipple.cli.accelerate_settings import AccelerateSettings
 from stipple.commands import cache, signal_run
 from stipple.training.run.run_folder import Holder, RunFolder, holder
-from tests.helpers.tiny_runs import CACHE, ROOT, SETTINGS, STAGE_1, run_here
-from tests.helpers.training.tiny_runs import ROOT, SETTINGS, STAGE_1, run_here
+from tests.helpers.training.tiny_runs import CACHE, ROOT, SETTINGS, STAGE_1, run_here
 
 LAUNCHER = """
 import os, sys

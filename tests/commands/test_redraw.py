@@ -47,7 +47,10 @@ def test_flags_about_a_single_file_are_recorded_and_read_by_like(run, tmp_path, 
     assert again.read_bytes() == path.read_bytes()
     (other,) = run("--like", path, *plain)  # the record describes its own checkpoint only
     assert not np.array_equal(pixels(other), pixels(path)) and "prediction" not in read_record(other)
-    for wrong, expected in ((plain[:2], "specify its YAML"), ([*plain, "--variant", "fp16"], "variant is an option of")):
+    for wrong, expected in (
+        (plain[:2], "specify its YAML"),
+        ([*plain, "--variant", "fp16"], "variant is an option of"),
+    ):
         with pytest.raises(SystemExit):
             run("a cat", *wrong)
         assert expected in capsys.readouterr().err

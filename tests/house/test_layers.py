@@ -74,6 +74,8 @@ APART = [  # rooms, with all rooms in them, that do not import each other althou
     ("stipple/training", "ldm"),
 ]
 MAX_MODULES = 15  # of one room
+MAX_LINES = 300  # of a module
+MAX_FUNCTION = 75  # lines: a training loop is one function, so that it can be read from top to bottom
 MAX_TEST_MODULES = 20  # of one folder in tests/
 PACKAGES = {"autoencoder", "conditioning", "ldm", "stipple", "stipple_core"}
 COMMAND_ROOMS = {".", "stipple", "stipple/commands", "stipple/commands/drawing", "stipple/cli"}
