@@ -64,9 +64,9 @@ def run(argv: Sequence[str]) -> None:
     """Run the command that the first word names."""
     commands = DRAWING | TRAINING | OTHERS
     if not argv or argv[0] in ("-h", "--help", "help"):
-        print(help_text())
+        _print(help_text())
     elif argv[0] == "--version":
-        print(f"stipple {version()}")
+        _print(f"stipple {version()}")
     elif argv[0] not in commands:
         from stipple_core.nearest import did_you_mean
 
@@ -85,14 +85,30 @@ def run(argv: Sequence[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; exits with 2 after a user's mistake and with 130 after Ctrl-C."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  (closed by the caller, as by `>&-`)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     try:
         run(sys.argv[1:] if argv is None else argv)
-        sys.stdout.flush()
+        _print()
     except BrokenPipeError:  # who reads the output has seen enough, as in `stipple config train | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
+
+
+def _print(*lines: str) -> None:
+    """Print lines and flush standard output; a full disk is one line and exit code 1."""
+    try:
+        for line in lines:
+            print(line)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes again at its end
+        print(f"error: standard output can't be written: {error.strerror}", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

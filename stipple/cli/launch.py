@@ -57,7 +57,7 @@ def without_launch_flags(argv: Sequence[str]) -> list[str]:
     words, rest = iter(argv), []
     for word in words:
         flag, equals, _ = word.partition("=")
-        if f"--{flag[2:].replace('-', '_')}" not in LAUNCH_FLAGS:
+        if not word.startswith("--") or f"--{flag[2:].replace('-', '_')}" not in LAUNCH_FLAGS:
             rest.append(word)
         elif not equals:
             next(words)  # its value

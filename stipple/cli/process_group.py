@@ -19,16 +19,20 @@ from typing import BinaryIO
 
 PIPE = "STIPPLE_LAUNCHER_PIPE"  # environment variable: file descriptor of the pipe that ends with the launcher
 GRACE = 10  # seconds in which the others may end by themselves after one has failed, before they are killed
+AGREED_GRACE = 60  # the same after one has ended as all do after Ctrl-C or SIGTERM: another may still be saving
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 AGREED = (0, *(128 + number for number in STOPPING))  # exit codes with which all processes end together
 LAST_WORDS = 2  # seconds that processes have to end after a second Ctrl-C
+TRACES = (b"Traceback", b"[rank")  # beginnings of tracebacks: often of a process that reports the end of another
 ONCE = (b"error: ", b"interrupted")  # beginnings of lines that several processes write, and that are shown once
 
 
 class ErrorOutput:
     """Passes on what processes write to standard error; an error line that several write is shown once.
 
-    After a process has failed, nothing else of the others is shown: they report only that it is gone.
+    After a process has failed, nothing else of the others is shown: they report only that it is gone. A traceback is
+    held back for a second, in which the end of the process that caused it is noted. If the target can't be written to,
+    because its reader has ended, the processes are read on, so that they do not block.
     """
 
     def __init__(self, target: BinaryIO):
@@ -49,11 +53,13 @@ class ErrorOutput:
 
     def report(self, text: str) -> None:
         """Write a line of this process."""
-        with self._lock:
+        with self._lock, suppress(OSError):
             self.target.write(b"\n" * self._within_line + text.encode() + b"\n")
             self.target.flush()
 
     def _write(self, line: bytes, rank: int) -> None:
+        if line.startswith(TRACES) and self.failed is None:
+            time.sleep(1)
         with self._lock:
             once = line.startswith(ONCE)
             if line in self._shown or (not once and self.failed not in (None, rank)):
@@ -61,8 +67,9 @@ class ErrorOutput:
             if once:
                 self._shown.add(line)
             if line:
-                self.target.write(line)
-                self.target.flush()
+                with suppress(OSError):
+                    self.target.write(line)
+                    self.target.flush()
                 self._within_line = not line.endswith(b"\n")
 
 
@@ -102,7 +109,7 @@ class ProcessGroup:
     def wait(self) -> int:
         """Wait for all processes; return the exit code of the first one that failed, or 0.
 
-        When one has failed, the others have GRACE seconds to end.
+        When one has failed, the others have GRACE seconds to end; AGREED_GRACE after an end by Ctrl-C or SIGTERM.
         """
         output, ended = ErrorOutput(sys.stderr.buffer), queue.Queue()
         copies = []
@@ -118,8 +125,9 @@ class ProcessGroup:
                 if status < 0:
                     _report_signal(rank, status, output)
                 code = code or (status if status >= 0 else 128 - status)
-                if code not in AGREED:
-                    self._deadline = min(self._deadline, time.monotonic() + GRACE)
+                if status:
+                    grace = AGREED_GRACE if status in AGREED else GRACE
+                    self._deadline = min(self._deadline, time.monotonic() + grace)
         self.kill()
         for copy in copies:
             copy.join(timeout=1)

@@ -11,6 +11,8 @@ One iteration is one micro-batch; `batch_size / (micro_batch_size * processes)` 
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -267,7 +269,10 @@ class Trainer:
     def print(self, text: str) -> None:
         """Print a line below the progress bar, on the main process only."""
         if self.is_main:
-            tqdm.write(text)
+            try:
+                tqdm.write(text)
+            except BrokenPipeError:  # who reads the output has ended, as in `stipple train | head`: train on
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     # -- internals ----------------------------------------------------------------------------------------------------
 

@@ -156,3 +156,20 @@ def test_the_module_is_the_command(tmp_path):
     command = [sys.executable, "-m", "stipple", "--version"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("stipple ")
+
+
+@pytest.mark.parametrize(("output", "code"), [(">&-", 0), ("> /dev/full", 1)])
+def test_output_that_cannot_be_written_is_no_traceback(output, code):
+    command = f"{sys.executable} -m stipple --help {output}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code and "Traceback" not in done.stderr
+    assert done.stderr.count("\n") == code and (code == 0 or "can't be written" in done.stderr)
+
+
+@pytest.mark.parametrize("flag", ["--checkpoint", "--outdir", "--like"])
+def test_an_empty_value_of_a_path_is_a_mistake(flag, capsys):
+    assert f"{flag} is empty" in refused(capsys, "draw", "a heart", flag, "")
+
+
+def test_a_word_that_only_resembles_a_launch_flag_stays():
+    assert without_launch_flags(["x./processes", "./config_file", "--processes=2"]) == ["x./processes", "./config_file"]

@@ -1,16 +1,19 @@
 """Training in several processes: one error line, one exit code, signals that are passed on, no process left behind."""
 
+import io
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from stipple.cli import process_group
 from stipple.cli.accelerate_settings import AccelerateSettings
 from stipple.commands import cache, signal_run
 from stipple.training.run.run_folder import Holder, RunFolder, holder
@@ -263,3 +266,35 @@ def test_a_config_file_of_another_kind_is_refused(tmp_path):
         AccelerateSettings.read("eight_gpu")
     with pytest.raises(ValueError, match="--processes 0 must be at least 1"):
         AccelerateSettings.read(None, 0)
+
+
+@pytest.mark.parametrize("status", [143, 130, 7])
+def test_a_process_that_ends_alone_takes_the_others_with_it(status, monkeypatch):
+    """Also if it ended as all do after SIGTERM, but no other process got the signal."""
+    monkeypatch.setattr(process_group, "GRACE", 0.5)
+    monkeypatch.setattr(process_group, "AGREED_GRACE", 0.5)
+    code = f"import os, time; raise SystemExit({status}) if os.environ['RANK'] == '1' else time.sleep(60)"
+    environments = [os.environ | {"RANK": str(rank)} for rank in range(2)]
+    began = time.monotonic()
+    assert process_group.run_processes([sys.executable, "-c", code], environments) == status
+    assert time.monotonic() - began < 30
+
+
+def test_processes_are_read_on_when_nobody_reads_their_errors():
+    class Closed(io.RawIOBase):
+        def write(self, data):
+            raise BrokenPipeError
+
+    source = io.BufferedReader(io.BytesIO(b"a line\n" * 1000))
+    output = process_group.ErrorOutput(Closed())
+    output.copy(source, rank=0)
+    output.report("error: no reader")
+    assert source.read() == b""
+
+
+def test_a_traceback_about_the_end_of_another_process_is_not_shown():
+    target = io.BytesIO()
+    output = process_group.ErrorOutput(target)
+    threading.Timer(0.1, lambda: setattr(output, "failed", 1)).start()
+    output.copy(io.BufferedReader(io.BytesIO(b"Traceback (most recent call last):\nRead error\n")), rank=0)
+    assert target.getvalue() == b""

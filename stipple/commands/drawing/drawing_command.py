@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # importing torch takes seconds, and --help does not need it
     from ldm.pipeline import TextToImage
 
 COUNTS = ("num_images", "batch_size", "preview_every")  # flags that must be at least 1
+NOT_EMPTY = ("checkpoint", "outdir", "like", "from_file")  # flags for which "" is a mistake, such as an unset variable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +74,9 @@ def read_arguments(command: DrawingCommand, argv: Sequence[str]) -> argparse.Nam
     flags = [_with_dashes(word) if word.startswith("--") else word for word in argv[:end]]
     arguments = make_parser(command).parse_intermixed_args(flags)  # words may stand between flags
     arguments.words += argv[end + 1 :]
+    for name in NOT_EMPTY:
+        if getattr(arguments, name) == "":
+            raise ValueError(f"--{name.replace('_', '-')} is empty; specify a path or name, or leave it out")
     for name in COUNTS:
         value = getattr(arguments, name)
         if value is not None and value < 1:
