@@ -19,7 +19,7 @@ from conditioning import ConditionInputs
 from ldm.formats.model_folder import save_model
 from ldm.formats.model_parts import ModelParts
 from ldm.formats.opening import open_model
-from ldm.guidance.base import Denoise
+from ldm.guidance.classifier_free import Denoise
 from ldm.samplers.steps import Step
 from ldm.sampling.compatibility import check_draws, check_prior, check_weaker
 from ldm.sampling.decoding import FinishedImage, decode_images, finish, preview_images

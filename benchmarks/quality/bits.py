@@ -23,7 +23,7 @@ from torch import Tensor
 
 from benchmarks.shared.contest import note
 from ldm import TextToImage
-from ldm.guidance.base import Denoise, classifier_free
+from ldm.guidance.classifier_free import Denoise, classifier_free
 from ldm.guidance.thresholding import thresholded
 from ldm.likelihood.flow_likelihood import ode_bound
 from ldm.likelihood.variational_bound import EIGHT_BIT_UNIT, Bound, RateDistortion, rate_distortion, variational_bound

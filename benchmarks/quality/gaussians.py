@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldm.guidance.base import Denoise
-from ldm.schedules.base import Schedule
+from ldm.guidance.classifier_free import Denoise
+from ldm.schedules.noise_schedule import Schedule
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,7 +24,7 @@ from autoencoder import Posterior
 from benchmarks.shared.contest import note
 from conditioning import Context
 from ldm import TextToImage
-from ldm.guidance.base import Denoise, classifier_free
+from ldm.guidance.classifier_free import Denoise, classifier_free
 from ldm.likelihood.flow_likelihood import ode_bits
 from ldm.likelihood.variational_bound import VARIANCES, Bound, rate_distortion, variational_bound
 from ldm.samplers.spacing import times

@@ -23,11 +23,11 @@ from torch import Tensor
 
 from benchmarks.quality.gaussians import Gaussians
 from benchmarks.shared.contest import note
-from ldm.guidance.base import Denoise
+from ldm.guidance.classifier_free import Denoise
 from ldm.samplers.registry import SAMPLERS, Sampler
 from ldm.samplers.spacing import times
 from ldm.samplers.steps import initial_noise
-from ldm.schedules.base import ScheduleConfig
+from ldm.schedules.noise_schedule import ScheduleConfig
 from ldm.schedules.registry import make_schedule
 
 SCHEDULE = make_schedule(ScheduleConfig())

@@ -22,7 +22,7 @@ from ldm.formats.diffusers.scheduler import Scheduling
 from ldm.networks.unet import UNet
 from ldm.pipeline import TextToImage
 from ldm.sampling.settings import Settings
-from ldm.schedules.base import ScheduleConfig
+from ldm.schedules.noise_schedule import ScheduleConfig
 
 
 def model_folder(workdir: str | Path, tiny: bool) -> Path:

@@ -26,7 +26,7 @@ from ldm.networks.unet_config import UNetConfig
 from ldm.samplers.registry import SAMPLERS
 from ldm.samplers.spacing import times
 from ldm.samplers.steps import initial_noise
-from ldm.schedules.base import ScheduleConfig
+from ldm.schedules.noise_schedule import ScheduleConfig
 from ldm.schedules.registry import make_schedule
 from stipple_core.config import read_yaml
 from stipple_core.operators.winograd import lay_out

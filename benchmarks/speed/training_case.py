@@ -13,7 +13,7 @@ from benchmarks.shared import contest, models
 from benchmarks.shared.inputs import PROMPT
 from benchmarks.shared.model_folder import model_folder
 from ldm.networks.unet_config import UNetConfig
-from ldm.schedules.base import ScheduleConfig
+from ldm.schedules.noise_schedule import ScheduleConfig
 from stipple_core.config import read_yaml
 from stipple_core.files.weights import read_weights, write_weights
 

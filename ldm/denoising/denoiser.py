@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ldm.denoising.prediction import NOISE_ALONE, check_prediction, clean_coefficients, mix, per_image, target, to_clean
-from ldm.schedules.base import Schedule
+from ldm.schedules.noise_schedule import Schedule
 
 
 class Numbers(NamedTuple):

@@ -10,7 +10,7 @@ import torch
 
 from ldm.formats.diffusers.unet_options import unet_from_diffusers, unet_to_diffusers
 from ldm.networks.classifier import Classifier, ClassifierConfig
-from ldm.schedules.base import ScheduleConfig
+from ldm.schedules.noise_schedule import ScheduleConfig
 from stipple_core.files.json_file import read_json, write_json
 from stipple_core.files.weights import place, read_folder, write_weights
 

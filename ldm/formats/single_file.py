@@ -28,7 +28,7 @@ from ldm.formats.diffusers.networks_folder import empty_unet
 from ldm.formats.diffusers.scheduler import Scheduling
 from ldm.formats.model_parts import ModelParts
 from ldm.networks.unet_config import UNetConfig
-from ldm.schedules.base import ScheduleConfig
+from ldm.schedules.noise_schedule import ScheduleConfig
 from stipple_core.config import read_yaml
 from stipple_core.files.weights import AVERAGE, outline, place, read_metadata, read_weights
 

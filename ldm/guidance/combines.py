@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.guidance.base import Combine, Denoise
-from ldm.schedules.base import Schedule
+from ldm.guidance.classifier_free import Combine, Denoise
+from ldm.schedules.noise_schedule import Schedule
 
 
 def apg(momentum: float = -0.5, norm: float | None = None, parallel: float = 0.0) -> Combine:

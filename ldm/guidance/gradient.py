@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ldm.denoising.prediction import per_image
-from ldm.guidance.base import Denoise
-from ldm.schedules.base import Schedule
+from ldm.guidance.classifier_free import Denoise
+from ldm.schedules.noise_schedule import Schedule
 
 Score = Callable[[Tensor, Any], Tensor]  # (latents [B, c, h, w], t) -> [B], how well each image does; differentiable
 

@@ -13,7 +13,16 @@ from typing import Any
 from torch import Tensor
 
 from ldm.denoising.perturbed_context import PerturbedContext
-from ldm.guidance.base import Combine, Denoise, Scale, classifier_free, copies, extrapolate, for_all, scale_of
+from ldm.guidance.classifier_free import (
+    Combine,
+    Denoise,
+    Scale,
+    classifier_free,
+    copies,
+    extrapolate,
+    for_all,
+    scale_of,
+)
 
 
 def perturbed_attention(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ldm.denoising.denoiser import Denoiser
-from ldm.guidance.base import (
+from ldm.guidance.classifier_free import (
     Combine,
     Denoise,
     autoguidance,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.guidance.base import Denoise
+from ldm.guidance.classifier_free import Denoise
 
 
 def thresholded(denoise: Denoise, bound: float, percentile: float | None = None) -> Denoise:

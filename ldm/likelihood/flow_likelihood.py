@@ -21,7 +21,7 @@ from torch import Tensor
 from ldm.likelihood.variational_bound import HALF_BIN, check_eight_bit, discretized, prior_std
 from ldm.samplers.runge_kutta import adaptive
 from ldm.samplers.steps import Denoise, Generators, Point, noise_like, step_points
-from ldm.schedules.base import Schedule
+from ldm.schedules.noise_schedule import Schedule
 
 LOG_2 = math.log(2)
 

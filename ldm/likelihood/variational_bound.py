@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ldm.samplers.steps import Denoise, Generators, Point, fresh_share, noise_like, step_points
-from ldm.schedules.base import Schedule
+from ldm.schedules.noise_schedule import Schedule
 
 HALF_BIN = 1 / 255  # half the distance of two 8-bit values in [-1, 1]
 EIGHT_BIT_UNIT = 127.5  # 8-bit values per 1.0: images are in [-1, 1], their values in 0 .. 255

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ldm.denoising.denoiser import Denoiser
 from ldm.denoising.prediction import mix, per_image
-from ldm.guidance.base import copies, extrapolate, for_all
+from ldm.guidance.classifier_free import copies, extrapolate, for_all
 from ldm.samplers.steps import NoiseLevel, ddim_step
-from ldm.schedules.base import Schedule
+from ldm.schedules.noise_schedule import Schedule
 
 SIGMA_DATA = 0.5  # of the boundary condition, as in Karras et al. 2022
 TIMESTEP_SCALING = 10.0  # factor of the timestep, of the authors' code

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ldm.schedules.base import Schedule
+from ldm.schedules.noise_schedule import Schedule
 
 KEPT = 10  # losses per bin that importance uses (Nichol & Dhariwal 2021, section 3.3)
 EVEN = 0.001  # share of uniform draws in importance, so that every bin is drawn, as in the authors' code

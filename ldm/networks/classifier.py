@@ -13,7 +13,7 @@ from ldm.denoising.prediction import per_image
 from ldm.networks.attention import Attention, Signal
 from ldm.networks.unet import UNet
 from ldm.networks.unet_config import UNetConfig
-from ldm.schedules.base import Schedule, ScheduleConfig
+from ldm.schedules.noise_schedule import Schedule, ScheduleConfig
 from stipple_core.nearest import did_you_mean
 from stipple_core.operators.normalization import norm_silu
 from stipple_core.operators.sinusoids import sinusoids

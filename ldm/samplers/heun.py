@@ -18,7 +18,7 @@ from ldm.samplers.steps import (
     noised,
     step_points,
 )
-from ldm.schedules.base import Schedule
+from ldm.schedules.noise_schedule import Schedule
 
 LARGEST_GAMMA = math.sqrt(2) - 1  # at most doubles the variance of the noise (Karras et al. 2022, algorithm 2)
 

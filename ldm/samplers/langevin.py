@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ldm.samplers.steps import NO_SIGNAL, Denoise, Generators, Point, Step, noise_like, step_points
-from ldm.schedules.base import Schedule
+from ldm.schedules.noise_schedule import Schedule
 
 
 def langevin(

@@ -13,7 +13,7 @@ from torch import Tensor
 from ldm.denoising.prediction import target, to_clean
 from ldm.samplers.interpolation import MIDDLE, mean_between, moments, usable
 from ldm.samplers.steps import Denoise, Generators, Point, Step, ddim_step, noise_in, signal_remains, step_points
-from ldm.schedules.base import Schedule
+from ldm.schedules.noise_schedule import Schedule
 
 # Adams-Bashforth: weights of the newest output, the one before it, ..., for as many as there are (Liu et al. 2022,
 # eq. 9 and 12, arXiv:2202.09778).

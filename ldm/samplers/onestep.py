@@ -18,7 +18,7 @@ from ldm.samplers.steps import (
     posterior_sample,
     step_points,
 )
-from ldm.schedules.base import Schedule
+from ldm.schedules.noise_schedule import Schedule
 
 # The exponent v of the variance of `ddpm`, small^(1 - v) large^v; None: the network outputs it.
 VARIANCES: dict[str, float | None] = {"small": 0.0, "large": 1.0, "learned": None}

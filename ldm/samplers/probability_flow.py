@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ldm.samplers.runge_kutta import adaptive
 from ldm.samplers.steps import Denoise, Generators, Step, ddim_step, noise_in, step_points
-from ldm.schedules.base import Schedule
+from ldm.schedules.noise_schedule import Schedule
 
 
 def ode(

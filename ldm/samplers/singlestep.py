@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from ldm.samplers.steps import Denoise, Generators, Step, ddim_step, line_step, middle, noise_in, step_points
-from ldm.schedules.base import Schedule
+from ldm.schedules.noise_schedule import Schedule
 
 
 def dpm2(denoise: Denoise, z: Tensor, times: Tensor, schedule: Schedule, generators: Generators) -> Iterator[Step]:

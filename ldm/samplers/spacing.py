@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ldm.schedules.base import Schedule
+from ldm.schedules.noise_schedule import Schedule
 
 LARGEST_RATIO = 4096.0  # sigma / alpha in place of infinity, for logarithms and roots
 KARRAS_RHO = 7.0  # Karras et al. 2022, table 1

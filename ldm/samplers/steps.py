@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ldm.denoising.prediction import mix
 from ldm.samplers.spacing import LARGEST_RATIO
-from ldm.schedules.base import Schedule
+from ldm.schedules.noise_schedule import Schedule
 
 Denoise = Callable[[Tensor, float], Tensor]
 Generators = Sequence[torch.Generator]

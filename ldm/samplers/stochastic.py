@@ -23,7 +23,7 @@ from ldm.samplers.steps import (
     posterior_sample,
     step_points,
 )
-from ldm.schedules.base import Schedule
+from ldm.schedules.noise_schedule import Schedule
 
 
 def dpmpp_sde(denoise: Denoise, z: Tensor, times: Tensor, schedule: Schedule, generators: Generators) -> Iterator[Step]:

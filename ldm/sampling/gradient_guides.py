@@ -12,11 +12,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ldm.guidance.base import Denoise
+from ldm.guidance.classifier_free import Denoise
 from ldm.guidance.gradient import by_estimate, by_gradient
 from ldm.networks.classifier import Classifier, classify, translated
 from ldm.sampling.settings import Settings
-from ldm.schedules.base import Schedule
+from ldm.schedules.noise_schedule import Schedule
 from ldm.schedules.registry import make_schedule
 
 SHARPNESS = 100.0  # factor of cosines: CLIP's temperature after training (Radford et al. 2021, section 2.5)

@@ -12,9 +12,9 @@ from dataclasses import replace
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.guidance.base import Denoise
+from ldm.guidance.classifier_free import Denoise
 from ldm.samplers.steps import Generators, Step, noised, step_points
-from ldm.schedules.base import Schedule
+from ldm.schedules.noise_schedule import Schedule
 
 SEGMENTS = 25  # parts that are repeated: RePaint jumps back 10 of 250 steps
 

@@ -20,7 +20,7 @@ from ldm.samplers.spacing import times
 from ldm.sampling.gradient_guides import GRADIENT_GUIDES, GradientGuide
 from ldm.sampling.settings import Settings
 from ldm.sampling.source_images import DecodedFiles, ImageSize
-from ldm.schedules.base import Schedule
+from ldm.schedules.noise_schedule import Schedule
 from ldm.schedules.registry import make_schedule
 
 

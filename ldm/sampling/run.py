@@ -13,7 +13,7 @@ from conditioning import ConditionInputs, Context
 from ldm.denoising.learned_variance import LearnedVariance
 from ldm.denoising.windows import Windowed
 from ldm.formats.diffusers.scheduler import PREDICTION_TYPES
-from ldm.guidance.base import Denoise
+from ldm.guidance.classifier_free import Denoise
 from ldm.guidance.registry import Ingredients, guided
 from ldm.networks.cached_unet import CachedUNet
 from ldm.samplers.registry import SAMPLERS
@@ -22,7 +22,7 @@ from ldm.sampling.known_latents import blended, painted_latents, resampled
 from ldm.sampling.model import Model
 from ldm.sampling.settings import Settings
 from ldm.sampling.source_images import SourceImages
-from ldm.schedules.base import Schedule
+from ldm.schedules.noise_schedule import Schedule
 
 Network = CachedUNet | Windowed | LearnedVariance
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ldm.schedules.base import Schedule, ScheduleConfig, with_betas, with_sigmas
+from ldm.schedules.noise_schedule import Schedule, ScheduleConfig, with_betas, with_sigmas
 
 RHO = 7.0  # Karras et al. 2022, table 1
 

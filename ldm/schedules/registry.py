@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ldm.schedules.base import Schedule, ScheduleConfig
 from ldm.schedules.formulas import edm, flow, sub_vp
+from ldm.schedules.noise_schedule import Schedule, ScheduleConfig
 from ldm.schedules.table_schedules import cosine, linear, scaled_linear, ve
 
 SCHEDULES: dict[str, Callable[[ScheduleConfig], Schedule]] = {

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldm.schedules.base import Schedule, ScheduleConfig, with_betas, with_sigmas
+from ldm.schedules.noise_schedule import Schedule, ScheduleConfig, with_betas, with_sigmas
 
 
 @dataclass(frozen=True, eq=False)

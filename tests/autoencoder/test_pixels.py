@@ -15,7 +15,7 @@ from ldm.guidance.thresholding import thresholded
 from ldm.likelihood.flow_likelihood import ode_bound
 from ldm.likelihood.variational_bound import variational_bound
 from ldm.losses.diffusion_loss import loss_weight
-from ldm.schedules.base import ScheduleConfig
+from ldm.schedules.noise_schedule import ScheduleConfig
 from ldm.schedules.registry import make_schedule
 from stipple_core.images.images import image_to_tensor, tensor_to_image
 from tests.helpers.models.pixel_models import pixel_model

@@ -80,7 +80,7 @@ MAX_TEST_MODULES = 20  # of one folder in tests/
 PACKAGES = {"autoencoder", "conditioning", "ldm", "stipple", "stipple_core"}
 COMMAND_ROOMS = {".", "stipple", "stipple/commands", "stipple/commands/drawing", "stipple/cli"}
 HEAVY = {"transformers", "open_clip", "tokenizers", "diffusers"}
-SHARED_NAMES = {"__init__", "__main__", "registry", "base"}  # module names that several rooms may have
+SHARED_NAMES = {"__init__", "__main__", "registry"}  # module names that several rooms may have
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from ldm.formats.diffusers.known_schedulers import CLASSES
 from ldm.samplers.registry import SAMPLERS
 from ldm.samplers.spacing import times
 from ldm.samplers.steps import initial_noise, middle, step_points
-from ldm.schedules.base import ScheduleConfig
+from ldm.schedules.noise_schedule import ScheduleConfig
 from ldm.schedules.registry import make_schedule
 
 PREDICTION_TYPES = {"noise": "epsilon", "clean": "sample", "velocity": "v_prediction"}

@@ -19,7 +19,7 @@ from ldm.formats.diffusers.known_schedulers import (
 )
 from ldm.samplers.registry import SAMPLERS
 from ldm.samplers.spacing import SPACINGS
-from ldm.schedules.base import ScheduleConfig
+from ldm.schedules.noise_schedule import ScheduleConfig
 from ldm.schedules.registry import make_schedule
 
 BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from autoencoder import FirstStage, open_autoencoder
 from ldm.networks.classifier import Classifier, ClassifierConfig, classify, with_names
 from ldm.networks.unet_config import UNetConfig
-from ldm.schedules.base import Schedule, ScheduleConfig
+from ldm.schedules.noise_schedule import Schedule, ScheduleConfig
 from ldm.schedules.registry import make_schedule
 from stipple.stages.data.run_settings import check_run
 from stipple.stages.ldm.denoiser_validation import LdmValidationConfig

@@ -14,7 +14,7 @@ from ldm.losses.time_density import DensityConfig
 from ldm.networks.prior_config import PriorConfig
 from ldm.networks.unet_config import UNetConfig
 from ldm.sampling.defaults import default_settings, stored_names
-from ldm.schedules.base import ScheduleConfig
+from ldm.schedules.noise_schedule import ScheduleConfig
 from ldm.schedules.registry import make_schedule
 from stipple.stages.data.run_settings import check_run
 from stipple.stages.init_model import InitModel

@@ -17,7 +17,7 @@ from ldm.networks.unet import UNet
 from ldm.networks.unet_config import UNetConfig
 from ldm.pipeline import TextToImage
 from ldm.sampling.settings import Settings
-from ldm.schedules.base import ScheduleConfig
+from ldm.schedules.noise_schedule import ScheduleConfig
 from stipple.stages.ldm.trainable import InversionConfig, LoraConfig, make_trainable
 from stipple_core.data.records.records import Record
 from tests.helpers.training.tiny_runs import launch, run_here

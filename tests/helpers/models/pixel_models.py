@@ -11,7 +11,7 @@ from ldm.formats.diffusers.scheduler import Scheduling
 from ldm.networks.unet import UNet
 from ldm.networks.unet_config import UNetConfig
 from ldm.sampling.settings import Settings
-from ldm.schedules.base import ScheduleConfig
+from ldm.schedules.noise_schedule import ScheduleConfig
 
 PIXEL_UNET = UNetConfig(
     sample_size=16, in_channels=3, out_channels=3, block_out_channels=(8, 16), layers_per_block=1, attention="plain",

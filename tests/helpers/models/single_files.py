@@ -17,7 +17,7 @@ from ldm.formats.diffusers.scheduler import Scheduling
 from ldm.formats.model_parts import ModelParts
 from ldm.networks.unet import UNet
 from ldm.networks.unet_config import UNetConfig
-from ldm.schedules.base import ScheduleConfig
+from ldm.schedules.noise_schedule import ScheduleConfig
 from ldm.schedules.registry import make_schedule
 
 PLAIN = ("unconditional", "churches", "semantic", "holes", "enlarging")  # no prompts, no cross-attention

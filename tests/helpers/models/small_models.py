@@ -12,7 +12,7 @@ from ldm.networks.unet import UNet
 from ldm.networks.unet_config import UNetConfig
 from ldm.pipeline import TextToImage
 from ldm.sampling.settings import Settings
-from ldm.schedules.base import ScheduleConfig
+from ldm.schedules.noise_schedule import ScheduleConfig
 from tests.helpers.models.small_encoders import build_scratch, save_bert
 
 SIDE = 32  # pixels, the default image size

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ldm.denoising.prediction import target
-from ldm.schedules.base import Schedule, ScheduleConfig
+from ldm.schedules.noise_schedule import Schedule, ScheduleConfig
 from ldm.schedules.registry import make_schedule
 
 CONFIGS = {

@@ -6,7 +6,7 @@ import torch
 from ldm.denoising.denoiser import Denoiser
 from ldm.denoising.prediction import NOISE_ALONE, PREDICTIONS
 from ldm.samplers.spacing import times
-from ldm.schedules.base import ScheduleConfig
+from ldm.schedules.noise_schedule import ScheduleConfig
 from ldm.schedules.registry import make_schedule
 from tests.helpers.proofs.oracles import SCHEDULES, TWO, perfect_network
 

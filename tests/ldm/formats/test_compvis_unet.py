@@ -12,7 +12,7 @@ from ldm.formats.compvis.compvis_schedule import PUBLISHED_BETAS, schedule_from_
 from ldm.formats.compvis.compvis_unet import KNOWN, unet_config, unet_from_compvis, unet_keys, unet_to_compvis
 from ldm.networks.unet import UNet
 from ldm.networks.unet_config import UNetConfig
-from ldm.schedules.base import ScheduleConfig
+from ldm.schedules.noise_schedule import ScheduleConfig
 from ldm.schedules.registry import make_schedule
 from tests.helpers.models.compvis_shapes import lines
 from tests.helpers.models.compvis_unets import Reference, unet_shapes

@@ -18,7 +18,7 @@ from ldm.formats.diffusers.scheduler import (
 )
 from ldm.samplers.registry import SAMPLERS
 from ldm.samplers.spacing import SPACINGS, times
-from ldm.schedules.base import ScheduleConfig
+from ldm.schedules.noise_schedule import ScheduleConfig
 from ldm.schedules.registry import make_schedule
 
 TABLES = {

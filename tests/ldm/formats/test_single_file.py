@@ -22,7 +22,7 @@ from ldm.formats.single_file import open_single_file
 from ldm.formats.single_file_writer import modelspec, save_first_stage, save_single_file
 from ldm.networks.unet import UNet
 from ldm.pipeline import TextToImage
-from ldm.schedules.base import ScheduleConfig
+from ldm.schedules.noise_schedule import ScheduleConfig
 from stipple_core.files.weights import read_metadata, read_weights, write_weights
 from tests.helpers.models.hinted_images import draw_with_hints
 from tests.helpers.models.single_files import KINDS, PROMPTS, YAML, build_parts, save_words, write_yaml

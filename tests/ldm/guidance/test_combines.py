@@ -7,7 +7,7 @@ import torch
 
 from conditioning.interface.context import Context
 from ldm.denoising.denoiser import Denoiser
-from ldm.guidance.base import classifier_free, extrapolate, in_interval, rescaled
+from ldm.guidance.classifier_free import classifier_free, extrapolate, in_interval, rescaled
 from ldm.guidance.combines import apg, cfg_plus_plus, zero_output, zero_star
 from ldm.samplers.heun import heun
 from ldm.samplers.onestep import ddim

@@ -1,4 +1,4 @@
-"""ldm/guidance/base.py: the arithmetic of guidance, what it costs, and guided Gaussians in closed form."""
+"""ldm/guidance/classifier_free.py: the arithmetic of guidance, what it costs, and guided Gaussians in closed form."""
 
 import math
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler
 from conditioning.interface.context import Context
 from ldm.denoising.denoiser import Denoiser
 from ldm.denoising.prediction import PREDICTIONS
-from ldm.guidance.base import autoguidance, classifier_free, composed, extrapolate, in_interval, rescaled
+from ldm.guidance.classifier_free import autoguidance, classifier_free, composed, extrapolate, in_interval, rescaled
 from ldm.guidance.thresholding import thresholded
 from ldm.samplers.heun import heun
 from ldm.samplers.spacing import times

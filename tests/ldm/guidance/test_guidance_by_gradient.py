@@ -7,7 +7,7 @@ import torch
 
 from conditioning.interface.context import Context
 from ldm.denoising.denoiser import Denoiser
-from ldm.guidance.base import classifier_free, extrapolate
+from ldm.guidance.classifier_free import classifier_free, extrapolate
 from ldm.guidance.gradient import by_estimate, by_gradient
 from ldm.networks.cached_unet import CachedUNet
 from ldm.samplers.onestep import ddim

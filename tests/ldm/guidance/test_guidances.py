@@ -9,7 +9,7 @@ import torch
 from conditioning.interface.context import Context
 from ldm.denoising.denoiser import Denoiser
 from ldm.denoising.perturbed_context import PerturbedContext
-from ldm.guidance.base import autoguidance, classifier_free, in_interval, rescaled
+from ldm.guidance.classifier_free import autoguidance, classifier_free, in_interval, rescaled
 from ldm.guidance.combines import apg, cfg_plus_plus, zero_star
 from ldm.guidance.perturbed_attention import perturbed_attention
 from ldm.guidance.registry import GUIDANCES, GuidanceConfig, Ingredients, guided

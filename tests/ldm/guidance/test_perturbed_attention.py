@@ -13,7 +13,7 @@ from diffusers.pipelines.pag.pag_utils import PAGMixin
 from conditioning.interface.context import Context
 from ldm.denoising.denoiser import Denoiser
 from ldm.denoising.perturbed_context import PerturbedContext
-from ldm.guidance.base import classifier_free, rescaled
+from ldm.guidance.classifier_free import classifier_free, rescaled
 from ldm.guidance.combines import apg
 from ldm.guidance.perturbed_attention import perturbed_attention
 from ldm.networks.cached_unet import CachedUNet

@@ -7,7 +7,7 @@ from torch import nn
 
 from ldm.denoising.denoiser import Denoiser
 from ldm.denoising.prediction import PREDICTIONS, per_image, target
-from ldm.guidance.base import classifier_free
+from ldm.guidance.classifier_free import classifier_free
 from ldm.losses.consistency import (
     ConsistencyFunction,
     boundary,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ldm.losses.time_density import DENSITIES, DensityConfig, Importance, make_density
-from ldm.schedules.base import ScheduleConfig
+from ldm.schedules.noise_schedule import ScheduleConfig
 from ldm.schedules.registry import make_schedule
 from tests.helpers.proofs.oracles import SCHEDULES
 

@@ -19,7 +19,7 @@ from ldm.likelihood.variational_bound import (
 from ldm.samplers.onestep import ddpm
 from ldm.samplers.spacing import times
 from ldm.samplers.steps import noise_like
-from ldm.schedules.base import ScheduleConfig
+from ldm.schedules.noise_schedule import ScheduleConfig
 from ldm.schedules.registry import make_schedule
 from tests.helpers.proofs.oracles import GAUSSIAN, SCHEDULES, TWO, Mixture, denoiser_of
 

@@ -6,7 +6,7 @@ import torch
 from ldm.denoising.denoiser import Denoiser
 from ldm.denoising.prediction import NOISE_ALONE, PREDICTIONS
 from ldm.losses.diffusion_loss import WEIGHTINGS, diffusion_loss, loss_weight
-from ldm.schedules.base import ScheduleConfig
+from ldm.schedules.noise_schedule import ScheduleConfig
 from ldm.schedules.registry import make_schedule
 from tests.helpers.proofs.oracles import SCHEDULES
 

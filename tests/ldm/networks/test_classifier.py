@@ -15,7 +15,7 @@ from ldm.formats.classifier_folder import load_classifier, save_classifier
 from ldm.networks.classifier import POOLS, Classifier, ClassifierConfig, classify, translated
 from ldm.sampling.gradient_guides import ClassifierGuide, ClipGuide
 from ldm.sampling.settings import Settings
-from ldm.schedules.base import ScheduleConfig
+from ldm.schedules.noise_schedule import ScheduleConfig
 from ldm.schedules.registry import make_schedule
 from stipple.commands.drawing.open_model import Opening, open_for_drawing
 from stipple.stages.classifier.classifier_run import ClassifierRunConfig, build_classifier

@@ -7,7 +7,7 @@ import torch
 
 from ldm.samplers.registry import SAMPLERS
 from ldm.samplers.spacing import SPACINGS, TimeDefaults, times
-from ldm.schedules.base import ScheduleConfig
+from ldm.schedules.noise_schedule import ScheduleConfig
 from ldm.schedules.registry import make_schedule
 from tests.helpers.proofs.oracles import SCHEDULES
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from ldm.schedules.base import ScheduleConfig
 from ldm.schedules.formulas import resolution_shift
+from ldm.schedules.noise_schedule import ScheduleConfig
 from ldm.schedules.registry import make_schedule
 from ldm.schedules.table_schedules import TableSchedule, VariancePreserving
 from tests.helpers.proofs.oracles import CONFIGS, SCHEDULES
